@@ -1,0 +1,248 @@
+"""Static cost of the noise kernels, from their machine code: no GPU needed, none used.
+
+    python bench/sass_cost.py [--arch 90] [--json FILE] [--predict] [--all]
+
+Compiles each kernel ahead of time and counts what one pass of its inner loop (one seed) and the straight code around it
+cost a normal: instructions, and cycles of the busiest pipe, for one warp on one of the four sub-partitions of a
+multiprocessor. That is a lower bound from throughput: no latencies, no timing. Figures called predictions are just that.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; this must precede the import of triton
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
+
+# Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide and
+# the stall counts that ptxas writes. Not settled without a measurement: whether IMAD.WIDE takes 2 or 4, and whether
+# half -> float conversions share the pipe of the FMAs.
+PIPES = {
+    "fma": (1, "FFMA FADD FMUL HFMA2 HMUL2 HADD2 HFMA2.MMA HADD2.BF16_V2"),
+    "half": (2, "HADD2.F32 F2FP"),
+    "wide": (4, "IMAD.WIDE IMAD.HI"),
+    "imad": (2, "IMAD IDP"),
+    "alu": (2, "LOP3 IADD3 SHF PRMT SEL FSEL ISETP FSETP FMNMX IMNMX VIMNMX VIADD LEA I2FP IABS MOV PLOP3 SGXT IADD "
+               "CS2R BMSK P2R R2P HSETP2"),
+    "mufu": (8, "MUFU I2F F2I F2F POPC FLO BREV FRND"),
+    "lsu": (4, "LDG STG LDS STS LDL STL LDSM STSM SHFL LDC ULDC LDCU ATOMG RED"),
+}  # fmt: skip
+PIPE_OF = {op: pipe for pipe, (_, ops) in PIPES.items() for op in ops.split()}
+SUB_PARTITIONS = 4
+
+
+@dataclass
+class Chip:
+    """What a prediction needs. Bandwidth: measured for a device-to-device copy, bytes read plus written."""
+
+    name: str
+    multiprocessors: int
+    ghz: float
+    terabytes_per_s: float
+
+
+CHIPS = (Chip("H100 SXM", 132, 1.755, 3.0), Chip("H200", 132, 1.755, 4.3))
+OPT_PARAMETERS = {"opt-125m": 125e6, "opt-1.3b": 1.316e9, "opt-13b": 12.85e9}
+
+
+@dataclass
+class Cost:
+    kernel: str
+    arch: int
+    registers: int
+    spill_accesses: int  # to local memory
+    shared_accesses: int
+    instructions_per_normal: float  # in the loop over seeds
+    cycles_per_normal: float
+    busiest: str
+    around_per_normal: float  # instructions outside the loop, once whatever K
+    widths: dict[str, int]  # of the global loads and stores on the path of whole chunks
+
+
+def _tool(name: str) -> str:
+    return str(pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def compile_kernel(
+    name: str, arch: int, dtype: str = "bf16", noise: str = "hadamard", stochastic: bool = False,
+    hash_in_kernel: bool = False, has_x: bool = True, asm: bool = True,
+):  # fmt: skip
+    """The compiled kernel, as a launch on aligned tensors would get it; .asm["cubin"] is its machine code."""
+    kernel = getattr(kernels, name)
+    constants = dict(NOISE=noise, COUNTERS=kernels.COUNTERS, HAS_X=has_x, HASH=hash_in_kernel,
+                     STOCHASTIC=stochastic, ASM=asm, found_inf_ptr=None)  # fmt: skip
+    types = dict(
+        out_ptr=f"*{dtype}", x_ptr=f"*{dtype}", dtype_ptr=f"*{dtype}", index_ptr="*i64",
+        seeds_ptr="*i64", coefs_ptr="*fp32", hashes_ptr="*i64", rounded_ptr="*fp32",
+        outs_ptr="*i64", xs_ptr="*i64", ns_ptr="*i64", streams_ptr="*i64", keeps_ptr="*fp32", scales_ptr="*fp32",
+        table_ptr="*i32", n="i64", width="i64", stream="i64", rounding_hash="i64", K="i32", parts="i32",
+        keep="fp32", scale="fp32",
+    )  # fmt: skip
+    constants["BLOCK"] = 128
+    names = kernel.arg_names
+    signature = {a: "constexpr" if a in constants else types[a] for a in names}
+    constants = {(names.index(a),): v for a, v in constants.items() if a in names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    warps = 1 if name == "_add_noise_rows_kernel" else kernels.WARPS
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, enable_fp_fusion=False)
+    )
+
+
+def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], str]:
+    """The instructions (opcode, operands), the labels, and the resource usage of a cubin with one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda *args: subprocess.run(args, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        text = run(_tool("nvdisasm"), "-c", file.name)
+        usage = run(_tool("cuobjdump"), "-res-usage", file.name)
+    code, labels, inside = [], {}, False
+    for line in text.splitlines():
+        if re.match(r"\s*\.section\s+\.text\.", line):
+            inside = True
+        elif inside and (m := re.match(r"(\.L\S+):", line)):
+            labels[m[1]] = len(code)
+        elif inside and (m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", line)):
+            code.append((m[1], m[2]))
+    return code, labels, usage
+
+
+def _innermost_loops(code, labels) -> list[tuple[int, int]]:
+    loops = []
+    for i, (op, operands) in enumerate(code):
+        target = re.search(r"\.L[\w.$]+", operands) if op.startswith("BRA") else None
+        if target and labels.get(target[0], i) < i:
+            loops.append((labels[target[0]], i))
+    return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
+def _pipe(op: str) -> str:
+    parts = op.split(".")
+    return PIPE_OF.get(".".join(parts[:2])) or PIPE_OF.get(parts[0]) or "other"
+
+
+def _cycles(code) -> dict[str, float]:
+    """Cycles that each resource needs. FMAs run on both halves of their pipe, integer multiplies on one of them."""
+    counts = collections.Counter(_pipe(op) for op, _ in code if op != "NOP")
+    heavy = counts["wide"] * 4 + counts["imad"] * 2
+    return {
+        "issue": sum(counts.values()), "alu": counts["alu"] * 2, "imad": heavy, "fma": (heavy + counts["fma"] * 2) / 2,
+        "half": counts["half"] * 2, "mufu": counts["mufu"] * 8, "lsu": counts["lsu"] * 4,
+    }  # fmt: skip
+
+
+def cost(name: str, arch: int, **options) -> Cost:
+    """Counted on the path of whole chunks: the first loop of the code that is followed by unmasked accesses."""
+    compiled = compile_kernel(name, arch, **options)
+    code, labels, usage = disassemble(compiled.asm["cubin"])
+    rows = name == "_add_noise_rows_kernel"
+    normals = 16 * (4 if rows else kernels.COUNTERS // (32 * kernels.WARPS))  # a thread makes in one pass
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    ops = collections.Counter(op.split(".")[0] for op, _ in code)
+    best, start = None, 0
+    for first, last in _innermost_loops(code, labels):
+        end = next((i for i in range(last + 1, len(code)) if code[i][0] in ("EXIT", "RET", "BRA")), len(code) - 1) + 1
+        around = code[start:first] + code[last + 1 : end]
+        widths = collections.Counter()
+        for op, _ in around:
+            if op.startswith(("LDG", "STG")):
+                size = re.search(r"\.(128|64|[US]16|[US]8)\b", op)
+                widths[f"{op[:3]}.{size[1] if size else '32'}"] += 1
+        predicated = sum(op.startswith("STG") for op, _ in around)
+        if best is None or predicated < best[0]:  # wide accesses are few
+            best = (predicated, code[first : last + 1], around, dict(widths))
+        start = end
+    _, loop, around, widths = best
+    cycles = _cycles(loop)
+    busiest = max(cycles, key=cycles.get)
+    label = [options.get("noise", "hadamard"), options.get("dtype", "bf16")]
+    label += ["stochastic"] * options.get("stochastic", False) + ["hash"] * options.get("hash_in_kernel", False)
+    label += [] if options.get("has_x", True) else ["no x"]
+    label += [] if options.get("asm", True) else ["no asm"]
+    return Cost(
+        f"{name.strip('_')} {' '.join(label)}", arch, int(resources[1]), ops["STL"] + ops["LDL"],
+        ops["LDS"] + ops["STS"] + ops["LDSM"] + ops["STSM"], cycles["issue"] / normals, cycles[busiest] / normals,
+        busiest, _cycles(around)["issue"] / normals, widths,
+    )  # fmt: skip
+
+
+ONE, MANY, ROWS = "_add_noise_kernel", "_add_noise_many_kernel", "_add_noise_rows_kernel"
+USUAL = (
+    (MANY, dict(dtype="bf16", stochastic=True)),
+    (MANY, dict(dtype="fp16", stochastic=True)),
+    (MANY, dict(dtype="fp32")),
+    (ONE, dict(dtype="bf16", hash_in_kernel=True)),
+    (ONE, dict(dtype="fp32", hash_in_kernel=True, has_x=False)),
+    (ROWS, dict(dtype="bf16", hash_in_kernel=True)),
+    (MANY, dict(dtype="bf16", noise="rademacher", stochastic=True)),
+    (MANY, dict(dtype="bf16", noise="normal", stochastic=True)),
+)
+ALL = tuple(
+    (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name != MANY, asm=asm))
+    for name in (ONE, MANY, ROWS)
+    for noise in ("hadamard", "rademacher", "normal")
+    for dtype in ("fp32", "bf16", "fp16")
+    for stochastic in (False, True)
+    for asm in (True, False)
+    if not (stochastic and (dtype == "fp32" or name == ROWS))
+)
+
+
+def predict(costs: list[Cost]) -> None:
+    """Milliseconds of one update of a whole model at K = 14: the larger of arithmetic and memory, and no measurement."""
+    print("\nPrediction (not a measurement): update of all parameters, K = 14")
+    for c in costs:
+        if not c.kernel.startswith("add_noise_many"):
+            continue
+        cycles = 14 * c.cycles_per_normal + c.around_per_normal
+        size = 4 if "fp32" in c.kernel else 2
+        for chip in CHIPS:
+            row = []
+            for model, n in OPT_PARAMETERS.items():
+                lanes = 32 * SUB_PARTITIONS * chip.multiprocessors
+                arithmetic, memory = n * cycles / lanes / chip.ghz / 1e6, 2 * size * n / chip.terabytes_per_s / 1e9
+                row.append(f"{model} {max(arithmetic, memory):.2f} ms (arithmetic {arithmetic:.2f}, memory {memory:.2f})")
+            print(f"  {c.kernel}, {chip.name}: " + "; ".join(row))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=[90], help="compute capabilities, 80 and up")
+    parser.add_argument("--all", action="store_true", help="every variant, not just the usual ones")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--predict", action="store_true", help="print milliseconds for OPT models, from the counts")
+    args = parser.parse_args()
+    costs = []
+    for arch in args.arch:
+        for name, options in ALL if args.all else USUAL:
+            costs.append(c := cost(name, arch, **options))
+            print(
+                f"sm_{arch} {c.kernel}: {c.instructions_per_normal:.2f} instructions and {c.cycles_per_normal:.2f} cycles "
+                f"({c.busiest}) a normal, {c.around_per_normal:.2f} around, {c.registers} registers, "
+                f"{c.spill_accesses} spills, {c.shared_accesses} shared, {c.widths}",
+                flush=True,
+            )
+    if args.predict:
+        predict(costs)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps([asdict(c) for c in costs], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Noise that is made again from seeds, fused into one pass over the weights; and PseuZO's window of output changes.
+
+perturb_, restore_, update_, add_noise_, add_noise, noise: x <- keep * x + sum_k coefs[k] z(seeds[k], stream).
+EmaWindow: output changes in, coefficients out. reference: all of them in plain torch, which defines correct.
+CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, others (or a build without C++) to the reference.
+"""
+
+from pseuzo_kernels import reference
+from pseuzo_kernels.add_noise import add_noise, add_noise_, noise, perturb_, restore_, update_
+from pseuzo_kernels.api import NOISES, ROUNDINGS
+
+try:  # the schemas above must exist before the library registers its implementations of them
+    from pseuzo_kernels import _C
+except ImportError:
+    _C = None
+
+from pseuzo_kernels.window import EmaWindow
+
+__all__ = [
+    "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_", "update_",
+]  # fmt: skip

@@ -1,0 +1,407 @@
+"""The noise op: x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream), one read and one write of x for any K.
+
+Perturb, restore and update are all calls of it. The kernel makes 16 planes of noise a counter and adds up the K terms in
+registers; for "hadamard" one transform of 16 points then turns the sums into noise, once per launch instead of once per
+seed. `pseuzo_kernels.reference` defines every bit; `pseuzo_kernels.philox` holds the device functions.
+
+Why the kernel looks as it does (counted in the machine code for sm_90, see bench/sass_cost.py): 4 counters a thread, so
+that a plane is read and written 4 elements at a time; whole chunks and tails are separate code, since one mask makes every
+access narrow; x is loaded after the sum, 8 planes at a time, as 16 would cost 40 more registers.
+"""
+
+from collections import OrderedDict
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from pseuzo_kernels import api, reference
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of torch without CUDA may come without triton: CPU tensors need none
+    triton = None
+
+COUNTERS, WARPS = 512, 4  # of 16 elements, a program
+ELEMENTS = 16 * COUNTERS
+HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
+PLANS = 16  # launch tables kept; a training step uses two or three
+
+if triton is not None:
+    from pseuzo_kernels import philox as px
+
+    @triton.jit
+    def _load(ptr, offs, lo, hi, FULL: tl.constexpr):
+        if FULL:
+            return tl.load(ptr + offs)
+        else:
+            return tl.load(ptr + offs, mask=(offs >= lo) & (offs < hi), other=0)
+
+    @triton.jit
+    def _zeros_laid_out_as(x, ASM: tl.constexpr):
+        """uint32 zeros. The asm hides that they are constant, so all that is computed from them is laid out as x is:
+        each thread then makes the noise of the elements that it loads and stores, and nothing moves between threads."""
+        if ASM:
+            return tl.inline_asm_elementwise(
+                "mov.b32 $0, 0;", "=r,r", [x.to(tl.float32)], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            return tl.zeros(x.shape, tl.uint32)
+
+    @triton.jit
+    def _chunks(
+        out_ptr,  # both pointers to the first element of the first chunk
+        x_ptr,
+        lo,  # elements from there that are written: lo <= i < hi
+        hi,
+        q,  # counter of the first element
+        stream,
+        seeds_ptr,
+        coefs_ptr,
+        K,
+        keep,
+        scale,
+        rounding_hash,
+        NOISE: tl.constexpr,
+        COUNTERS: tl.constexpr,
+        HAS_X: tl.constexpr,
+        FULL: tl.constexpr,
+        HASH: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        ASM: tl.constexpr,
+    ):
+        lane = tl.arange(0, COUNTERS)
+        offs = lane // 128 * 2048 + lane % 128
+        if HAS_X:
+            zero = _zeros_laid_out_as(_load(x_ptr, offs, lo, hi, FULL), ASM)
+        else:
+            zero = _zeros_laid_out_as(_load(out_ptr, offs, lo, hi, FULL), ASM)
+        q = q + lane.to(tl.uint32) + zero
+
+        acc = (zero.to(tl.float32, bitcast=True),) * 16
+        k = 0
+        while k < K:  # not range(K): the interpreter of Triton 3.6 fails on it with numpy 2.4
+            seed = tl.load(seeds_ptr + k)
+            coef = tl.load(coefs_ptr + k)
+            if HASH:
+                seed = px.hash_seed(seed)
+                coef = px.round17(coef)
+            sums = ()
+            if NOISE == "normal":
+                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 10, ASM)
+                w = w + px.philox(q, stream, seed, px.SECOND_KEY0, px.SECOND_KEY1, 10, ASM)
+                for j in tl.static_range(8):
+                    radius, cosine, sine = px.box_muller(w[j], coef, ASM)
+                    sums = sums + (tl.fma(radius, cosine, acc[2 * j]), tl.fma(radius, sine, acc[2 * j + 1]))
+            else:
+                mask: tl.constexpr = 0x8F708F70 if NOISE == "hadamard" else 0x80008000
+                ones: tl.constexpr = 0x30003000 if NOISE == "hadamard" else 0x3C003C00
+                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 7, ASM)
+                b = px.patterns(w[0], mask, ones, ASM) + px.patterns(w[1], mask, ones, ASM)
+                b = b + px.patterns(w[2], mask, ones, ASM) + px.patterns(w[3], mask, ones, ASM)
+                for j in tl.static_range(16):
+                    sums = sums + (tl.fma(b[j], coef, acc[j]),)
+            acc = sums
+            k += 1
+        if NOISE == "hadamard":
+            acc = px.butterfly(px.butterfly(px.butterfly(px.butterfly(acc, 1), 2), 4), 8)
+
+        words = (q, q, q, q)
+        if STOCHASTIC:
+            words = px.philox(q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, 7, ASM)
+        GROUP: tl.constexpr = 8 if FULL else 1  # planes in flight
+        for first in tl.static_range(0, 16, GROUP):
+            xs = ()
+            if HAS_X:
+                for j in tl.static_range(first, first + GROUP):
+                    xs = xs + (_load(x_ptr, offs + j * 128, lo, hi, FULL),)
+            for j in tl.static_range(first, first + GROUP):
+                y = acc[j] * scale
+                if HAS_X:
+                    y = xs[j - first].to(tl.float32) * keep + y
+                y = px.cast(y, words[j // 4], j % 4, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
+                if FULL:
+                    tl.store(out_ptr + offs + j * 128, y)
+                else:
+                    at = offs + j * 128
+                    tl.store(out_ptr + at, y, mask=(at >= lo) & (at < hi))
+
+    @triton.jit
+    def _program(
+        out_ptr, x_ptr, n, block, stream, seeds_ptr, coefs_ptr, K, keep, scale, rounding_hash, found_inf_ptr,
+        NOISE: tl.constexpr, COUNTERS: tl.constexpr, HAS_X: tl.constexpr, HASH: tl.constexpr,
+        STOCHASTIC: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """Block `block` of a tensor of n elements."""
+        start = block.to(tl.int64) * (16 * COUNTERS)
+        left = tl.minimum(n - start, 16 * COUNTERS).to(tl.int32)
+        q = (block * COUNTERS).to(tl.uint32)
+        stream = stream.to(tl.uint32)
+        if found_inf_ptr is not None:
+            keep = tl.where(tl.load(found_inf_ptr) != 0, 1.0, keep)
+        if left == 16 * COUNTERS:
+            _chunks(
+                out_ptr + start, x_ptr + start, 0, left, q, stream, seeds_ptr, coefs_ptr, K, keep, scale,
+                rounding_hash, NOISE, COUNTERS, HAS_X, True, HASH, STOCHASTIC, ASM,
+            )  # fmt: skip
+        else:
+            _chunks(
+                out_ptr + start, x_ptr + start, 0, left, q, stream, seeds_ptr, coefs_ptr, K, keep, scale,
+                rounding_hash, NOISE, COUNTERS, HAS_X, False, HASH, STOCHASTIC, ASM,
+            )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["n", "stream", "K", "rounding_hash"])  # Triton would make the value 1 a constant
+    def _add_noise_kernel(
+        out_ptr,  # [n] fp32 | bf16 | fp16
+        x_ptr,  # [n], same dtype; out_ptr itself in place
+        n: tl.int64,
+        stream: tl.int64,
+        seeds_ptr,  # [K] int64, hashed unless HASH
+        coefs_ptr,  # [K] fp32, rounded to 17 bits unless HASH
+        K: tl.int32,
+        keep: tl.float32,
+        scale: tl.float32,
+        rounding_hash: tl.int64,
+        found_inf_ptr,  # [1] fp32 or None
+        NOISE: tl.constexpr,
+        COUNTERS: tl.constexpr,
+        HAS_X: tl.constexpr,
+        HASH: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        ASM: tl.constexpr,
+    ):
+        _program(
+            out_ptr, x_ptr, n, tl.program_id(0), stream, seeds_ptr, coefs_ptr, K, keep, scale, rounding_hash,
+            found_inf_ptr, NOISE, COUNTERS, HAS_X, HASH, STOCHASTIC, ASM,
+        )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["K", "rounding_hash"])
+    def _add_noise_many_kernel(
+        dtype_ptr,  # any tensor of the list: says its dtype
+        outs_ptr,  # [T] int64: addresses, multiples of 16
+        xs_ptr,  # [T] int64
+        ns_ptr,  # [T] int64
+        streams_ptr,  # [T] int64
+        keeps_ptr,  # [T] fp32
+        scales_ptr,  # [T] fp32
+        table_ptr,  # [programs, 2] int32: tensor, block
+        seeds_ptr,
+        coefs_ptr,
+        K: tl.int32,
+        rounding_hash: tl.int64,
+        found_inf_ptr,
+        NOISE: tl.constexpr,
+        COUNTERS: tl.constexpr,
+        HAS_X: tl.constexpr,
+        HASH: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        ASM: tl.constexpr,
+    ):
+        pid = tl.program_id(0).to(tl.int64)
+        t = tl.load(table_ptr + 2 * pid)
+        block = tl.load(table_ptr + 2 * pid + 1)
+        pointer: tl.constexpr = tl.pointer_type(dtype_ptr.dtype.element_ty)
+        out_ptr = tl.multiple_of(tl.load(outs_ptr + t).to(pointer), 16)
+        x_ptr = tl.multiple_of(tl.load(xs_ptr + t).to(pointer), 16)
+        _program(
+            out_ptr, x_ptr, tl.load(ns_ptr + t), block, tl.load(streams_ptr + t), seeds_ptr, coefs_ptr, K,
+            tl.load(keeps_ptr + t), tl.load(scales_ptr + t), rounding_hash, found_inf_ptr,
+            NOISE, COUNTERS, HAS_X, HASH, STOCHASTIC, ASM,
+        )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["stream", "K", "width", "parts"])
+    def _add_noise_rows_kernel(
+        out_ptr,  # [M, width]
+        x_ptr,  # [N, width]
+        index_ptr,  # [M] int64
+        width: tl.int64,
+        parts: tl.int32,  # programs a row: the most chunks that a row can touch
+        stream: tl.int64,
+        seeds_ptr,
+        coefs_ptr,
+        K: tl.int32,
+        scale: tl.float32,
+        NOISE: tl.constexpr,
+        HASH: tl.constexpr,
+        ASM: tl.constexpr,
+    ):
+        pid = tl.program_id(0).to(tl.int64)
+        row = pid // parts
+        first = tl.load(index_ptr + row) * width  # element of x where the row begins
+        chunk = first // 2048 + pid % parts
+        start = chunk * 2048
+        lo = tl.maximum(first - start, 0).to(tl.int32)
+        hi = tl.minimum(first + width - start, 2048).to(tl.int32)
+        if lo < hi:
+            _chunks(
+                out_ptr + (row * width - first + start), x_ptr + start, lo, hi, (chunk * 128).to(tl.uint32),
+                stream.to(tl.uint32), seeds_ptr, coefs_ptr, K, 1.0, scale, 0, NOISE, 128, True, False, HASH, False, ASM,
+            )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["K"])
+    def _prepare_kernel(seeds_ptr, coefs_ptr, hashes_ptr, rounded_ptr, K: tl.int32, BLOCK: tl.constexpr):
+        """Hash the seeds and round the coefs, once for all programs of the launch that follows."""
+        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(hashes_ptr + k, px.hash_seed(tl.load(seeds_ptr + k, mask=k < K, other=0)), mask=k < K)
+        tl.store(rounded_ptr + k, px.round17(tl.load(coefs_ptr + k, mask=k < K, other=0.0)), mask=k < K)
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device; the interpreter, on tensors of the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _prepared(seeds: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, dict]:
+    K = seeds.numel()
+    options = dict(
+        ASM=isinstance(_prepare_kernel, triton.runtime.JITFunction),  # the interpreter has no PTX
+        HASH=K <= HASH_IN_KERNEL,
+        enable_fp_fusion=False,
+    )
+    if not options["HASH"]:
+        hashes, rounded = torch.empty_like(seeds), torch.empty_like(coefs)
+        _prepare_kernel[(triton.cdiv(K, 128),)](seeds, coefs, hashes, rounded, K, BLOCK=128)
+        seeds, coefs = hashes, rounded
+    return seeds, coefs, options
+
+
+def _to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    t = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
+
+
+_plans: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+
+
+def _plan(key: tuple, build) -> tuple:
+    """build(), or what it returned for the same key: a training step launches over the same tensors again and again."""
+    if key in _plans:
+        _plans.move_to_end(key)
+    else:
+        _plans[key] = build()
+        if len(_plans) > PLANS:
+            _plans.popitem(last=False)
+    return _plans[key]
+
+
+def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_hash, found_inf, device, options):
+    columns = (
+        tuple(y.data_ptr() for y in outs),
+        tuple(x.data_ptr() for x in xs),
+        tuple(y.numel() for y in outs),
+        tuple(streams),
+    )
+
+    def table() -> tuple[Tensor, Tensor]:
+        blocks = torch.tensor([-(-n // ELEMENTS) for n in columns[2]])
+        tensor_of = torch.repeat_interleave(torch.arange(len(outs)), blocks)
+        block_of = torch.arange(len(tensor_of)) - (blocks.cumsum(0) - blocks)[tensor_of]
+        return (
+            _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device),
+            _to_device(torch.tensor(columns), torch.int64, device),
+        )
+
+    programs, ints = _plan((device, columns), table)
+    numbers = (tuple(keeps), tuple(scales))
+    (floats,) = _plan((device, numbers), lambda: (_to_device(torch.tensor(numbers), torch.float32, device),))
+    _add_noise_many_kernel[(len(programs),)](
+        outs[0], ints[0], ints[1], ints[2], ints[3], floats[0], floats[1], programs, seeds, coefs, K,
+        rounding_hash, found_inf, **options,
+    )  # fmt: skip
+
+
+def add_noise_list_out_triton(
+    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
+):
+    """reference.add_noise_list_out: one launch per dtype, and one per tensor that is not aligned to 16 bytes."""
+    if sum(y.numel() for y in out) == 0:
+        return
+    device = out[0].device
+    rounding_hash = int(reference.hash_seeds(torch.tensor(rounding_seed)))
+    K = seeds.numel()
+    with _on(device):
+        seeds, coefs, options = _prepared(seeds, coefs)
+        options |= dict(NOISE=noise, HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
+        many: dict[torch.dtype, list[int]] = {}
+        for t, y in enumerate(out):
+            x = xs[t] if xs else y
+            if y.numel() == 0:
+                continue
+            if len(out) > 1 and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
+                many.setdefault(y.dtype, []).append(t)
+            else:
+                _add_noise_kernel[(triton.cdiv(y.numel(), ELEMENTS),)](
+                    y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], reference.scale_of(noise, scales[t]),
+                    rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
+                )  # fmt: skip
+        for dtype, ts in many.items():
+            _launch_many(
+                [out[t] for t in ts],
+                [(xs or out)[t] for t in ts],
+                [streams[t] for t in ts],
+                [keeps[t] for t in ts],
+                [reference.scale_of(noise, scales[t]) for t in ts],
+                seeds, coefs, K, rounding_hash, found_inf, device,
+                options | dict(STOCHASTIC=stochastic and dtype is not torch.float32),
+            )  # fmt: skip
+
+
+def add_noise_list_triton_(
+    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None
+):
+    """reference.add_noise_list_."""
+    ts = [t for t, scale in enumerate(scales) if scale]
+    ys = [xs[t] for t in ts]
+    add_noise_list_out_triton(
+        ys, seeds, coefs, [streams[t] for t in ts], [keeps[t] for t in ts], [scales[t] for t in ts],
+        noise, stochastic, rounding_seed, found_inf, out=ys,
+    )  # fmt: skip
+
+
+def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
+    """reference.add_noise_rows."""
+    width = x.shape[1]
+    out = x.new_empty(*index.shape, width)
+    if out.numel() == 0:
+        return out
+    K = seeds.numel()
+    parts = width // 2048 if width % 2048 == 0 else (width - 2) // 2048 + 2
+    with _on(x.device):
+        seeds, coefs, options = _prepared(seeds, coefs)
+        _add_noise_rows_kernel[(index.numel() * parts,)](
+            out, x, index.contiguous(), width, parts, stream, seeds, coefs, K, reference.scale_of(noise, scale),
+            NOISE=noise, num_warps=1, **options,
+        )  # fmt: skip
+    return out
+
+
+lib = torch.library.Library("pseuzo", "FRAGMENT")
+_SUM = "Tensor seeds, Tensor coefs, int[] streams, float[] keeps, float[] scales, str noise, bool stochastic"
+lib.define(f"add_noise_list_(Tensor(a!)[] xs, {_SUM}, int rounding_seed, Tensor? found_inf) -> ()")
+lib.define(
+    f"add_noise_list_out(Tensor[] xs, {_SUM}, int rounding_seed, Tensor? found_inf, *, Tensor(a!)[] out) -> ()"
+)
+lib.define(
+    "add_noise_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, float scale, str noise) -> Tensor"
+)
+for _name, _triton in (
+    ("add_noise_list_", add_noise_list_triton_),
+    ("add_noise_list_out", add_noise_list_out_triton),
+    ("add_noise_rows", add_noise_rows_triton),
+):
+    lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    if triton is not None:
+        lib.impl(_name, _triton, "CUDA")
+torch.library.register_fake("pseuzo::add_noise_list_", lambda *args: None, lib=lib)
+torch.library.register_fake("pseuzo::add_noise_list_out", lambda *args, out: None, lib=lib)
+torch.library.register_fake(
+    "pseuzo::add_noise_rows", lambda x, index, *args: x.new_empty(*index.shape, x.shape[1]), lib=lib
+)
+
+_ops = torch.ops.pseuzo
+noise_api = api.NoiseApi(_ops.add_noise_list_.default, _ops.add_noise_list_out.default, _ops.add_noise_rows.default)
+noise, add_noise_, add_noise = noise_api.noise, noise_api.add_noise_, noise_api.add_noise
+perturb_, restore_, update_ = noise_api.perturb_, noise_api.restore_, noise_api.update_

@@ -1,0 +1,199 @@
+"""The noise contract as Triton device functions; `pseuzo_kernels.reference` says what each computes.
+
+ASM picks inline PTX where Triton's own lowering costs more instructions. The interpreter has no PTX, so every such
+function has a twin in plain Triton with the same bits; both ways are compiled and tested.
+"""
+
+import triton
+import triton.language as tl
+
+NOISE_KEY0, NOISE_KEY1 = tl.constexpr(0x243F6A88), tl.constexpr(0x85A308D3)
+SECOND_KEY0, SECOND_KEY1 = tl.constexpr(0xA4093822), tl.constexpr(0x299F31D0)
+ROUNDING_KEY0, ROUNDING_KEY1 = tl.constexpr(0x13198A2E), tl.constexpr(0x03707344)
+
+
+@triton.jit
+def hash_seed(seed):
+    """splitmix64 of an int64."""
+    z = seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return (z ^ (z >> 31)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def round17(coef):
+    """fp32 rounded to 17 significant bits; infinities and NaN unchanged."""
+    bits = coef.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, (bits + 0x40) & 0xFFFFFF80, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mul_wide(a, m: tl.constexpr, ASM: tl.constexpr):
+    """High and low half of the 64-bit product: one IMAD.WIDE; Triton's own umulhi takes a second multiply for the low."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{.reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t;}",
+            "=r,=r,r,r",
+            [a, tl.full((), m, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        t = a.to(tl.uint64) * m
+        return (t >> 32).to(tl.uint32), (t & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def philox(q, stream, seed_hash, KEY0: tl.constexpr, KEY1: tl.constexpr, ROUNDS: tl.constexpr, ASM: tl.constexpr):
+    """Philox4x32 of the counter (q, stream, low half of seed_hash, high half)."""
+    c0, c1 = q, stream
+    c2, c3 = (seed_hash & 0xFFFFFFFF).to(tl.uint32), ((seed_hash >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for r in tl.static_range(ROUNDS):
+        h0, l0 = mul_wide(c0, 0xD2511F53, ASM)
+        h1, l1 = mul_wide(c2, 0xCD9E8D57, ASM)
+        c0 = h1 ^ c1 ^ ((KEY0 + r * 0x9E3779B9) & 0xFFFFFFFF)
+        c1 = l1
+        c2 = h0 ^ c3 ^ ((KEY1 + r * 0xBB67AE85) & 0xFFFFFFFF)
+        c3 = l0
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def swap_bytes(w, ASM: tl.constexpr):
+    """Swap the two bytes of each half."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x2301;", "=r,r", [w], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return ((w & 0x00FF00FF) << 8) | ((w >> 8) & 0x00FF00FF)
+
+
+@triton.jit
+def mask_or(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
+    """(w & mask) | ones."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [w, tl.full((), mask, tl.uint32), tl.full((), ones, tl.uint32)],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (w & mask) | ones
+
+
+@triton.jit
+def halves(a, ASM: tl.constexpr):
+    """The two fp16 numbers in a word, as fp32. Without the asm LLVM repacks the halves first: an instruction each."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{.reg .f16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+            "=f,=f,r",
+            [a],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low, high = (a & 0xFFFF).to(tl.uint16), (a >> 16).to(tl.uint16)
+        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def patterns(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
+    """The four half-precision patterns that one word makes."""
+    return halves(mask_or(w, mask, ones, ASM), ASM) + halves(mask_or(swap_bytes(w, ASM), mask, ones, ASM), ASM)
+
+
+@triton.jit
+def box_muller(w, coef, ASM: tl.constexpr):
+    """coef * radius, and cosine and sine of the angle, from 16 bits each. The fast forms are the GPU's own units."""
+    if ASM:
+        # 0x4B00xxxx is 2^23 + x in fp32, so one permute and one exact fma make u and the angle
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 h, l; .reg .f32 u, a, r;
+            prmt.b32 h, $3, 0x4B000000, 0x7632;
+            prmt.b32 l, $3, 0x4B000000, 0x7610;
+            fma.rn.f32 u, h, 0f37800000, 0fC2FFFFFF;
+            lg2.approx.ftz.f32 r, u;
+            mul.rn.f32 r, r, 0fBFB17218;
+            sqrt.approx.ftz.f32 r, r;
+            mul.rn.f32 $0, r, $4;
+            add.rn.f32 a, l, 0fCB007FFF;
+            fma.rn.f32 a, a, 0f38C90FDB, 0fB8490FDB;
+            cos.approx.ftz.f32 $1, a;
+            sin.approx.ftz.f32 $2, a;
+            }""",
+            "=f,=f,=f,r,f",
+            [w, coef],
+            dtype=(tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        u = ((w >> 16).to(tl.float32) + 0.5) * (1.0 / 65536)
+        angle = ((w & 0xFFFF).to(tl.float32) - 32767.5) * 9.587379924285257e-05  # pi / 32768
+        return tl.sqrt(-2.0 * tl.log(u)) * coef, tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def butterfly(a, H: tl.constexpr):
+    """One stage of the Walsh-Hadamard transform of 16 tensors."""
+    out = ()
+    for j in tl.static_range(16):
+        if j & H:
+            out = out + (a[j - H] - a[j],)
+        else:
+            out = out + (a[j] + a[j + H],)
+    return out
+
+
+@triton.jit
+def rounding_byte(word, J: tl.constexpr, ASM: tl.constexpr):
+    """(byte J of word << 8) + 0x80: what is added to an fp32 before its lower half is cut off."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [word, tl.full((), 0x80, tl.uint32), tl.full((), 0x5504 + 16 * J, tl.uint32)],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (((word >> (8 * J)) & 0xFF) << 8) + 0x80
+
+
+@triton.jit
+def cast(y, word, J: tl.constexpr, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> dtype, to nearest or, with byte J of word, stochastically."""
+    if STOCHASTIC and dtype == tl.float16:
+        bits = y.to(tl.uint32, bitcast=True)
+        u = bits & 0x7FFFFFFF
+        d = ((word >> (8 * J)) & 0xFF) * 2 + 1
+        normal = (u - 0x38000000 + (d << 4)) >> 13
+        tiny = u < 0x38800000
+        small = tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 8589934592.0  # 2^33; < 2^19 then
+        out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + d) >> 9, normal)
+        out = tl.where(u >= 0x47800000, 0x7C00, out)
+        out = tl.where(u > 0x7F800000, 0x7E00, out)
+        return (out | ((bits >> 16) & 0x8000)).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif dtype == tl.bfloat16 and (STOCHASTIC or not ASM):  # the cast of the interpreter truncates
+        bits = y.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            up = rounding_byte(word, J, ASM)
+        else:
+            up = 0x7FFF + ((bits >> 16) & 1)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        out = tl.where(finite, bits + up, bits)
+        out = tl.where(y == y, out, 0x7FC00000)
+        return (out >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return y.to(dtype)

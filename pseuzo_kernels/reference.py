@@ -1,0 +1,262 @@
+"""Every op in plain torch. This file defines what is correct; Triton, C++ and CUDA must agree with it.
+
+The noise: z(seed, stream, i) is the i-th perturbation of tensor `stream` under `seed`, a pure function of the three, so
+any element of any tensor can be made again anywhere. A chunk is 2048 consecutive elements, 16 planes of 128 columns, and
+one Philox counter serves the 16 elements of a column:
+
+    element i:  chunk = i >> 11,  plane = (i >> 7) & 15,  column = i & 127,  counter q = chunk * 128 + column
+    words:      W = Philox4x32(counter = (q, stream, seed_lo, seed_hi)), the seed hashed by splitmix64
+
+- "hadamard"    b[4w .. 4w+3] = four half-precision patterns of word W[w], z = FWHT16(b) / (4 sqrt(Var b)). Because the
+                transform is linear, sum_k c_k z_k = FWHT16(sum_k c_k b_k): it is applied once, whatever K.
+- "rademacher"  b[4w .. 4w+3] = +-1 from the top bit of each byte of W[w], z = b.
+- "normal"      Box-Muller: word w makes planes 2w and 2w + 1 from 16 bits of radius and 16 bits of angle.
+
+Sums run over k in order, in fp32, with c_k rounded to 17 significant bits. The patterns have 7, so c_k * b_k is exact and
+fused and unfused multiply-adds give the same bits: "hadamard" and "rademacher" are bit-exact on every backend.
+
+Sources: Philox and its constants, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); splitmix64, Steele
+et al. (2014); perturbation by seed, Malladi et al., "Fine-tuning language models with just forward passes" (2023).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pseuzo_kernels import api
+
+CHUNK, PLANE = 2048, 128  # elements
+COUNTERS_AT_ONCE = 1 << 16  # bounds the int64 temporaries: about 16 MiB, whatever the size of the tensor
+
+KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x299F31D0))  # the second only for planes 8..15 of "normal"
+KEY_ROUNDING = (0x13198A2E, 0x03707344)
+HADAMARD_SCALE = 1 / (4 * math.sqrt(0.7050395011901855))
+MASK32 = 0xFFFFFFFF
+
+
+def hash_seeds(seeds: Tensor) -> Tensor:
+    """splitmix64 of each seed. [K] int64 -> [K] int64 (the bits of the unsigned result)."""
+
+    def shift_right(v: Tensor, by: int) -> Tensor:
+        return (v >> by) & ((1 << (64 - by)) - 1)  # int64 shifts copy the sign
+
+    z = seeds + (0x9E3779B97F4A7C15 - (1 << 64))
+    z = (z ^ shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ shift_right(z, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ shift_right(z, 31)
+
+
+def philox4x32(counter: tuple[Tensor | int, ...], key: tuple[int, int], rounds: int) -> tuple[Tensor, ...]:
+    """Four words, int64 in 0 .. 2^32 - 1, of the shape that the four counter words broadcast to."""
+    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c) for c in counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps as uint64 does
+        c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
+        c2, c3 = ((p0 >> 32) & MASK32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def round17(coefs: Tensor) -> Tensor:
+    """fp32 rounded to 17 significant bits, halves away from zero; infinities and NaN unchanged."""
+    rounded = ((coefs.view(torch.int32) + 0x40) & -0x80).view(torch.float32)
+    return torch.where(coefs.isfinite(), rounded, coefs)
+
+
+def scale_of(noise: str, noise_scale: float) -> float:
+    """The constant that multiplies a column's sums: rounded to fp32 once, where it is used."""
+    return (HADAMARD_SCALE if noise == "hadamard" else 1.0) * noise_scale
+
+
+def _half_patterns(words: tuple[Tensor, ...], mask: int, ones: int) -> Tensor:
+    """[16, n] fp32: four half-precision numbers from each of four words [n]."""
+    planes = []
+    for word in words:
+        swapped = ((word & 0x00FF00FF) << 8) | ((word >> 8) & 0x00FF00FF)
+        for source in (word, swapped):
+            bits = (source & mask) | ones
+            planes += [bits & 0xFFFF, bits >> 16]
+    halves = torch.stack(planes)
+    halves = torch.where(halves >= 0x8000, halves - 0x10000, halves)  # the range of int16
+    return halves.to(torch.int16).view(torch.float16).float()
+
+
+def column_noise(noise: str, q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
+    """b, [16, n] fp32: plane by column, before the transform and the scale. q [n] int64, seed_hash [] int64."""
+    counter = (q, stream, seed_hash & MASK32, (seed_hash >> 32) & MASK32)
+    if noise == "hadamard":
+        return _half_patterns(philox4x32(counter, KEYS_NOISE[0], 7), 0x8F708F70, 0x30003000)
+    if noise == "rademacher":
+        return _half_patterns(philox4x32(counter, KEYS_NOISE[0], 7), 0x80008000, 0x3C003C00)
+    words = torch.stack(philox4x32(counter, KEYS_NOISE[0], 10) + philox4x32(counter, KEYS_NOISE[1], 10))  # [8, n]
+    radius = torch.sqrt(-2 * torch.log(((words >> 16).float() + 0.5) / 65536))
+    angle = ((words & 0xFFFF).float() - 32767.5) * (math.pi / 32768)
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).flatten(0, 1)
+
+
+def fwht16(a: Tensor) -> Tensor:
+    """Walsh-Hadamard transform over the first axis, [16, n]; the order of the additions is part of the contract."""
+    for h in (1, 2, 4, 8):
+        a = a.reshape(16 // (2 * h), 2, h, -1)
+        a = torch.stack([a[:, 0] + a[:, 1], a[:, 0] - a[:, 1]], dim=1).reshape(16, -1)
+    return a
+
+
+def noise_sum(noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor, noise_scale: float) -> Tensor:
+    """d = noise_scale * sum_k coefs[k] z_k for whole columns, [16, n] fp32. q [n], hashes [K] int64, coefs [K] fp32."""
+    acc = torch.zeros(16, q.numel(), device=q.device)
+    for seed_hash, coef in zip(hashes, round17(coefs), strict=True):
+        acc = acc + coef * column_noise(noise, q, stream, seed_hash)
+    acc = fwht16(acc) if noise == "hadamard" else acc
+    return acc * torch.tensor(scale_of(noise, noise_scale), dtype=torch.float32, device=q.device)
+
+
+def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tensor:
+    """floor(|x| / ulp + (2 dither + 1) / 512) ulps of dtype, with the sign of x. x fp32, dither int64 in 0 .. 255.
+
+    Unbiased to 1/512 ulp; values that dtype holds stay as they are, infinities and NaN too.
+    """
+    bits = x.view(torch.int32).to(torch.int64) & MASK32
+    if dtype is torch.bfloat16:
+        out = (bits + torch.where(x.isfinite(), (dither << 8) + 0x80, 0)) >> 16
+        out = torch.where(x.isnan(), 0x7FC0, out)
+    else:
+        u, d = bits & 0x7FFFFFFF, 2 * dither + 1
+        subnormal = ((torch.where(u < 0x38800000, x.abs(), 0) * 2.0**33).to(torch.int64) + d) >> 9
+        out = torch.where(u >= 0x38800000, (u - 0x38000000 + (d << 4)) >> 13, subnormal)
+        out = torch.where(u >= 0x47800000, 0x7C00, out)
+        out = torch.where(u > 0x7F800000, 0x7E00, out) | ((bits >> 16) & 0x8000)
+    out = torch.where(out >= 0x8000, out - 0x10000, out)
+    return out.to(torch.int16).view(dtype)
+
+
+def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Counters q [n] of chunks first .. last - 1, and the element index of each (plane, column), [16, n]."""
+    q = torch.arange(first * PLANE, last * PLANE, device=device)
+    elements = (q // PLANE) * CHUNK + q % PLANE + PLANE * torch.arange(16, device=device)[:, None]
+    return q, elements
+
+
+def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash) -> None:
+    """out and x are flat, x may be None or out itself."""
+    n = out.numel()
+    chunks_at_once = COUNTERS_AT_ONCE // PLANE
+    for first in range(0, -(-n // CHUNK), chunks_at_once):
+        q, elements = _columns(first, min(first + chunks_at_once, -(-n // CHUNK)), out.device)
+        y = noise_sum(noise, q, stream, hashes, coefs, scale)
+        inside = elements < n
+        at = elements[inside]
+        y = y[inside]
+        if x is not None:
+            y = x[at].float() * keep + y
+        if stochastic and out.dtype is not torch.float32:
+            counter = (q, stream, rounding_hash & MASK32, (rounding_hash >> 32) & MASK32)
+            words = torch.stack(philox4x32(counter, KEY_ROUNDING, 7)).repeat_interleave(4, dim=0)  # [16, n]
+            shifts = 8 * (torch.arange(16, device=out.device) % 4)[:, None]
+            out[at] = round_stochastically(y, ((words >> shifts) & 0xFF)[inside], out.dtype)
+        else:
+            out[at] = y.to(out.dtype)
+
+
+def add_noise_list_out(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out):
+    """The op pseuzo::add_noise_list_out: out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
+
+    xs, out: lists of contiguous tensors of equal sizes; xs may be empty, then there is no first term. found_inf: fp32
+    [1] or None; where it is not 0, keeps count as 1 (a skipped step decays nothing; its coefs are zero already).
+    """
+    hashes = hash_seeds(seeds)
+    rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
+    for t, y in enumerate(out):
+        keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)
+        if found_inf is not None:
+            keep = torch.where(found_inf.to(y.device) != 0, 1.0, keep)
+        x = xs[t].view(-1) if xs else None
+        _add_noise_into(
+            y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash
+        )
+
+
+def add_noise_list_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
+    """The op pseuzo::add_noise_list_: add_noise_list_out in place; where scales[t] is 0 nothing is made or written."""
+    for x, stream, keep, scale in zip(xs, streams, keeps, scales, strict=True):
+        if scale:
+            add_noise_list_out(
+                [x], seeds, coefs, [stream], [keep], [scale], noise, stochastic, rounding_seed, found_inf, out=[x]
+            )
+
+
+def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
+    """The op pseuzo::add_noise_rows: rows `index` of x + scale * sum_k coefs[k] z(seeds[k], stream), nothing else made.
+
+    x [N, D]; index int64, any shape, 0 <= index < N; returns index.shape + [D], rounded to nearest. The noise of a row
+    is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to the bit.
+    """
+    if index.numel() == 0:
+        return x.new_empty(*index.shape, x.shape[1])
+    rows, inverse = torch.unique(index, return_inverse=True)
+    width = x.shape[1]
+    elements = rows[:, None] * width + torch.arange(width, device=x.device)
+    chunks, chunk_of = torch.unique(elements // CHUNK, return_inverse=True)
+    q = (chunks[:, None] * PLANE + torch.arange(PLANE, device=x.device)).view(-1)
+    d = noise_sum(noise, q, stream, hash_seeds(seeds), coefs, scale)  # [16, chunks * 128]
+    d = d[(elements // PLANE) % 16, chunk_of * PLANE + elements % PLANE]
+    return (x[rows].float() + d).to(x.dtype)[inverse]
+
+
+def window_step(
+    values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps
+):
+    """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See api.EmaWindow.
+
+    State, written in place: values [K, R, P, D] fp32, an entry's rows (means over a group), aligned to the last
+    position; seeds [K] int64; groups [K, R] int64; counts [K, R] int32, how many rows of the batch a row stands for: 0
+    means none, and the row is not read; skipped [] int64.
+    o0 (or None: o1 is the difference), o1, grad [B, P', D], B <= R, P' <= P; group [B] int64 or None: each row its own;
+    loss fp32 scalar or None. The entry of age a is at slot (slot - a) mod K.
+    Returns seeds [used], coefs [used] fp32, both the newest last, and found_inf [1] fp32.
+    """
+    capacity, rows_max, positions_max, _ = values.shape
+    rows, positions, _ = o1.shape
+    change = o1.float() if o0 is None else o1.float() - o0.float()
+    group = torch.arange(rows, device=o1.device) if group is None else group
+    same = group[:, None] == group[None, :]
+    leader = same.int().argmax(1) == torch.arange(rows, device=o1.device)  # the first row of its group
+
+    values[slot] = 0
+    pooled = torch.einsum("ij,jpd->ipd", same.double(), change.double()) / same.sum(1)[:, None, None]
+    values[slot, :rows, positions_max - positions :] = pooled.float()
+    groups[slot, :rows] = group
+    counts[slot] = 0
+    counts[slot, :rows] = torch.where(leader, same.sum(1), 0).int()
+    seeds[slot] = seed
+
+    ages = range(used - 1, -1, -1)
+    slots = [(slot - age) % capacity for age in ages]
+    dots = []
+    for k in slots[:-1]:
+        pairs = ((groups[k, :, None] == group[None, :]) & (counts[k, :, None] > 0)).double()  # [R, B]
+        old = values[k, :, positions_max - positions :].double()
+        old = torch.where(counts[k, :, None, None] > 0, old, 0.0)
+        dots.append((old * torch.einsum("rb,bpd->rpd", pairs, grad.double())).sum())
+    own = (change.double() * grad.double()).sum()
+    weights = torch.tensor([momentum**age / eps for age in ages], dtype=torch.float64, device=o1.device)
+    coefs = (torch.stack([*dots, own]) * weights).float()
+
+    loss_ok = torch.ones((), dtype=torch.bool, device=o1.device) if loss is None else loss.isfinite().all()
+    ok = coefs.isfinite().all() & loss_ok
+    counts[slot] = torch.where(coefs[-1].isfinite() & loss_ok, counts[slot], 0)
+    skipped += (~ok).long()
+    coefs = torch.where(ok, coefs, 0.0)
+    return seeds[slots].clone(), coefs, (~ok).float().view(1)
+
+
+_api = api.NoiseApi(add_noise_list_, add_noise_list_out, add_noise_rows)
+noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
+perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
+
+
+class EmaWindow(api.EmaWindow):
+    __doc__ = api.EmaWindow.__doc__
+    _op = staticmethod(window_step)

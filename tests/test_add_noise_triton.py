@@ -1,0 +1,133 @@
+"""The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
+
+import pytest
+import torch
+
+from pseuzo_kernels import reference
+
+pytest.importorskip("triton")
+from pseuzo_kernels.add_noise import (
+    add_noise_list_out_triton,
+    add_noise_list_triton_,
+    add_noise_rows_triton,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 8192 * 2 + 5)
+SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 1e-8, -6e-5, 3e-39, 65504.0, -65519.0, 3.38e38)
+
+
+def seeds_coefs(K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(K)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (K,), generator=g)
+    return seeds.to(DEVICE), torch.randn(K, generator=g).to(DEVICE)
+
+
+def values(n: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    x[: len(SPECIAL)] = torch.tensor(SPECIAL[:n]).to(dtype)
+    return x
+
+
+def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    """NaNs may differ in payload, as the hardware's conversions do; nothing else may differ."""
+    got, want = got.cpu(), want.cpu()
+    assert got.dtype == want.dtype and (got.isnan() == want.isnan()).all()
+    view = {4: torch.int32, 2: torch.int16}[got.element_size()]
+    same = (got.view(view) == want.view(view)) | want.isnan()
+    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, first at {int((~same).nonzero()[0])}"
+
+
+def assert_close_normal(got, want, K):
+    """Fast logarithm, sine and cosine: 5e-5 a term at worst (near a radius of 0), and a rounding of the result."""
+    want = want.cpu().float()
+    torch.testing.assert_close(got.cpu().float(), want, rtol=2**-8 if got.dtype is torch.bfloat16 else 2**-10,
+                               atol=5e-5 * K, equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", ["hadamard", "rademacher", "normal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("K", [1, 5])
+def test_one_tensor(noise, dtype, stochastic, K):
+    seeds, coefs = seeds_coefs(K)
+    for n in SIZES if K == 1 else (1, 2049, 8192 + 3):
+        band = torch.full((n + 64,), 7.0, dtype=dtype)
+        band[32 : 32 + n] = values(n, dtype)
+        want = band.clone()
+        got = band.to(DEVICE)
+        args = ([2**32 - 1], [0.75], [1.5], noise, stochastic and noise != "normal", 9)
+        add_noise_list_triton_([got[32 : 32 + n]], seeds, coefs, *args)
+        reference.add_noise_list_([want[32 : 32 + n]], seeds.cpu(), coefs.cpu(), *args)
+        if noise == "normal":
+            assert_close_normal(got, want, K)
+        else:
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("K", [14, 100])
+def test_many_seeds(K):
+    seeds, coefs = seeds_coefs(K)
+    x = values(5000, torch.bfloat16)
+    want, got = x.clone(), x.to(DEVICE)
+    args = ([7], [1.0], [1.0], "hadamard", True, 3)
+    add_noise_list_triton_([got], seeds, coefs, *args)
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), *args)
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_list_in_one_launch(stochastic):
+    """Aligned tensors of several sizes and dtypes, one misaligned view, one empty, one skipped by a scale of 0."""
+    seeds, coefs = seeds_coefs(3)
+    xs = [values(n, dtype) for n, dtype in zip((8192 * 2 + 1, 5000, 0, 1, 130, 2048), DTYPES * 2, strict=True)]
+    xs.append(torch.ones(4099, dtype=torch.bfloat16)[1:])
+    xs.append(values(300, torch.bfloat16))
+    streams, keeps = list(range(10, 18)), [1.0, 0.5, 0.5, 0.25, 1.0, 0.9, 0.9, 0.1]
+    scales = [1.0, 2.0, 1.0, 0.3, 1.0, 1.0, 1.0, 0.0]
+    got = [x.clone().to(DEVICE) for x in xs[:6]] + [xs[6].clone().to(DEVICE), xs[7].clone().to(DEVICE)]
+    got[6] = torch.ones(4099, dtype=torch.bfloat16, device=DEVICE)[1:]
+    want = [x.clone() for x in xs]
+    for _ in range(2):  # the second time with the tables of the first
+        add_noise_list_triton_(got, seeds, coefs, streams, keeps, scales, "hadamard", stochastic, 5)
+        reference.add_noise_list_(want, seeds.cpu(), coefs.cpu(), streams, keeps, scales, "hadamard", stochastic, 5)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+def test_out_of_place_and_without_x():
+    seeds, coefs = seeds_coefs(2)
+    xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049)]
+    for first_term in (xs, []):
+        got = [torch.full_like(x, 3.0) for x in xs]
+        want = [torch.full_like(x, 3.0, device="cpu") for x in xs]
+        args = ([1, 2], [0.5, 2.0], [1.0, 0.5], "hadamard", True, 5)
+        add_noise_list_out_triton(first_term, seeds, coefs, *args, out=got)
+        cpu = [x.cpu() for x in first_term]
+        reference.add_noise_list_out(cpu, seeds.cpu(), coefs.cpu(), *args, out=want)
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g, w)
+
+
+def test_found_inf_keeps_the_weights():
+    seeds, _ = seeds_coefs(1)
+    zero = torch.zeros(1, device=DEVICE)
+    for found, keep in ((0.0, 0.5), (1.0, 1.0)):
+        x = torch.randn(3000).to(DEVICE)
+        want = x * keep
+        add_noise_list_triton_([x], seeds, zero, [0], [0.5], [1.0], "hadamard", False, 0, zero + found)
+        assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("width", [1, 7, 100, 768, 2048, 2050, 5000])
+def test_rows(width):
+    seeds, coefs = seeds_coefs(2)
+    x = torch.randn(40, width).to(torch.bfloat16)
+    index = torch.tensor([[0, 39, 5], [5, 17, 1]])
+    got = add_noise_rows_triton(x.to(DEVICE), index.to(DEVICE), seeds, coefs, 3, 0.5, "hadamard")
+    want = x.clone()
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), [3], [1.0], [0.5], "hadamard", False, 0)
+    assert got.shape == (2, 3, width)
+    assert_same_bits(got, want[index])
+    assert_same_bits(reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, "hadamard"), want[index])
