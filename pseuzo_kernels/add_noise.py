@@ -320,7 +320,7 @@ def add_noise_list_out_triton(
     if sum(y.numel() for y in out) == 0:
         return
     device = out[0].device
-    rounding_hash = int(reference.hash_seeds(torch.tensor(rounding_seed)))
+    rounding_hash = reference.hash_seed(rounding_seed)
     K = seeds.numel()
     with _on(device):
         seeds, coefs, options = _prepared(seeds, coefs)

@@ -35,6 +35,14 @@ HADAMARD_SCALE = 1 / (4 * math.sqrt(0.7050395011901855))
 MASK32 = 0xFFFFFFFF
 
 
+def hash_seed(seed: int) -> int:
+    """splitmix64 of one seed, as the int64 with the bits of the result."""
+    z = (seed + 0x9E3779B97F4A7C15) % (1 << 64)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % (1 << 64)
+    return api.signed64("hash_seed", z ^ (z >> 31))
+
+
 def hash_seeds(seeds: Tensor) -> Tensor:
     """splitmix64 of each seed. [K] int64 -> [K] int64 (the bits of the unsigned result)."""
 

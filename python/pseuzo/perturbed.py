@@ -1,0 +1,266 @@
+"""Exact perturbed forward: a module runs as if its weights were x + eps * z(seed), and the weights are never written.
+
+Small weights are copied, perturbed, in one launch for the whole pass. A large one is made in scratch when its module runs
+and forgotten when it returns, so the memory is that of the largest module. An embedding is perturbed at the rows it
+looks up. Nothing has to be restored, so nothing drifts, and an exception in the forward leaves the weights as they were.
+
+A weight that the forward uses outside its module (a functional call on another module's weight, a view kept since long)
+would be missed. The first passes of a model therefore run under a watch that sees every op: a real weight that reaches
+one is replaced by a perturbed copy there and then, and from the next pass on such weights are copied for the whole pass.
+The watch stands down after a pass in which it had nothing to do.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from pseuzo_kernels.api import check_noise, check_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together are a small part of it
+ALIGN = 2048  # elements between tensors in scratch, so that each begins on an address the kernels can read widely
+
+
+class _Scratch:
+    """One buffer per nesting depth, grown to the largest module that ran there, and then reused by every module."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def take(self, depth: int, like: list[Tensor]) -> list[Tensor]:
+        key = (depth, like[0].dtype, like[0].device)
+        sizes = [-(-x.numel() // ALIGN) * ALIGN for x in like]
+        if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
+            self._buffers.pop(key, None)  # freed before the larger one is made
+            self._buffers[key] = torch.empty(sum(sizes), dtype=key[1], device=key[2])
+        parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
+        return [part[: x.numel()].view(x.shape) for part, x in zip(parts, like, strict=False)]
+
+
+class _RowsOfEmbedding(TorchFunctionMode):
+    """While an embedding's forward runs: its lookup in `param` gives perturbed rows; any other use, a perturbed copy."""
+
+    def __init__(self, owner: "PerturbedForward", param: Tensor):
+        super().__init__()
+        self.owner, self.param = owner, param
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.embedding and len(args) > 1 and args[1] is self.param:
+            max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+            if max_norm is None:  # else the lookup writes to its weight: it gets a copy, below
+                return self.owner.rows(self.param, args[0])
+        if func.__name__ != "__get__":  # asking for its dtype or shape is no use of it
+            perturbed_one = lambda x: self.owner.copy_of(self.param) if x is self.param else x  # noqa: E731
+            args, kwargs = tree_map_only(Tensor, perturbed_one, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every op of a pass and puts perturbed copies in the place of real weights."""
+
+    def __init__(self, owner: "PerturbedForward"):
+        super().__init__()
+        self.owner = owner
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "pseuzo":
+            args, kwargs = tree_map_only(Tensor, self.owner.substitute, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class PerturbedForward:
+    """The perturbed forward of one model; kept over steps with its scratch and what it learned of the model.
+
+    params: the weights to perturb -> (stream, noise scale); others run as they are.
+    """
+
+    def __init__(self, model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str = "hadamard"):
+        check_noise("perturbed", noise)
+        self.noise = noise
+        self.params = {p: place for p, place in params.items() if place[1] != 0}
+        self.real = {p: p.detach() for p in self.params}  # as the ops take them: no autograd, the same memory
+        for device in {p.device for p in self.params}:
+            check_tensors("perturbed", [p for p in self.params if p.device == device], "parameter")
+        self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {p: [] for p in self.params}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and p in self.params:
+                    self.places[p].append((module, name))
+        self._by_storage: dict[int, list[nn.Parameter]] = {}
+        for p in self.params:
+            self._by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(p)
+        self._outside: set[nn.Parameter] = set()  # met by the watch: copied for the whole pass
+        self._met = False  # the watch met a real weight in this pass
+        self._settled = False  # a pass went by in which it met none
+        self._scratch = _Scratch()
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of the pass that runs
+        self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
+        self._stack: list[tuple[nn.Module, list[tuple[str, Tensor]], TorchFunctionMode | None]] = []
+        self._seeds: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.active = False
+
+    def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
+        """Can this object serve for these? Not if a weight was moved, replaced or scaled anew since it was made."""
+        wanted = {p: place for p, place in params.items() if place[1] != 0}
+        return (
+            noise == self.noise
+            and wanted == self.params
+            and all(p.data_ptr() == real.data_ptr() and p.dtype is real.dtype for p, real in self.real.items())
+        )
+
+    def _make(self, params: list[nn.Parameter], outs: list[Tensor]) -> None:
+        """outs <- params + eps * scale * z, one launch per device."""
+        for device in {p.device for p in params}:
+            here = [i for i, p in enumerate(params) if p.device == device]
+            streams, scales = zip(*(self.params[params[i]] for i in here), strict=True)
+            torch.ops.pseuzo.add_noise_list_out(
+                [self.real[params[i]] for i in here], *self._seeds[device], list(streams), [1.0] * len(here),
+                list(scales), self.noise, False, 0, None, out=[outs[i] for i in here],
+            )  # fmt: skip
+
+    def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
+        """Rows of the perturbed embedding, no others made."""
+        stream, scale = self.params[param]
+        return torch.ops.pseuzo.add_noise_rows(
+            self.real[param], index, *self._seeds[param.device], stream, scale, self.noise
+        )
+
+    def copy_of(self, param: nn.Parameter) -> Tensor:
+        """The perturbed weight, for the rest of the pass."""
+        if param not in self._copies:
+            self._copies[param] = self._memory_for(param)
+            self._make([param], [self._copies[param]])
+        return self._copies[param]
+
+    def _memory_for(self, param: nn.Parameter) -> Tensor:
+        if param not in self._kept:
+            self._kept[param] = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        return self._kept[param]
+
+    def substitute(self, x: Tensor) -> Tensor:
+        """x, unless it is (a view of) a real weight that is to be perturbed: then the same view of the perturbed one."""
+        if x.layout is not torch.strided or x.numel() == 0:
+            return x
+        for param in self._by_storage.get(x.untyped_storage().data_ptr(), ()):
+            offset = x.storage_offset() - self.real[param].storage_offset()
+            if 0 <= offset < param.numel():
+                self._outside.add(param)
+                self._met = True
+                return self.copy_of(param).as_strided(x.size(), x.stride(), offset)
+        return x
+
+    def _swap(self, module: nn.Module, copies: list[tuple[str, Tensor]], mode: TorchFunctionMode | None = None) -> None:
+        before = [(name, module._parameters[name]) for name, _ in copies]
+        self._stack.append((module, before, mode))
+        for name, copy in copies:
+            module._parameters[name] = copy
+        if mode is not None:
+            mode.__enter__()
+
+    def _unswap(self) -> None:
+        module, before, mode = self._stack.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        for name, p in before:
+            module._parameters[name] = p
+
+    def _enter_module(self, module: nn.Module, args: tuple) -> None:
+        named = [(name, p) for name, p in self._owned[module] if module._parameters[name] is p]
+        if isinstance(module, nn.Embedding) and len(named) == 1:
+            self._swap(module, [], _RowsOfEmbedding(self, named[0][1]))
+            return
+        by_dtype: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+        for name, p in named:
+            by_dtype.setdefault((p.dtype, p.device), []).append((name, p))
+        copies = []
+        for group in by_dtype.values():
+            params = [p for _, p in group]
+            outs = self._scratch.take(len(self._stack), params)
+            self._make(params, outs)
+            copies += [(name, out) for (name, _), out in zip(group, outs, strict=True)]
+        self._swap(module, copies)
+
+    def _leave_module(self, module: nn.Module, args: tuple, output: object) -> None:
+        if self._stack and self._stack[-1][0] is module:
+            self._unswap()
+
+    @contextmanager
+    def __call__(self, seed: int, eps: float) -> Iterator[None]:
+        """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative."""
+        self.active = True
+        for device in {p.device for p in self.params}:
+            self._seeds[device] = (
+                torch.full((1,), seed, dtype=torch.int64, device=device),
+                torch.full((1,), eps, device=device),
+            )
+        whole_pass = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
+        handles = []
+        try:
+            self._make(whole_pass, [self._memory_for(p) for p in whole_pass])
+            for p in whole_pass:
+                self._copies[p] = self._kept[p]
+                for module, name in self.places[p]:
+                    self._swap(module, [(name, self._kept[p])])
+            self._owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+            for p, places in self.places.items():
+                for module, name in places if p not in self._copies else ():
+                    self._owned.setdefault(module, []).append((name, p))
+            for module in self._owned:
+                handles.append(module.register_forward_pre_hook(self._enter_module))
+                handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self._met = False
+            if self._settled:
+                yield
+            else:
+                with _Watch(self):
+                    yield
+                self._settled = not self._met
+        finally:
+            for handle in handles:
+                handle.remove()
+            while self._stack:  # what an interrupted module left, then the whole-pass copies
+                self._unswap()
+            self._copies.clear()
+            self.active = False
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # a copy of the model has other weights: it makes its own
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def forward_of(
+    model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str
+) -> PerturbedForward:
+    """The model's PerturbedForward, made anew if it does not serve for these. It lives as long as the model."""
+    forward = model.__dict__.get("_pseuzo_forward")
+    if forward is not None and forward.active:
+        raise RuntimeError("perturbed: the model is perturbed already; contexts of one model do not nest")
+    if forward is None or not forward.matches(params, noise):
+        forward = model.__dict__["_pseuzo_forward"] = PerturbedForward(model, params, noise)
+    return forward
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module, seed: int, eps: float, *, sign: int = 1, noise: str = "hadamard"
+) -> Iterator[None]:
+    """Inside, forwards of model see x + sign * eps * z(seed) in place of every weight x that requires grad.
+
+    The weights themselves are not touched, whatever happens inside. The stream of a weight is its position in
+    model.parameters(). Gradients do not flow to the weights inside. eps >= 0; sign is 1 or -1.
+    """
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"perturbed: eps must be finite and not negative, got {eps}; sign=-1 is the other side")
+    if sign not in (1, -1):
+        raise ValueError(f"perturbed: sign must be 1 or -1, got {sign}")
+    params = {p: (i, 1.0) for i, p in enumerate(model.parameters()) if p.requires_grad}
+    with forward_of(model, params, noise)(seed, sign * eps):
+        yield

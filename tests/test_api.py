@@ -1,0 +1,164 @@
+"""The public functions: what they compute, what they refuse, and that the dispatcher and torch.compile know them."""
+
+import pytest
+import pseuzo_kernels as pk
+import torch
+from pseuzo_kernels import reference
+from torch import nn
+
+NAMES = ("noise", "add_noise_", "add_noise", "perturb_", "restore_", "update_")
+
+
+@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+def test_perturb_restore_update_are_add_noise(api, noise):
+    xs = [torch.randn(5000), torch.randn(3, 7), torch.randn(0), torch.randn(2048)]
+    start = [x.clone() for x in xs]
+    atol = 0.2 * 5.5 * 2.0**-17  # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
+    api.perturb_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
+    for x, was, stream, scale in zip(xs, start, (4, 9, 2, 0), (1.0, 2.0, 1.0, 0.0), strict=True):
+        z = reference.noise(x.shape, 5, stream, noise=noise)
+        torch.testing.assert_close(x, was + 0.1 * scale * z, rtol=0, atol=atol)
+    api.restore_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
+    for x, was in zip(xs, start, strict=True):
+        torch.testing.assert_close(x, was, rtol=0, atol=2.0**-21)  # two roundings of numbers below 8
+    assert torch.equal(xs[3], start[3])
+    api.update_(xs[:2], [1, 2], [0.5, -2.0], lr=0.1, weight_decay=[0.3, 0.0], noise=noise)
+    for i, (x, was) in enumerate(zip(xs[:2], start, strict=False)):
+        z = 0.5 * reference.noise(x.shape, 1, i, noise=noise) - 2 * reference.noise(x.shape, 2, i, noise=noise)
+        torch.testing.assert_close(x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ops_equal_the_reference(dtype):
+    got = [torch.randn(n).to(dtype) for n in (5000, 1, 2049)]
+    want = [x.clone() for x in got]
+    for api, xs in ((pk, got), (reference, want)):
+        api.perturb_(xs, 3, 0.5, rounding="stochastic", rounding_seed=1)
+        api.update_(xs, torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, -0.3]), lr=0.3, weight_decay=0.1,
+                    rounding="stochastic", rounding_seed=2, noise_scale=0.7)  # fmt: skip
+        api.add_noise_(xs[0], 8, 0.25, 11, keep=0.5)
+        xs.append(api.add_noise(xs[0], [8, 9], [0.25, 1.0], 2**32 - 1, keep=0.5))
+        xs.append(api.noise((3, 1000), -1, 5, dtype=dtype))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_one_tensor_or_many_and_views_and_out():
+    x = torch.randn(100, 50)
+    view = x[20:40]
+    want = x.clone()
+    want[20:40] = reference.add_noise(view, 1, 2.0, 0)
+    pk.perturb_(view, 1, 2.0)
+    assert torch.equal(x, want)
+    out = torch.empty_like(x)
+    assert pk.add_noise(x, 1, 2.0, 0, out=out) is out and torch.equal(x, want)
+    assert torch.equal(pk.add_noise(x, 1, 2.0, 0, noise_scale=0.0), x)
+    pk.add_noise(x, 1, 2.0, 0, out=x)
+    assert torch.equal(x, out)
+    pk.perturb_([], 1, 1.0)
+
+
+def test_parameters_are_written_and_autograd_is_told():
+    w = nn.Parameter(torch.randn(10))
+    loss = (w * w).sum()
+    pk.perturb_([w], 1, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_unsigned_and_signed_seeds_are_the_same():
+    assert torch.equal(pk.noise((9,), 2**64 - 1, 0), pk.noise((9,), -1, 0))
+
+
+@pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+def test_bad_input_is_refused_before_anything_is_written(api):
+    x, y = torch.ones(4, 6), torch.ones(5)
+    ints = torch.ones(3, dtype=torch.int32)
+    huge = torch.empty(1, device="meta").expand((1 << 36) + 1)
+    meta = torch.empty(5, device="meta")
+    cases = [
+        (lambda: api.perturb_([y, x.T], 1, 0.1), ValueError, r"params\[1\] must be contiguous, got strides \(1, 6\)"),
+        (lambda: api.perturb_([y, ints], 1, 0.1), TypeError, r"params\[1\] must be float32, bfloat16 or float16"),
+        (lambda: api.perturb_([y, y.double()], 1, 0.1), TypeError, "got torch.float64"),
+        (lambda: api.perturb_([y, None], 1, 0.1), TypeError, "must be a tensor, got NoneType"),
+        (lambda: api.perturb_([y, meta], 1, 0.1), ValueError, "mixed devices"),
+        (lambda: api.perturb_([y, y], 1, 0.1), ValueError, "in the list twice"),
+        (lambda: api.perturb_(y, 1, -0.1), ValueError, "scale must be finite and not negative, got -0.1"),
+        (lambda: api.restore_(y, 1, float("nan")), ValueError, "scale must be finite"),
+        (lambda: api.perturb_(y, 1, 0.1, noise="gauss"), ValueError, "unknown noise 'gauss'; known: 'hadamard'"),
+        (lambda: api.perturb_(y, 1, 0.1, rounding="up"), ValueError, "unknown rounding 'up'; known: 'nearest'"),
+        (lambda: api.perturb_(y, 1, 0.1, noise_scale=-1.0), ValueError, "noise_scale must be finite"),
+        (lambda: api.perturb_([y], 1, 0.1, noise_scale=[1.0, 2.0]), ValueError, "one number or one per tensor"),
+        (lambda: api.perturb_([y], 1, 0.1, streams=[0, 1]), ValueError, "one stream per tensor"),
+        (lambda: api.perturb_([y], 1, 0.1, streams=[2**32]), ValueError, r"stream must be an int in 0 .. 2\^32 - 1"),
+        (lambda: api.perturb_(y, 1.5, 0.1), TypeError, "a seed must be an int"),
+        (lambda: api.perturb_(y, 1 << 64, 0.1), ValueError, "a seed must fit 64 bits"),
+        (lambda: api.update_(y, [1, 2], [0.1], lr=0.1), ValueError, "as many coefs as seeds.* 2 seeds and 1 coefs"),
+        (lambda: api.update_(y, [], [], lr=0.1), ValueError, "at least one seed is needed, got K = 0"),
+        (lambda: api.update_(y, [1], [float("inf")], lr=0.1), ValueError, "coefs must be finite"),
+        (lambda: api.update_(y, [1], [1.0], lr=-0.1), ValueError, "lr must be finite and not negative"),
+        (lambda: api.update_(y, [1], [1.0], lr=0.1, weight_decay=-1.0), ValueError, "weight_decay must be"),
+        (lambda: api.update_(y, torch.ones(1), [1.0], lr=0.1), TypeError, "seeds must be torch.int64"),
+        (lambda: api.update_(y, meta.long(), [1.0], lr=0.1), ValueError, "mixed devices, seeds is on meta"),
+        (lambda: api.update_(y, torch.ones(1, 1).long(), [1.0], lr=0.1), ValueError, "must have one dimension"),
+        (lambda: api.add_noise_(y, 1, 1.0, 0, keep=float("nan")), ValueError, "keep must be finite"),
+        (lambda: api.add_noise_(y, 1, 1.0, -1), ValueError, "stream must be"),
+        (lambda: api.add_noise(y, 1, 1.0, 0, out=torch.ones(6)), ValueError, "out must be like x"),
+        (lambda: api.add_noise_(huge, 1, 1.0, 0), ValueError, "must be contiguous|more than the 2"),
+        (lambda: api.noise((5,), 1, 0, dtype=torch.int64), TypeError, "must be float32"),
+    ]
+    for call, error, sentence in cases:
+        with pytest.raises(error, match=sentence):
+            call()
+    assert (x == 1).all() and (y == 1).all()
+
+
+def test_tensor_too_large_for_the_counter():
+    x = torch.empty((1 << 36) + 1, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"68719476737 elements, more than the 2\^36"):
+        pk.add_noise_(x, 1, 1.0, 0)
+
+
+def op_arguments():
+    seeds, coefs = torch.tensor([1, -2]), torch.tensor([0.5, 2.0])
+    rest = ([0, 1], [0.5, 1.0], [1.0, 2.0], "hadamard", True, 3, None)
+    xs = lambda: [torch.randn(2500, dtype=torch.bfloat16), torch.randn(3)]  # noqa: E731
+    ops = torch.ops.pseuzo
+    yield ops.add_noise_list_.default, (xs(), seeds, coefs, *rest), {}
+    yield ops.add_noise_list_.default, (xs(), seeds, coefs, *rest[:-1], torch.zeros(1)), {}
+    yield ops.add_noise_list_out.default, (xs(), seeds, coefs, *rest), {"out": xs()}
+    yield ops.add_noise_list_out.default, ([], seeds, coefs, *rest), {"out": xs()}
+    index = torch.tensor([[0, 3], [1, 3]])
+    yield ops.add_noise_rows.default, (torch.randn(4, 100), index, seeds, coefs, 0, 1.0, "hadamard"), {}
+
+
+@pytest.mark.parametrize("op, args, kwargs", list(op_arguments()), ids=lambda v: getattr(v, "_name", None))
+def test_opcheck(op, args, kwargs):
+    torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_under_torch_compile(backend):
+    def step(x, w, seeds, coefs):
+        pk.perturb_([w], 3, 0.1)
+        y = x @ w
+        pk.restore_([w], 3, 0.1)
+        pk.update_([w], seeds, coefs, lr=0.1, weight_decay=0.5)
+        return y
+
+    torch._dynamo.reset()
+    x, w = torch.randn(5, 40), torch.randn(40, 60)
+    seeds, coefs = torch.tensor([1, 2]), torch.tensor([0.3, 0.4])
+    w2 = w.clone()
+    want = step(x, w, seeds, coefs)
+    got = torch.compile(step, backend=backend, fullgraph=True)(x, w2, seeds, coefs)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(w, w2)
+
+
+def test_reference_has_the_same_names():
+    import inspect
+
+    for name in NAMES:
+        assert inspect.signature(getattr(pk, name)) == inspect.signature(getattr(reference, name))
+        assert getattr(pk, name).__doc__

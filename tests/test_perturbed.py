@@ -1,0 +1,173 @@
+"""The perturbed forward sees x + eps z exactly, and never writes x."""
+
+import copy
+
+import pytest
+import torch
+from models import KINDS, Tied, batch_of, causal_lm
+from pseuzo import perturbed
+from pseuzo_kernels import reference
+from torch import nn
+
+
+def perturbed_copy(model, seed, eps, noise="hadamard"):
+    """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            if p.requires_grad:
+                p.copy_(reference.add_noise(p, seed, eps, i, noise=noise))
+    return other
+
+
+def snapshot(model):
+    return [(p, p.data_ptr(), p.clone()) for p in model.parameters()]
+
+
+def assert_untouched(model, before):
+    assert [p.data_ptr() for p in model.parameters()] == [ptr for _, ptr, _ in before]
+    assert all(p is q and torch.equal(p, was) for p, (q, _, was) in zip(model.parameters(), before, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_a_model_with_perturbed_weights(kind, dtype):
+    model = causal_lm(kind).to(dtype).eval()
+    batch = batch_of()
+    before = snapshot(model)
+    for sign in (1, -1, 1):
+        want = perturbed_copy(model, 7, sign * 1e-2)(**batch).logits
+        with perturbed(model, 7, 1e-2, sign=sign):
+            got = model(**batch).logits
+        assert torch.equal(got, want)
+    assert not torch.equal(got, model(**batch).logits)
+    assert_untouched(model, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_view", [False, True], ids=["attribute", "kept view"])
+def test_weights_used_outside_their_module(keep_view):
+    """From the first pass on: the watch substitutes at once, and keeps doing so where a swap would not be seen."""
+    model = Tied(keep_view=keep_view).eval()
+    ids = torch.randint(0, 300, (3, 5))
+    before = snapshot(model)
+    want = perturbed_copy(model, 3, 0.1)
+    if keep_view:
+        want.kept = [want.down.weight.view(-1)]
+    for _ in range(4):
+        with perturbed(model, 3, 0.1):
+            got = model(ids)
+        assert torch.equal(got, want(ids))
+    assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_frozen_weights_run_as_they_are():
+    model = Tied().eval()
+    model.mix.weight.requires_grad_(False)
+    ids = torch.randint(0, 300, (3, 5))
+    want = perturbed_copy(model, 3, 0.1)(ids)
+    with perturbed(model, 3, 0.1):
+        assert torch.equal(model(ids), want)
+
+
+@torch.no_grad()
+def test_embedding_subclass_and_max_norm():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            assert self.weight.dtype is torch.float32  # asking is not using
+            return super().forward(ids) * 3
+
+    for embed in (Scaled(300, 300), nn.Embedding(300, 300, max_norm=1.0)):
+        model = nn.Sequential(embed)
+        ids = torch.randint(0, 300, (4, 2))
+        before = snapshot(model)
+        want = perturbed_copy(model, 1, 0.1)(ids)
+        for _ in range(3):
+            with perturbed(model, 1, 0.1):
+                assert torch.equal(model(ids), want)
+        assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_a_thousand_passes_and_failures_leave_the_weights():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.big, self.small = nn.Linear(300, 300), nn.Linear(300, 3)
+            self.error = None
+
+        def forward(self, x):
+            y = self.inner(self.big(x)) if self.error else self.big(x)
+            return self.small(y)
+
+        def inner(self, y):
+            raise self.error
+
+    model = Fails().to(torch.bfloat16)
+    before = snapshot(model)
+    x = torch.randn(2, 300, dtype=torch.bfloat16)
+    clean = model(x)
+    for step in range(1000):
+        with perturbed(model, step, 1e-3, sign=1 - 2 * (step % 2)):
+            model(x)
+    assert_untouched(model, before)
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        model.error = error
+        with pytest.raises(type(error)), perturbed(model, 1, 0.5):
+            model(x)
+        model.error = None
+        assert_untouched(model, before)
+        assert torch.equal(model(x), clean) and not model._forward_hooks and not model.big._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_interrupt_inside_a_large_module():
+    class Interrupted(nn.Linear):
+        def forward(self, x):
+            super().forward(x)
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(Interrupted(300, 300))
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), perturbed(model, 1, 0.5):
+        model(torch.randn(2, 300))
+    assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_memory_is_that_of_the_largest_module():
+    model = nn.Sequential(*(nn.Linear(300, 300 + 100 * (i == 2), bias=False) for i in range(2)), nn.Linear(300, 400))
+    for seed in range(3):
+        with perturbed(model, seed, 0.1):
+            model(torch.randn(2, 300))
+    forward = model.__dict__["_pseuzo_forward"]
+    assert [b.numel() for b in forward._scratch._buffers.values()] == [-(-300 * 400 // 2048) * 2048]
+    assert set(forward._kept) == {model[2].bias}
+
+
+@torch.no_grad()
+def test_moved_weights_and_copies_of_the_model():
+    model = Tied().eval()
+    ids = torch.randint(0, 300, (3, 5))
+    with perturbed(model, 3, 0.1):
+        model(ids)
+    other = copy.deepcopy(model)
+    model.to(torch.bfloat16)
+    for m in (model, other):
+        want = perturbed_copy(m, 3, 0.1)(ids)
+        with perturbed(m, 3, 0.1):
+            assert torch.equal(m(ids), want)
+
+
+def test_bad_arguments():
+    model = nn.Linear(3, 3)
+    for eps in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps must be finite and not negative"), perturbed(model, 0, eps):
+            pass
+    with pytest.raises(ValueError, match="unknown noise 'gauss'; known: 'hadamard'"):
+        with perturbed(model, 0, 0.1, noise="gauss"):
+            pass
+    with pytest.raises(RuntimeError, match="do not nest"), perturbed(model, 0, 0.1), perturbed(model, 1, 0.1):
+        pass
