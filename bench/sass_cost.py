@@ -96,7 +96,9 @@ def compile_kernel(
     names = kernel.arg_names
     signature = {a: "constexpr" if a in constants else types[a] for a in names}
     constants = {(names.index(a),): v for a, v in constants.items() if a in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"}
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     warps = 1 if name == "_add_noise_rows_kernel" else kernels.WARPS
     return triton.compile(
@@ -192,6 +194,7 @@ USUAL = (
     (ROWS, dict(dtype="bf16", hash_in_kernel=True)),
     (MANY, dict(dtype="bf16", noise="rademacher", stochastic=True)),
     (MANY, dict(dtype="bf16", noise="normal", stochastic=True)),
+    (ONE, dict(dtype="bf16", asm=False)),
 )
 ALL = tuple(
     (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name != MANY, asm=asm))
@@ -217,7 +220,9 @@ def predict(costs: list[Cost]) -> None:
             for model, n in OPT_PARAMETERS.items():
                 lanes = 32 * SUB_PARTITIONS * chip.multiprocessors
                 arithmetic, memory = n * cycles / lanes / chip.ghz / 1e6, 2 * size * n / chip.terabytes_per_s / 1e9
-                row.append(f"{model} {max(arithmetic, memory):.2f} ms (arithmetic {arithmetic:.2f}, memory {memory:.2f})")
+                row.append(
+                    f"{model} {max(arithmetic, memory):.2f} ms (arithmetic {arithmetic:.2f}, memory {memory:.2f})"
+                )
             print(f"  {c.kernel}, {chip.name}: " + "; ".join(row))
 
 

@@ -330,6 +330,10 @@ def add_noise_list_out_triton(
             x = xs[t] if xs else y
             if y.numel() == 0:
                 continue
+            if scales[t] == 0:  # no noise to make: keep * x is all
+                zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
+                reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[y])
+                continue
             if len(out) > 1 and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
                 many.setdefault(y.dtype, []).append(t)
             else:
@@ -349,9 +353,7 @@ def add_noise_list_out_triton(
             )  # fmt: skip
 
 
-def add_noise_list_triton_(
-    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None
-):
+def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
     """reference.add_noise_list_."""
     ts = [t for t, scale in enumerate(scales) if scale]
     ys = [xs[t] for t in ts]
@@ -380,9 +382,9 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
 _SUM = "Tensor seeds, Tensor coefs, int[] streams, float[] keeps, float[] scales, str noise, bool stochastic"
-lib.define(f"add_noise_list_(Tensor(a!)[] xs, {_SUM}, int rounding_seed, Tensor? found_inf) -> ()")
+lib.define(f"add_noise_list_(Tensor(a!)[] xs, {_SUM}, SymInt rounding_seed, Tensor? found_inf) -> ()")
 lib.define(
-    f"add_noise_list_out(Tensor[] xs, {_SUM}, int rounding_seed, Tensor? found_inf, *, Tensor(a!)[] out) -> ()"
+    f"add_noise_list_out(Tensor[] xs, {_SUM}, SymInt rounding_seed, Tensor? found_inf, *, Tensor(a!)[] out) -> ()"
 )
 lib.define(
     "add_noise_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, float scale, str noise) -> Tensor"

@@ -48,9 +48,7 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
         if x.dtype not in DTYPES:
             raise TypeError(f"{op}: {label} must be float32, bfloat16 or float16, got {x.dtype}")
         if not x.is_contiguous():
-            raise ValueError(
-                f"{op}: {label} must be contiguous, got strides {tuple(x.stride())}; call .contiguous()"
-            )
+            raise ValueError(f"{op}: {label} must be contiguous, got strides {tuple(x.stride())}; call .contiguous()")
         if x.numel() > MAX_ELEMENTS:
             raise ValueError(
                 f"{op}: {label} has {x.numel()} elements, more than the 2^36 that the 32-bit counter "
@@ -58,8 +56,7 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
             )
         if x.device != xs[0].device:
             raise ValueError(
-                f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; "
-                "call once per device"
+                f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; call once per device"
             )
     if not torch.compiler.is_compiling() and len({id(x) for x in xs}) != len(xs):
         raise ValueError(f"{op}: the same tensor is in the list twice; pass each once")
@@ -199,7 +196,7 @@ class NoiseApi:
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched. Arguments as add_noise_.
 
-        out: like x (shape, dtype, device, contiguous), made if None. noise_scale 0 copies x.
+        out: like x (shape, dtype, device, contiguous), made if None; may be x. With noise_scale 0 no noise is made.
         """
         op = "add_noise"
         check_tensors(op, [x])
@@ -212,9 +209,7 @@ class NoiseApi:
                 f"{op}: out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        if not noise_scale:
-            out.detach().copy_(x.detach())
-        elif out is x:
+        if out is x and noise_scale:
             self._in_place([x.detach()], *args)
         else:
             self._out([x.detach()], *args, out=[out.detach()])
@@ -240,9 +235,7 @@ class NoiseApi:
         Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
         """
         scale = check_not_negative("perturb_", "scale", scale)
-        self._list_op(
-            "perturb_", params, seed, scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed
-        )
+        self._list_op("perturb_", params, seed, scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed)
 
     def restore_(
         self,
@@ -258,9 +251,7 @@ class NoiseApi:
     ) -> None:
         """x <- x - scale * noise_scale * z(seed): takes back perturb_ with the same arguments, up to rounding."""
         scale = check_not_negative("restore_", "scale", scale)
-        self._list_op(
-            "restore_", params, seed, -scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed
-        )
+        self._list_op("restore_", params, seed, -scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed)
 
     def update_(
         self,
@@ -402,14 +393,19 @@ class EmaWindow:
                     f"EmaWindow.step: groups must be {rows} integers, one per row of o1, "
                     f"got shape {tuple(group.shape)} {group.dtype}"
                 )
-            group = group.to(device=o1.device, dtype=torch.int64).contiguous()
+            # a copy from pageable memory is staged by the driver at once: not waiting for it is safe
+            group = group.to(device=o1.device, dtype=torch.int64, non_blocking=True).contiguous()
         if self._used and self._grouped != (groups is not None):
             raise ValueError(
                 "EmaWindow.step: the window holds entries "
                 f"{'with' if self._grouped else 'without'} groups; call clear() before changing that"
             )
+        if loss is not None and not isinstance(loss, Tensor):
+            raise TypeError(f"EmaWindow.step: loss must be a scalar tensor, got {type(loss).__name__}")
         if loss is not None and (loss.numel() != 1 or loss.device != o1.device):
-            raise ValueError(f"EmaWindow.step: loss must be a scalar on {o1.device}, got shape {tuple(loss.shape)}")
+            raise ValueError(
+                f"EmaWindow.step: loss must be a scalar on {o1.device}, got shape {tuple(loss.shape)} on {loss.device}"
+            )
         seed = signed64("EmaWindow.step", seed)
         self._reserve(rows, positions, width, o1.device)
         slot, used = (self._slot + 1) % self.capacity, min(self._used + 1, self.capacity)
@@ -428,6 +424,8 @@ class EmaWindow:
             raise TypeError(f"EmaWindow.step: {name} must be a floating-point tensor, got {o!r}")
         if o.dim() not in (2, 3):
             raise ValueError(f"EmaWindow.step: {name} must be [B, P, D] or [B, D], got shape {tuple(o.shape)}")
+        if o.numel() == 0:
+            raise ValueError(f"EmaWindow.step: {name} is empty, of shape {tuple(o.shape)}")
         o = o.detach()
         if o.dtype not in DTYPES:
             o = o.float()
@@ -438,9 +436,7 @@ class EmaWindow:
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         old = self._ring
-        if old is not None and self._used == 0 and (
-            old["values"].shape[3] != width or old["values"].device != device
-        ):
+        if old is not None and self._used == 0 and (old["values"].shape[3] != width or old["values"].device != device):
             old = None
         if old is not None:
             _, r, p, d = old["values"].shape
@@ -451,7 +447,9 @@ class EmaWindow:
                 )
             if rows <= r and positions <= p:
                 return
-            rows, positions = max(rows, r), max(positions, p)
+            # slowly growing lengths would copy the ring again and again: grow by a quarter at least
+            rows = r if rows <= r else max(rows, r + r // 4)
+            positions = p if positions <= p else max(positions, p + p // 4)
         self._skipped = self._skipped.to(device)
         k = self.capacity
         new = {
@@ -484,12 +482,17 @@ class EmaWindow:
         missing = [n for n in names + (tensors if state.get("used") else ()) if n not in state]
         if missing:
             raise ValueError(f"EmaWindow.load_state_dict: not a window's state, it lacks {', '.join(missing)}")
-        if not 0 <= state["used"] <= state["capacity"] or (
-            state["used"] and state["values"].shape[0] != state["capacity"]
-        ):
+        if not 0 <= state["used"] <= state["capacity"]:
             raise ValueError(
                 f"EmaWindow.load_state_dict: {state['used']} entries do not fit a capacity of {state['capacity']}"
             )
+        if state["used"]:
+            kinds = {"values": torch.float32, "seeds": torch.int64, "groups": torch.int64, "counts": torch.int32}
+            k, rows = state["capacity"], getattr(state["groups"], "shape", (0, 0))[-1]
+            for name, leading in (("values", (k, rows)), ("seeds", (k,)), ("groups", (k, rows)), ("counts", (k, rows))):
+                t = state[name]
+                if not isinstance(t, Tensor) or t.dtype is not kinds[name] or t.shape[:2] != leading:
+                    raise ValueError(f"EmaWindow.load_state_dict: {name} is not what a window of {k} entries holds")
         self.capacity, self.momentum, self.eps = state["capacity"], state["momentum"], state["eps"]
         self._slot, self._used, self._grouped = state["slot"], state["used"], state["grouped"]
         self._ring = {n: state[n].clone() for n in tensors} if self._used else None

@@ -13,7 +13,8 @@ one Philox counter serves the 16 elements of a column:
 - "normal"      Box-Muller: word w makes planes 2w and 2w + 1 from 16 bits of radius and 16 bits of angle.
 
 Sums run over k in order, in fp32, with c_k rounded to 17 significant bits. The patterns have 7, so c_k * b_k is exact and
-fused and unfused multiply-adds give the same bits: "hadamard" and "rademacher" are bit-exact on every backend.
+fused and unfused multiply-adds give the same bits: "hadamard" and "rademacher" are bit-exact on every backend. (For
+2^-120 < |c_k| < 2^126, that is: nearer to the ends of fp32 the product can underflow or overflow.)
 
 Sources: Philox and its constants, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); splitmix64, Steele
 et al. (2014); perturbation by seed, Malladi et al., "Fine-tuning language models with just forward passes" (2023).
@@ -153,7 +154,10 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
     for first in range(0, -(-n // CHUNK), chunks_at_once):
         q, elements = _columns(first, min(first + chunks_at_once, -(-n // CHUNK)), out.device)
-        y = noise_sum(noise, q, stream, hashes, coefs, scale)
+        if scale:
+            y = noise_sum(noise, q, stream, hashes, coefs, scale)
+        else:  # adding -0 changes nothing
+            y = torch.full(elements.shape, 0.0 if x is None else -0.0, device=out.device)
         inside = elements < n
         at = elements[inside]
         y = y[inside]
@@ -168,11 +172,14 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
             out[at] = y.to(out.dtype)
 
 
-def add_noise_list_out(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out):
+def add_noise_list_out(
+    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
+):
     """The op pseuzo::add_noise_list_out: out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
 
     xs, out: lists of contiguous tensors of equal sizes; xs may be empty, then there is no first term. found_inf: fp32
     [1] or None; where it is not 0, keeps count as 1 (a skipped step decays nothing; its coefs are zero already).
+    Where scales[t] is 0, no noise is made: out[t] <- keeps[t] * xs[t].
     """
     hashes = hash_seeds(seeds)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
@@ -181,9 +188,7 @@ def add_noise_list_out(xs, seeds, coefs, streams, keeps, scales, noise, stochast
         if found_inf is not None:
             keep = torch.where(found_inf.to(y.device) != 0, 1.0, keep)
         x = xs[t].view(-1) if xs else None
-        _add_noise_into(
-            y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash
-        )
+        _add_noise_into(y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash)
 
 
 def add_noise_list_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
@@ -203,6 +208,8 @@ def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     """
     if index.numel() == 0:
         return x.new_empty(*index.shape, x.shape[1])
+    if index.min() < 0:
+        raise IndexError(f"add_noise_rows: index must be in 0 .. {x.shape[0] - 1}, got {int(index.min())}")
     rows, inverse = torch.unique(index, return_inverse=True)
     width = x.shape[1]
     elements = rows[:, None] * width + torch.arange(width, device=x.device)
@@ -213,9 +220,7 @@ def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     return (x[rows].float() + d).to(x.dtype)[inverse]
 
 
-def window_step(
-    values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps
-):
+def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps):
     """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See api.EmaWindow.
 
     State, written in place: values [K, R, P, D] fp32, an entry's rows (means over a group), aligned to the last

@@ -33,7 +33,9 @@ def causal_lm(kind: str) -> nn.Module:
     elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=False, **sizes))
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=True, **sizes))
+        model = Qwen2ForCausalLM(
+            Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+        )
     else:
         raise ValueError(kind)
     with torch.no_grad():

@@ -1,10 +1,11 @@
 """The public functions: what they compute, what they refuse, and that the dispatcher and torch.compile know them."""
 
 import pytest
-import pseuzo_kernels as pk
 import torch
-from pseuzo_kernels import reference
 from torch import nn
+
+import pseuzo_kernels as pk
+from pseuzo_kernels import reference
 
 NAMES = ("noise", "add_noise_", "add_noise", "perturb_", "restore_", "update_")
 
@@ -14,7 +15,9 @@ NAMES = ("noise", "add_noise_", "add_noise", "perturb_", "restore_", "update_")
 def test_perturb_restore_update_are_add_noise(api, noise):
     xs = [torch.randn(5000), torch.randn(3, 7), torch.randn(0), torch.randn(2048)]
     start = [x.clone() for x in xs]
-    atol = 0.2 * 5.5 * 2.0**-17  # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
+    atol = (
+        0.2 * 5.5 * 2.0**-17
+    )  # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
     api.perturb_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
     for x, was, stream, scale in zip(xs, start, (4, 9, 2, 0), (1.0, 2.0, 1.0, 0.0), strict=True):
         z = reference.noise(x.shape, 5, stream, noise=noise)

@@ -8,8 +8,9 @@ import torch
 from models import Tied
 from pseuzo import Constant, CyclicHyperbola, Linear, MeZO, PseuZO
 from pseuzo.optimizer import ROUNDING_DOMAIN, step_seed
-from pseuzo_kernels import reference
 from torch import nn
+
+from pseuzo_kernels import reference
 
 LABELS = torch.tensor([0, 1, 1, 0])
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from models import KINDS, Tied, batch_of, causal_lm
 from pseuzo import perturbed
-from pseuzo_kernels import reference
 from torch import nn
+
+from pseuzo_kernels import reference
 
 
 def perturbed_copy(model, seed, eps, noise="hadamard"):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from pseuzo_kernels import NOISES, reference
 from scipy import stats
+
+from pseuzo_kernels import NOISES, reference
 
 PHILOX = """
  7 00000000 00000000 00000000 00000000 00000000 00000000 5f6fb709 0d893f64 4f121f81 4f730a48
@@ -46,9 +47,7 @@ def test_add_noise_known_answers():
     want = [0.19077313, 0.44670042, 0.34673935, -0.009034246, 0.52201, 0.22578181, 0.57975304, 0.27137128]
     assert torch.equal(x[ELEMENTS], torch.tensor(want))
     x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
-    reference.add_noise_(
-        x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, rounding="stochastic", rounding_seed=9
-    )
+    reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, rounding="stochastic", rounding_seed=9)
     want = [0x3E44, 0x3EE5, 0x3EB2, 0xBC14, 0x3F06, 0x3E67, 0x3F14, 0x3E8B]
     assert [v & 0xFFFF for v in x[ELEMENTS].view(torch.int16).tolist()] == want
 

@@ -7,20 +7,19 @@ Symbols of the papers: h = forward, g = head, o = h(x), e = dg/do, z(s) = the pe
 Sources: PseuZO (NeurIPS 2025); MeZO, Malladi et al., "Fine-tuning language models with just forward passes" (2023).
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pseuzo_kernels import EmaWindow
-from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
-from pseuzo_kernels.reference import hash_seed
 from torch import Tensor, nn
 
 from pseuzo.perturbed import forward_of
 from pseuzo.schedule import Schedule, as_schedule
+from pseuzo_kernels import EmaWindow
+from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
+from pseuzo_kernels.reference import hash_seed
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
 
@@ -119,9 +118,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._step = 0
         self._skips = _Skips()
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
-        super().__init__(
-            params, dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize)
-        )
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize))
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; new parameters get the next streams (with a model: their position in model.parameters())."""

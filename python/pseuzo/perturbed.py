@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from pseuzo_kernels.api import check_noise, check_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from pseuzo_kernels.api import check_noise, check_tensors
 
 SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together are a small part of it
 ALIGN = 2048  # elements between tensors in scratch, so that each begins on an address the kernels can read widely
@@ -236,9 +237,7 @@ class PerturbedForward:
         return type(None), ()
 
 
-def forward_of(
-    model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str
-) -> PerturbedForward:
+def forward_of(model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> PerturbedForward:
     """The model's PerturbedForward, made anew if it does not serve for these. It lives as long as the model."""
     forward = model.__dict__.get("_pseuzo_forward")
     if forward is not None and forward.active:
@@ -249,9 +248,7 @@ def forward_of(
 
 
 @contextmanager
-def perturbed(
-    model: nn.Module, seed: int, eps: float, *, sign: int = 1, noise: str = "hadamard"
-) -> Iterator[None]:
+def perturbed(model: nn.Module, seed: int, eps: float, *, sign: int = 1, noise: str = "hadamard") -> Iterator[None]:
     """Inside, forwards of model see x + sign * eps * z(seed) in place of every weight x that requires grad.
 
     The weights themselves are not touched, whatever happens inside. The stream of a weight is its position in

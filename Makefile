@@ -1,0 +1,42 @@
+# make demo, make test: set up what they need in .venv, and run. make lint, make bench: likewise.
+# ARGS is passed on: make demo ARGS="--steps 20", make test ARGS="-k window"
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+READY = $(VENV)/.ready
+SOURCES = $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	$(BIN)/pseuzo demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+bench: $(READY)
+	$(BIN)/python bench/bench_add_noise.py $(ARGS)
+	$(BIN)/python bench/sass_cost.py --predict
+
+# torch goes first and alone: what comes after it must be built against it and must not bring another
+$(READY): $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools wheel ninja pybind11
+	$(PIP) --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build pseuzo-demo pseuzo_kernels/*.so *.egg-info python/*.egg-info

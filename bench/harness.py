@@ -1,0 +1,87 @@
+"""Times callables and appends tidy rows to a CSV file: one row a measurement, with what is needed to read it later."""
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+FIELDS = ("date", "commit", "device", "threads", "torch", "triton", "command", "op", "impl", "dtype", "n", "K",
+          "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "gnormals_per_s")  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed."""
+    if device.type == "cuda":
+        import triton
+
+        times = triton.testing.do_bench(call, warmup=100, rep=seconds * 1000, quantiles=[0.2, 0.5, 0.8])
+        return tuple(times)
+    call()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    return tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+
+
+class Table:
+    """Measurements of one benchmark: printed as they come, appended to results/<name>.csv."""
+
+    def __init__(self, name: str, device: torch.device):
+        self.device, self.path = device, RESULTS / f"{name}.csv"
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        try:
+            import triton
+
+            triton_version = triton.__version__
+        except ImportError:
+            triton_version = ""
+        self.common = dict(
+            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), commit=commit.stdout.strip(),
+            device=device_name(device), threads=torch.get_num_threads() if device.type == "cpu" else "",
+            torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
+        )  # fmt: skip
+        print(f"{self.common['device']}, torch {torch.__version__}, threads {self.common['threads']}")
+
+    def measure(
+        self, op: str, impl: str, call: Callable[[], object], *, dtype: torch.dtype, n: int, K: int, n_bytes: int,
+        normals: int,
+    ) -> float:  # fmt: skip
+        """Time call, which moves n_bytes to and from memory and makes so many normals; returns the median in ms."""
+        p20, p50, p80 = quantiles_ms(call, self.device)
+        row = self.common | dict(
+            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, ms_p20=f"{p20:.4f}", ms_p50=f"{p50:.4f}",
+            ms_p80=f"{p80:.4f}", gb_per_s=f"{n_bytes / p50 / 1e6:.1f}", gnormals_per_s=f"{normals / p50 / 1e6:.3f}",
+        )  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(
+            f"  {op:8} K {K:<4} {row['dtype']:9} {impl:34} {p50:10.3f} ms  {row['gb_per_s']:>8} GB/s  "
+            f"{row['gnormals_per_s']:>8} Gnormals/s",
+            flush=True,
+        )
+        return p50

@@ -1,0 +1,381 @@
+// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_rows.
+//
+// One inner source, add_noise_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen at run time;
+// the bits are the same. V columns of a chunk at a time: their 16 plane sums stay in registers while the seeds go by,
+// so x is read and written once for any K. What limits it is the number of instructions, about 150 for 256 normals with
+// AVX-512.
+#include "add_noise_cpu.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "noise.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the vector code expects the low half of a 64-bit lane first"
+#endif
+
+#if defined(__x86_64__)
+#define PSEUZO_X86 1
+#include <immintrin.h>
+#endif
+
+#define PSEUZO_INLINE static inline __attribute__((always_inline))
+#define PSEUZO_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(unroll n)
+#define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define PSEUZO_TARGET_END PSEUZO_PRAGMA(clang attribute pop)
+#pragma STDC FP_CONTRACT OFF
+#else
+#define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(GCC unroll n)
+#define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(GCC push_options) PSEUZO_PRAGMA(GCC target(isa))
+#define PSEUZO_TARGET_END PSEUZO_PRAGMA(GCC pop_options)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, hundreds of them
+#endif
+
+namespace pseuzo {
+namespace {
+
+enum class Noise { kHadamard, kRademacher, kNormal };
+enum class Dtype { kFp32, kBf16, kFp16 };
+
+// What is to be done to one tensor.
+struct Task {
+  const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
+  int64_t K;
+  Noise noise;
+  Dtype dtype;
+  bool stochastic;
+  uint64_t rounding_hash;
+  uint32_t stream;
+  float keep;
+  float scale;  // 0: d = 0, and nothing is made
+};
+
+// clang-format off: the order of the includes matters
+namespace plain {
+#include "simd_plain.inc"
+#include "add_noise_kernel.inc"
+}  // namespace plain
+
+#ifdef PSEUZO_X86
+PSEUZO_TARGET("avx2,fma,f16c")
+namespace avx2 {
+#include "simd_avx2.inc"
+#include "add_noise_kernel.inc"
+}  // namespace avx2
+PSEUZO_TARGET_END
+
+PSEUZO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 {
+#include "simd_avx512.inc"
+#include "add_noise_kernel.inc"
+}  // namespace avx512
+PSEUZO_TARGET_END
+#endif
+// clang-format on
+
+// ---- the instruction set
+
+struct Isa {
+  const char* name;
+  void (*add_noise_span)(const Task&, int64_t first, int64_t last, const char* src, char* dst);
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {  // the best first
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> isas;
+#ifdef PSEUZO_X86
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    isas.push_back({"avx512", avx512::add_noise_span, has_avx512});
+    isas.push_back({"avx2", avx2::add_noise_span, has_avx2});
+#endif
+    isas.push_back({"plain", plain::add_noise_span, true});
+    return isas;
+  }();
+  return all;
+}
+
+const Isa* find_isa(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : isas()) {
+    if (isa.name == name && isa.supported) return &isa;
+    if (isa.supported) known += (known.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  TORCH_CHECK(false, "PSEUZO_CPU_ISA: must be one of ", known, " on this CPU, got '", name, "'; unset it for the best");
+}
+
+const Isa* default_isa() {
+  if (const char* name = std::getenv("PSEUZO_CPU_ISA")) return find_isa(name);
+  for (const Isa& isa : isas())
+    if (isa.supported) return &isa;
+  return nullptr;
+}
+
+std::atomic<const Isa*>& chosen_isa() {
+  static std::atomic<const Isa*> isa{default_isa()};
+  return isa;
+}
+
+// Rounding to nearest, subnormals kept: torch.set_flush_denormal and other libraries change that, for each thread.
+class FloatMode {
+ public:
+#if defined(PSEUZO_X86)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FloatMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~FloatMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  FloatMode() {}
+#endif
+};
+
+// ---- arguments
+
+Noise noise_of(const char* op, std::string_view noise) {
+  if (noise == "hadamard") return Noise::kHadamard;
+  if (noise == "rademacher") return Noise::kRademacher;
+  TORCH_CHECK(noise == "normal", op, ": noise must be 'hadamard', 'normal' or 'rademacher', got '", noise, "'");
+  return Noise::kNormal;
+}
+
+Dtype dtype_of(const char* op, const at::Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return Dtype::kFp32;
+  if (x.scalar_type() == at::kBFloat16) return Dtype::kBf16;
+  TORCH_CHECK(x.scalar_type() == at::kHalf, op, ": x must be float32, bfloat16 or float16, got ", x.scalar_type(),
+              "; convert it");
+  return Dtype::kFp16;
+}
+
+void check_dense(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.device().is_cpu(), op, ": ", name, " must be on the CPU, got ", x.device(), "; call once per device");
+  TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", x.strides(),
+              "; call .contiguous()");
+}
+
+// The seeds, hashed, and the coefficients, rounded: what all tensors of a call share.
+struct Terms {
+  std::vector<uint64_t> hashes;
+  std::vector<float> coefs;
+  Noise noise;
+
+  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, std::string_view noise_name)
+      : noise(noise_of(op, noise_name)) {
+    check_dense(op, "seeds", seeds);
+    check_dense(op, "coefs", coefs_in);
+    TORCH_CHECK(seeds.scalar_type() == at::kLong, op, ": seeds must be int64, got ", seeds.scalar_type());
+    TORCH_CHECK(coefs_in.scalar_type() == at::kFloat, op, ": coefs must be float32, got ", coefs_in.scalar_type());
+    TORCH_CHECK(seeds.numel() == coefs_in.numel(), op, ": as many coefs as seeds are needed, got ", seeds.numel(),
+                " seeds and ", coefs_in.numel(), " coefs");
+    const int64_t* const s = seeds.const_data_ptr<int64_t>();
+    const float* const c = coefs_in.const_data_ptr<float>();
+    for (int64_t k = 0; k < seeds.numel(); k++) {
+      hashes.push_back(splitmix64(static_cast<uint64_t>(s[k])));
+      coefs.push_back(round17(c[k]));
+    }
+  }
+
+  // For a task with this stream, of which the seeds are kept in `room`.
+  void set(Task& task, std::vector<Seed>& room) const {
+    room.clear();
+    const int keys = noise == Noise::kNormal ? 2 : 1;
+    room.reserve(keys * hashes.size());
+    for (int i = 0; i < keys; i++)
+      for (size_t k = 0; k < hashes.size(); k++)
+        room.push_back(make_seed(hashes[k], task.stream, i ? kKeyNoiseHigh : kKeyNoise, coefs[k]));
+    task.seeds = room.data();
+    task.K = static_cast<int64_t>(hashes.size());
+    task.noise = noise;
+  }
+};
+
+float scale_of(Noise noise, double scale) {
+  return static_cast<float>((noise == Noise::kHadamard ? kHadamardScale : 1.0) * scale);
+}
+
+// Chunks a thread must have to be worth waking: about 30,000 normals.
+int64_t grain_of(const Terms& terms) { return std::max<int64_t>(1, 16 / std::max<int64_t>(1, terms.hashes.size())); }
+
+// ---- the ops
+
+struct Piece {
+  const char* src;  // or null
+  char* dst;
+  int64_t n;
+  Task task;
+};
+
+void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
+  // Chunks of all tensors in one row, so that a list of a thousand small ones is shared out as one large one is.
+  std::vector<int64_t> starts;
+  int64_t total = 0;
+  for (const Piece& piece : pieces) {
+    starts.push_back(total);
+    total += (piece.n + kChunk - 1) / kChunk;
+  }
+  const Isa* const isa = chosen_isa();
+  at::parallel_for(0, total, grain_of(terms), [&](int64_t begin, int64_t end) {
+    const FloatMode mode;
+    std::vector<Seed> room;
+    size_t t = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; t < pieces.size() && starts[t] < end; t++) {
+      const Piece& piece = pieces[t];
+      Task task = piece.task;
+      terms.set(task, room);
+      const int64_t size = task.dtype == Dtype::kFp32 ? 4 : 2;
+      const int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk;
+      const int64_t last = std::min(piece.n, (end - starts[t]) * kChunk);
+      const char* const src = piece.src ? piece.src + first * size : nullptr;
+      isa->add_noise_span(task, first, last, src, piece.dst + first * size);
+    }
+  });
+}
+
+// xs == out, of which those with scale 0 are left alone, or xs empty, or xs and out alike.
+void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place, const at::Tensor& seeds,
+                    const at::Tensor& coefs, at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                    at::ArrayRef<double> scales, std::string_view noise, bool stochastic, int64_t rounding_seed,
+                    const std::optional<at::Tensor>& found_inf) {
+  TORCH_CHECK((xs.empty() || xs.size() == out.size()) && streams.size() == out.size() && keeps.size() == out.size() &&
+                  scales.size() == out.size(),
+              op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(), "), got ",
+              xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
+  const Terms terms(op, seeds, coefs, noise);
+  bool skipped = false;
+  if (found_inf) {
+    check_dense(op, "found_inf", *found_inf);
+    TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
+                ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ", found_inf->sizes());
+    skipped = *found_inf->const_data_ptr<float>() != 0;
+  }
+  std::vector<Piece> pieces;
+  for (size_t t = 0; t < out.size(); t++) {
+    const at::Tensor& y = out[t];
+    if (in_place && scales[t] == 0) continue;
+    check_dense(op, in_place ? "x" : "out", y);
+    Piece piece = {};
+    piece.task.dtype = dtype_of(op, y);
+    piece.task.stochastic = stochastic;
+    piece.task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
+    piece.task.stream = static_cast<uint32_t>(streams[t]);
+    piece.task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
+    piece.task.scale = scale_of(terms.noise, scales[t]);
+    piece.n = y.numel();
+    if (!in_place && !xs.empty()) {
+      check_dense(op, "x", xs[t]);
+      TORCH_CHECK(xs[t].numel() == piece.n && xs[t].scalar_type() == y.scalar_type(), op, ": out must be like x, ",
+                  xs[t].sizes(), " ", xs[t].scalar_type(), ", got ", y.sizes(), " ", y.scalar_type());
+      piece.src = static_cast<const char*>(xs[t].const_data_ptr());
+    }
+    pieces.push_back(piece);
+  }
+  // Nothing is written before all arguments are known to be good.
+  size_t i = 0;
+  for (size_t t = 0; t < out.size(); t++) {
+    if (in_place && scales[t] == 0) continue;
+    pieces[i].dst = static_cast<char*>(out[t].mutable_data_ptr());
+    if (in_place) pieces[i].src = pieces[i].dst;
+    i++;
+  }
+  add_noise_pieces(pieces, terms);
+}
+
+void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
+                         at::ArrayRef<double> keeps, at::ArrayRef<double> scales, std::string_view noise,
+                         bool stochastic, int64_t rounding_seed, const std::optional<at::Tensor>& found_inf) {
+  add_noise_list("add_noise_list_", xs, xs, true, seeds, coefs, streams, keeps, scales, noise, stochastic,
+                 rounding_seed, found_inf);
+}
+
+void add_noise_list_out_cpu(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                            at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
+                            std::string_view noise, bool stochastic, int64_t rounding_seed,
+                            const std::optional<at::Tensor>& found_inf, at::TensorList out) {
+  add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, noise, stochastic,
+                 rounding_seed, found_inf);
+}
+
+// Only the chunks that the rows touch; a row that is looked up twice is made twice.
+at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
+                              const at::Tensor& coefs, int64_t stream, double scale, std::string_view noise) {
+  const char* const op = "add_noise_rows";
+  TORCH_CHECK(x.dim() == 2, op, ": x must have two dimensions, got shape ", x.sizes());
+  check_dense(op, "x", x);
+  TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op, ": index must be int64 on the CPU, got ",
+              index.scalar_type(), " on ", index.device());
+  const Terms terms(op, seeds, coefs, noise);
+  const int64_t n_rows = x.size(0), width = x.size(1);
+  const at::Tensor rows = index.contiguous();
+  const int64_t* const row = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows.numel(); i++)
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < n_rows, op, ": index must be in 0 .. ", n_rows - 1,
+                      ", the rows of x, got ", row[i]);
+
+  Task task = {};
+  task.dtype = dtype_of(op, x);
+  task.stream = static_cast<uint32_t>(stream);
+  task.keep = 1;
+  task.scale = scale_of(terms.noise, scale);
+  std::vector<Seed> room;
+  terms.set(task, room);
+
+  std::vector<int64_t> shape = index.sizes().vec();
+  shape.push_back(width);
+  const at::Tensor out = at::empty(shape, x.options());
+  const int64_t n_bytes = width * x.element_size();
+  const char* const src = static_cast<const char*>(x.const_data_ptr());
+  char* const dst = static_cast<char*>(out.mutable_data_ptr());
+  const Isa* const isa = chosen_isa();
+  const int64_t chunks = width / kChunk + 1;
+  at::parallel_for(0, rows.numel(), std::max<int64_t>(1, grain_of(terms) / chunks), [&](int64_t begin, int64_t end) {
+    const FloatMode mode;
+    for (int64_t i = begin; i < end; i++)
+      isa->add_noise_span(task, row[i] * width, (row[i] + 1) * width, src + row[i] * n_bytes, dst + i * n_bytes);
+  });
+  return out;
+}
+
+}  // namespace
+
+std::string cpu_isa() { return chosen_isa().load()->name; }
+void set_cpu_isa(const std::string& name) { chosen_isa() = find_isa(name); }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.name);
+  return names;
+}
+
+}  // namespace pseuzo
+
+TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
+  m.impl("add_noise_list_", &pseuzo::add_noise_list_cpu_);
+  m.impl("add_noise_list_out", &pseuzo::add_noise_list_out_cpu);
+  m.impl("add_noise_rows", &pseuzo::add_noise_rows_cpu);
+}

@@ -1,0 +1,46 @@
+// The Python module pseuzo_kernels._C. Importing it registers the ops of the other files; it says how they were built.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#ifdef PSEUZO_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include <string>
+
+#include "add_noise_cpu.h"
+
+namespace pseuzo {
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string(__VERSION__);
+#elif defined(__GNUC__)
+  info["compiler"] = "GCC " + std::string(__VERSION__);
+#else
+  info["compiler"] = "unknown";
+#endif
+#ifdef PSEUZO_WITH_CUDA
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+  info["cuda"] = pybind11::none();
+#endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["isas"] = cpu_isas();
+  return info;
+}
+
+}  // namespace
+}  // namespace pseuzo
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ and CUDA implementations of the pseuzo ops";
+  m.def("cpu_isa", &pseuzo::cpu_isa, "The instruction set in use; the environment variable PSEUZO_CPU_ISA chooses.");
+  m.def("build_info", &pseuzo::build_info, "compiler, cuda (version or None), openmp, isas (compiled in).");
+  m.def("_set_cpu_isa", &pseuzo::set_cpu_isa, "Change the instruction set, for tests.");
+}

@@ -1,0 +1,3 @@
+from pseuzo.cli import main
+
+main(prog_name="pseuzo")

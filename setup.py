@@ -1,0 +1,136 @@
+"""Builds pseuzo_kernels._C from csrc/; everything else is in pyproject.toml.
+
+PSEUZO_BUILD=auto|cuda|cpu|none: auto (the default) takes the best that can be built here and says in one line what is
+slower without the rest; the others fail if they cannot be had.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        "pseuzo: torch must be importable while pseuzo is built, as its extension is compiled against it; "
+        "pip install torch, then pip install --no-build-isolation -e ."
+    ) from error
+
+MODES = ("auto", "cuda", "cpu", "none")
+FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+ROOT = Path(__file__).parent
+
+
+def say(line: str) -> None:
+    print(f"pseuzo: {line}", file=sys.stderr, flush=True)
+
+
+def missing_for_cuda() -> str | None:
+    """What a CUDA build lacks here, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+        return "there is no nvcc (CUDA_HOME is unset and nvcc is not on the PATH)"
+    return None
+
+
+def missing_for_cpu() -> str | None:
+    compilers = os.environ.get("CXX", "c++ g++ clang++" if sys.platform != "win32" else "cl").split()
+    return None if any(map(shutil.which, compilers)) else f"there is no C++ compiler ({', '.join(compilers)})"
+
+
+def extension(mode: str):
+    names = ["add_noise_cpu.cpp", "window_cpu.cpp", "module.cpp"]
+    if mode == "cuda":
+        names += ["window.cu", "window_cuda.cpp"]
+    settings = {
+        "name": "pseuzo_kernels._C",
+        "sources": [f"csrc/{name}" for name in names if (ROOT / "csrc" / name).exists()],
+        "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),
+        "extra_link_args": ["-fopenmp"],
+    }
+    if mode == "cpu":
+        return cpp_extension.CppExtension(extra_compile_args={"cxx": FLAGS}, **settings)
+    if not torch.cuda.is_available():  # else torch compiles for the GPUs that it sees
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    return cpp_extension.CUDAExtension(
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-fmad=false"]},
+        define_macros=[("PSEUZO_WITH_CUDA", None)],
+        **settings,
+    )
+
+
+SLOWER = {
+    "cuda": "the EMA window runs in plain torch on a GPU",
+    "cpu": "noise on CPU tensors runs in plain torch, 100 times slower (Triton on a GPU is unaffected)",
+}
+
+
+def best_mode() -> str:
+    """The mode asked for, or for auto the best that can be tried."""
+    asked = os.environ.get("PSEUZO_BUILD", "auto")
+    if asked not in MODES:
+        raise SystemExit(f"pseuzo: PSEUZO_BUILD must be one of {', '.join(MODES)}, got {asked!r}")
+    missing = {"cuda": missing_for_cuda() or missing_for_cpu(), "cpu": missing_for_cpu(), "none": None}
+    if asked != "auto":
+        if missing[asked]:
+            raise SystemExit(f"pseuzo: PSEUZO_BUILD={asked} is impossible here: {missing[asked]}")
+        return asked
+    if missing["cpu"]:
+        say(f"built without C++: {SLOWER['cpu']}; {missing['cpu']}")
+        return "none"
+    if missing["cuda"]:
+        say(f"built without CUDA: {SLOWER['cuda']}; {missing['cuda']}")
+        return "cpu"
+    return "cuda"
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, which falls back where PSEUZO_BUILD=auto. Extension.optional would miss ninja's RuntimeError."""
+
+    def build_extensions(self):
+        while self.extensions:
+            try:
+                return super().build_extensions()
+            except Exception as error:
+                if os.environ.get("PSEUZO_BUILD", "auto") != "auto":
+                    raise
+                failed = self.extensions[0].pseuzo_mode
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                without = {"cuda": "CUDA", "cpu": "C++"}[failed]
+                say(f"built without {without}: {SLOWER[failed]}; compiling failed: {reason}")
+                self._replace_extension("cpu" if failed == "cuda" else "none")
+
+    def _replace_extension(self, mode: str) -> None:
+        """In place: the distribution and the commands around this one hold the same list."""
+        old = self.extensions[0]
+        self.extensions[:] = [] if mode == "none" else [with_mode(mode)]
+        for new in self.extensions:  # what finalize_options had set
+            new._full_name, new._links_to_dynamic, new._needs_stub = old._full_name, False, False
+            new._file_name = old._file_name
+            self.ext_map[new.name] = self.ext_map[new._full_name] = new
+
+
+def with_mode(mode: str):
+    built = extension(mode)
+    built.pseuzo_mode = mode
+    return built
+
+
+mode = best_mode()
+setup(
+    packages=[
+        *find_packages(".", include=["pseuzo_kernels", "pseuzo_kernels.*"]),
+        "pseuzo",
+        *(f"pseuzo.{name}" for name in find_packages("python/pseuzo")),
+    ],
+    package_dir={"pseuzo": "python/pseuzo"},
+    package_data={"pseuzo": ["demo/assets/**/*"], "pseuzo.demo": ["assets/**/*"]},
+    include_package_data=False,
+    ext_modules=[] if mode == "none" else [with_mode(mode)],
+    cmdclass={"build_ext": BuildExtension},
+)
