@@ -4,11 +4,12 @@ python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float
 """
 
 import argparse
+from functools import partial
 
 import torch
 from harness import Table
 
-from pseuzo_kernels import add_noise, noise, reference, update_
+from pseuzo_kernels import NOISES, add_noise, noise, reference, update_
 
 N = 8192 * 2048
 LR = 1e-6
@@ -21,12 +22,41 @@ def mezo_update(x: torch.Tensor, seeds: list[int], coefs: list[float]) -> None:
         x.add_(torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device), alpha=-LR * coef)
 
 
+def passes_per_seed(x: torch.Tensor, seeds: list[int], coefs: list[float], rounding: str) -> None:
+    for seed, coef in zip(seeds, coefs, strict=True):
+        update_(x, seed, coef, lr=LR, rounding=rounding)
+
+
 def check(x: torch.Tensor, seeds: list[int], coefs: list[float]) -> None:
     """The first elements of an update equal the reference's, before anything is timed."""
     got, want = x.clone(), x[:20000].cpu()
     update_(got, seeds, coefs, lr=LR)
     reference.update_(want, seeds, coefs, lr=LR)
     assert torch.equal(got[:20000].cpu(), want), "the op differs from the reference"
+
+
+def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], device: torch.device) -> None:
+    x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
+    size, common = x.element_size(), dict(dtype=dtype, n=n)
+
+    def row(op, impl, call, K, passes):  # passes over x, of reading or writing
+        return table.measure(op, impl, call, K=K, n_bytes=passes * size * n, normals=K * n, **common)
+
+    copy = row("copy", "torch copy_", lambda: y.copy_(x), 0, 2)
+    row("noise", "torch.randn", lambda: torch.randn(n, dtype=dtype, device=device), 1, 1)
+    for kind in NOISES:
+        row("noise", f"pseuzo {kind}", partial(noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device), 1, 1)
+    perturb = row("perturb", "pseuzo, out of place", lambda: add_noise(x, 1, 1e-3, 0, out=y), 1, 2)
+    print(f"    -> perturb: {perturb / copy:.2f} copies")
+    rounding = "stochastic" if size == 2 else "nearest"
+    for K in Ks:
+        seeds, coefs = list(range(K)), [0.5 + 0.1 * k for k in range(K)]
+        check(x, seeds, coefs)
+        ours = row("update", "pseuzo", partial(update_, x, seeds, coefs, lr=LR, rounding=rounding), K, 2)
+        if K <= 14:
+            row("update", "pseuzo, a pass per seed", partial(passes_per_seed, x, seeds, coefs, rounding), K, 2 * K)
+            mezo = row("update", "MeZO-style torch loop", partial(mezo_update, x, seeds, coefs), K, 4 * K)
+            print(f"    -> update K {K}: {mezo / ours:.1f} times faster than the torch loop, {ours / copy:.2f} copies")
 
 
 def main() -> None:
@@ -40,33 +70,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     table = Table("add_noise", device)
-    for dtype in (getattr(torch, name) for name in args.dtype):
-        x, y = torch.randn(args.n, device=device).to(dtype), torch.empty(args.n, dtype=dtype, device=device)
-        size, n = x.element_size(), args.n
-        common = dict(dtype=dtype, n=n)
-        copy = table.measure("copy", "torch copy_", lambda: y.copy_(x), K=0, n_bytes=2 * size * n, normals=0, **common)
-        table.measure("noise", "torch.randn", lambda: torch.randn(n, dtype=dtype, device=device), K=1,
-                      n_bytes=size * n, normals=n, **common)  # fmt: skip
-        for kind in ("hadamard", "rademacher", "normal"):
-            table.measure("noise", f"pseuzo {kind}", lambda k=kind: noise((n,), 1, 0, noise=k, dtype=dtype, device=device),
-                          K=1, n_bytes=size * n, normals=n, **common)  # fmt: skip
-        perturb = table.measure("perturb", "pseuzo, out of place", lambda: add_noise(x, 1, 1e-3, 0, out=y), K=1,
-                                n_bytes=2 * size * n, normals=n, **common)  # fmt: skip
-        for K in args.K:
-            seeds, coefs = list(range(K)), [0.5 + 0.1 * k for k in range(K)]
-            check(x, seeds, coefs)
-            here = common | dict(K=K, normals=K * n)
-            rounding = dict(rounding="stochastic") if size == 2 else {}
-            ours = table.measure("update", "pseuzo", lambda: update_(x, seeds, coefs, lr=LR, **rounding),
-                                 n_bytes=2 * size * n, **here)  # fmt: skip
-            if K > 14:
-                continue
-            table.measure("update", "pseuzo, a pass per seed", lambda: [update_(x, s, c, lr=LR) for s, c in
-                          zip(seeds, coefs, strict=True)], n_bytes=2 * size * n * K, **here)  # fmt: skip
-            mezo = table.measure("update", "MeZO-style torch loop", lambda: mezo_update(x, seeds, coefs),
-                                 n_bytes=4 * size * n * K, **here)  # fmt: skip
-            print(f"    -> update K {K}: {mezo / ours:.1f} times faster than the torch loop, {ours / copy:.2f} copies")
-        print(f"    -> perturb: {perturb / copy:.2f} copies")
+    for name in args.dtype:
+        measure(table, getattr(torch, name), args.n, args.K, device)
 
 
 if __name__ == "__main__":

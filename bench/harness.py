@@ -69,8 +69,9 @@ class Table:
         """Time call, which moves n_bytes to and from memory and makes so many normals; returns the median in ms."""
         p20, p50, p80 = quantiles_ms(call, self.device)
         row = self.common | dict(
-            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, ms_p20=f"{p20:.4f}", ms_p50=f"{p50:.4f}",
-            ms_p80=f"{p80:.4f}", gb_per_s=f"{n_bytes / p50 / 1e6:.1f}", gnormals_per_s=f"{normals / p50 / 1e6:.3f}",
+            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, ms_p20=f"{p20:.4f}",
+            ms_p50=f"{p50:.4f}", ms_p80=f"{p80:.4f}", 
+            gb_per_s=f"{n_bytes / p50 / 1e6:.1f}", gnormals_per_s=f"{normals / p50 / 1e6:.3f}",
         )  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()

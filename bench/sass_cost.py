@@ -4,7 +4,8 @@
 
 Compiles each kernel ahead of time and counts what one pass of its inner loop (one seed) and the straight code around it
 cost a normal: instructions, and cycles of the busiest pipe, for one warp on one of the four sub-partitions of a
-multiprocessor. That is a lower bound from throughput: no latencies, no timing. Figures called predictions are just that.
+multiprocessor. That is a lower bound from throughput: no latencies, no timing. Figures called predictions are just
+that.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from triton.compiler import ASTSource
 
 kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
 
-# Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide and
-# the stall counts that ptxas writes. Not settled without a measurement: whether IMAD.WIDE takes 2 or 4, and whether
-# half -> float conversions share the pipe of the FMAs.
+# Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide
+# and the stall counts that ptxas writes. Not settled without a measurement: whether IMAD.WIDE takes 2 or 4, and
+# whether half -> float conversions share the pipe of the FMAs.
 PIPES = {
     "fma": (1, "FFMA FADD FMUL HFMA2 HMUL2 HADD2 HFMA2.MMA HADD2.BF16_V2"),
     "half": (2, "HADD2.F32 F2FP"),
@@ -208,7 +209,7 @@ ALL = tuple(
 
 
 def predict(costs: list[Cost]) -> None:
-    """Milliseconds of one update of a whole model at K = 14: the larger of arithmetic and memory, and no measurement."""
+    """Milliseconds of an update of a whole model, K = 14: the larger of arithmetic and memory; no measurement."""
     print("\nPrediction (not a measurement): update of all parameters, K = 14")
     for c in costs:
         if not c.kernel.startswith("add_noise_many"):
@@ -238,8 +239,9 @@ def main() -> None:
         for name, options in ALL if args.all else USUAL:
             costs.append(c := cost(name, arch, **options))
             print(
-                f"sm_{arch} {c.kernel}: {c.instructions_per_normal:.2f} instructions and {c.cycles_per_normal:.2f} cycles "
-                f"({c.busiest}) a normal, {c.around_per_normal:.2f} around, {c.registers} registers, "
+                f"sm_{arch} {c.kernel}: {c.instructions_per_normal:.2f} instructions and "
+                f"{c.cycles_per_normal:.2f} cycles ({c.busiest}) a normal, "
+                f"{c.around_per_normal:.2f} around, {c.registers} registers, "
                 f"{c.spill_accesses} spills, {c.shared_accesses} shared, {c.widths}",
                 flush=True,
             )

@@ -17,5 +17,6 @@ except ImportError:
 from pseuzo_kernels.window import EmaWindow
 
 __all__ = [
-    "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_", "update_",
+    "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_",
+    "update_",
 ]  # fmt: skip

@@ -1,12 +1,12 @@
 """The noise op: x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream), one read and one write of x for any K.
 
-Perturb, restore and update are all calls of it. The kernel makes 16 planes of noise a counter and adds up the K terms in
-registers; for "hadamard" one transform of 16 points then turns the sums into noise, once per launch instead of once per
-seed. `pseuzo_kernels.reference` defines every bit; `pseuzo_kernels.philox` holds the device functions.
+Perturb, restore and update are all calls of it. The kernel makes 16 planes of noise a counter and adds up the K terms
+in registers; for "hadamard" one transform of 16 points then turns the sums into noise, once per launch instead of once
+per seed. `pseuzo_kernels.reference` defines every bit; `pseuzo_kernels.philox` holds the device functions.
 
 Why the kernel looks as it does (counted in the machine code for sm_90, see bench/sass_cost.py): 4 counters a thread, so
-that a plane is read and written 4 elements at a time; whole chunks and tails are separate code, since one mask makes every
-access narrow; x is loaded after the sum, 8 planes at a time, as 16 would cost 40 more registers.
+that a plane is read and written 4 elements at a time; whole chunks and tails are separate code, since one mask makes
+every access narrow; x is loaded after the sum, 8 planes at a time, as 16 would cost 40 more registers.
 """
 
 from collections import OrderedDict

@@ -1,7 +1,8 @@
 """The public functions over one implementation of the ops: they check, normalise, and call.
 
-`pseuzo_kernels` builds them over the dispatcher's ops (Triton, C++ or the reference, by device), `pseuzo_kernels.reference`
-over the plain-torch definitions; so both have the same names, arguments and errors. No arithmetic on weights happens here.
+`pseuzo_kernels` builds them over the dispatcher's ops (Triton, C++ or the reference, by device),
+`pseuzo_kernels.reference` over the plain-torch definitions; so both have the same names, arguments and errors. No
+arithmetic on weights happens here.
 """
 
 import math
@@ -194,9 +195,10 @@ class NoiseApi:
         rounding_seed: int = 0,
         noise_scale: float = 1.0,
     ) -> Tensor:
-        """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched. Arguments as add_noise_.
+        """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
-        out: like x (shape, dtype, device, contiguous), made if None; may be x. With noise_scale 0 no noise is made.
+        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be x. With
+        noise_scale 0 no noise is made.
         """
         op = "add_noise"
         check_tensors(op, [x])
@@ -432,7 +434,9 @@ class EmaWindow:
         return (o if o.dim() == 3 else o[:, None]).contiguous()
 
     def _reserve(self, rows: int, positions: int, width: int, device: torch.device) -> None:
-        """Make room for an entry [rows, positions, width]; what is there stays, aligned to the first row and last position."""
+        """Make room for an entry [rows, positions, width]; what is there stays, aligned to the first row and last
+        position.
+        """
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         old = self._ring
@@ -476,7 +480,9 @@ class EmaWindow:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state_dict: capacity, momentum and eps too. Raises ValueError and changes nothing if it is not one."""
+        """Take over a state_dict: capacity, momentum and eps too. Raises ValueError and changes nothing if it is not
+        one.
+        """
         names = ("capacity", "momentum", "eps", "slot", "used", "grouped", "skipped")
         tensors = ("values", "seeds", "groups", "counts")
         missing = [n for n in names + (tensors if state.get("used") else ()) if n not in state]

@@ -31,7 +31,7 @@ def round17(coef):
 
 @triton.jit
 def mul_wide(a, m: tl.constexpr, ASM: tl.constexpr):
-    """High and low half of the 64-bit product: one IMAD.WIDE; Triton's own umulhi takes a second multiply for the low."""
+    """High and low half of the 64-bit product: one IMAD.WIDE; Triton's umulhi takes another for the low."""
     if ASM:
         return tl.inline_asm_elementwise(
             "{.reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t;}",

@@ -1,8 +1,8 @@
 """Every op in plain torch. This file defines what is correct; Triton, C++ and CUDA must agree with it.
 
 The noise: z(seed, stream, i) is the i-th perturbation of tensor `stream` under `seed`, a pure function of the three, so
-any element of any tensor can be made again anywhere. A chunk is 2048 consecutive elements, 16 planes of 128 columns, and
-one Philox counter serves the 16 elements of a column:
+any element of any tensor can be made again anywhere. A chunk is 2048 consecutive elements, 16 planes of 128 columns,
+and one Philox counter serves the 16 elements of a column:
 
     element i:  chunk = i >> 11,  plane = (i >> 7) & 15,  column = i & 127,  counter q = chunk * 128 + column
     words:      W = Philox4x32(counter = (q, stream, seed_lo, seed_hi)), the seed hashed by splitmix64
@@ -12,12 +12,13 @@ one Philox counter serves the 16 elements of a column:
 - "rademacher"  b[4w .. 4w+3] = +-1 from the top bit of each byte of W[w], z = b.
 - "normal"      Box-Muller: word w makes planes 2w and 2w + 1 from 16 bits of radius and 16 bits of angle.
 
-Sums run over k in order, in fp32, with c_k rounded to 17 significant bits. The patterns have 7, so c_k * b_k is exact and
-fused and unfused multiply-adds give the same bits: "hadamard" and "rademacher" are bit-exact on every backend. (For
-2^-120 < |c_k| < 2^126, that is: nearer to the ends of fp32 the product can underflow or overflow.)
+Sums run over k in order, in fp32, with c_k rounded to 17 significant bits. The patterns have 7, so c_k * b_k is exact
+and fused and unfused multiply-adds give the same bits: "hadamard" and "rademacher" are bit-exact on every backend.
+(For 2^-120 < |c_k| < 2^126, that is: nearer to the ends of fp32 the product can underflow or overflow.)
 
-Sources: Philox and its constants, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); splitmix64, Steele
-et al. (2014); perturbation by seed, Malladi et al., "Fine-tuning language models with just forward passes" (2023).
+Sources: Philox and its constants, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); splitmix64,
+Steele et al. (2014); perturbation by seed, Malladi et al., "Fine-tuning language models with just forward passes"
+(2023).
 """
 
 import math
@@ -175,7 +176,8 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
 def add_noise_list_out(
     xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
 ):
-    """The op pseuzo::add_noise_list_out: out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
+    """The op pseuzo::add_noise_list_out:
+    out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
 
     xs, out: lists of contiguous tensors of equal sizes; xs may be empty, then there is no first term. found_inf: fp32
     [1] or None; where it is not 0, keeps count as 1 (a skipped step decays nothing; its coefs are zero already).
@@ -230,7 +232,7 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     loss fp32 scalar or None. The entry of age a is at slot (slot - a) mod K.
     Returns seeds [used], coefs [used] fp32, both the newest last, and found_inf [1] fp32.
     """
-    capacity, rows_max, positions_max, _ = values.shape
+    capacity, _, positions_max, _ = values.shape
     rows, positions, _ = o1.shape
     change = o1.float() if o0 is None else o1.float() - o0.float()
     group = torch.arange(rows, device=o1.device) if group is None else group

@@ -1,4 +1,4 @@
-"""Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped, with the reason, there too."""
+"""Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled to machine code, without a GPU: legal, no spills, wide accesses, and the cost we claim."""
+"""Every Triton kernel compiled to machine code, without a GPU: no spills, wide accesses, and the cost we claim."""
 
 import json
 import os

@@ -94,11 +94,11 @@ def test_batches():
     prompts = Prompts(tokens, torch.arange(30) % 3, pad=1)
     batches = prompts.stratified(6, seed=1)
     drawn = [next(batches) for _ in range(5)]
-    assert sorted(sum(drawn, [])) == list(range(30)), "every row once an epoch"
+    assert sorted(i for b in drawn for i in b) == list(range(30)), "every row once an epoch"
     assert all(prompts.labels[b].bincount().tolist() == [2, 2, 2] for b in drawn)
     again = prompts.stratified(6, seed=1)
     assert drawn == [next(again) for _ in range(5)] and next(prompts.stratified(6, seed=2)) != drawn[0]
     batch = prompts.batch([0, 3])
     assert batch["input_ids"].tolist() == [[1, 1, 1, 5], [5, 5, 5, 5]]
     assert batch["attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
-    assert sorted(sum(prompts.by_length(7), [])) == list(range(30))
+    assert sorted(i for b in prompts.by_length(7) for i in b) == list(range(30))

@@ -81,7 +81,8 @@ def test_pseuzo_is_the_formula(bare, two_sided, groups):
         torch.testing.assert_close(loss, before.detach())
     plain_pseuzo(want, steps, lr, eps, K, momentum, decay, groups, 5, two_sided)
     for p, q, start in zip(model.parameters(), want.parameters(), small_model().parameters(), strict=True):
-        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of it, coefficients about 1
+        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of it, coefficients
+        # about 1
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5 * (1 + float((q - start).detach().abs().max())))
         assert (p - start).abs().max() > 1e-2
 

@@ -53,7 +53,7 @@ def test_add_noise_known_answers():
 
 
 def test_transform_is_orthogonal_and_linear():
-    """FWHT16 of the identity is a Hadamard matrix; so sum_k c_k z_k = FWHT(sum_k c_k b_k) has the law of sum_k c_k z_k."""
+    """FWHT16 of the identity is a Hadamard matrix, so sum_k c_k z_k = FWHT16(sum_k c_k b_k) up to rounding."""
     h = reference.fwht16(torch.eye(16))
     assert torch.equal(h @ h.T, 16 * torch.eye(16)) and set(h.unique().tolist()) == {-1.0, 1.0}
     seeds, coefs = [3, 4, 5], [0.5, -2.0, 0.25]  # powers of two: rounding them to 17 bits changes nothing

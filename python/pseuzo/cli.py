@@ -8,7 +8,7 @@ import click
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pseuzo")
 def main() -> None:
-    """Fine-tune language models by forward passes alone: no backward pass, no optimizer state, the memory of inference."""
+    """Fine-tune language models by forward passes alone, in the memory of inference."""
 
 
 @main.command()

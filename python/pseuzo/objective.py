@@ -22,9 +22,9 @@ IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
 class CausalLMObjective:
     """The loss of a Transformers causal LM as PseuZO needs it.
 
-    model: any with an output head that is a Linear (`get_output_embeddings()`), tied or not. options: token ids of label
-    words, one per class: the loss is then the cross entropy over their logits alone, at the last token of the prompt.
-    Without options it is the language-modelling loss of `labels`.
+    model: any with an output head that is a Linear (`get_output_embeddings()`), tied or not. options: token ids of
+    label words, one per class: the loss is then the cross entropy over their logits alone, at the last token of the
+    prompt. Without options it is the language-modelling loss of `labels`.
 
     On first use, the logits made from the gathered states are compared once with the model's own, since a model may do
     more after its head than the soft caps and scales known here: RuntimeError then.
@@ -95,7 +95,9 @@ class CausalLMObjective:
 
     @staticmethod
     def _loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, P] whose next token carries a loss, aligned to the right, -1 where there is none; targets [B, P]."""
+        """Positions [B, P] whose next token carries a loss, aligned to the right, -1 where there is none; targets [B,
+        P].
+        """
         shifted = labels[:, 1:]
         carries = shifted != IGNORED
         count = int(carries.sum(1).max()) if carries.numel() else 0

@@ -159,7 +159,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @contextmanager
     def _perturbed(self, seed: int, sign: int) -> Iterator[None]:
-        """Passes inside see x + sign * eps * z(seed): exactly with a model; else in place, taken back only on errors."""
+        """Passes inside see x + sign * eps * z(seed): exactly with a model, else in place, to be taken back."""
         if self.model is not None:
             with forward_of(self.model, self._places(), self.noise)(seed, sign * self.eps):
                 yield
@@ -259,7 +259,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 "rounding": self.rounding, "skipped": self.skipped_steps}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue as the saved optimizer would have. Raises ValueError and changes nothing if it is another's state."""
+        """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is another's state."""
         own = state_dict.get("state", {}).get("zero_order")
         missing = set(self._own_state()) - set(own or ())
         if missing:

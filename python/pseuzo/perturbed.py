@@ -1,13 +1,14 @@
 """Exact perturbed forward: a module runs as if its weights were x + eps * z(seed), and the weights are never written.
 
-Small weights are copied, perturbed, in one launch for the whole pass. A large one is made in scratch when its module runs
-and forgotten when it returns, so the memory is that of the largest module. An embedding is perturbed at the rows it
-looks up. Nothing has to be restored, so nothing drifts, and an exception in the forward leaves the weights as they were.
+Small weights are copied, perturbed, in one launch for the whole pass. A large one is made in scratch when its module
+runs and forgotten when it returns, so the memory is that of the largest module. An embedding is perturbed at the rows
+it looks up. Nothing has to be restored, so nothing drifts, and an exception in the forward leaves the weights as they
+were.
 
 A weight that the forward uses outside its module (a functional call on another module's weight, a view kept since long)
 would be missed. The first passes of a model therefore run under a watch that sees every op: a real weight that reaches
-one is replaced by a perturbed copy there and then, and from the next pass on such weights are copied for the whole pass.
-The watch stands down after a pass in which it had nothing to do.
+one is replaced by a perturbed copy there and then, and from the next pass on such weights are copied for the whole
+pass. The watch stands down after a pass in which it had nothing to do.
 """
 
 import math
@@ -44,7 +45,7 @@ class _Scratch:
 
 
 class _RowsOfEmbedding(TorchFunctionMode):
-    """While an embedding's forward runs: its lookup in `param` gives perturbed rows; any other use, a perturbed copy."""
+    """While an embedding's forward runs: a lookup in `param` gives perturbed rows; other uses, a perturbed copy."""
 
     def __init__(self, owner: "PerturbedForward", param: Tensor):
         super().__init__()
@@ -145,7 +146,7 @@ class PerturbedForward:
         return self._kept[param]
 
     def substitute(self, x: Tensor) -> Tensor:
-        """x, unless it is (a view of) a real weight that is to be perturbed: then the same view of the perturbed one."""
+        """x, unless it is (a view of) a real weight to be perturbed: then the same view of the perturbed one."""
         if x.layout is not torch.strided or x.numel() == 0:
             return x
         for param in self._by_storage.get(x.untyped_storage().data_ptr(), ()):

@@ -64,7 +64,8 @@ class CyclicHyperbola(Schedule):
     emptied before each step with lambda = 1. In a default run (10000 steps, 64 an epoch) 1408 steps are PseuZO.
     Source: the code published with PseuZO (NeurIPS 2025).
 
-    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. steps: the length of the run if its last epoch is cut short.
+    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. steps: the length of the run if its last epoch is cut
+    short.
     """
 
     def __init__(self, epochs: int, steps_per_epoch: int = 1, *, steps: int | None = None):

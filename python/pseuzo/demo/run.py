@@ -230,8 +230,8 @@ def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, d
     task = load_task()
     rows: list[dict] = []
     summary: dict[str, Any] = {
-        "hardware": hardware(device), "torch": torch.__version__, "steps": steps, "batch_size": batch_size, "seed": seed,
-        "forwards_per_step": 2, "methods": {},
+        "hardware": hardware(device), "torch": torch.__version__, "steps": steps, "batch_size": batch_size,
+        "seed": seed, "forwards_per_step": 2, "methods": {},
     }  # fmt: skip
     best = (-math.inf, "")
     with open(out / "metrics.jsonl", "w") as metrics:
