@@ -1,0 +1,134 @@
+"""What only a GPU can show: the public functions and the optimizers on CUDA tensors, the same bits as on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from models import Tied, batch_of, causal_lm
+from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
+
+import pseuzo_kernels as pk
+from pseuzo_kernels import reference
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
+    sizes = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 300_000)
+    host = [torch.randn(n).to(dtype) for n in sizes]
+    device = [x.cuda() for x in host]
+    for xs in (host, device):
+        where = xs[0].device
+        pk.perturb_(xs, 3, 0.5, noise=noise)
+        pk.update_(xs, torch.arange(14, device=where), torch.linspace(-1, 1, 14, device=where), lr=0.3, noise=noise,
+                   weight_decay=0.1, rounding="stochastic", rounding_seed=2, noise_scale=0.7)  # fmt: skip
+        pk.restore_(xs[6][3:], 3, 0.5, noise=noise, rounding="stochastic", rounding_seed=4)
+        xs.append(pk.add_noise(xs[6], list(range(1024)), [0.01] * 1024, 2**32 - 1, keep=0.5, noise=noise))
+        xs.append(pk.noise((3, 1000), -1, 5, dtype=dtype, noise=noise, device=where))
+    for h, d in zip(host, device, strict=True):
+        assert torch.equal(h, d.cpu())
+
+
+def test_normal_is_close():
+    z = pk.noise((1 << 20,), 3, 1, noise="normal", device="cuda").cpu()
+    want = reference.noise((1 << 20,), 3, 1, noise="normal")
+    assert (z - want).abs().max() < 5e-5  # lg2.approx near 1
+    far = want.abs() > 0.1
+    assert ((z - want)[far].abs() < 4e-6).float().mean() > 0.999
+
+
+def test_large_tensor_beyond_32_bit_offsets():
+    n = (1 << 31) + 5000
+    if torch.cuda.mem_get_info()[0] < 5 * n:
+        pytest.skip("needs 10 GB of GPU memory")
+    x = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    pk.perturb_(x, 1, 1.0)
+    assert (x[-5000:] != 0).float().mean() > 0.99
+    want = torch.zeros(5000)
+    chunk = n // 2048 * 2048
+    q, elements = reference._columns(n // 2048, n // 2048 + 1, torch.device("cpu"))
+    z = reference.noise_sum("hadamard", q, 0, reference.hash_seeds(torch.tensor([1])), torch.ones(1), 1.0)
+    want = z[elements < n].to(torch.bfloat16)
+    assert torch.equal(x[chunk:].cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_perturbed_forward_equals_perturbed_weights(dtype):
+    model = causal_lm("opt").to(dtype).cuda().eval()
+    batch = {k: v.cuda() for k, v in batch_of().items()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            pk.perturb_([p], 7, 1e-2, streams=[i])
+        before = [p.clone() for p in model.parameters()]
+        for _ in range(3):
+            with perturbed(model, 7, 1e-2):
+                assert torch.equal(model(**batch).logits, other(**batch).logits)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def steps(opt, objective, device, n):
+    losses = []
+    for t in range(n):
+        batch = {k: v.to(device) for k, v in {**batch_of(seed=t), "labels": torch.tensor([0, 1, 1, 0])}.items()}
+        forward, head = objective(batch)
+        if isinstance(opt, PseuZO):
+            losses.append(opt.step(forward, head, groups=batch["labels"]))
+        else:
+            losses.append(opt.step(lambda f=forward, h=head: h(f())))
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.parametrize("make", [
+    lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2), lambda m: MeZO(m, 1e-3, 1e-2, seed=2),
+    lambda m: PseuZO(m.parameters(), 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
+])  # fmt: skip
+def test_optimizers_follow_the_cpu(make):
+    model = causal_lm("opt").eval()
+    twin = copy.deepcopy(model).cuda()
+    host = steps(make(model), CausalLMObjective(model, [17, 4]), "cpu", 4)
+    device = steps(make(twin), CausalLMObjective(twin, [17, 4]), "cuda", 4)
+    # matrix products round differently: outputs about 1 to 1e-6, over eps, times lr, four steps
+    torch.testing.assert_close(device, host, rtol=0, atol=1e-3)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=0, atol=2e-3)
+
+
+def test_a_step_does_not_wait_for_the_device():
+    """With a model that does not wait itself: some of Transformers look at their attention mask."""
+    model = Tied().cuda().eval()
+    ids = torch.randint(0, 300, (4, 5)).cuda()
+    groups = torch.tensor([0, 1, 1, 0]).cuda()
+    for opt in (PseuZO(model, 1e-4, 1e-2), MeZO(model, 1e-4, 1e-2), PseuZO(model.parameters(), 1e-4, 1e-2)):
+
+        def step(opt=opt):
+            if isinstance(opt, PseuZO):
+                return opt.step(lambda: model(ids), lambda o: o.square().mean(), groups=groups)
+            return opt.step(lambda: model(ids).square().mean())
+
+        for _ in range(3):  # compiles, learns the model, makes its tables
+            step()
+        torch.cuda.synchronize()
+        memory = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() <= memory + 4096, "memory grows with the steps"
+
+
+def test_state_dict_resumes_to_the_bit():
+    model = causal_lm("opt").to(torch.bfloat16).cuda().eval()
+    opt = PseuZO(model, 1e-3, 1e-2, 3, 0.9, seed=2)
+    steps(opt, CausalLMObjective(model, [17, 4]), "cuda", 5)
+    twin = copy.deepcopy(model)
+    again = PseuZO(twin, 1e-3, 1e-2, 3, 0.9, seed=2)
+    again.load_state_dict(opt.state_dict())
+    for m, o in ((model, opt), (twin, again)):
+        steps(o, CausalLMObjective(m, [17, 4]), "cuda", 5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
