@@ -30,10 +30,17 @@ bench: $(READY)
 	$(BIN)/python bench/bench_add_noise.py $(ARGS)
 	$(BIN)/python bench/sass_cost.py --predict
 
+# Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the
+# usual one, which runs on a CPU too.
+TORCH = torch
+ifeq ($(shell command -v nvidia-smi),)
+TORCH = "torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null || $(PIP) torch
+endif
+
 # torch goes first and alone: what comes after it must be built against it and must not bring another
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(TORCH)
 	$(PIP) setuptools wheel ninja pybind11
 	$(PIP) --no-build-isolation -e ".[test]"
 	touch $@

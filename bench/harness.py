@@ -56,7 +56,7 @@ class Table:
         except ImportError:
             triton_version = ""
         self.common = dict(
-            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), commit=commit.stdout.strip(),
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), commit=commit.stdout.strip(),
             device=device_name(device), threads=torch.get_num_threads() if device.type == "cpu" else "",
             torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
         )  # fmt: skip

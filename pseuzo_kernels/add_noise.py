@@ -267,7 +267,7 @@ def _prepared(seeds: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, dict]:
 
 
 def _to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    t = torch.as_tensor(values, dtype=dtype)
+    t = torch.as_tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
@@ -296,17 +296,19 @@ def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_has
     )
 
     def table() -> tuple[Tensor, Tensor]:
-        blocks = torch.tensor([-(-n // ELEMENTS) for n in columns[2]])
-        tensor_of = torch.repeat_interleave(torch.arange(len(outs)), blocks)
-        block_of = torch.arange(len(tensor_of)) - (blocks.cumsum(0) - blocks)[tensor_of]
+        blocks = torch.tensor([-(-n // ELEMENTS) for n in columns[2]], device="cpu")
+        tensor_of = torch.repeat_interleave(torch.arange(len(outs), device="cpu"), blocks)
+        block_of = torch.arange(len(tensor_of), device="cpu") - (blocks.cumsum(0) - blocks)[tensor_of]
         return (
             _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device),
-            _to_device(torch.tensor(columns), torch.int64, device),
+            _to_device(columns, torch.int64, device),
         )
 
-    programs, ints = _plan((device, columns), table)
+    # a table belongs to the stream on which it was copied to the device
+    place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    programs, ints = _plan((place, columns), table)
     numbers = (tuple(keeps), tuple(scales))
-    (floats,) = _plan((device, numbers), lambda: (_to_device(torch.tensor(numbers), torch.float32, device),))
+    (floats,) = _plan((place, numbers), lambda: (_to_device(numbers, torch.float32, device),))
     _add_noise_many_kernel[(len(programs),)](
         outs[0], ints[0], ints[1], ints[2], ints[3], floats[0], floats[1], programs, seeds, coefs, K,
         rounding_hash, found_inf, **options,
@@ -322,6 +324,8 @@ def add_noise_list_out_triton(
     device = out[0].device
     rounding_hash = reference.hash_seed(rounding_seed)
     K = seeds.numel()
+    # A captured graph would keep the address of a table that may be gone when it is replayed.
+    tables = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
     with _on(device):
         seeds, coefs, options = _prepared(seeds, coefs)
         options |= dict(NOISE=noise, HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
@@ -334,7 +338,7 @@ def add_noise_list_out_triton(
                 zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
                 reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[y])
                 continue
-            if len(out) > 1 and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
+            if len(out) > 1 and tables and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
                 many.setdefault(y.dtype, []).append(t)
             else:
                 _add_noise_kernel[(triton.cdiv(y.numel(), ELEMENTS),)](

@@ -6,6 +6,7 @@ arithmetic on weights happens here.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -59,20 +60,24 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
             raise ValueError(
                 f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; call once per device"
             )
-    if not torch.compiler.is_compiling() and len({id(x) for x in xs}) != len(xs):
+    if torch.compiler.is_compiling():
+        return  # addresses and identities are not known yet
+    addresses = [x.data_ptr() if x.numel() and x.device.type != "meta" else -id(x) for x in xs]
+    if len(set(addresses)) != len(xs):
         raise ValueError(f"{op}: the same tensor is in the list twice; pass each once")
 
 
 def check_stream(op: str, stream: int) -> int:
-    if not isinstance(stream, int) or not 0 <= stream <= MAX_STREAM:
+    if not hasattr(stream, "__index__") or not 0 <= (stream := operator.index(stream)) <= MAX_STREAM:
         raise ValueError(f"{op}: stream must be an int in 0 .. 2^32 - 1, got {stream!r}")
     return stream
 
 
 def signed64(op: str, seed: int) -> int:
     """The int64 with the bits of seed."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not hasattr(seed, "__index__") or isinstance(seed, bool):
         raise TypeError(f"{op}: a seed must be an int, got {type(seed).__name__}")
+    seed = operator.index(seed)
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"{op}: a seed must fit 64 bits, got {seed}")
     return seed - (1 << 64) if seed >> 63 > 0 else seed
@@ -88,7 +93,7 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
         if value.device != device:
             raise ValueError(f"{op}: mixed devices, {name} is on {value.device} and x on {device}")
         return value.detach().reshape(-1).to(dtype)
-    values = [value] if isinstance(value, int | float) else list(value)
+    values = list(value) if isinstance(value, Iterable) else [value]
     if dtype is torch.int64:
         values = [signed64(op, v) for v in values]
     else:
@@ -304,15 +309,14 @@ class NoiseApi:
     def _args(self, op, device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed) -> tuple:
         check_noise(op, noise)
         check_rounding(op, rounding)
-        for stream in streams:
-            check_stream(op, stream)
+        streams = [check_stream(op, stream) for stream in streams]
         for keep in keeps:
             if not math.isfinite(keep):
                 raise ValueError(f"{op}: keep must be finite, got {keep}")
         scales = per_tensor(op, "noise_scale", scales, len(scales))
         s, c = seeds_and_coefs(op, seeds, coefs, device)
         stochastic = rounding == "stochastic"
-        return s, c, list(streams), keeps, scales, noise, stochastic, signed64(op, rounding_seed), None
+        return s, c, streams, keeps, scales, noise, stochastic, signed64(op, rounding_seed), None
 
 
 class EmaWindow:
@@ -457,7 +461,7 @@ class EmaWindow:
         self._skipped = self._skipped.to(device)
         k = self.capacity
         new = {
-            "values": torch.zeros(k, rows, positions, width, device=device),
+            "values": torch.zeros(k, rows, positions, width, dtype=torch.float32, device=device),
             "seeds": torch.zeros(k, dtype=torch.int64, device=device),
             "groups": torch.zeros(k, rows, dtype=torch.int64, device=device),
             "counts": torch.zeros(k, rows, dtype=torch.int32, device=device),

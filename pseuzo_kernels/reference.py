@@ -116,7 +116,7 @@ def fwht16(a: Tensor) -> Tensor:
 
 def noise_sum(noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor, noise_scale: float) -> Tensor:
     """d = noise_scale * sum_k coefs[k] z_k for whole columns, [16, n] fp32. q [n], hashes [K] int64, coefs [K] fp32."""
-    acc = torch.zeros(16, q.numel(), device=q.device)
+    acc = torch.zeros(16, q.numel(), dtype=torch.float32, device=q.device)
     for seed_hash, coef in zip(hashes, round17(coefs), strict=True):
         acc = acc + coef * column_noise(noise, q, stream, seed_hash)
     acc = fwht16(acc) if noise == "hadamard" else acc
@@ -158,7 +158,7 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
         if scale:
             y = noise_sum(noise, q, stream, hashes, coefs, scale)
         else:  # adding -0 changes nothing
-            y = torch.full(elements.shape, 0.0 if x is None else -0.0, device=out.device)
+            y = torch.full(elements.shape, 0.0 if x is None else -0.0, dtype=torch.float32, device=out.device)
         inside = elements < n
         at = elements[inside]
         y = y[inside]
@@ -247,8 +247,8 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     counts[slot, :rows] = torch.where(leader, same.sum(1), 0).int()
     seeds[slot] = seed
 
-    ages = range(used - 1, -1, -1)
-    slots = [(slot - age) % capacity for age in ages]
+    ages = torch.arange(used - 1, -1, -1, device=o1.device)
+    slots = [(slot - age) % capacity for age in range(used - 1, -1, -1)]
     dots = []
     for k in slots[:-1]:
         pairs = ((groups[k, :, None] == group[None, :]) & (counts[k, :, None] > 0)).double()  # [R, B]
@@ -256,15 +256,15 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
         old = torch.where(counts[k, :, None, None] > 0, old, 0.0)
         dots.append((old * torch.einsum("rb,bpd->rpd", pairs, grad.double())).sum())
     own = (change.double() * grad.double()).sum()
-    weights = torch.tensor([momentum**age / eps for age in ages], dtype=torch.float64, device=o1.device)
+    weights = torch.pow(torch.full_like(ages, momentum, dtype=torch.float64), ages) / eps
     coefs = (torch.stack([*dots, own]) * weights).float()
 
     loss_ok = torch.ones((), dtype=torch.bool, device=o1.device) if loss is None else loss.isfinite().all()
     ok = coefs.isfinite().all() & loss_ok
     counts[slot] = torch.where(coefs[-1].isfinite() & loss_ok, counts[slot], 0)
     skipped += (~ok).long()
-    coefs = torch.where(ok, coefs, 0.0)
-    return seeds[slots].clone(), coefs, (~ok).float().view(1)
+    coefs = torch.where(ok, coefs, torch.zeros_like(coefs))
+    return seeds[(slot - ages) % capacity], coefs, (~ok).float().view(1)
 
 
 _api = api.NoiseApi(add_noise_list_, add_noise_list_out, add_noise_rows)

@@ -149,6 +149,61 @@ def test_memory_is_that_of_the_largest_module():
 
 
 @torch.no_grad()
+def test_an_output_that_is_a_view_of_a_weight():
+    class Rows(nn.Linear):
+        def forward(self, n):
+            return {"rows": self.weight[:n]}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.other = Rows(300, 300), nn.Linear(300, 300)
+
+        def forward(self, x):
+            rows = self.rows(4)["rows"]
+            return self.other(x), rows
+
+    model = Model()
+    x = torch.randn(2, 300)
+    want = perturbed_copy(model, 1, 0.5)(x)
+    for _ in range(3):
+        with perturbed(model, 1, 0.5):
+            got = model(x)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@torch.no_grad()
+def test_embedding_with_many_tokens_and_32_bit_ids():
+    model = nn.Sequential(nn.Embedding(100, 700))
+    want = perturbed_copy(model, 1, 0.1)
+    for ids in (torch.arange(100).repeat(3), torch.tensor([[3, 1], [99, 3]], dtype=torch.int32)):
+        for _ in range(3):
+            with perturbed(model, 1, 0.1):
+                assert torch.equal(model(ids), want(ids))
+
+
+@torch.no_grad()
+def test_an_empty_context_teaches_nothing():
+    model = Tied().eval()
+    ids = torch.randint(0, 300, (3, 5))
+    want = perturbed_copy(model, 3, 0.1)(ids)
+    for _ in range(3):
+        with perturbed(model, 3, 0.1):
+            pass
+    with perturbed(model, 3, 0.1):
+        assert torch.equal(model(ids), want)
+
+
+def test_backward_through_scratch_fails_loudly():
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+    x = torch.randn(2, 300, requires_grad=True)
+    with perturbed(model, 1, 0.1):
+        loss = model(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@torch.no_grad()
 def test_moved_weights_and_copies_of_the_model():
     model = Tied().eval()
     ids = torch.randint(0, 300, (3, 5))
@@ -170,5 +225,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="unknown noise 'gauss'; known: 'hadamard'"):
         with perturbed(model, 0, 0.1, noise="gauss"):
             pass
+    with pytest.raises(ValueError, match="must fit 64 bits"), perturbed(model, 1 << 70, 0.1):
+        pass
+    with perturbed(model, 2**64 - 1, 0.1):  # a refused one leaves nothing behind
+        pass
     with pytest.raises(RuntimeError, match="do not nest"), perturbed(model, 0, 0.1), perturbed(model, 1, 0.1):
         pass

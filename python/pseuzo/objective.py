@@ -6,17 +6,25 @@
 
 o holds the hidden states at the positions that carry a loss, no others: [B, P, D]. The head runs on those alone, in the
 clean pass alone (PseuZO's perturbed pass never calls it), and for a choice between label words only its rows for those
-words. Nothing in Transformers is changed: the head's input is read, and emptied, by a hook while h runs.
+words. Nothing in Transformers is changed: a hook on the head reads its input and ends the forward there.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pseuzo.perturbed import frozen_mode, rows_of
+
 IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
+
+
+class _HeadReached(Exception):
+    """Ends a forward where its output head would begin."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
 
 
 class CausalLMObjective:
@@ -61,14 +69,14 @@ class CausalLMObjective:
         labels = batch["labels"]
         if self.options is None:
             positions, targets = self._loss_positions(labels)
-            targets = targets.to(device)
+            targets = targets.to(device, non_blocking=True)
         else:
-            positions, targets = self._last_token(inputs), labels.to(device)
+            positions, targets = self._last_token(inputs), labels.to(device, non_blocking=True)
             if targets.shape != positions.shape[:1]:
                 raise ValueError(
                     f"CausalLMObjective: with options, labels must be [B] classes, got shape {tuple(targets.shape)}"
                 )
-        positions = positions.to(device)
+        positions = positions.to(device, non_blocking=True)
 
         def forward() -> Tensor:
             return self.hidden_states(inputs, positions)
@@ -109,42 +117,35 @@ class CausalLMObjective:
 
     def hidden_states(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         """o: the head's input at positions [B, P] -> [B, P, D]; zeros where a position is -1. The head does not run."""
-        seen: list[Tensor] = []
 
-        def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(args[0])
-            return (args[0][:, :0], *args[1:])  # nothing is left for the head to do
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _HeadReached(args[0])
 
-        handle = self.lm_head.register_forward_pre_hook(take)
+        handle = self.lm_head.register_forward_pre_hook(stop, prepend=True)  # before a perturbed pass makes its weight
         try:
-            self.model(**{**inputs, **self._no_cache()})
+            self.model(**inputs, use_cache=False)
+        except _HeadReached as reached:
+            states = reached.states
+        else:
+            raise RuntimeError(
+                f"CausalLMObjective: {type(self.model).__name__} does not call its output head; "
+                "split it by hand: optimizer.step(forward, head)"
+            )
         finally:
             handle.remove()
-        if len(seen) != 1:
-            raise RuntimeError(
-                f"CausalLMObjective: the output head of {type(self.model).__name__} ran {len(seen)} times in a pass, "
-                "not once; split the model by hand: optimizer.step(forward, head)"
-            )
-        states = seen[0]
         rows = torch.arange(states.shape[0], device=states.device)[:, None]
-        return states[rows, positions.clamp(min=0)] * (positions >= 0)[..., None]
-
-    @staticmethod
-    def _no_cache() -> dict[str, Any]:
-        return {"use_cache": False}
+        return states[rows, positions.clamp(min=0)].masked_fill((positions < 0)[..., None], 0)
 
     def logits(self, o: Tensor) -> Tensor:
         """fp32 logits of o [..., D]: over the options if there are any, else over the vocabulary."""
+        if self.options is None:
+            return self._after_head(self.lm_head(o).float())
         weight, bias = self.lm_head.weight, self.lm_head.bias
-        if self.options is not None:
-            if self._option_ids is None or self._option_ids.device != weight.device:
-                self._option_ids = torch.tensor(self.options, device=weight.device)
-            weight = weight.detach().index_select(0, self._option_ids)
-            bias = None if bias is None else bias.detach().index_select(0, self._option_ids)
-            logits = F.linear(o.float(), weight.float(), None if bias is None else bias.float())
-        else:
-            logits = F.linear(o, weight.detach(), None if bias is None else bias.detach()).float()
-        return self._after_head(logits)
+        if self._option_ids is None or self._option_ids.device != weight.device:
+            self._option_ids = torch.tensor(self.options, device=weight.device)
+        rows = rows_of(self.model, weight, self._option_ids).float()
+        bias = None if bias is None else bias.detach().index_select(0, self._option_ids).float()
+        return self._after_head(F.linear(o.float(), rows, bias))
 
     def _after_head(self, logits: Tensor) -> Tensor:
         """What some models do to their logits: Cohere's scale, Granite's divisor, Gemma's soft cap."""
@@ -160,21 +161,16 @@ class CausalLMObjective:
     @torch.no_grad()
     def _verify(self, inputs: Mapping[str, Tensor], positions: Tensor) -> None:
         """Compare with the model's own logits, once, on one row of the first batch."""
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False  # dropout would differ between the two passes
-        try:
-            one = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
-            places = positions[:1]
+        one = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
+        places = positions[:1]
+        with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one, places))
-            theirs = self.model(**one, **self._no_cache()).logits[0, places[0].clamp(min=0)].float()[None]
-        finally:
-            for module in training:
-                module.training = True
+            theirs = self.model(**one, use_cache=False).logits[0, places[0].clamp(min=0)].float()[None]
         if self.options is not None:
             theirs = theirs[..., self.options]
         there = (places >= 0)[..., None]
-        eps = torch.finfo(self.lm_head.weight.dtype).eps
+        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled()
+        eps = torch.finfo(self.lm_head.weight.dtype if exact else torch.bfloat16).eps
         # a matrix product of another shape may round differently: a few ulps of the largest logit
         limit = 32 * eps * theirs.abs().max().clamp(min=1)
         if not bool((((ours - theirs).abs() * there) <= limit).all()) and bool(theirs.isfinite().all()):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseuzo.perturbed import forward_of
+from pseuzo.perturbed import forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
@@ -27,19 +27,6 @@ ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits 
 def step_seed(run_seed: int, step: int, domain: int = 0) -> int:
     """The seed of a step, a function of (run seed, step) alone: no global generator is read or written."""
     return hash_seed(hash_seed(run_seed ^ domain) + step)
-
-
-@contextmanager
-def frozen_mode(model: nn.Module | None) -> Iterator[None]:
-    """Dropout off and batch statistics frozen inside; every module's own mode is put back."""
-    training = [m for m in model.modules() if m.training] if model is not None else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Skips:
@@ -58,7 +45,7 @@ class _Skips:
         self.count += found_inf.long()
         if found_inf.is_cuda and self._event is None and not torch.cuda.is_current_stream_capturing():
             if self._host is None:
-                self._host = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+                self._host = torch.zeros(1, dtype=torch.int64, pin_memory=True, device="cpu")
             self._host.copy_(self.count, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -116,6 +103,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self._model_streams = {p: i for i, p in enumerate(model.parameters())} if model is not None else None
         self._streams: dict[Tensor, int] = {}
         self._step = 0
+        self._offset = 0.0
+        self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they hold x + eps z
         self._skips = _Skips()
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize))
@@ -158,33 +147,6 @@ class ZeroOrder(torch.optim.Optimizer):
         return [(g, g["params"]) for g in self.param_groups if g["noise_scale"] and g["params"]]
 
     @contextmanager
-    def _perturbed(self, seed: int, sign: int) -> Iterator[None]:
-        """Passes inside see x + sign * eps * z(seed): exactly with a model, else in place, to be taken back."""
-        if self.model is not None:
-            with forward_of(self.model, self._places(), self.noise)(seed, sign * self.eps):
-                yield
-            return
-        self._shift(seed, sign * self.eps)
-        self._offset += sign * self.eps
-        yield
-
-    def _shift(self, seed: int, by: float) -> None:
-        """x <- x + by * scale * z(seed), in place, for bare parameters."""
-        for group, params in self._trained():
-            seeds, coefs = self._on(params[0].device, seed, by)
-            torch.ops.pseuzo.add_noise_list_(
-                [p.detach() for p in params], seeds, coefs, [self._streams[p] for p in params], [1.0] * len(params),
-                [group["noise_scale"]] * len(params), self.noise, False, 0, None,
-            )  # fmt: skip
-
-    @staticmethod
-    def _on(device: torch.device, seed: int, coef: float) -> tuple[Tensor, Tensor]:
-        return (
-            torch.full((1,), seed, dtype=torch.int64, device=device),
-            torch.full((1,), coef, dtype=torch.float32, device=device),
-        )
-
-    @contextmanager
     def _passes(self, seed: int) -> Iterator[None]:
         """The passes of a step: without autograd and dropout; on an error, bare parameters are put back."""
         self._offset = 0.0  # what bare parameters are shifted by
@@ -195,29 +157,89 @@ class ZeroOrder(torch.optim.Optimizer):
         except BaseException:
             if self._offset:
                 with torch.no_grad():
-                    self._shift(seed, -self._offset)
+                    self._shift(seed, 0.0)
             raise
 
+    def _at(self, seed: int, sign: int, kind: str, run: Callable[[], Any]) -> Any:
+        """run() at x + sign * eps * z(seed): exactly with a model; bare parameters are shifted, and stay so."""
+        if self.model is not None:
+            with forward_of(self.model, self._places(), self.noise)(seed, sign * self.eps, kind):
+                return run()
+        self._shift(seed, sign * self.eps)
+        return run()
+
+    def _shift(self, seed: int, to: float) -> None:
+        """Bare parameters from x + offset * z to x + to * z, in place: fp32 through the op, to rounding; bf16 and fp16
+        from a copy of x, to the bit, as their rounding errors would add up to the size of the updates."""
+        first, by = self._offset == 0, to - self._offset
+        self._offset = to
+        for group, params in self._trained():
+            for device in {p.device for p in params}:
+                seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
+                rest = (group["noise_scale"], self.noise, False, 0, None)
+                fp32 = [p for p in params if p.device == device and p.dtype is torch.float32]
+                self._add(fp32, None, seeds, torch.full_like(seeds, by, dtype=torch.float32), 1.0, *rest)
+                half = [p for p in params if p.device == device and p.dtype is not torch.float32]
+                for p in half if first else ():
+                    if p not in self._originals:
+                        self._originals[p] = torch.empty_like(p, requires_grad=False)
+                    self._originals[p].copy_(p)
+                if to:
+                    coefs = torch.full_like(seeds, to, dtype=torch.float32)
+                    self._add(half, self._originals, seeds, coefs, 1.0, *rest)
+                else:
+                    for p in half:
+                        p.copy_(self._originals[p])
+
+    def _add(self, params, originals, seeds, coefs, keeps, scales, noise, stochastic, rounding_seed, skip) -> None:
+        """p <- keep * x + scale * sum_k coefs[k] z(seeds[k]) for each of params; x is p, or originals[p]."""
+        if not params:
+            return
+        n = len(params)
+        keeps = [keeps] * n if isinstance(keeps, float) else keeps
+        scales = [scales] * n if isinstance(scales, int | float) else scales
+        outs = [p.detach() for p in params]
+        args = (seeds, coefs, [self._streams[p] for p in params], keeps, scales, noise, stochastic, rounding_seed, skip)
+        if originals is None:
+            torch.ops.pseuzo.add_noise_list_(outs, *args)
+        else:
+            torch.ops.pseuzo.add_noise_list_out([originals[p] for p in params], *args, out=outs)
+        torch.autograd.graph.increment_version(params)
+
     @torch.no_grad()
-    def _update(self, seed: int, seeds: Tensor, coefs: Tensor, found_inf: Tensor) -> None:
+    def _update(self, kind: str, seed: int, seeds: Tensor, coefs: Tensor, found_inf: Tensor) -> None:
         """x <- keep * x - lr * sum_k coefs[k] z(seeds[k]) in one pass, which also takes back what bare parameters were
-        shifted by. coefs are zero where found_inf is 1: then nothing but that happens."""
+        shifted by. coefs are zero where found_inf is 1: then nothing but that happens. Weights that no pass of this
+        kind has used (an output head of its own) are left alone: noise is all they would get."""
+        unused: set[nn.Parameter] = set()
+        if self.model is not None:
+            forward = forward_of(self.model, self._places(), self.noise)
+            unused = forward.unused(kind)
+            if unused == forward.params.keys():
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: the pass used no weight of the model that is trained; run that very "
+                    "model in it (not a copy, and not a scripted or exported one), or give the optimizer its parameters"
+                )
         self._skips.add(found_inf)
         launches: dict[tuple, list[tuple[dict, Tensor]]] = {}
         for group, params in self._trained():
             step = group["lr"] if group["maximize"] else -group["lr"]
-            decay = group["weight_decay"] if self._offset else None  # a shift is decayed with its weight: one rate each
             for p in params:
-                launches.setdefault((step, decay, p.device), []).append((group, p))
+                if p in unused:
+                    continue
+                copied = self._offset != 0 and p in self._originals
+                # what is taken back decays with its weight: one rate a launch
+                back = group["weight_decay"] * group["lr"] if self._offset and not copied else None
+                launches.setdefault((step, back, copied, p.device), []).append((group, p))
         rounding_seed = step_seed(self.seed, self._step, ROUNDING_DOMAIN)
-        for (step, _, device), members in launches.items():
+        for (step, back, copied, device), members in launches.items():
             keeps = [1.0 - g["lr"] * g["weight_decay"] for g, _ in members]
             s, c, skip = seeds.to(device), (coefs * step).to(device), found_inf.to(device)
-            if self._offset:
-                back = torch.where(skip != 0, -self._offset, -self._offset * keeps[0])
-                s, c = torch.cat([s, s.new_full((1,), seed)]), torch.cat([c, back])
-            torch.ops.pseuzo.add_noise_list_(
-                [p.detach() for _, p in members], s, c, [self._streams[p] for _, p in members], keeps,
+            if back is not None:
+                shift = torch.where(skip != 0, torch.full_like(skip, -self._offset), -self._offset * keeps[0])
+                s, c = torch.cat([s, s.new_full((1,), seed)]), torch.cat([c, shift])
+            self._add(
+                [p for _, p in members], self._originals if copied else None, s, c, keeps,
                 [g["noise_scale"] for g, _ in members], self.noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
         self._offset = 0.0
@@ -228,31 +250,30 @@ class ZeroOrder(torch.optim.Optimizer):
         seed = step_seed(self.seed, self._step)
         with self._passes(seed):
             device = self.param_groups[0]["params"][0].device
+
+            def loss_at(sign: int) -> Tensor:
+                return _scalar(self._at(seed, sign, "loss", loss_of), device)
+
             if two_sided:
-                with self._perturbed(seed, 1):
-                    plus = _scalar(loss_of(), device)
-                if self._offset:  # bare parameters: from x + eps z to x - eps z in one pass
-                    self._shift(seed, -2 * self.eps)
-                    self._offset = -self.eps
-                    minus = _scalar(loss_of(), device)
-                else:
-                    with self._perturbed(seed, -1):
-                        minus = _scalar(loss_of(), device)
+                plus, minus = loss_at(1), loss_at(-1)
                 loss, c = (plus + minus) / 2, (plus - minus) / (2 * self.eps)
             else:
                 loss = _scalar(loss_of(), device)
-                with self._perturbed(seed, 1):
-                    c = (_scalar(loss_of(), device) - loss) / self.eps
+                c = (loss_at(1) - loss) / self.eps
             ok = c.isfinite() & loss.isfinite()
-            c = torch.where(ok, c, 0.0)
-            self._update(seed, torch.full((1,), seed, dtype=torch.int64, device=device), c, (~ok).float())
+            c = torch.where(ok, c, torch.zeros_like(c))
+            seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
+            self._update("loss", seed, seeds, c, (~ok).to(torch.float32))
         self.stats = {"projected_grad": c, "momentum": 0.0, "window": 0}
         return loss.view(())
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's, plus the step, the run seed and the window: what the next step depends on, to the bit."""
         self.state["zero_order"] = self._own_state()
-        return super().state_dict()
+        try:
+            return super().state_dict()
+        finally:
+            del self.state["zero_order"]  # a second copy of the window
 
     def _own_state(self) -> dict[str, Any]:
         return {"step": self._step, "seed": self.seed, "eps": self.eps, "noise": self.noise,
@@ -269,6 +290,7 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         self._check_own_state(own)
         super().load_state_dict(state_dict)
+        self.state.pop("zero_order", None)
         self.eps, self.noise, self.rounding, self.seed = own["eps"], own["noise"], own["rounding"], own["seed"]
         self._step = own["step"]
         self._skips = _Skips()
@@ -292,6 +314,7 @@ class MeZO(ZeroOrder):
     weight_decay (decoupled, applied once), noise_scale (multiplies z; 0 freezes the group), maximize.
     eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding: see pseuzo_kernels;
     rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs with a seed made from (seed, t).
+    The passes of a step run with the module in eval mode; with bare parameters that is the caller's business.
     Source: Malladi et al. 2023, Algorithm 1.
     """
 
@@ -388,20 +411,15 @@ class PseuZO(ZeroOrder):
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got {len(groups)}")
             loss, e = _gradient(head, o0)
-            with self._perturbed(seed, 1):
-                o1 = _output(forward(), like=o0)
-            base = o0
+
+            def output_at(sign: int) -> Tensor:
+                return _output(self._at(seed, sign, "output", forward), like=o0)
+
+            o1, base = output_at(1), o0
             if self.two_sided:
-                if self._offset:
-                    self._shift(seed, -2 * self.eps)
-                    self._offset = -self.eps
-                    o2 = _output(forward(), like=o0)
-                else:
-                    with self._perturbed(seed, -1):
-                        o2 = _output(forward(), like=o0)
-                base, o1 = None, (o1.float() - o2.float()) / 2
+                o1, base = (o1.float() - output_at(-1).float()) / 2, None  # the difference itself
             seeds, coefs = self.window.step(seed, base, o1, e, groups, loss)
-            self._update(seed, seeds, coefs, self.window.found_inf)
+            self._update("output", seed, seeds, coefs, self.window.found_inf)
         self.stats = {"projected_grad": coefs[-1:], "momentum": momentum, "window": len(self.window)}
         return loss
 
@@ -425,7 +443,7 @@ def _scalar(loss: Any, device: torch.device) -> Tensor:
         return loss.detach().reshape(1).to(device=device, dtype=torch.float32)
     if not isinstance(loss, int | float):
         raise TypeError(f"step: the closure must return a scalar tensor or a number, got {type(loss).__name__}")
-    return torch.full((1,), float(loss), device=device)
+    return torch.full((1,), float(loss), dtype=torch.float32, device=device)
 
 
 def _output(o: Any, like: Tensor | None = None) -> Tensor:
@@ -444,7 +462,7 @@ def _output(o: Any, like: Tensor | None = None) -> Tensor:
 
 def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor) -> tuple[Tensor, Tensor]:
     """The loss and e = dg/do at o0."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         o = o0.clone().requires_grad_()
         loss = head(o)
         if not isinstance(loss, Tensor) or loss.numel() != 1:

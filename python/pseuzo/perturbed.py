@@ -8,7 +8,7 @@ were.
 A weight that the forward uses outside its module (a functional call on another module's weight, a view kept since long)
 would be missed. The first passes of a model therefore run under a watch that sees every op: a real weight that reaches
 one is replaced by a perturbed copy there and then, and from the next pass on such weights are copied for the whole
-pass. The watch stands down after a pass in which it had nothing to do.
+pass. The watch stands down after a pass in which it had nothing to do and in which nothing was used for the first time.
 """
 
 import math
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pseuzo_kernels.api import check_noise, check_tensors
+from pseuzo_kernels.api import check_noise, check_tensors, signed64
 
 SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together are a small part of it
 ALIGN = 2048  # elements between tensors in scratch, so that each begins on an address the kernels can read widely
@@ -43,6 +43,10 @@ class _Scratch:
         parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
         return [part[: x.numel()].view(x.shape) for part, x in zip(parts, like, strict=False)]
 
+    def holds(self, x: Tensor) -> bool:
+        ptr = x.untyped_storage().data_ptr()
+        return any(ptr == buffer.untyped_storage().data_ptr() for buffer in self._buffers.values())
+
 
 class _RowsOfEmbedding(TorchFunctionMode):
     """While an embedding's forward runs: a lookup in `param` gives perturbed rows; other uses, a perturbed copy."""
@@ -55,7 +59,8 @@ class _RowsOfEmbedding(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.embedding and len(args) > 1 and args[1] is self.param:
             max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-            if max_norm is None:  # else the lookup writes to its weight: it gets a copy, below
+            # A lookup with max_norm writes to its weight; one of many tokens costs more than the table: a copy, below.
+            if max_norm is None and args[0].numel() < self.param.shape[0]:
                 return self.owner.rows(self.param, args[0])
         if func.__name__ != "__get__":  # asking for its dtype or shape is no use of it
             perturbed_one = lambda x: self.owner.copy_of(self.param) if x is self.param else x  # noqa: E731
@@ -99,10 +104,15 @@ class PerturbedForward:
             self._by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(p)
         self._outside: set[nn.Parameter] = set()  # met by the watch: copied for the whole pass
         self._met = False  # the watch met a real weight in this pass
-        self._settled = False  # a pass went by in which it met none
+        self._settled: set[str] = set()  # the kinds of pass of which one went by in which it met none
+        self._reached: dict[str, set[nn.Parameter]] = {}  # the weights that passes of a kind used so far
+        self._kind = ""  # of the pass that runs
         self._scratch = _Scratch()
         self._copies: dict[nn.Parameter, Tensor] = {}  # of the pass that runs
         self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
+        self._kept_by_storage: dict[int, nn.Parameter] = {}
+        self._owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}  # large weights, by the module that has them
+        self._depth = 0  # of the stack, below the modules that run
         self._stack: list[tuple[nn.Module, list[tuple[str, Tensor]], TorchFunctionMode | None]] = []
         self._seeds: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.active = False
@@ -116,6 +126,10 @@ class PerturbedForward:
             and all(p.data_ptr() == real.data_ptr() and p.dtype is real.dtype for p, real in self.real.items())
         )
 
+    def unused(self, kind: str) -> set[nn.Parameter]:
+        """The weights that no pass of this kind has used so far: the change of the output says nothing about them."""
+        return self.params.keys() - self._reached.get(kind, set())
+
     def _make(self, params: list[nn.Parameter], outs: list[Tensor]) -> None:
         """outs <- params + eps * scale * z, one launch per device."""
         for device in {p.device for p in params}:
@@ -125,12 +139,14 @@ class PerturbedForward:
                 [self.real[params[i]] for i in here], *self._seeds[device], list(streams), [1.0] * len(here),
                 list(scales), self.noise, False, 0, None, out=[outs[i] for i in here],
             )  # fmt: skip
+        torch.autograd.graph.increment_version(outs)  # a backward that kept what was there before must fail
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of the perturbed embedding, no others made."""
+        self._reached[self._kind].add(param)
         stream, scale = self.params[param]
         return torch.ops.pseuzo.add_noise_rows(
-            self.real[param], index, *self._seeds[param.device], stream, scale, self.noise
+            self.real[param], index.long(), *self._seeds[param.device], stream, scale, self.noise
         )
 
     def copy_of(self, param: nn.Parameter) -> Tensor:
@@ -143,18 +159,23 @@ class PerturbedForward:
     def _memory_for(self, param: nn.Parameter) -> Tensor:
         if param not in self._kept:
             self._kept[param] = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+            self._kept_by_storage[self._kept[param].untyped_storage().data_ptr()] = param
         return self._kept[param]
 
     def substitute(self, x: Tensor) -> Tensor:
         """x, unless it is (a view of) a real weight to be perturbed: then the same view of the perturbed one."""
         if x.layout is not torch.strided or x.numel() == 0:
             return x
-        for param in self._by_storage.get(x.untyped_storage().data_ptr(), ()):
+        storage = x.untyped_storage().data_ptr()
+        for param in self._by_storage.get(storage, ()):
             offset = x.storage_offset() - self.real[param].storage_offset()
             if 0 <= offset < param.numel():
                 self._outside.add(param)
+                self._reached[self._kind].add(param)
                 self._met = True
                 return self.copy_of(param).as_strided(x.size(), x.stride(), offset)
+        if storage in self._kept_by_storage:
+            self._reached[self._kind].add(self._kept_by_storage[storage])
         return x
 
     def _swap(self, module: nn.Module, copies: list[tuple[str, Tensor]], mode: TorchFunctionMode | None = None) -> None:
@@ -172,8 +193,12 @@ class PerturbedForward:
         for name, p in before:
             module._parameters[name] = p
 
+    def _note_module(self, module: nn.Module, args: tuple) -> None:
+        self._reached[self._kind].update(p for p, places in self.places.items() if any(m is module for m, _ in places))
+
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         named = [(name, p) for name, p in self._owned[module] if module._parameters[name] is p]
+        self._reached[self._kind].update(p for _, p in named)
         if isinstance(module, nn.Embedding) and len(named) == 1:
             self._swap(module, [], _RowsOfEmbedding(self, named[0][1]))
             return
@@ -183,46 +208,60 @@ class PerturbedForward:
         copies = []
         for group in by_dtype.values():
             params = [p for _, p in group]
-            outs = self._scratch.take(len(self._stack), params)
+            outs = self._scratch.take(len(self._stack) - self._depth, params)
             self._make(params, outs)
             copies += [(name, out) for (name, _), out in zip(group, outs, strict=True)]
         self._swap(module, copies)
 
-    def _leave_module(self, module: nn.Module, args: tuple, output: object) -> None:
+    def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
+        """Scratch goes to the next module: an output that is a view of it, a weight's rows say, is copied first."""
         if self._stack and self._stack[-1][0] is module:
             self._unswap()
+        if any(isinstance(x, Tensor) and self._scratch.holds(x) for x in tree_leaves(output)):
+            return tree_map_only(Tensor, lambda x: x.clone() if self._scratch.holds(x) else x, output)
+        return None
 
     @contextmanager
-    def __call__(self, seed: int, eps: float) -> Iterator[None]:
-        """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative."""
+    def __call__(self, seed: int, eps: float, kind: str = "any") -> Iterator[None]:
+        """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative.
+
+        kind: a name for passes that take the same way through the model; what the watch learns is kept by kind. A way
+        that is taken only later, as some data makes it, is not watched.
+        """
         self.active = True
-        for device in {p.device for p in self.params}:
-            self._seeds[device] = (
-                torch.full((1,), seed, dtype=torch.int64, device=device),
-                torch.full((1,), eps, device=device),
-            )
-        whole_pass = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
         handles = []
         try:
+            self._kind, self._met = kind, False
+            reached = self._reached.setdefault(kind, set())
+            known = len(reached)
+            for device in {p.device for p in self.params}:
+                self._seeds[device] = (
+                    torch.full((1,), signed64("perturbed", seed), dtype=torch.int64, device=device),
+                    torch.full((1,), eps, dtype=torch.float32, device=device),
+                )
+            whole_pass = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
             self._make(whole_pass, [self._memory_for(p) for p in whole_pass])
             for p in whole_pass:
                 self._copies[p] = self._kept[p]
                 for module, name in self.places[p]:
                     self._swap(module, [(name, self._kept[p])])
-            self._owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+            self._depth = len(self._stack)
+            self._owned = {}
             for p, places in self.places.items():
                 for module, name in places if p not in self._copies else ():
                     self._owned.setdefault(module, []).append((name, p))
             for module in self._owned:
                 handles.append(module.register_forward_pre_hook(self._enter_module))
                 handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-            self._met = False
-            if self._settled:
+            for module in {m for p in whole_pass if p not in reached for m, _ in self.places[p]}:
+                handles.append(module.register_forward_pre_hook(self._note_module))
+            if kind in self._settled:
                 yield
             else:
                 with _Watch(self):
                     yield
-                self._settled = not self._met
+                if not self._met and len(reached) == known > 0:  # it met nothing, and nothing was new
+                    self._settled.add(kind)
         finally:
             for handle in handles:
                 handle.remove()
@@ -236,6 +275,27 @@ class PerturbedForward:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
+    """Rows of a weight of model as its forwards see them now: perturbed in a perturbed pass, and no others made."""
+    forward = model.__dict__.get("_pseuzo_forward")
+    if forward is not None and forward.active and weight in forward.params:
+        return forward.rows(weight, index)
+    return weight.detach().index_select(0, index)
+
+
+@contextmanager
+def frozen_mode(model: nn.Module | None) -> Iterator[None]:
+    """Dropout off and batch statistics frozen inside; every module's own mode is put back."""
+    training = [m for m in model.modules() if m.training] if model is not None else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def forward_of(model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> PerturbedForward:

@@ -46,18 +46,18 @@ class Method:
 
 
 METHODS = (
-    Method("mezo", "MeZO", lambda model, seed: MeZO(model, lr=2e-4, eps=1e-3, seed=seed)),
+    Method("mezo", "MeZO", lambda model, seed: MeZO(model, lr=4e-4, eps=1e-3, seed=seed)),
     Method(
         "pseuzo-rows", "PseuZO, rows paired as published",
-        lambda model, seed: PseuZO(model, lr=2e-5, eps=1e-3, seed=seed),
+        lambda model, seed: PseuZO(model, lr=1e-4, eps=1e-3, seed=seed),
     ),
     Method(
         "pseuzo-groups", "PseuZO, rows paired by label",
-        lambda model, seed: PseuZO(model, lr=2e-5, eps=1e-3, seed=seed), grouped=True,
+        lambda model, seed: PseuZO(model, lr=4e-5, eps=1e-3, seed=seed), grouped=True,
     ),
     Method(
         "mezo-attention-out", "MeZO, noise on v_proj and out_proj only",
-        lambda model, seed: MeZO(attention_out(model), lr=5.5e-3, eps=5.2e-3, seed=seed, model=model),
+        lambda model, seed: MeZO(attention_out(model), lr=3.5e-3, eps=5.2e-3, seed=seed, model=model),
     ),
 )  # fmt: skip
 
@@ -164,9 +164,9 @@ def train(
         "title": method.title,
         "test_accuracy_before": before,
         "test_accuracy_after": accuracy(objective, task.test, device),
-        "val_accuracy_after": val if steps else None,
+        "val_accuracy_after": val,
         "steps": steps,
-        "steps_per_s": steps / seconds if seconds else None,
+        "steps_per_s": steps / seconds,
         "peak_memory_mib": _peak_mib(device),
         "skipped_steps": optimizer.skipped_steps,
         "lr": optimizer.param_groups[0]["lr"],
@@ -208,9 +208,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Either the old file or the whole new one is there, whenever it is looked at."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def save_model(model: nn.Module, tokenizer_folder: Path, target: Path) -> None:
