@@ -129,7 +129,7 @@ def test_garbage_at_positions_without_loss_stays_there():
     forward, _ = objective({**batch_of(), "labels": labels})
     norm = model.model.decoder.final_layer_norm
     handle = norm.register_forward_hook(lambda m, a, out: out.index_fill(1, torch.tensor([0]), float("inf")))
-    o = forward()
+    o = forward()[:2]  # the other rows have a loss there
     handle.remove()
     assert o.isfinite().all()
 

@@ -133,9 +133,6 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(task.model_folder).to(device)
     objective = CausalLMObjective(model, task.options)
     optimizer = method.make(model, seed)
-    before = accuracy(objective, task.test, device)
-    log({"method": method.name, "step": 0, "seconds": 0.0, "loss": None,
-         "val_accuracy": accuracy(objective, task.val, device)})  # fmt: skip
     batches = task.train.stratified(batch_size, seed)
     losses: list[Tensor] = []
     seconds = 0.0
@@ -162,7 +159,6 @@ def train(
             bar.update()
     return model, {
         "title": method.title,
-        "test_accuracy_before": before,
         "test_accuracy_after": accuracy(objective, task.test, device),
         "val_accuracy_after": val,
         "steps": steps,
@@ -228,6 +224,9 @@ def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, d
     """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary."""
     out.mkdir(parents=True, exist_ok=True)
     task = load_task()
+    pretrained = CausalLMObjective(AutoModelForCausalLM.from_pretrained(task.model_folder).to(device), task.options)
+    start = {name: accuracy(pretrained, getattr(task, name), device) for name in ("val", "test")}
+    del pretrained
     rows: list[dict] = []
     summary: dict[str, Any] = {
         "hardware": hardware(device), "torch": torch.__version__, "steps": steps, "batch_size": batch_size,
@@ -244,8 +243,9 @@ def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, d
         for method in METHODS:
             if method.name not in methods:
                 continue
+            log({"method": method.name, "step": 0, "seconds": 0.0, "loss": None, "val_accuracy": start["val"]})
             model, figures = train(method, task, steps, batch_size, seed, device, log)
-            summary["methods"][method.name] = figures
+            summary["methods"][method.name] = {"test_accuracy_before": start["test"], **figures}
             # chosen on the validation lines, the test lines are for the report
             if rows[-1]["val_accuracy"] > best[0]:
                 best = (rows[-1]["val_accuracy"], method.name)
