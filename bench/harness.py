@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from pseuzo_kernels import _C
+
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 FIELDS = ("date", "commit", "device", "threads", "torch", "triton", "command", "op", "impl", "dtype", "n", "K",
           "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "gnormals_per_s")  # fmt: skip
@@ -21,9 +23,10 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
+        name = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
     except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name} ({_C.cpu_isa() if _C else 'no C++'})"
 
 
 def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> tuple[float, float, float]:

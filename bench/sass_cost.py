@@ -212,7 +212,7 @@ def predict(costs: list[Cost]) -> None:
     """Milliseconds of an update of a whole model, K = 14: the larger of arithmetic and memory; no measurement."""
     print("\nPrediction (not a measurement): update of all parameters, K = 14")
     for c in costs:
-        if not c.kernel.startswith("add_noise_many"):
+        if c.arch != 90 or not c.kernel.startswith("add_noise_many"):
             continue
         cycles = 14 * c.cycles_per_normal + c.around_per_normal
         size = 4 if "fp32" in c.kernel else 2
