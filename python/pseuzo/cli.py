@@ -47,6 +47,97 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
     _print_demo(summary, out)
 
 
+class Failure(click.ClickException):
+    """One sentence and exit code 2."""
+
+    exit_code = 2
+
+
+@main.command()
+@click.option("--base", required=True, help="The model the run began with: a folder, or a name on the hub.")
+@click.option("--journal", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="What the run wrote (pseuzo.Journal).")  # fmt: skip
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Folder for the model; must be empty or not there.")  # fmt: skip
+@click.option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute; the bits are the same anywhere.")
+def replay(base: str, journal: Path, output: Path, until: int | None, device: str) -> None:
+    """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit."""
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
+
+    from pseuzo.files import save_model
+    from pseuzo.journal import JournalError, read_journal
+    from pseuzo.journal import replay as replay_journal
+
+    if output.exists() and any(output.iterdir()):
+        raise Failure(f"{output} is not empty; choose another folder")
+    try:
+        header, records = read_journal(journal)
+        total = sum(1 for _ in records)
+        dtype = getattr(torch, header["params"][0]["dtype"])
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
+        steps = total if until is None else min(total, max(until - header["first_step"], 0))
+        with tqdm(total=steps, desc="replay", unit="step") as bar:
+            step = replay_journal(journal, model, until=until, progress=lambda record: bar.update())
+    except JournalError as error:
+        raise Failure(str(error)) from None
+    except (OSError, RuntimeError) as error:
+        raise Failure(f"{base} cannot be loaded: {str(error).splitlines()[0]}") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, Path(base), output)
+    click.echo(f"{steps} steps replayed, up to step {step}; the model is in {output}")
+
+
+@main.command()
+def info() -> None:
+    """Print versions, what each op runs on and why, the GPU, and a short self-test of the kernels."""
+    import platform
+
+    import torch
+    import transformers
+
+    import pseuzo_kernels as pk
+    from pseuzo_kernels import reference
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    click.echo(
+        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    built = pk._C.build_info() if pk._C else {}
+    cpp = (
+        f"C++ ({pk._C.cpu_isa()}, of {', '.join(built['isas'])})"
+        if pk._C
+        else "plain torch (the extension is not built)"
+    )
+    click.echo(f"noise and window on CPU tensors: {cpp}")
+    click.echo(f"noise on CUDA tensors: {f'triton {triton_version}' if triton_version else 'plain torch (no triton)'}")
+    window = f"CUDA {built['cuda']}" if built.get("cuda") else "plain torch (built without nvcc)"
+    click.echo(f"window on CUDA tensors: {window}")
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    click.echo(f"GPU: {', '.join(gpus) or 'none'}")
+    failed = False
+    for device in ["cpu", *(["cuda"] if gpus else [])]:
+        for noise in ("hadamard", "rademacher"):
+            x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)
+            got = x.to(device)
+            for api, y in ((pk, got), (reference, x)):
+                api.update_(y, [1, 2, 3], [0.1, -0.2, 0.3], lr=0.1, noise=noise, rounding="stochastic")
+            same = torch.equal(got.cpu(), x)
+            failed |= not same
+            click.echo(f"self-test, {noise} on {device}: {'same bits as the reference' if same else 'DIFFERS'}")
+    if failed:
+        raise Failure("the kernels disagree with the reference on this machine; please report it")
+
+
 def _print_demo(summary: dict, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table

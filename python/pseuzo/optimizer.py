@@ -106,6 +106,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._offset = 0.0
         self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they hold x + eps z
         self._skips = _Skips()
+        self.journal: Any = None  # a pseuzo.journal.Journal that is told of every update
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize))
 
@@ -244,6 +245,8 @@ class ZeroOrder(torch.optim.Optimizer):
             )  # fmt: skip
         self._offset = 0.0
         self._step += 1
+        if self.journal is not None:
+            self.journal.record(self._step - 1, rounding_seed, unused, seeds, coefs, found_inf)
 
     def _mezo(self, loss_of: Callable[[], Any], two_sided: bool = True) -> Tensor:
         """One step of MeZO on the loss: c = (L(x + eps z) - L(x - eps z)) / (2 eps), x <- x - lr * c * z."""

@@ -6,10 +6,8 @@ as tuned on the validation lines. What each of them does is in METHODS; what was
 
 import json
 import math
-import os
 import platform
 import resource
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pseuzo.data import Prompts, label_token_ids
+from pseuzo.files import save_model, write_atomically
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
 
@@ -200,24 +199,6 @@ def plot(rows: list[dict], path: Path) -> None:
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Either the old file or the whole new one is there, whenever it is looked at."""
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
-def save_model(model: nn.Module, tokenizer_folder: Path, target: Path) -> None:
-    """A folder that Transformers loads: safetensors, config and tokenizer. Complete or not there."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
-        model.save_pretrained(new)
-        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(new)
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        new.rename(target)
 
 
 def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:

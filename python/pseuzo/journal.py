@@ -1,0 +1,294 @@
+"""The journal of a run: per step, the seeds and coefficients of its update. Base weights + journal = trained weights.
+
+    opt = PseuZO(model, ...)
+    with Journal("run.pzj", opt):           # each opt.step(...) appends a record, about 200 bytes
+        ...
+    replay("run.pzj", base_model)           # bit for bit the weights of the run, on any device
+
+Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is the smallest checkpoint there is.
+
+The file: a magic number, a JSON header, then records; each part carries its length and CRC-32. A record is in the file
+before the next step ends, so a crash loses at most the last one; a torn tail is recognised, and cut off on reopening.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optimizer import ZeroOrder
+
+MAGIC, VERSION = b"PSEUZOJ\n", 1
+_PART = struct.Struct("<II")  # length, CRC-32
+_STEP = struct.Struct("<qqBHHI")  # step, rounding seed, skipped, K, groups, unused weights
+_GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
+
+
+class JournalError(ValueError):
+    """The file is not a journal, is damaged, or belongs to other weights; the message says which."""
+
+
+@dataclass
+class Record:
+    step: int
+    rounding_seed: int
+    skipped: bool
+    groups: list[tuple[float, float, float, bool]]  # lr, weight decay, noise scale, maximize
+    unused: list[int]  # positions in the header's list of parameters
+    seeds: Tensor  # [K] int64
+    coefs: Tensor  # [K] fp32, before lr
+
+    def pack(self) -> bytes:
+        head = _STEP.pack(
+            self.step, self.rounding_seed, self.skipped, len(self.seeds), len(self.groups), len(self.unused)
+        )
+        groups = b"".join(_GROUP.pack(*g) for g in self.groups)
+        unused = struct.pack(f"<{len(self.unused)}I", *self.unused)
+        return head + groups + unused + self.seeds.numpy().tobytes() + self.coefs.numpy().tobytes()
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> "Record":
+        step, rounding_seed, skipped, K, n_groups, n_unused = _STEP.unpack_from(payload)
+        at = _STEP.size
+        groups = [_GROUP.unpack_from(payload, at + i * _GROUP.size) for i in range(n_groups)]
+        at += n_groups * _GROUP.size
+        unused = list(struct.unpack_from(f"<{n_unused}I", payload, at))
+        at += 4 * n_unused
+        if len(payload) != at + 12 * K:
+            raise JournalError(f"the record of step {step} has {len(payload)} bytes where {at + 12 * K} belong")
+        seeds = torch.frombuffer(bytearray(payload[at : at + 8 * K]), dtype=torch.int64)
+        coefs = torch.frombuffer(bytearray(payload[at + 8 * K :]), dtype=torch.float32)
+        return cls(step, rounding_seed, bool(skipped), groups, unused, seeds, coefs)
+
+
+def fingerprint(params: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, p in params.items():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _part(payload: bytes) -> bytes:
+    return _PART.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _read_part(file: BinaryIO) -> bytes | None:
+    """The next part; None at the end of the file or at a torn tail, where the part is cut short."""
+    head = file.read(_PART.size)
+    if len(head) < _PART.size:
+        return None
+    length, crc = _PART.unpack(head)
+    payload = file.read(length)
+    if len(payload) < length:
+        return None
+    if zlib.crc32(payload) != crc:
+        raise JournalError(
+            f"{file.name}: the record that ends at byte {file.tell()} is damaged (its checksum is wrong)"
+        )
+    return payload
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise JournalError(f"{file.name} is not a journal of pseuzo")
+    payload = _read_part(file)
+    if payload is None:
+        raise JournalError(f"{file.name}: the header is cut short; the run ended before its first step")
+    header = json.loads(payload)
+    if header["version"] != VERSION:
+        raise JournalError(f"{file.name} has version {header['version']}, this pseuzo reads version {VERSION}")
+    return header
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[Record, int]]:
+    """Records with the position of their end."""
+    while (payload := _read_part(file)) is not None:
+        yield Record.unpack(payload), file.tell()
+
+
+def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], Iterator[Record]]:
+    """The header, and an iterator over the records. A torn last record is left out. Raises JournalError, OSError."""
+    with open(path, "rb") as file:
+        header, start = _read_header(file), file.tell()
+
+    def records() -> Iterator[Record]:
+        with open(path, "rb") as file:
+            file.seek(start)
+            for record, _ in _records(file):
+                yield record
+
+    return header, records()
+
+
+class Journal:
+    """Appends a record for every step of optimizer, from now on until close().
+
+    A new file begins with the weights as they are now: keep those (the base model). An existing one is gone on with if
+    it is this optimizer's: records of steps that the optimizer has not made, as after going back to a checkpoint, and a
+    torn tail are cut off. Raises JournalError if it is another's; ValueError for an optimizer over bare fp32
+    parameters, whose weights also carry the rounding of their perturbations (give it `model=`).
+    """
+
+    def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder):
+        self.path, self.optimizer = Path(path), optimizer
+        trained = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        if optimizer.model is None and any(p.dtype is torch.float32 for _, p in trained):
+            raise ValueError("Journal: bare fp32 parameters are perturbed in place; give the optimizer model=")
+        names = {p: n for n, p in optimizer.model.named_parameters()} if optimizer.model is not None else {}
+        self._groups = len(optimizer.param_groups)
+        self._position = {p: i for i, (_, p) in enumerate(trained)}
+        layout = {
+            "version": VERSION, "noise": optimizer.noise, "rounding": optimizer.rounding, "groups": self._groups,
+            "params": [
+                {"name": names.get(p, f"parameter {i}"), "group": g, "stream": optimizer._streams[p],
+                 "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+                for i, (g, p) in enumerate(trained)
+            ],
+        }  # fmt: skip
+        self._pending: tuple[Record, Any] | None = None
+        if self.path.exists() and self.path.stat().st_size:
+            self._reopen(layout)
+        else:
+            base = fingerprint({entry["name"]: p for entry, (_, p) in zip(layout["params"], trained, strict=True)})
+            self._file = open(self.path, "wb")
+            header = layout | {"first_step": optimizer._step, "base_sha256": base}
+            self._file.write(MAGIC + _part(json.dumps(header).encode()))
+            self._file.flush()
+        optimizer.journal = self
+
+    def _reopen(self, layout: dict[str, Any]) -> None:
+        step = self.optimizer._step
+        with open(self.path, "rb") as file:
+            header, end = _read_header(file), file.tell()
+            if any(header[key] != value for key, value in layout.items()):
+                raise JournalError(
+                    f"{self.path} is the journal of another model or of other settings; choose a new file"
+                )
+            made = header["first_step"]
+            for record, after in _records(file):
+                if record.step >= step:
+                    break
+                made, end = record.step + 1, after
+        if made != step:
+            raise JournalError(f"{self.path} ends before step {made}, the optimizer goes on with step {step}")
+        self._file = open(self.path, "r+b")
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def record(
+        self, step: int, rounding_seed: int, unused: set, seeds: Tensor, coefs: Tensor, found_inf: Tensor
+    ) -> None:
+        """Called by the optimizer after an update. On a GPU the numbers are fetched without waiting, and written when
+        the next step calls, or close()."""
+        if len(self.optimizer.param_groups) != self._groups:
+            raise RuntimeError("Journal: parameter groups were added since it was opened; open a new one")
+        self._write_pending()
+        host, event = [seeds, coefs, found_inf], None
+        if coefs.is_cuda:
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in host]
+            host = [to.copy_(t, non_blocking=True) for to, t in zip(pinned, host, strict=True)]
+            event = torch.cuda.Event()
+            event.record()
+        groups = [(g["lr"], g["weight_decay"], g["noise_scale"], g["maximize"]) for g in self.optimizer.param_groups]
+        positions = sorted(self._position[p] for p in unused)
+        self._pending = (Record(step, rounding_seed, False, groups, positions, host[0], host[1]), (host[2], event))
+        if event is None:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        record, (found_inf, event) = self._pending
+        if event is not None:
+            event.synchronize()  # of the step before: long past
+        record.skipped = bool(found_inf)
+        self._pending = None
+        self._file.write(_part(record.pack()))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left to the disk, and leave the optimizer."""
+        if self._file.closed:
+            return
+        self._write_pending()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.optimizer.journal = None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@torch.no_grad()
+def replay(
+    path: str | os.PathLike, model: nn.Module | Mapping[str, Tensor], *, until: int | None = None, progress: Any = None
+) -> int:
+    """Apply a journal to the base weights, in place; returns the number of the step that would be next.
+
+    model: a module or {name: tensor}, holding the weights the run began with (same bits, any device). until: stop
+    before that step. progress: called with every record, for a bar. Raises JournalError, with the weights untouched, if
+    they are not the base, or if a record is damaged or missing.
+    """
+    header, records = read_journal(path)
+    have = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
+    missing = [entry["name"] for entry in header["params"] if entry["name"] not in have]
+    if missing:
+        raise JournalError(f"the base model lacks {missing[0]!r} and {len(missing) - 1} more weights of the journal's")
+    params = [have[entry["name"]].detach() for entry in header["params"]]
+    for entry, p in zip(header["params"], params, strict=True):
+        dtype = str(p.dtype).removeprefix("torch.")
+        if list(p.shape) != entry["shape"] or dtype != entry["dtype"]:
+            raise JournalError(
+                f"{entry['name']} is {list(p.shape)} {dtype} in the base model, the run's is "
+                f"{entry['shape']} {entry['dtype']}"
+            )
+    named = {entry["name"]: p for entry, p in zip(header["params"], params, strict=True)}
+    if fingerprint(named) != header["base_sha256"]:
+        raise JournalError("the base model's weights are not those that the run began with")
+    step = header["first_step"]
+    for record in list(records):  # all of it is read, and so checked, before anything is written
+        if record.step != step:
+            raise JournalError(f"{path}: after step {step - 1} comes step {record.step}")
+        if len(record.groups) != header["groups"]:
+            raise JournalError(f"{path}: the record of step {step} has {len(record.groups)} groups")
+        step += 1
+    step = header["first_step"]
+    for record in read_journal(path)[1]:
+        if until is not None and record.step >= until:
+            break
+        _apply(record, header, params)
+        step = record.step + 1
+        if progress is not None:
+            progress(record)
+    return step
+
+
+def _apply(record: Record, header: dict[str, Any], params: list[Tensor]) -> None:
+    """One update, as ZeroOrder._update makes it."""
+    unused = set(record.unused)
+    for number, (lr, weight_decay, noise_scale, maximize) in enumerate(record.groups):
+        for device in {p.device for p in params}:
+            mine = [i for i, entry in enumerate(header["params"])
+                    if entry["group"] == number and i not in unused and params[i].device == device]  # fmt: skip
+            if not mine or not noise_scale:
+                continue
+            torch.ops.pseuzo.add_noise_list_(
+                [params[i] for i in mine], record.seeds.to(device),
+                (record.coefs * (lr if maximize else -lr)).to(device),
+                [header["params"][i]["stream"] for i in mine], [1.0 - lr * weight_decay] * len(mine),
+                [noise_scale] * len(mine), header["noise"], header["rounding"] == "stochastic", record.rounding_seed,
+                torch.tensor([float(record.skipped)], dtype=torch.float32, device=device),
+            )  # fmt: skip

@@ -1,0 +1,195 @@
+"""Base weights + journal = the weights of the run, to the bit; and what a journal refuses."""
+
+import copy
+import json
+import zlib
+from itertools import pairwise
+
+import pytest
+import torch
+from click.testing import CliRunner
+from models import batch_of, causal_lm
+from pseuzo import CausalLMObjective, CyclicHyperbola, Journal, MeZO, PseuZO, replay
+from pseuzo.cli import main
+from pseuzo.journal import JournalError, read_journal
+from transformers import AutoModelForCausalLM
+
+from pseuzo_kernels import reference
+
+LABELS = torch.tensor([0, 1, 1, 0])
+MAKERS = {
+    "pseuzo": lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
+    "mezo": lambda m: MeZO(m, 1e-3, 1e-2, weight_decay=0.1, seed=2, noise="rademacher", maximize=True),
+    "groups": lambda m: PseuZO(
+        [{"params": list(m.parameters())[:3], "lr": 1e-2, "noise_scale": 0.5}, {"params": list(m.parameters())[3:]}],
+        1e-3,
+        1e-2,
+        3,
+        CyclicHyperbola(8),
+        seed=2,
+        rounding="nearest",
+        model=m,
+    ),
+}
+
+
+def train(opt, model, steps, poison=()):
+    objective = CausalLMObjective(model, [17, 4])
+    for t in steps:
+        forward, head = objective({**batch_of(seed=t), "labels": LABELS})
+        factor = float("nan") if t in poison else 1.0
+        if isinstance(opt, PseuZO):
+            opt.step(forward, lambda o, h=head, c=factor: h(o) * c, groups=LABELS)
+        else:
+            opt.step(lambda f=forward, h=head, c=factor: h(f()) * c)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", MAKERS)
+def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeypatch):
+    model = causal_lm(kind).to(dtype)
+    base, half = copy.deepcopy(model), copy.deepcopy(model)
+    opt = MAKERS[method](model)
+    with Journal(tmp_path / "run.pzj", opt):
+        train(opt, model, range(4))
+        halfway = copy.deepcopy(model)
+        torch.optim.lr_scheduler.ConstantLR(opt, 0.3)  # the rate changes in mid-run
+        train(opt, model, range(4, 8), poison=(5,))
+    train(opt, copy.deepcopy(model), [])
+    assert opt.journal is None and opt.skipped_steps == 1
+    bars = []
+    assert replay(tmp_path / "run.pzj", half, until=4) == 4
+    # the rest on another backend: the reference in the place of C++
+    monkeypatch.setattr(torch.ops.pseuzo, "add_noise_list_", reference.add_noise_list_)
+    assert replay(tmp_path / "run.pzj", base, progress=bars.append) == 8 and len(bars) == 8
+    for want, got in ((halfway, half), (model, base)):
+        assert all(torch.equal(p, q) for p, q in zip(want.parameters(), got.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(halfway.parameters(), model.parameters(), strict=True))
+
+
+def journal_of(tmp_path, steps=4):
+    model = causal_lm("opt")
+    base = copy.deepcopy(model)
+    opt = MAKERS["pseuzo"](model)
+    with Journal(tmp_path / "run.pzj", opt):
+        train(opt, model, range(steps))
+    return tmp_path / "run.pzj", base, model, opt
+
+
+def unchanged_after(call, model, error, sentence):
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(error, match=sentence):
+        call()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_a_torn_tail_loses_one_step_and_is_cut_off_on_reopening(tmp_path):
+    path, base, _, _ = journal_of(tmp_path)
+    whole = path.read_bytes()
+    ends = []
+    for size in range(len(whole) - 1, len(whole) - 150, -7):
+        path.write_bytes(whole[:size])
+        ends.append(len(list(read_journal(path)[1])))
+    assert set(ends) == {3, 2}
+    path.write_bytes(whole[:-5])
+    # a run that was killed in its 4th step goes on from its checkpoint of 3 steps
+    model = copy.deepcopy(base)
+    opt = MAKERS["pseuzo"](model)
+    train(opt, model, range(3))
+    with Journal(path, opt):
+        train(opt, model, [3])
+    assert path.read_bytes() == whole
+
+
+def test_going_back_to_a_checkpoint_cuts_what_came_after(tmp_path):
+    path, base, _, _ = journal_of(tmp_path)
+    model = copy.deepcopy(base)
+    opt = MAKERS["pseuzo"](model)
+    train(opt, model, range(2))
+    with Journal(path, opt):
+        train(opt, model, [10, 11, 12])  # other batches than before
+    assert replay(path, base) == 5
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_what_is_refused(tmp_path):
+    path, base, trained, _ = journal_of(tmp_path)
+    whole = path.read_bytes()
+    unchanged_after(lambda: replay(path, trained), trained, JournalError, "not those that the run began with")
+    llama = causal_lm("llama")
+    unchanged_after(lambda: replay(path, llama), llama, JournalError, "the base model lacks")
+    half = copy.deepcopy(base).to(torch.bfloat16)
+    unchanged_after(lambda: replay(path, half), half, JournalError, "is .* bfloat16 in the base model")
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"PK\x03\x04" + bytes(100))
+    unchanged_after(lambda: replay(foreign, base), base, JournalError, "is not a journal")
+    for at in (len(whole) - 20, len(whole) - 200):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        unchanged_after(lambda: replay(path, base), base, JournalError, "damaged")
+    header = whole.index(b'"version": 1')
+    length = int.from_bytes(whole[8:12], "little")
+    payload = whole[16 : 16 + length].replace(b'"version": 1', b'"version": 9')
+    assert header > 0
+    path.write_bytes(whole[:12] + zlib.crc32(payload).to_bytes(4, "little") + payload + whole[16 + length :])
+    unchanged_after(lambda: replay(path, base), base, JournalError, "has version 9")
+    path.write_bytes(whole)
+    other = MAKERS["mezo"](causal_lm("opt"))
+    with pytest.raises(JournalError, match="of another model or of other settings"):
+        Journal(path, other)
+    late = MAKERS["pseuzo"](copy.deepcopy(base))
+    late._step = 9
+    with pytest.raises(JournalError, match="ends before step 4, the optimizer goes on with step 9"):
+        Journal(path, late)
+    with pytest.raises(ValueError, match="bare fp32 parameters"):
+        Journal(tmp_path / "new", MeZO(base.parameters()))
+    assert path.read_bytes() == whole and not (tmp_path / "new").exists()
+
+
+def test_records_are_small_and_in_the_file_after_each_step(tmp_path):
+    model = causal_lm("opt")
+    opt = PseuZO(model, 1e-3, 1e-2)
+    journal = Journal(tmp_path / "run.pzj", opt)
+    sizes = []
+    for t in range(20):
+        train(opt, model, [t])
+        sizes.append((tmp_path / "run.pzj").stat().st_size)
+    journal.close()
+    assert all(b > a for a, b in pairwise(sizes))
+    assert (sizes[-1] - sizes[-2]) * 10_000 < 2.5e6
+
+
+def test_replay_on_the_command_line(tmp_path):
+    path, base, trained, _ = journal_of(tmp_path)
+    base.save_pretrained(tmp_path / "base")
+    trained.save_pretrained(tmp_path / "wrong")
+    arguments = ["replay", "--journal", str(path), "--output"]
+    run = lambda out, *rest: CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])  # noqa: E731
+    result = run("out", "--base", str(tmp_path / "base"))
+    assert result.exit_code == 0 and "4 steps replayed" in result.output, result.output
+    rebuilt = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), rebuilt.parameters(), strict=True))
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".json", ".safetensors"}
+    for out, base_folder, sentence in (
+        ("out", "base", "is not empty"),
+        ("new", "wrong", "not those that the run began with"),
+        ("new", "nowhere", "cannot be loaded"),
+    ):
+        result = run(out, "--base", str(tmp_path / base_folder))
+        assert result.exit_code == 2 and sentence in result.output, result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_info():
+    result = CliRunner().invoke(main, ["info"])
+    assert result.exit_code == 0, result.output
+    assert "self-test, hadamard on cpu: same bits as the reference" in result.output
+
+
+def test_the_header_says_what_is_needed(tmp_path):
+    path, base, _, _ = journal_of(tmp_path)
+    header, records = read_journal(path)
+    assert json.loads(json.dumps(header)) == header
+    assert [e["name"] for e in header["params"]] == [n for n, _ in base.named_parameters()]
+    assert [r.step for r in records] == [0, 1, 2, 3]
