@@ -150,8 +150,8 @@ class NoiseApi:
 
         noise: "hadamard" (sums of 16 independent terms, normal to KS distance 4e-4, bit-exact everywhere),
         "rademacher" (+1 or -1, bit-exact everywhere) or "normal" (Box-Muller from 16-bit radius and angle, at most
-        4.85 in size; backends agree to 4 ulp of max(|z|, 1) on CPUs, on GPUs to 5e-5 as their logarithm and sine are
-        the fast hardware ones).
+        4.85 in size; backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5 that the documented
+        errors of their fast logarithm and sine allow).
         """
         check_noise("noise", noise)
         out = torch.empty(shape, dtype=dtype, device=device)

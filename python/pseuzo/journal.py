@@ -259,14 +259,15 @@ def replay(
     if fingerprint(named) != header["base_sha256"]:
         raise JournalError("the base model's weights are not those that the run began with")
     step = header["first_step"]
-    for record in list(records):  # all of it is read, and so checked, before anything is written
+    checked = list(records)  # all of it is read before anything is written
+    for record in checked:
         if record.step != step:
             raise JournalError(f"{path}: after step {step - 1} comes step {record.step}")
         if len(record.groups) != header["groups"]:
             raise JournalError(f"{path}: the record of step {step} has {len(record.groups)} groups")
         step += 1
     step = header["first_step"]
-    for record in read_journal(path)[1]:
+    for record in checked:
         if until is not None and record.step >= until:
             break
         _apply(record, header, params)

@@ -103,9 +103,8 @@ class CausalLMObjective:
 
     @staticmethod
     def _loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [B, P] whose next token carries a loss, aligned to the right, -1 where there is none; targets [B,
-        P].
-        """
+        """positions, targets [B, P]: where the next token carries a loss, and that token; aligned to the right, with
+        positions -1 and targets -100 where a row has fewer."""
         shifted = labels[:, 1:]
         carries = shifted != IGNORED
         count = int(carries.sum(1).max()) if carries.numel() else 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseuzo.perturbed import forward_of, frozen_mode
+from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
@@ -103,6 +103,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._model_streams = {p: i for i, p in enumerate(model.parameters())} if model is not None else None
         self._streams: dict[Tensor, int] = {}
         self._step = 0
+        self._forward: PerturbedForward | None = None  # of the model, for the step that runs
         self._offset = 0.0
         self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they hold x + eps z
         self._skips = _Skips()
@@ -152,6 +153,8 @@ class ZeroOrder(torch.optim.Optimizer):
         """The passes of a step: without autograd and dropout; on an error, bare parameters are put back."""
         self._offset = 0.0  # what bare parameters are shifted by
         self._trained()  # bad groups are refused before anything is written
+        if self.model is not None:
+            self._forward = forward_of(self.model, self._places(), self.noise)
         try:
             with torch.no_grad(), frozen_mode(self.model):
                 yield
@@ -163,8 +166,8 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _at(self, seed: int, sign: int, kind: str, run: Callable[[], Any]) -> Any:
         """run() at x + sign * eps * z(seed): exactly with a model; bare parameters are shifted, and stay so."""
-        if self.model is not None:
-            with forward_of(self.model, self._places(), self.noise)(seed, sign * self.eps, kind):
+        if self._forward is not None:
+            with self._forward(seed, sign * self.eps, kind):
                 return run()
         self._shift(seed, sign * self.eps)
         return run()
@@ -213,10 +216,9 @@ class ZeroOrder(torch.optim.Optimizer):
         shifted by. coefs are zero where found_inf is 1: then nothing but that happens. Weights that no pass of this
         kind has used (an output head of its own) are left alone: noise is all they would get."""
         unused: set[nn.Parameter] = set()
-        if self.model is not None:
-            forward = forward_of(self.model, self._places(), self.noise)
-            unused = forward.unused(kind)
-            if unused == forward.params.keys():
+        if self._forward is not None:
+            unused = self._forward.unused(kind)
+            if unused == self._forward.params.keys():
                 raise RuntimeError(
                     f"{type(self).__name__}.step: the pass used no weight of the model that is trained; run that very "
                     "model in it (not a copy, and not a scripted or exported one), or give the optimizer its parameters"
