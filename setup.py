@@ -129,7 +129,11 @@ setup(
         *(f"pseuzo.{name}" for name in find_packages("python/pseuzo")),
     ],
     package_dir={"pseuzo": "python/pseuzo"},
-    package_data={"pseuzo": ["demo/assets/**/*"], "pseuzo.demo": ["assets/**/*"]},
+    package_data={
+        "pseuzo": ["demo/assets/**/*", "tasks/builtin/*.yaml"],
+        "pseuzo.demo": ["assets/**/*"],
+        "pseuzo.tasks": ["builtin/*.yaml"],
+    },
     include_package_data=False,
     ext_modules=[] if mode == "none" else [with_mode(mode)],
     cmdclass={"build_ext": BuildExtension},

@@ -5,15 +5,21 @@ import copy
 import pytest
 import torch
 from models import KINDS, VOCAB, batch_of, causal_lm
-from pseuzo import CausalLMObjective, PseuZO
+from pseuzo import CausalLMObjective, PseuZO, perturbed
+from pseuzo.objective import loss_positions, rows_of_options
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 OPTIONS = [17, 4, 900]
 
 
 def full_logits(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    """Of the model itself, with positions counted from the first token with attention."""
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions
+    ).logits.float()
 
 
 def head_input(model, batch):
@@ -63,7 +69,7 @@ def test_language_modelling_loss_and_gradient(kind):
         labels[row, :first] = -100
     labels[3, 9] = -100  # a gap
     forward, head = CausalLMObjective(model)({**batch, "labels": labels})
-    want = model(**batch, labels=labels).loss
+    want = F.cross_entropy(full_logits(model, batch)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     with torch.no_grad():
         o = forward()
     assert o.shape[:2] == (4, 9) and (o[2, :8] == 0).all()
@@ -76,6 +82,197 @@ def test_language_modelling_loss_and_gradient(kind):
     torch.testing.assert_close(o.grad[0], states.grad[0, 2:11], rtol=0, atol=1e-6)
     torch.testing.assert_close(o.grad[3, -4:], states.grad[3, [6, 7, 9, 10]], rtol=0, atol=1e-6)
     assert (o.grad[2, :8] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind):
+    """Rows of a padded batch against the same rows alone, by the model's own logits."""
+    model = causal_lm(kind).eval()
+    batch = batch_of()
+    objective = CausalLMObjective(model, OPTIONS)
+    scores = objective.scores({**batch, "labels": torch.zeros(4, dtype=torch.long)})
+    with torch.no_grad():
+        alone = [model(ids[mask != 0][None]).logits[0, -1, OPTIONS]
+                 for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    # logits about 1; other shapes round differently, and rotary angles of other positions by 2^-24 of up to 64
+    torch.testing.assert_close(scores, torch.stack(alone), rtol=0, atol=1e-5)
+
+
+# rows of options: example 1 has three, 0 and 2 have two; not in order; the right ones are rows 2, 0 and 6
+RAGGED = {"examples": torch.tensor([1, 0, 0, 1, 1, 2, 2]), "answers": torch.tensor([2, 0, 6])}
+OPTION_TOKENS = (3, 1, 2, 5, 1, 4, 4)
+
+
+def option_batch():
+    batch = batch_of(rows=7, seed=3)
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, n in enumerate(OPTION_TOKENS):
+        labels[row, -n:] = batch["input_ids"][row, -n:]
+    return {**batch, "labels": labels, **RAGGED}
+
+
+def plain_option_losses(model, batch):
+    """[B] in float64 from the model's full logits, one row and token at a time; and the scores [R]."""
+    logp = full_logits(model, batch).double().log_softmax(-1)
+    scores = []
+    for row, n in enumerate(OPTION_TOKENS):
+        places = range(12 - n, 12)
+        scores.append(sum(logp[row, t - 1, batch["input_ids"][row, t]] for t in places) / n)
+    rows = [[1, 2], [0, 3, 4], [5, 6]]
+    losses = [torch.stack([scores[r] for r in mine]).logsumexp(0) - scores[right]
+              for mine, right in zip(rows, (2, 0, 6), strict=True)]  # fmt: skip
+    return torch.stack(losses), torch.stack(scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_over_options(kind):
+    model = causal_lm(kind).double().eval()
+    batch = option_batch()
+    want, row_scores = plain_option_losses(model, batch)
+    states, _ = head_input(model, batch)
+    wanted_gradient = torch.autograd.grad(plain_option_losses_of(model, states, batch).mean(), states)[0]
+    objective = CausalLMObjective(model)
+    forward, head = objective(batch)
+    with torch.no_grad():
+        o = forward()
+    assert o.shape[:2] == (7, 5) and (o[1, :4] == 0).all()
+    o.requires_grad_()
+    loss = head(o)
+    loss.backward()
+    # the logits are cast to fp32: losses about 1, means of at most 5 log-likelihoods of about 7
+    torch.testing.assert_close(loss.double(), want.mean(), rtol=0, atol=4e-6)
+    each = objective(batch, reduction="none")[1](o)
+    torch.testing.assert_close(each.double(), want, rtol=0, atol=4e-6)
+    torch.testing.assert_close(o.grad[3], wanted_gradient[3, 6:11], rtol=0, atol=1e-6)
+    torch.testing.assert_close(o.grad[1, -1], wanted_gradient[1, 10], rtol=0, atol=1e-6)
+    assert (o.grad[1, :4] == 0).all()
+    scores = objective.scores(batch)
+    assert scores.shape == (3, 3) and scores[0, 2] == scores[2, 2] == -torch.inf
+    torch.testing.assert_close(scores[1].double(), row_scores[[0, 3, 4]], rtol=0, atol=4e-6)
+    torch.testing.assert_close(objective.row_scores(batch).double(), row_scores, rtol=0, atol=4e-6)
+
+
+def plain_option_losses_of(model, states, batch):
+    """The losses again, in float64, as a function of the head's input."""
+    logp = model.get_output_embeddings()(states).log_softmax(-1)
+    token = logp[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    scores = torch.stack([token[row, -n:].mean() for row, n in enumerate(OPTION_TOKENS)])
+    rows = [[1, 2], [0, 3, 4], [5, 6]]
+    return torch.stack([scores[mine].logsumexp(0) - scores[right]
+                        for mine, right in zip(rows, (2, 0, 6), strict=True)])  # fmt: skip
+
+
+def test_options_of_one_token_are_label_words():
+    """The loss over options and the loss over label words, where both can be had."""
+    model = causal_lm("gpt2").double().eval()
+    prompts = batch_of()
+    classes = torch.tensor([0, 2, 1, 2])
+    forward, head = CausalLMObjective(model, OPTIONS)({**prompts, "labels": classes}, reduction="none")
+    words = torch.tensor(OPTIONS).repeat(4)[:, None]
+    labels = torch.cat([torch.full((12, 12), -100), words], 1)
+    batch = {
+        "input_ids": torch.cat([prompts["input_ids"].repeat_interleave(3, 0), words], 1), "labels": labels,
+        "attention_mask": torch.cat([prompts["attention_mask"].repeat_interleave(3, 0), torch.ones_like(words)], 1),
+        "examples": torch.arange(4).repeat_interleave(3), "answers": torch.arange(4) * 3 + classes,
+    }  # fmt: skip
+    forward_options, head_options = CausalLMObjective(model)(batch, reduction="none")
+    # fp32 rounding of log-likelihoods of about 7
+    torch.testing.assert_close(head_options(forward_options()), head(forward()), rtol=0, atol=2e-6)
+
+
+def test_losses_of_examples():
+    """Their mean is the loss; for answers of several tokens each example counts with its tokens."""
+    model = causal_lm("opt").eval()
+    labels = batch_of()["input_ids"].clone()
+    for row, first in enumerate((3, 9, 11, 7)):
+        labels[row, :first] = -100
+    objective = CausalLMObjective(model)
+    forward, head = objective({**batch_of(), "labels": labels}, reduction="none")
+    losses = head(forward())
+    logp = full_logits(model, batch_of()).log_softmax(-1)
+    token = -logp[:, :-1].gather(2, batch_of()["input_ids"][:, 1:, None])[..., 0]
+    want = [token[row, -n:].sum() * 4 / 18 for row, n in enumerate((9, 3, 1, 5))]
+    torch.testing.assert_close(losses, torch.stack(want), rtol=1e-6, atol=1e-6)
+    _, mean = objective({**batch_of(), "labels": labels})
+    torch.testing.assert_close(losses.mean(), mean(forward()), rtol=1e-6, atol=0)
+    with_words = CausalLMObjective(model, OPTIONS)
+    batch = {**batch_of(), "labels": torch.tensor([0, 2, 1, 2])}
+    forward, head = with_words(batch, reduction="none")
+    losses = head(forward())
+    assert losses.shape == (4,)
+    torch.testing.assert_close(losses.mean(), with_words(batch)[1](forward()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gpt2"])
+def test_the_head_is_differentiable_in_its_weight(kind):
+    """The exact gradient of an output head, for label words and for the whole vocabulary."""
+    model = causal_lm(kind).eval()
+    weight = model.lm_head.weight
+    batch = {**batch_of(), "labels": torch.tensor([0, 2, 1, 2])}
+    o = CausalLMObjective(model, OPTIONS)(batch)[0]().detach()
+    forward, head = CausalLMObjective(model, OPTIONS)(batch)
+    (got,) = torch.autograd.grad(head(o), weight)
+    (want,) = torch.autograd.grad(F.cross_entropy((o[:, 0] @ weight.T)[:, OPTIONS], batch["labels"]), weight)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+    assert (got[OPTIONS] != 0).any() and got.abs().sum() == got[OPTIONS].abs().sum()
+    forward, head = CausalLMObjective(model)(option_batch())
+    (got,) = torch.autograd.grad(head(forward().detach()), weight)
+    states, _ = head_input(model, option_batch())
+    (want,) = torch.autograd.grad(plain_option_losses_of(model, states.detach(), option_batch()).mean(), weight)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    with torch.no_grad(), perturbed(model, 3, 1e-3):
+        assert not head(forward()).requires_grad
+
+
+def test_the_model_gets_its_inputs_alone():
+    model = causal_lm("opt").eval()
+    seen = []
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    batch = option_batch()
+    positions, targets = loss_positions(batch["labels"])
+    option_rows = rows_of_options(batch["examples"], 3)
+    assert option_rows.tolist() == [[1, 2, -1], [0, 3, 4], [5, 6, -1]]
+    more = {"groups": torch.arange(7), "rows": torch.arange(3), "positions": positions, "targets": targets,
+            "option_rows": option_rows}  # fmt: skip
+    forward, head = CausalLMObjective(model)({**batch, **more})
+    with_them = head(forward())
+    forward, head = CausalLMObjective(model)(batch)
+    assert torch.equal(with_them, head(forward()))
+    handle.remove()
+    assert set().union(*seen) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts ops that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "bincount", "equal", "masked_select", "unique"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_planned_batch_makes_nothing_wait():
+    """Of the objective's own; what a model does in its forward is its own affair."""
+    batch = option_batch()
+    positions, targets = loss_positions(batch["labels"])
+    batch |= {"positions": positions, "targets": targets, "option_rows": rows_of_options(batch["examples"], 3)}
+    words = {**batch_of(), "labels": torch.tensor([0, 2, 1, 2])}
+    for options, one in ((None, batch), (OPTIONS, words)):
+        objective = CausalLMObjective(causal_lm("gpt2"), options)
+        o = objective(one)[0]().detach()
+        for reduction in ("mean", "none"):
+            with Waits() as waits:
+                _, head = objective(one, reduction)
+                head(o)
+            assert waits.seen == []
+    with Waits() as waits:
+        CausalLMObjective(causal_lm("gpt2"), verify=False)(option_batch())
+    assert waits.seen, "the counter counts"
 
 
 def test_soft_capped_logits():
@@ -170,3 +367,17 @@ def test_bad_input():
         CausalLMObjective(model)({**batch_of(), "labels": torch.full((4, 12), -100)})
     with pytest.raises(ValueError, match=r"labels must be \[B\] classes"):
         CausalLMObjective(model, OPTIONS)({**batch_of(), "labels": torch.zeros(3, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"labels must be \[B\] classes, got shape \(7, 12\) and examples"):
+        CausalLMObjective(model, OPTIONS)(option_batch())
+    with pytest.raises(ValueError, match="labels must be token ids in the shape of input_ids"):
+        CausalLMObjective(model)({**batch_of(), "labels": torch.zeros(4, dtype=torch.long)})
+    with pytest.raises(ValueError, match="a row of the batch has no token of its option"):
+        batch = option_batch()
+        batch["labels"][1] = -100
+        CausalLMObjective(model)(batch)
+    with pytest.raises(ValueError, match="each of the 4 examples"):
+        CausalLMObjective(model)({**option_batch(), "answers": torch.tensor([2, 0, 6, 1])})
+    with pytest.raises(ValueError, match="reduction must be"):
+        CausalLMObjective(model)(option_batch(), reduction="sum")
+    with pytest.raises(ValueError, match="the batch has no options"):
+        CausalLMObjective(model).scores({**batch_of(), "labels": batch_of()["input_ids"]})

@@ -4,11 +4,13 @@
     forward, head = objective(batch)            # o = forward(); loss = head(o)
     loss = optimizer.step(forward, head)
 
-o holds the hidden states at the positions that carry a loss, no others: [B, P, D]. The head runs on those alone, in the
-clean pass alone (PseuZO's perturbed pass never calls it), and for a choice between label words only its rows for those
-words. Nothing in Transformers is changed: a hook on the head reads its input and ends the forward there.
+o holds the hidden states at the positions that carry a loss, no others: [R, P, D] for the R rows of a batch. The head
+runs on those alone, in the clean pass alone (PseuZO's perturbed pass never calls it), and for a choice between label
+words only its rows for those words. Nothing in Transformers is changed: a hook on the head reads its input and ends the
+forward there.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,6 +20,10 @@ from torch.nn import functional as F
 from pseuzo.perturbed import frozen_mode, rows_of
 
 IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
+# what a batch holds for the objective and the optimizer; the model gets the rest
+NOT_INPUTS = frozenset(
+    ("labels", "answers", "examples", "groups", "rows", "option_rows", "positions", "targets")
+)  # fmt: skip
 
 
 class _HeadReached(Exception):
@@ -27,18 +33,52 @@ class _HeadReached(Exception):
         self.states = states
 
 
+def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """positions, targets [R, P]: where the next token carries a loss, and that token; aligned to the right, with
+    positions -1 and targets -100 where a row has fewer. Waits for the device that labels [R, T] are on."""
+    shifted = labels[:, 1:]
+    carries = shifted != IGNORED
+    count = int(carries.sum(1).max()) if carries.numel() else 0
+    if count == 0:
+        raise ValueError("CausalLMObjective: no label of the batch carries a loss (all are -100)")
+    order = torch.argsort(carries.to(torch.int8), dim=1, stable=True)[:, -count:]  # loss positions last, in order
+    there = carries.gather(1, order)
+    return torch.where(there, order, -1), torch.where(there, shifted.gather(1, order), IGNORED)
+
+
+def rows_of_options(examples: Tensor, n: int) -> Tensor:
+    """[n, most options]: the rows of each of n examples, -1 where one has fewer. examples [R]: whose option a row is.
+
+    Waits for the device that examples are on."""
+    counts = torch.bincount(examples, minlength=n)
+    if len(counts) > n or int(counts.min()) < 1:
+        raise ValueError(
+            f"CausalLMObjective: examples must give each of the {n} examples (one an answer) a row, "
+            f"got {examples.tolist()}"
+        )
+    order = torch.argsort(examples, stable=True)
+    of = examples[order]
+    place = torch.arange(len(of), device=of.device) - (counts.cumsum(0) - counts)[of]
+    out = torch.full((n, int(counts.max())), -1, device=of.device)
+    out[of, place] = order
+    return out
+
+
 class CausalLMObjective:
     """The loss of a Transformers causal LM as PseuZO needs it.
 
     model: any with an output head that is a Linear (`get_output_embeddings()`), tied or not. options: token ids of
     label words, one per class: the loss is then the cross entropy over their logits alone, at the last token of the
-    prompt. Without options it is the language-modelling loss of `labels`.
+    prompt. Without options, it is the cross entropy over options of any number of tokens if the batch has `examples`,
+    and else the language-modelling loss of `labels`.
 
     On first use, the logits made from the gathered states are compared once with the model's own, since a model may do
-    more after its head than the soft caps and scales known here: RuntimeError then.
+    more after its head than the soft caps and scales known here: RuntimeError then. verify False leaves that out.
+
+    Positions are counted from the first token with attention, so that padding on the left changes nothing.
     """
 
-    def __init__(self, model: nn.Module, options: list[int] | None = None):
+    def __init__(self, model: nn.Module, options: list[int] | None = None, *, verify: bool = True):
         lm_head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if not isinstance(lm_head, nn.Linear):
             raise TypeError(
@@ -54,42 +94,114 @@ class CausalLMObjective:
                 )
         self.model, self.lm_head, self.options = model, lm_head, options
         self._option_ids: Tensor | None = None
-        self._verified = False
+        self._verified = not verify
+        self._takes_positions = _takes_positions(model)
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        """forward() -> o [B, P, D] and head(o) -> loss, fp32, for a batch.
+    def __call__(
+        self, batch: Mapping[str, Tensor], reduction: str = "mean"
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """forward() -> o [R, P, D] and head(o) -> loss, fp32, for a batch.
 
-        batch: input_ids [B, T], attention_mask [B, T] (padding on either side), labels: with options [B], the class;
-        without, [B, T] token ids with -100 where there is no loss, not shifted, as in Transformers; P is then the most
-        loss positions of a row, rows with fewer being filled up on the left with zeros that carry no loss. labels may
-        stay on the CPU: their positions are then found without waiting for the device.
+        batch: input_ids [R, T], attention_mask [R, T] (padding on either side), and
+
+        - with options, labels [B], the class of each row; P is 1;
+        - with `examples` in the batch: labels [R, T], token ids with -100 outside the option's tokens; examples [R],
+          the example 0 to B - 1 whose option a row is; answers [B], the row of each one's right option. The loss of an
+          example is the cross entropy over the mean log-likelihoods of its options' tokens;
+        - else labels [B, T], token ids with -100 where there is no loss.
+
+        Labels are not shifted, as in Transformers; P is then the most loss positions of a row, rows with fewer being
+        filled up on the left with zeros that carry no loss. While labels and examples are on the CPU nothing waits for
+        the device; elsewhere it does, unless the batch has `positions` and `targets` (loss_positions) and `option_rows`
+        (rows_of_options) as well. Whatever else there is goes to the model.
+
+        reduction "none": head(o) -> [B], a loss for each example, whose mean is the loss (so that an example with more
+        tokens of an answer has more).
         """
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        device = self.lm_head.weight.device
-        labels = batch["labels"]
-        if self.options is None:
-            positions, targets = self._loss_positions(labels)
-            targets = targets.to(device, non_blocking=True)
-        else:
-            positions, targets = self._last_token(inputs), labels.to(device, non_blocking=True)
-            if targets.shape != positions.shape[:1]:
-                raise ValueError(
-                    f"CausalLMObjective: with options, labels must be [B] classes, got shape {tuple(targets.shape)}"
-                )
-        positions = positions.to(device, non_blocking=True)
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"CausalLMObjective: reduction must be 'mean' or 'none', got {reduction!r}")
+        inputs, positions, targets, option_rows = self._plan(batch)
+        answers = batch["answers"].to(positions.device, non_blocking=True) if option_rows is not None else None
 
         def forward() -> Tensor:
             return self.hidden_states(inputs, positions)
 
         def head(o: Tensor) -> Tensor:
+            if option_rows is not None:
+                right = (option_rows == answers[:, None]).to(torch.int8).argmax(1)
+                return F.cross_entropy(self._option_scores(o, targets, option_rows), right, reduction=reduction)
             logits = self.logits(o)
-            if self.options is None:
-                return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-            return F.cross_entropy(logits[:, -1], targets)
+            if self.options is not None:
+                return F.cross_entropy(logits[:, -1], targets, reduction=reduction)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+            if reduction == "mean":
+                return losses
+            return losses.view(targets.shape).sum(1) * (len(targets) / (targets != IGNORED).sum())
 
+        return forward, head
+
+    @torch.no_grad()
+    def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, n] fp32, the larger the likelier: of the label words their logits (their log-likelihoods up to a number
+        for each example), of options the mean log-likelihoods of their tokens, -inf where an example has fewer."""
+        inputs, positions, targets, option_rows = self._plan(batch)
+        o = self.hidden_states(inputs, positions)
+        if option_rows is not None:
+            return self._option_scores(o, targets, option_rows)
+        if self.options is None:
+            raise ValueError(
+                "CausalLMObjective.scores: the batch has no options: give options, or a batch with examples"
+            )
+        return self.logits(o)[:, -1]
+
+    @torch.no_grad()
+    def row_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[R] fp32: the mean log-likelihood of the tokens of each row whose labels [R, T] are not -100."""
+        inputs, positions, targets, _ = self._plan({k: v for k, v in batch.items() if k != "examples"})
+        return self._mean_log_likelihood(self.hidden_states(inputs, positions), targets)
+
+    def _plan(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+        """The model's inputs; positions and targets on the head's device; option_rows if the batch has options."""
+        inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
+        device, labels, option_rows = self.lm_head.weight.device, batch["labels"], None
+        if self.options is not None:
+            positions, targets = self._last_token(inputs), labels
+            if "examples" in batch or targets.shape != positions.shape[:1]:
+                raise ValueError(
+                    f"CausalLMObjective: with options, labels must be [B] classes, got shape {tuple(targets.shape)}"
+                    + (" and examples" if "examples" in batch else "")
+                )
+        elif "positions" in batch and "targets" in batch:
+            positions, targets = batch["positions"], batch["targets"]
+        else:
+            if labels.shape != inputs["input_ids"].shape:
+                raise ValueError(
+                    f"CausalLMObjective: without options, labels must be token ids in the shape of input_ids, "
+                    f"{tuple(inputs['input_ids'].shape)}, got {tuple(labels.shape)}"
+                )
+            positions, targets = loss_positions(labels)
+            if "examples" in batch and bool((targets == IGNORED).all(1).any()):
+                raise ValueError("CausalLMObjective: a row of the batch has no token of its option (all are -100)")
+        if "examples" in batch:
+            option_rows = batch.get("option_rows")
+            if option_rows is None:
+                option_rows = rows_of_options(batch["examples"], len(batch["answers"]))
+            option_rows = option_rows.to(device, non_blocking=True)
+        positions, targets = positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if not self._verified:
             self._verify(inputs, positions)
-        return forward, head
+        return inputs, positions, targets, option_rows
+
+    def _mean_log_likelihood(self, o: Tensor, targets: Tensor) -> Tensor:
+        """[R]: of the targets [R, P] that are not -100."""
+        losses = F.cross_entropy(
+            self.logits(o).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return -losses.view(targets.shape).sum(1) / (targets != IGNORED).sum(1)
+
+    def _option_scores(self, o: Tensor, targets: Tensor, option_rows: Tensor) -> Tensor:
+        scores = self._mean_log_likelihood(o, targets)
+        return scores[option_rows.clamp(min=0)].masked_fill(option_rows < 0, -torch.inf)
 
     @staticmethod
     def _last_token(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -101,21 +213,9 @@ class CausalLMObjective:
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return (places * (mask != 0)).argmax(1, keepdim=True)
 
-    @staticmethod
-    def _loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-        """positions, targets [B, P]: where the next token carries a loss, and that token; aligned to the right, with
-        positions -1 and targets -100 where a row has fewer."""
-        shifted = labels[:, 1:]
-        carries = shifted != IGNORED
-        count = int(carries.sum(1).max()) if carries.numel() else 0
-        if count == 0:
-            raise ValueError("CausalLMObjective: no label of the batch carries a loss (all are -100)")
-        order = torch.argsort(carries.to(torch.int8), dim=1, stable=True)[:, -count:]  # loss positions last, in order
-        there = carries.gather(1, order)
-        return torch.where(there, order, -1), torch.where(there, shifted.gather(1, order), IGNORED)
-
     def hidden_states(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        """o: the head's input at positions [B, P] -> [B, P, D]; zeros where a position is -1. The head does not run."""
+        """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1. The head does not run."""
+        inputs = self._with_position_ids(inputs)
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _HeadReached(args[0])
@@ -135,6 +235,13 @@ class CausalLMObjective:
         rows = torch.arange(states.shape[0], device=states.device)[:, None]
         return states[rows, positions.clamp(min=0)].masked_fill((positions < 0)[..., None], 0)
 
+    def _with_position_ids(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Left alone, some models (GPT-2) count positions from the first column, padding or not."""
+        mask = inputs.get("attention_mask")
+        if not self._takes_positions or mask is None or "position_ids" in inputs:
+            return inputs
+        return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+
     def logits(self, o: Tensor) -> Tensor:
         """fp32 logits of o [..., D]: over the options if there are any, else over the vocabulary."""
         if self.options is None:
@@ -143,7 +250,7 @@ class CausalLMObjective:
         if self._option_ids is None or self._option_ids.device != weight.device:
             self._option_ids = torch.tensor(self.options, device=weight.device)
         rows = rows_of(self.model, weight, self._option_ids).float()
-        bias = None if bias is None else bias.detach().index_select(0, self._option_ids).float()
+        bias = None if bias is None else bias.index_select(0, self._option_ids).float()
         return self._after_head(F.linear(o.float(), rows, bias))
 
     def _after_head(self, logits: Tensor) -> Tensor:
@@ -164,12 +271,19 @@ class CausalLMObjective:
         places = positions[:1]
         with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one, places))
-            theirs = self.model(**one, use_cache=False).logits[0, places[0].clamp(min=0)].float()[None]
+            theirs = (
+                self.model(**self._with_position_ids(one), use_cache=False)
+                .logits[0, places[0].clamp(min=0)]
+                .float()[None]
+            )
         if self.options is not None:
             theirs = theirs[..., self.options]
         there = (places >= 0)[..., None]
         exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled()
-        eps = torch.finfo(self.lm_head.weight.dtype if exact else torch.bfloat16).eps
+        # the logits are in fp32, whatever the model is in
+        eps = max(
+            torch.finfo(self.lm_head.weight.dtype if exact else torch.bfloat16).eps, torch.finfo(torch.float32).eps
+        )
         # a matrix product of another shape may round differently: a few ulps of the largest logit
         limit = 32 * eps * theirs.abs().max().clamp(min=1)
         if not bool((((ours - theirs).abs() * there) <= limit).all()) and bool(theirs.isfinite().all()):
@@ -178,3 +292,13 @@ class CausalLMObjective:
                 "known here; split it by hand: optimizer.step(forward, head)"
             )
         self._verified = True
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Does its forward take position_ids? With a learned prompt before the text, peft allows none, except that it
+    shifts them by the length of a prefix of keys and values."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False) and config.peft_type != "PREFIX_TUNING":
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(base.forward).parameters

@@ -1,0 +1,276 @@
+"""Examples as token rows and batches for CausalLMObjective, and the order in which they are drawn.
+
+Three kinds of batch, all on the CPU and padded on the left:
+
+    label words  input_ids, attention_mask [B, T]; labels [B], the class
+    options      one row for each option: input_ids, attention_mask, labels [R, T], -100 outside the option's tokens;
+                 examples [R], whose option it is; answers [B], the row of the right one
+    answer       input_ids, attention_mask, labels [B, T], -100 outside the answer's tokens
+
+with rows [B], the numbers of the examples in the data; groups for PseuZO's window where examples have classes: of each
+row of the batch, the class (label words, answer) or class * n_options + option (options); and option_rows, positions
+and targets, as the objective would make them from the rest, so that no step has to wait for the device to learn them.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from pseuzo.objective import IGNORED, loss_positions, rows_of_options
+from pseuzo.tasks.task import Example, Task
+
+TRAIN_ON = ("auto", "label-words", "options", "answer")
+SHOT_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of a prompt, and those after it that are scored, if any."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer
+
+
+class TaskData(Dataset):
+    """The examples of a task as the tokens of one model; data[i] is what collate makes batches of.
+
+    max_length: the most tokens of a row; longer prompts lose their beginning (after the tokens that the tokenizer puts
+    before every text), so that the end of the question and the whole option stay. train_on: "label-words", the cross
+    entropy over the label words' logits, one row an example: they must be single tokens; "options", over the mean
+    log-likelihoods of the options' tokens; "answer", the tokens of the right answer, as in language modelling. "auto"
+    is, for a classification, label-words if its label words are single tokens (then the same as options) and else
+    options; for a choice or a generation, answer. shots: examples put before each prompt with their answers; as many as
+    fit, the last ones.
+
+    Attributes: options, the tokens of the label words, or None if train_on is not that; labels, the class of each
+    example, or None for tasks without; train_on, what auto came to.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        task: Task,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        train_on: str = "auto",
+        shots: Sequence[Example] = (),
+    ):
+        if not examples:
+            raise ValueError(f"task {task.name}: no examples: the data set is empty")
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
+        if train_on == "label-words" and task.kind != "classification":
+            raise ValueError(f"task {task.name}: train_on 'label-words' is for classifications, this is a {task.kind}")
+        if train_on == "options" and task.kind == "generation":
+            raise ValueError(f"task {task.name}: train_on 'options' needs options, and a generation has none")
+        if max_length < 2:
+            raise ValueError(f"max_length must be 2 tokens or more, got {max_length}")
+        self.examples, self.task, self.tokenizer, self.max_length = list(examples), task, tokenizer, max_length
+        self.shots = [_joined(shot.prompt, shot.golds[0], task.separator) for shot in shots]
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad = next(i for i in pads if i is not None)
+        self._before = _special_tokens_before(tokenizer)
+        self._rows: dict[tuple[int, str], list[Row]] = {}
+        self.labels = [e.answer for e in self.examples] if task.kind == "classification" else None
+        self.options: list[int] | None = None
+        self.train_on = train_on
+        if train_on == "label-words" or (train_on == "auto" and task.kind == "classification"):
+            why_not = self._find_label_words()
+            if train_on == "label-words" and why_not:
+                raise ValueError(f"task {task.name}: {why_not}; choose shorter words, or train_on 'options'")
+            self.train_on = "options" if why_not else "label-words"
+        elif train_on == "auto":
+            self.train_on = "answer"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """{"row": i, "tokens": [Row], "answer": class or option}: what collate takes."""
+        i = range(len(self))[i]
+        return {"row": i, "tokens": self.token_rows(i, self.train_on), "answer": self.examples[i].answer}
+
+    def token_rows(self, i: int, what: str) -> list[Row]:
+        """The rows of example i for a batch of what: label-words (the prompt), options, answer, or prompt, which
+        leaves room for max_new_tokens."""
+        if (i, what) not in self._rows:
+            self._rows[i, what] = self._encode(self.examples[i], what)
+        return self._rows[i, what]
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these items, see the module."""
+        batch = self.pad_rows([row for item in items for row in item["tokens"]])
+        batch["rows"] = torch.tensor([item["row"] for item in items])
+        answers = [item["answer"] for item in items]
+        classes = self.task.kind == "classification"
+        if self.train_on == "label-words":
+            batch["labels"] = torch.tensor(answers)
+            batch["groups"] = batch["labels"].clone()
+        elif self.train_on == "answer":
+            if classes:
+                batch["groups"] = torch.tensor(answers)
+        else:
+            counts = torch.tensor([len(item["tokens"]) for item in items])
+            first = counts.cumsum(0) - counts
+            batch["examples"] = torch.repeat_interleave(torch.arange(len(items)), counts)
+            batch["answers"] = first + torch.tensor(answers)
+            batch["option_rows"] = rows_of_options(batch["examples"], len(items))
+            if classes:
+                option = torch.arange(len(batch["examples"])) - first[batch["examples"]]
+                batch["groups"] = torch.tensor(answers)[batch["examples"]] * int(counts[0]) + option
+        return batch
+
+    def pad_rows(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels [R, T], and the positions and targets [R, P] of the loss."""
+        longest = max(len(row.prompt) + len(row.answer) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, row in enumerate(rows):
+            tokens = torch.tensor(row.tokens)
+            ids[i, longest - len(tokens) :] = tokens
+            mask[i, longest - len(tokens) :] = 1
+            labels[i, longest - len(row.answer) :] = torch.tensor(row.answer, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if any(row.answer for row in rows):
+            batch["positions"], batch["targets"] = loss_positions(labels)
+        return batch
+
+    def sampler(self, batch_size: int, seed: int) -> "StratifiedSampler":
+        return StratifiedSampler(self.labels if self.labels is not None else [0] * len(self), batch_size, seed)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode(self, example: Example, what: str) -> list[Row]:
+        if what == "prompt":
+            answers, room = [""], self.max_length - self.task.max_new_tokens
+            if room < 1 + len(self._before):
+                raise ValueError(
+                    f"task {self.task.name}: max_new_tokens {self.task.max_new_tokens} leaves no room for a prompt in "
+                    f"max_length, {self.max_length} tokens"
+                )
+        elif what == "options":
+            answers, room = example.options, self.max_length
+        elif what == "label-words":
+            answers, room = [""], self.max_length - 1  # as for options of one token: the same prompt, so the same loss
+        else:
+            end = self.task.stop if self.task.kind == "generation" else ""  # else it would not learn to stop
+            answers, room = [example.golds[0] + end], self.max_length
+
+        def rows_with(shots: list[str]) -> list[tuple[list[int], list[int]]]:
+            prompt = SHOT_SEPARATOR.join([*shots, example.prompt.rstrip(" ")])
+            whole = [_joined(prompt, answer, self.task.separator) if answer else prompt for answer in answers]
+            alone, *ids = self._ids([prompt, *whole])
+            return [
+                _split(alone, tokens) if answer else (tokens, []) for answer, tokens in zip(answers, ids, strict=True)
+            ]
+
+        def fits(dropped: int) -> bool:
+            return all(
+                len(self._before) + len(prompt) + len(option) <= room
+                for prompt, option in rows_with(self.shots[dropped:])
+            )
+
+        dropped = bisect_left(range(len(self.shots)), True, key=fits)
+        rows = []
+        for prompt, option in rows_with(self.shots[dropped:]):
+            left = room - len(self._before) - len(option)
+            if left < 1:
+                what_is_long = f"an answer of {len(option)} tokens, beginning {self.tokenizer.decode(option[:8])!r},"
+                raise ValueError(
+                    f"task {self.task.name}: {what_is_long if option else 'that'} leaves no room for a prompt in "
+                    f"max_length, {self.max_length} tokens"
+                )
+            tokens = self._before + prompt[-left:]
+            if not tokens:
+                raise ValueError(
+                    f"task {self.task.name}: a prompt is empty, so that nothing predicts the first token of its answer"
+                )
+            if rows and rows[-1].prompt == tokens:
+                tokens = rows[-1].prompt  # kept once, not for each option
+            rows.append(Row(tokens, option))
+        return rows
+
+    def _find_label_words(self) -> str | None:
+        """Set self.options to the tokens of the label words; or say why they are not usable as single tokens."""
+        words = list(self.examples[0].options)
+        found: list[int] | None = None
+        for i in range(len(self)):
+            rows = self.token_rows(i, "options")
+            for word, row in zip(words, rows, strict=True):
+                tokens = row.answer
+                if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
+                    names = self.tokenizer.convert_ids_to_tokens(tokens)
+                    return f"the label word {word!r} is not one token of this tokenizer but {len(tokens)}: {names}"
+            ids = [row.answer[0] for row in rows]
+            if len(set(ids)) < len(ids):
+                return f"the label words {words} are not different tokens: {ids}"
+            prompt = self.token_rows(i, "label-words")[0].prompt
+            if (found or ids) != ids or any(row.prompt != prompt for row in rows):
+                return f"the label words {words} are not the same tokens after every prompt"
+            found = ids
+        self.options = found
+        for i in range(len(self)):
+            del self._rows[i, "options"]  # the prompt's row is all that is needed
+        return None
+
+
+class StratifiedSampler(Sampler[int]):
+    """Every row once an epoch, so ordered that consecutive batches of batch_size have near equal shares of the classes.
+
+    Within a batch the order is random: were row i always of the same class, pairing by row would be pairing by class.
+    The order is a function of seed and epoch (set_epoch) alone.
+    """
+
+    def __init__(self, classes: Sequence[int], batch_size: int, seed: int):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        self.classes, self.batch_size, self.seed, self.epoch = torch.as_tensor(classes), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + self.epoch) % 2**63)
+        place = torch.empty(len(self), dtype=torch.float64)
+        for c in self.classes.unique():  # the n rows of a class, shuffled, at even distances 1/n from a random start
+            rows = (self.classes == c).nonzero()[:, 0]
+            start = torch.rand((), generator=generator, dtype=torch.float64)
+            place[rows] = (torch.randperm(len(rows), generator=generator) + start) / len(rows)
+        for batch in place.argsort(stable=True).split(self.batch_size):
+            yield from batch[torch.randperm(len(batch), generator=generator)].tolist()
+
+
+def _joined(prompt: str, answer: str, separator: str) -> str:
+    """The text of a prompt with its answer: no separator after a prompt that ends in white space."""
+    prompt = prompt.rstrip(" ")
+    return prompt + ("" if not prompt or prompt[-1].isspace() else separator) + answer
+
+
+def _split(prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens of the whole text up to where the prompt's own end, or change by what follows; and the rest."""
+    same = 0
+    while same < min(len(prompt), len(whole) - 1) and prompt[same] == whole[same]:
+        same += 1
+    return whole[:same], whole[same:]
+
+
+def _special_tokens_before(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, such as a token for its beginning."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    places = [i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain]
+    return dressed[: places[0]] if places and plain else []

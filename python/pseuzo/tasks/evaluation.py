@@ -1,0 +1,164 @@
+"""How often a model is right: by the scores of the options, or by what it writes.
+
+Accuracy: the model's choice is the option whose tokens have the largest mean log-likelihood, as in MeZO; it is right if
+it is one of those that count as right. F1 and exact match: of the normalised words that the model writes greedily with
+those of the accepted answers, the best of these, as SQuAD defines it (torchmetrics).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.objective import IGNORED, CausalLMObjective
+from pseuzo.perturbed import frozen_mode
+from pseuzo.tasks.data import Row, TaskData
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TaskData, *, batch_size: int = 16, progress: bool = False) -> dict[str, float]:
+    """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", as it is trained on; "examples", how many.
+
+    batch_size: rows (an option is a row) a forward. Each module's train or eval mode is as before afterwards.
+    """
+    return _measure(model, data, range(len(data)), batch_size, progress, loss=True)
+
+
+@torch.no_grad()
+def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | Tensor) -> Tensor:
+    """1 - mean F1 of what the model writes (generation), 1 - accuracy (options), of these examples: for MeZO's closure.
+
+    A scalar, fp32, on the model's device."""
+    index = batch_rows.tolist() if isinstance(batch_rows, Tensor) else list(batch_rows)
+    figures = _measure(model, data, index, 16, False, loss=False)
+    value = figures["f1" if data.task.kind == "generation" else "accuracy"]
+    return torch.tensor(1.0 - value, device=next(model.parameters()).device)
+
+
+def _measure(
+    model: nn.Module, data: TaskData, index: Sequence[int], batch_size: int, progress: bool, loss: bool
+) -> dict[str, float]:
+    with frozen_mode(model):
+        if data.task.kind == "generation":
+            figures = _generated(model, data, index, batch_size, progress)
+            if loss:
+                figures["loss"] = _answer_loss(model, data, index, batch_size, progress)
+        elif data.options is not None:
+            figures = _by_label_words(model, data, index, batch_size, progress, verify=loss)
+        else:
+            figures = _by_options(model, data, index, batch_size, progress, verify=loss)
+    return figures | ({"examples": len(index)} if loss else {})
+
+
+def _batches(rows: Sequence[Row], size: int, progress: bool, what: str):
+    """(numbers, rows) of like length, the longest first: if they do not fit into memory, that is known at once."""
+    from tqdm import tqdm
+
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+    for first in tqdm(range(0, len(order), size), desc=what, unit="batch", leave=False, disable=not progress):
+        numbers = order[first : first + size]
+        yield numbers, [rows[i] for i in numbers]
+
+
+def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def _by_label_words(model, data, index, batch_size, progress, verify) -> dict[str, float]:
+    objective = CausalLMObjective(model, data.options, verify=verify)
+    rows = [data.token_rows(i, "label-words")[0] for i in index]
+    scores = torch.empty(len(rows), len(data.options))
+    for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
+        batch = data.pad_rows(some)
+        batch["labels"] = torch.zeros(len(some), dtype=torch.long)
+        scores[numbers] = objective.scores(_moved(batch, model)).cpu()
+    answers = torch.tensor([data.examples[i].answer for i in index])
+    losses = nn.functional.cross_entropy(scores, answers, reduction="none")
+    return {"accuracy": float((scores.argmax(1) == answers).double().mean()), "loss": float(losses.double().mean())}
+
+
+def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
+    """Of each row the mean log-likelihood of its scored tokens, and their number; [R], on the CPU."""
+    objective = CausalLMObjective(model, verify=verify)
+    scores, counts = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.float64)
+    for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
+        batch = data.pad_rows(some)
+        scores[numbers] = objective.row_scores(_moved(batch, model)).double().cpu()
+        counts[numbers] = (batch["targets"] != IGNORED).sum(1).double()
+    return scores, counts
+
+
+def _by_options(model, data, index, batch_size, progress, verify) -> dict[str, float]:
+    rows, bounds = [], [0]
+    for i in index:
+        rows += data.token_rows(i, "options")
+        bounds.append(len(rows))
+    scores, counts = _row_scores(model, data, rows, batch_size, progress, verify)
+    right, losses, tokens = 0, 0.0, 0.0
+    for i, first, end in zip(index, bounds, bounds[1:], strict=False):
+        example, mine = data.examples[i], scores[first:end]
+        right += example.options[int(mine.argmax())] in example.golds
+        if data.train_on == "options":
+            losses += float(mine.logsumexp(0) - mine[example.answer])
+            tokens += 1
+        else:
+            losses -= float(mine[example.answer] * counts[first + example.answer])
+            tokens += float(counts[first + example.answer])
+    return {"accuracy": right / len(index), "loss": losses / tokens}
+
+
+def _answer_loss(model, data, index, batch_size, progress) -> float:
+    rows = [data.token_rows(i, "answer")[0] for i in index]
+    scores, counts = _row_scores(model, data, rows, batch_size, progress, True)
+    return -float((scores * counts).sum() / counts.sum())
+
+
+def _generated(model, data, index, batch_size, progress) -> dict[str, float]:
+    from torchmetrics.functional.text import squad
+
+    texts = generate(model, data, index, batch_size, progress)
+    written = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
+    wanted = [
+        {"answers": {"text": list(data.examples[i].golds), "answer_start": [0] * len(data.examples[i].golds)},
+         "id": str(n)} for n, i in enumerate(index)
+    ]  # fmt: skip
+    figures = squad(written, wanted)
+    return {"f1": float(figures["f1"]) / 100, "em": float(figures["exact_match"]) / 100}
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, data: TaskData, index: Sequence[int], batch_size: int = 16, progress: bool = False
+) -> list[str]:
+    """What the model writes greedily after the prompts of these examples, up to the task's stop or max_new_tokens."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    tokenizer, stop = data.tokenizer, data.task.stop
+    rows = [data.token_rows(i, "prompt")[0] for i in index]
+    texts = [""] * len(rows)
+    ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    config = GenerationConfig(
+        max_new_tokens=data.task.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        pad_token_id=data.pad, eos_token_id=sorted(ends) or None, use_cache=True,
+    )  # fmt: skip
+    for numbers, some in _batches(rows, batch_size, progress, "writing"):
+        batch = _moved(data.pad_rows(some), model)
+        start = batch["input_ids"].shape[1]
+
+        def stopped(ids: Tensor, scores: Tensor, start: int = start, **kwargs: object) -> Tensor:
+            new = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+            return torch.tensor([bool(stop) and stop in text for text in new], device=ids.device)
+
+        with frozen_mode(model):
+            out = model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stopped]),
+            )  # fmt: skip
+        for number, text in zip(numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):
+            texts[number] = (text.split(stop)[0] if stop else text).strip()
+    return texts
+
+
+def _as_list(value: object) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,132 @@
+"""Rows of data by split: from the hub, or a local folder, JSONL or Parquet file, or a folder of save_to_disk."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+SUFFIXES = (".jsonl", ".json", ".parquet")
+ALL = "all"  # the one split of data that is not split yet
+
+Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
+
+
+def canonical(split: str) -> str:
+    return ALIASES.get(split.lower(), split.lower())
+
+
+class Source:
+    """splits: the names of the splits there are, or None if that is not known before they are asked for."""
+
+    splits: tuple[str, ...] | None
+
+    def rows(self, split: str) -> Rows:
+        raise NotImplementedError
+
+
+class Hub(Source):
+    """A data set of the public hub: path, and if it has them config, data_dir, revision."""
+
+    splits = None
+
+    def __init__(self, path: str, config: str | None = None, **more: str):
+        self.path, self.config, self.more = path, config, more
+
+    def rows(self, split: str) -> Rows:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.path, self.config, split=split, **self.more)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            name = self.path + (f" ({self.config})" if self.config else "")
+            raise ValueError(
+                f"the split {split!r} of the hub's data set {name} cannot be loaded: {reason}; without a network, "
+                "give a local copy in the same columns (a folder, .jsonl or .parquet)"
+            ) from error
+
+
+class Local(Source):
+    """A file, a folder with a file (or several, or a folder) for each split, or a folder made by save_to_disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._found: dict[str, Any] = {}
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path}")
+        if path.is_file():
+            if path.suffix not in SUFFIXES:
+                raise ValueError(f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is wanted")
+            self._found = {ALL: [path]}
+        elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            from datasets import load_from_disk
+
+            data = load_from_disk(str(path))
+            self._found = {canonical(k): v for k, v in data.items()} if isinstance(data, dict) else {ALL: data}
+        else:
+            self._found = self._files(path)
+        self.splits = tuple(self._found)
+
+    @staticmethod
+    def _files(folder: Path) -> dict[str, list[Path]]:
+        """train.jsonl; train-00000-of-00002.parquet, ...; train/*.parquet: as people and the hub name them."""
+        files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix in SUFFIXES)
+        found: dict[str, list[Path]] = {}
+        for file in files:
+            name = file.stem if file.parent == folder else file.parent.name
+            match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])", name, re.IGNORECASE)
+            found.setdefault(canonical(match[1] if match else name), []).append(file)
+        if not found:
+            raise ValueError(
+                f"{folder} holds no data; wanted are files like train.jsonl, validation.parquet, test.jsonl; "
+                f"found: {', '.join(p.name for p in sorted(folder.iterdir())[:8]) or 'nothing'}"
+            )
+        return {ALL: files} if len(files) == 1 and not {"train", "validation", "test"} & found.keys() else found
+
+    def rows(self, split: str) -> Rows:
+        found = self._found[split]
+        if not isinstance(found, list):
+            return found
+        kinds = {path.suffix for path in found}
+        if kinds == {".parquet"}:
+            from datasets import Dataset
+
+            try:
+                return Dataset.from_parquet([str(path) for path in found])
+            except Exception as error:  # pyarrow's and datasets' own kinds
+                reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{found[0]} cannot be read as Parquet: {reason}") from error
+        if ".parquet" in kinds:
+            raise ValueError(f"the split {split!r} in {self.path} is there as Parquet and as JSON; remove one of them")
+        return [row for path in found for row in read_json(path)]
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of one JSON object a line, or of one JSON list. ValueError names the line that is neither."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows = list(enumerate(json.loads(text), 1))
+        else:  # split at newlines alone: a string in JSON may hold other separators as they are
+            rows = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    out = []
+    for number, row in rows:
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} is not a JSON object with named columns")
+        out.append(row)
+    return out
+
+
+def take(rows: Rows, index: list[int]) -> list[dict[str, Any]]:
+    """The rows of these numbers, in this order; the others are not read."""
+    if isinstance(rows, list):
+        return [rows[i] for i in index]
+    return rows.select(index).to_list()
