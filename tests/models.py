@@ -4,38 +4,55 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCAB = 1100
 
 
-def causal_lm(kind: str) -> nn.Module:
-    """A random causal LM with weights on both sides of what a perturbed pass copies whole, and with non-zero biases."""
+def causal_lm(kind: str, tied: bool | None = None) -> nn.Module:
+    """A random causal LM with weights on both sides of what a perturbed pass copies whole, and with non-zero biases.
+
+    tied: is its output head the embedding's weight? By default as its kind usually has it.
+    """
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    wide = dict(intermediate_size=128, tie_word_embeddings=kind in ("qwen2", "gemma") if tied is None else tied)
+    tie = {} if tied is None else {"tie_word_embeddings": tied}
     if kind in ("opt", "opt-projected"):
+        projected = 64 if kind == "opt" else 32
         model = OPTForCausalLM(
-            OPTConfig(
-                vocab_size=VOCAB, hidden_size=64, ffn_dim=1100, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=64, word_embed_proj_dim=64 if kind == "opt" else 32,
-            )
-        )  # fmt: skip
-    elif kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=False, **sizes))
-    elif kind == "qwen2":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+            OPTConfig(ffn_dim=1100, max_position_embeddings=64, word_embed_proj_dim=projected, **sizes, **tie)
         )
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64, **tie))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **wide))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **sizes, **wide))
+    elif kind == "qwen3":  # heads together wider than the model
+        model = Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=24, **sizes, **wide))
+    elif kind == "mistral":  # a window that some tokens of batch_of() are out of
+        model = MistralForCausalLM(MistralConfig(num_key_value_heads=2, sliding_window=8, **sizes, **wide))
+    elif kind == "neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **sizes, **wide))
+    elif kind == "gemma":  # one head of keys and values, wider than hidden_size / heads
+        model = GemmaForCausalLM(GemmaConfig(num_key_value_heads=1, head_dim=24, **sizes, **wide))
     else:
         raise ValueError(kind)
     with torch.no_grad():
@@ -45,6 +62,7 @@ def causal_lm(kind: str) -> nn.Module:
 
 
 KINDS = ("opt", "opt-projected", "gpt2", "llama", "qwen2")
+ALL_KINDS = (*KINDS, "qwen3", "mistral", "neox", "gemma")
 
 
 def batch_of(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
