@@ -3,13 +3,18 @@
     opt = PseuZO(model, lr=1e-6, eps=1e-3);  loss = opt.step(forward, head, groups=labels)
     opt = MeZO(model, lr=1e-6, eps=1e-3);    loss = opt.step(closure)
 
+or in two halves, as training loops want it: loss = opt.estimate(forward, head, groups=labels); opt.step().
+Losses are scalars, or [B] per-example losses whose mean is the loss.
+
 Symbols of the papers: h = forward, g = head, o = h(x), e = dg/do, z(s) = the perturbation of seed s, lambda = momentum.
 Sources: PseuZO (NeurIPS 2025); MeZO, Malladi et al., "Fine-tuning language models with just forward passes" (2023).
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +24,30 @@ from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
-from pseuzo_kernels.reference import hash_seed
+from pseuzo_kernels.reference import hash_seed, round_stochastically
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
+AT_ONCE = 1 << 22  # elements of an exact gradient's update; bounds its temporaries
 
 
 def step_seed(run_seed: int, step: int, domain: int = 0) -> int:
     """The seed of a step, a function of (run seed, step) alone: no global generator is read or written."""
     return hash_seed(hash_seed(run_seed ^ domain) + step)
+
+
+def direction_seed(run_seed: int, step: int, direction: int) -> int:
+    """The seed of one of a step's directions; that of direction 0 is the step's."""
+    seed = step_seed(run_seed, step)
+    return hash_seed(seed + direction) if direction else seed
+
+
+@dataclass
+class _Estimate:
+    """What the passes of a step found, until step() applies it."""
+
+    kind: str  # of its passes
+    coefficients: Callable[[], tuple[Tensor, Tensor, Tensor]]  # -> seeds, coefs, found_inf; step() calls it, once
+    gradients: dict[Tensor, Tensor]  # of the parameters of exact_gradient groups
 
 
 class _Skips:
@@ -70,6 +91,8 @@ class _Skips:
 class ZeroOrder(torch.optim.Optimizer):
     """What PseuZO and MeZO share: parameters, streams, seeds, the perturbed passes and the fused update."""
 
+    _has_gradient = False  # does it differentiate a head?
+
     def __init__(
         self,
         params: nn.Module | Iterable,
@@ -79,6 +102,7 @@ class ZeroOrder(torch.optim.Optimizer):
         weight_decay: float,
         noise: str,
         noise_scale: float,
+        clip_examples: float | None,
         rounding: str,
         seed: int,
         maximize: bool,
@@ -92,7 +116,10 @@ class ZeroOrder(torch.optim.Optimizer):
         check_not_negative(name, "noise_scale", noise_scale)
         if not check_not_negative(name, "eps", eps):
             raise ValueError(f"{name}: eps must be positive, got 0")
+        if clip_examples is not None and not check_not_negative(name, "clip_examples", clip_examples):
+            raise ValueError(f"{name}: clip_examples must be positive, or None, got 0")
         self.eps, self.noise, self.rounding = float(eps), noise, rounding
+        self.clip_examples = clip_examples
         self.seed = signed64(name, seed)
         if isinstance(params, nn.Module):
             model = params
@@ -103,13 +130,19 @@ class ZeroOrder(torch.optim.Optimizer):
         self._model_streams = {p: i for i, p in enumerate(model.parameters())} if model is not None else None
         self._streams: dict[Tensor, int] = {}
         self._step = 0
-        self._forward: PerturbedForward | None = None  # of the model, for the step that runs
-        self._offset = 0.0
-        self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they hold x + eps z
+        self._pending: _Estimate | None = None
+        self._forward: PerturbedForward | None = None  # of the model
+        self._used: dict[str, list[int]] = {}  # what a loaded state knew of it: kind of pass -> streams
+        self._shift_seed, self._offset = 0, 0.0  # bare parameters hold x + offset * z(shift_seed)
+        self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they are shifted
         self._skips = _Skips()
+        self._last: tuple[Tensor, dict[Tensor, float]] | None = None  # coefs and lr * noise scale of the last update
         self.journal: Any = None  # a pseuzo.journal.Journal that is told of every update
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize))
+        super().__init__(
+            params,
+            dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize, exact_gradient=False),
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; new parameters get the next streams (with a model: their position in model.parameters())."""
@@ -119,6 +152,8 @@ class ZeroOrder(torch.optim.Optimizer):
         try:
             for key in ("lr", "weight_decay", "noise_scale"):
                 check_not_negative(name, key, group[key])
+            if group["exact_gradient"] and not self._has_gradient:
+                raise ValueError(f"{name}: exact_gradient=True needs the head that PseuZO differentiates; use PseuZO")
             for device in {p.device for p in group["params"]}:
                 check_tensors(name, [p for p in group["params"] if p.device == device], "parameter")
             for p in group["params"]:
@@ -137,32 +172,42 @@ class ZeroOrder(torch.optim.Optimizer):
         """Steps that left the weights alone as something was not finite. Waits for the device."""
         return 0 if self._skips.count is None else int(self._skips.count)
 
+    @property
+    def _device(self) -> torch.device:
+        return self.param_groups[0]["params"][0].device
+
     def _places(self) -> dict[nn.Parameter, tuple[int, float]]:
-        """Each trained parameter's stream and noise scale."""
-        return {p: (self._streams[p], g["noise_scale"]) for g in self.param_groups for p in g["params"]}
+        """The stream and noise scale of each parameter that may take noise."""
+        return {
+            p: (self._streams[p], g["noise_scale"])
+            for g in self.param_groups if not g["exact_gradient"] for p in g["params"]
+        }  # fmt: skip
 
     def _trained(self) -> list[tuple[dict, list[Tensor]]]:
         """The groups with their parameters that take noise."""
         for group in self.param_groups:
             for key in ("lr", "weight_decay", "noise_scale"):  # schedulers and users write them
                 check_not_negative(f"{type(self).__name__}.step", key, group[key])
-        return [(g, g["params"]) for g in self.param_groups if g["noise_scale"] and g["params"]]
+        return [
+            (g, g["params"]) for g in self.param_groups if g["noise_scale"] and g["params"] and not g["exact_gradient"]
+        ]
 
     @contextmanager
-    def _passes(self, seed: int) -> Iterator[None]:
+    def _passes(self) -> Iterator[None]:
         """The passes of a step: without autograd and dropout; on an error, bare parameters are put back."""
-        self._offset = 0.0  # what bare parameters are shifted by
+        self._pending = None  # an estimate that was not applied is forgotten
         self._trained()  # bad groups are refused before anything is written
         if self.model is not None:
-            self._forward = forward_of(self.model, self._places(), self.noise)
-        try:
-            with torch.no_grad(), frozen_mode(self.model):
-                yield
-        except BaseException:
-            if self._offset:
-                with torch.no_grad():
-                    self._shift(seed, 0.0)
-            raise
+            forward = forward_of(self.model, self._places(), self.noise)
+            if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less
+                forward.note_used(self._used_so_far())
+                self._forward = forward
+        with self._put_back_on_error(), torch.no_grad(), frozen_mode(self.model):
+            yield
+
+    def _used_so_far(self) -> dict[str, list[int]]:
+        """The streams of the weights that each kind of pass has used."""
+        return self._used if self._forward is None else self._forward.used()
 
     def _at(self, seed: int, sign: int, kind: str, run: Callable[[], Any]) -> Any:
         """run() at x + sign * eps * z(seed): exactly with a model; bare parameters are shifted, and stay so."""
@@ -173,27 +218,44 @@ class ZeroOrder(torch.optim.Optimizer):
         return run()
 
     def _shift(self, seed: int, to: float) -> None:
-        """Bare parameters from x + offset * z to x + to * z, in place: fp32 through the op, to rounding; bf16 and fp16
-        from a copy of x, to the bit, as their rounding errors would add up to the size of the updates."""
-        first, by = self._offset == 0, to - self._offset
-        self._offset = to
+        """Bare parameters from x + offset * z(shift_seed) to x + to * z(seed), in place: fp32 through the op, to
+        rounding; bf16 and fp16 from a copy of x, to the bit, as their rounding errors would add up to the size of the
+        updates."""
+        first = self._offset == 0
+        if first or seed == self._shift_seed:
+            terms = [(seed, to - self._offset)]
+        else:
+            terms = [(self._shift_seed, -self._offset), (seed, to)]
+        self._shift_seed, self._offset = seed, to
         for group, params in self._trained():
             for device in {p.device for p in params}:
-                seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
-                rest = (group["noise_scale"], self.noise, False, 0, None)
+                rest = (1.0, group["noise_scale"], self.noise, False, 0, None)
                 fp32 = [p for p in params if p.device == device and p.dtype is torch.float32]
-                self._add(fp32, None, seeds, torch.full_like(seeds, by, dtype=torch.float32), 1.0, *rest)
+                self._add(fp32, None, *_terms(terms, device), *rest)
                 half = [p for p in params if p.device == device and p.dtype is not torch.float32]
                 for p in half if first else ():
                     if p not in self._originals:
                         self._originals[p] = torch.empty_like(p, requires_grad=False)
                     self._originals[p].copy_(p)
                 if to:
-                    coefs = torch.full_like(seeds, to, dtype=torch.float32)
-                    self._add(half, self._originals, seeds, coefs, 1.0, *rest)
+                    self._add(half, self._originals, *_terms([(seed, to)], device), *rest)
                 else:
                     for p in half:
                         p.copy_(self._originals[p])
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        if self._offset:
+            self._shift(self._shift_seed, 0.0)
+
+    @contextmanager
+    def _put_back_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._pending = None
+            self._put_back()
+            raise
 
     def _add(self, params, originals, seeds, coefs, keeps, scales, noise, stochastic, rounding_seed, skip) -> None:
         """p <- keep * x + scale * sum_k coefs[k] z(seeds[k]) for each of params; x is p, or originals[p]."""
@@ -210,8 +272,18 @@ class ZeroOrder(torch.optim.Optimizer):
             torch.ops.pseuzo.add_noise_list_out([originals[p] for p in params], *args, out=outs)
         torch.autograd.graph.increment_version(params)
 
-    @torch.no_grad()
-    def _update(self, kind: str, seed: int, seeds: Tensor, coefs: Tensor, found_inf: Tensor) -> None:
+    def _apply(self) -> None:
+        """The second half of a step: the update that the passes found."""
+        if self._pending is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: there is no estimate to apply; call estimate(...) first, or give step "
+                "what estimate takes"
+            )
+        pending, self._pending = self._pending, None
+        with self._put_back_on_error(), torch.no_grad():
+            self._update(pending.kind, *pending.coefficients(), pending.gradients)
+
+    def _update(self, kind: str, seeds: Tensor, coefs: Tensor, found_inf: Tensor, gradients: dict) -> None:
         """x <- keep * x - lr * sum_k coefs[k] z(seeds[k]) in one pass, which also takes back what bare parameters were
         shifted by. coefs are zero where found_inf is 1: then nothing but that happens. Weights that no pass of this
         kind has used (an output head of its own) are left alone: noise is all they would get."""
@@ -240,40 +312,113 @@ class ZeroOrder(torch.optim.Optimizer):
             s, c, skip = seeds.to(device), (coefs * step).to(device), found_inf.to(device)
             if back is not None:
                 shift = torch.where(skip != 0, torch.full_like(skip, -self._offset), -self._offset * keeps[0])
-                s, c = torch.cat([s, s.new_full((1,), seed)]), torch.cat([c, shift])
+                s, c = torch.cat([s, s.new_full((1,), self._shift_seed)]), torch.cat([c, shift])
             self._add(
                 [p for _, p in members], self._originals if copied else None, s, c, keeps,
                 [g["noise_scale"] for g, _ in members], self.noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
+        self._descend(gradients, found_inf, rounding_seed)
+        self._last = coefs, {p: g["lr"] * g["noise_scale"] for members in launches.values() for g, p in members}
         self._offset = 0.0
         self._step += 1
         if self.journal is not None:
             self.journal.record(self._step - 1, rounding_seed, unused, seeds, coefs, found_inf)
 
-    def _mezo(self, loss_of: Callable[[], Any], two_sided: bool = True) -> Tensor:
-        """One step of MeZO on the loss: c = (L(x + eps z) - L(x - eps z)) / (2 eps), x <- x - lr * c * z."""
-        seed = step_seed(self.seed, self._step)
-        with self._passes(seed):
-            device = self.param_groups[0]["params"][0].device
+    def _descend(self, gradients: dict[Tensor, Tensor], found_inf: Tensor, rounding_seed: int) -> None:
+        """x <- (1 - lr * weight decay) x - lr * gradient, rounded like every update; not where found_inf is 1."""
+        for group in self.param_groups if gradients else ():
+            step = group["lr"] if group["maximize"] else -group["lr"]
+            for p in group["params"] if group["exact_gradient"] else ():
+                generator = torch.Generator(p.device).manual_seed(hash_seed(rounding_seed + self._streams[p]))
+                parts = zip(p.view(-1).split(AT_ONCE), gradients[p].reshape(-1).split(AT_ONCE), strict=True)
+                for x, gradient in parts:
+                    y = (1.0 - group["lr"] * group["weight_decay"]) * x.float() + step * gradient.float()
+                    y = torch.where(found_inf.to(p.device) != 0, x.float(), y)
+                    if self.rounding == "stochastic" and p.dtype is not torch.float32:
+                        dither = torch.randint(256, y.shape, dtype=torch.int64, device=p.device, generator=generator)
+                        y = round_stochastically(y, dither, p.dtype)
+                    x.copy_(y)
 
-            def loss_at(sign: int) -> Tensor:
-                return _scalar(self._at(seed, sign, "loss", loss_of), device)
+    def _mezo(self, loss_of: Callable[[], Any], two_sided: bool = True, directions: int = 1) -> Tensor:
+        """The passes of a MeZO step: c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along q directions z_j; the
+        update is the mean of c_j z_j."""
+        seeds = [direction_seed(self.seed, self._step, j) for j in range(directions)]
+        losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=self._device)
+        with self._passes():
+            clean = None if two_sided else self._losses(loss_of())
+            for seed in seeds:
+                plus = self._losses(self._at(seed, 1, "loss", loss_of))
+                minus = self._losses(self._at(seed, -1, "loss", loss_of)) if two_sided else clean
+                if plus.shape != minus.shape:
+                    raise ValueError(
+                        f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
+                        f"{tuple(minus.shape)}; they must run on the same batch"
+                    )
+                slope = (plus - minus) / (2 * self.eps if two_sided else self.eps)
+                loss = (plus + minus) / 2 if two_sided else clean
+                ok = ok & slope.isfinite().all() & loss.isfinite().all()
+                if self.clip_examples is not None:
+                    limit = _limit(slope.abs(), self.clip_examples)
+                    slope = slope.clamp(-limit, limit)
+                losses.append(loss.mean())
+                slopes.append(slope.mean())
+        c = torch.stack(slopes)
+        c = torch.where(ok, c, torch.zeros_like(c))
 
-            if two_sided:
-                plus, minus = loss_at(1), loss_at(-1)
-                loss, c = (plus + minus) / 2, (plus - minus) / (2 * self.eps)
-            else:
-                loss = _scalar(loss_of(), device)
-                c = (loss_at(1) - loss) / self.eps
-            ok = c.isfinite() & loss.isfinite()
-            c = torch.where(ok, c, torch.zeros_like(c))
-            seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
-            self._update("loss", seed, seeds, c, (~ok).to(torch.float32))
-        self.stats = {"projected_grad": c, "momentum": 0.0, "window": 0}
-        return loss.view(())
+        def coefficients() -> tuple[Tensor, Tensor, Tensor]:
+            self.stats = {"projected_grad": c, "momentum": 0.0, "window": 0}
+            return _terms([(seed, 0.0) for seed in seeds], self._device)[0], c / directions, (~ok).float().view(1)
+
+        self._pending = _Estimate("loss", coefficients, {})
+        return torch.stack(losses).mean()
+
+    def _losses(self, loss: Any) -> Tensor:
+        """fp32 on the device: [] from a scalar tensor or a number, [B] from per-example losses."""
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0):
+                raise ValueError(
+                    "step: the loss must be a scalar, or a vector of per-example losses, got shape "
+                    f"{tuple(loss.shape)}; reduce it, e.g. .mean()"
+                )
+            loss = loss.detach().to(device=self._device, dtype=torch.float32)
+            loss = loss if loss.dim() == 1 else loss.reshape(())
+        elif isinstance(loss, int | float):
+            loss = torch.full((), float(loss), dtype=torch.float32, device=self._device)
+        else:
+            raise TypeError(f"step: the closure must return a scalar tensor or a number, got {type(loss).__name__}")
+        if self.clip_examples is not None and loss.dim() == 0:
+            raise ValueError(
+                "step: clip_examples needs the loss of each example, [B], and got one number; return the losses before "
+                "their mean, or leave clip_examples off"
+            )
+        return loss
+
+    @torch.no_grad()
+    def update_rms(self) -> dict[str, Tensor]:
+        """Root mean square of the last update over an ulp of the root mean square weight, by dtype ("float32", ...).
+
+        Below about 1, rounding to nearest would lose most of the update. The update's is known without looking at it:
+        z has mean 0 and variance 1, so it is lr * noise_scale * sqrt(sum_k coefs[k]^2). The weights' takes one reading
+        of those that the update moved, so log it every N steps. Nothing waits for the device. Empty before a step.
+        """
+        if self._last is None:
+            return {}
+        coefs, rates = self._last
+        size = coefs.square().sum().sqrt()
+        ratios = {}
+        for dtype in {p.dtype for p in rates}:
+            params = [p for p in rates if p.dtype is dtype]
+            n = sum(p.numel() for p in params)
+            rate = math.sqrt(sum(p.numel() * rates[p] ** 2 for p in params) / max(n, 1))
+            norms = [torch.linalg.vector_norm(p, dtype=torch.float32).to(size.device) for p in params]
+            rms = torch.stack(norms).square().sum().div(max(n, 1)).sqrt()
+            ulp = torch.exp2(rms.log2().floor()) * torch.finfo(dtype).eps
+            ratios[str(dtype).removeprefix("torch.")] = rate * size / ulp
+        return ratios
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, plus the step, the run seed and the window: what the next step depends on, to the bit."""
+        """Torch's, plus the step, the run seed and the window: what the next step depends on, to the bit. An estimate
+        that step() has not applied yet is not part of it."""
         self.state["zero_order"] = self._own_state()
         try:
             return super().state_dict()
@@ -282,7 +427,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         return {"step": self._step, "seed": self.seed, "eps": self.eps, "noise": self.noise,
-                "rounding": self.rounding, "skipped": self.skipped_steps}  # fmt: skip
+                "rounding": self.rounding, "skipped": self.skipped_steps, "used": self._used_so_far()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is another's state."""
@@ -297,9 +442,10 @@ class ZeroOrder(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.state.pop("zero_order", None)
         self.eps, self.noise, self.rounding, self.seed = own["eps"], own["noise"], own["rounding"], own["seed"]
-        self._step = own["step"]
+        self._step, self._pending, self._last = own["step"], None, None
+        self._forward, self._used = None, {kind: list(streams) for kind, streams in own["used"].items()}
         self._skips = _Skips()
-        self._skips.add(torch.zeros(1, device=self.param_groups[0]["params"][0].device))
+        self._skips.add(torch.zeros(1, device=self._device))
         self._skips.count += own["skipped"]
         self._skips._told = own["skipped"]
         self._load_own_state(own)
@@ -319,8 +465,14 @@ class MeZO(ZeroOrder):
     weight_decay (decoupled, applied once), noise_scale (multiplies z; 0 freezes the group), maximize.
     eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding: see pseuzo_kernels;
     rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs with a seed made from (seed, t).
+    directions: q; the update is the mean over q perturbations (2 q passes, or q + 1 if not two_sided).
+    momentum: mu; the update is sum_age mu^age * (that of `age` steps ago) over the last `window` steps: SGD's momentum
+    cut off after K steps, in seeds and coefficients in place of a buffer of the model's size. It costs the noise of
+    K * q seeds an update. A skipped step counts as one of gradient 0.
+    clip_examples: r; the projected gradient of each example is clamped to r times the batch's median size (not where
+    that is 0). The closure must then return per-example losses, [B].
     The passes of a step run with the module in eval mode; with bare parameters that is the caller's business.
-    Source: Malladi et al. 2023, Algorithm 1.
+    Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
     def __init__(
@@ -333,26 +485,83 @@ class MeZO(ZeroOrder):
         noise: str = "hadamard",
         noise_scale: float = 1.0,
         two_sided: bool = True,
+        directions: int = 1,
+        momentum: float = 0.0,
+        window: int = 14,
+        clip_examples: float | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
         maximize: bool = False,
         model: nn.Module | None = None,
     ):
-        self.two_sided = two_sided
+        for key, value in (("directions", directions), ("window", window)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"MeZO: {key} must be an int of at least 1, got {value!r}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MeZO: momentum must be in 0 .. 1, got {momentum}")
+        self.two_sided, self.directions, self.momentum, self.window = two_sided, directions, float(momentum), window
+        self._past: tuple[Tensor, Tensor] | None = None  # seeds and coefs of the last steps, [n, q], the newest last
         super().__init__(
             params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, noise_scale=noise_scale,
-            rounding=rounding, seed=seed, maximize=maximize, model=model,
+            clip_examples=clip_examples, rounding=rounding, seed=seed, maximize=maximize, model=model,
         )  # fmt: skip
 
-    def step(self, closure: Callable[[], Any]) -> Tensor:
-        """closure() -> loss, a scalar tensor or a number; called twice. Returns the mean of both (the clean loss if
-        not two_sided), on the device: reading it waits.
+    def estimate(self, closure: Callable[[], Any]) -> Tensor:
+        """The passes of a step, for step() without arguments to apply; the weights are as before. See step.
+
+        An estimate that was not applied is replaced by the next.
+        """
+        loss = self._estimate(closure)
+        self._put_back()
+        return loss
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
+        """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice. Returns the mean of
+        both (the clean loss if not two_sided), on the device: reading it waits. Without a closure, applies the last
+        estimate; RuntimeError if there is none.
 
         A loss that is NaN or infinite skips the update, is counted (`skipped_steps`) and warned of.
         """
+        loss = None if closure is None else self._estimate(closure)
+        self._apply()
+        return loss
+
+    def _estimate(self, closure: Callable[[], Any]) -> Tensor:
         if not callable(closure):
             raise TypeError("MeZO.step: needs a closure that returns the loss, called twice a step")
-        return self._mezo(closure, self.two_sided)
+        loss = self._mezo(closure, self.two_sided, self.directions)
+        if self.momentum:
+            now = self._pending.coefficients
+            self._pending.coefficients = lambda: self._with_the_past(*now())
+        return loss
+
+    def _with_the_past(self, seeds: Tensor, coefs: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The last K steps' seeds, and their coefficients times momentum^age; zero where found_inf is 1."""
+        if self._past is None:
+            self._past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
+        self._past = tuple(
+            torch.cat([old, new[None]])[-self.window :] for old, new in zip(self._past, (seeds, coefs), strict=True)
+        )
+        seeds, coefs = self._past
+        ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
+        faded = coefs * torch.pow(torch.full_like(ages, self.momentum, dtype=torch.float64), ages)[:, None]
+        self.stats |= {"momentum": self.momentum, "window": len(coefs)}
+        return seeds.flatten(), torch.where(found_inf != 0, 0.0, faded.float().flatten()), found_inf
+
+    def _own_state(self) -> dict[str, Any]:
+        seeds, coefs = self._past or (None, None)
+        return super()._own_state() | {
+            "past": {"seeds": seeds, "coefs": coefs, "directions": self.directions, "momentum": self.momentum,
+                     "window": self.window}
+        }  # fmt: skip
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        past = own["past"]
+        self.directions, self.momentum, self.window = past["directions"], past["momentum"], past["window"]
+        if past["seeds"] is not None:
+            self._past = past["seeds"].to(self._device), past["coefs"].to(self._device)
+        else:
+            self._past = None
 
 
 class PseuZO(ZeroOrder):
@@ -361,8 +570,17 @@ class PseuZO(ZeroOrder):
     A step: o0 = h(x); e = dg/do at o0, by autograd through the head alone; o1 = h(x + eps z); the change o1 - o0 enters
     the window; every entry is projected on e; one fused update. momentum: lambda, a number or a pseuzo.schedule; while
     it is 0 the step is a two-sided MeZO step on the loss. two_sided: changes are (h(x + eps z) - h(x - eps z)) / 2, for
-    a third pass. window: K. Other arguments as MeZO. Source: PseuZO (NeurIPS 2025).
+    a third pass. window: K.
+    clip_examples: r; the rows of e are scaled such that no example's projected gradient <do_i, e_i> / eps of the newest
+    entry exceeds r times the batch's median size (no scaling where that is 0); older entries are projected on the same
+    e. In a MeZO step as in MeZO: the head must then return per-example losses.
+    The group option exact_gradient=True is for weights of the head that h does not use, as an untied output layer: they
+    take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the autograd through the head that is done
+    anyway. MeZO steps leave them alone. Without it PseuZO leaves such weights as they are.
+    Other arguments as MeZO. Source: PseuZO (NeurIPS 2025).
     """
+
+    _has_gradient = True
 
     def __init__(
         self,
@@ -376,6 +594,7 @@ class PseuZO(ZeroOrder):
         *,
         noise_scale: float = 1.0,
         two_sided: bool = False,
+        clip_examples: float | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
         maximize: bool = False,
@@ -385,37 +604,63 @@ class PseuZO(ZeroOrder):
         self.schedule = as_schedule(momentum)
         super().__init__(
             params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, noise_scale=noise_scale,
-            rounding=rounding, seed=seed, maximize=maximize, model=model,
+            clip_examples=clip_examples, rounding=rounding, seed=seed, maximize=maximize, model=model,
         )  # fmt: skip
         self.window = EmaWindow(window, eps=eps)
         if plan := self.schedule.plan():
             print(plan, flush=True)
 
-    def step(
+    def estimate(
         self,
         forward: Callable[[], Tensor],
         head: Callable[[Tensor], Tensor],
         groups: Tensor | list[int] | None = None,
+        examples: Tensor | None = None,
     ) -> Tensor:
-        """forward() -> o, [B, P, D] or [B, D]; head(o) -> scalar loss, differentiable in o. Returns the loss at x.
+        """The passes of a step, for step() without arguments to apply; the weights are as before. See step.
+
+        An estimate that was not applied is replaced by the next: the window takes it in when it is applied.
+        """
+        loss = self._estimate(forward, head, groups, examples)
+        self._put_back()
+        return loss
+
+    def step(
+        self,
+        forward: Callable[[], Tensor] | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        groups: Tensor | list[int] | None = None,
+        examples: Tensor | None = None,
+    ) -> Tensor | None:
+        """forward() -> o, [B, P, D] or [B, D]; head(o) -> loss, a scalar or per-example losses, differentiable in o.
+        Returns the loss at x. Without arguments, applies the last estimate; RuntimeError if there is none.
 
         groups: [B] integers, see EmaWindow: rows of old batches are paired with rows of the same group (the label, for
-        classification); None pairs row by row, as published. A NaN or infinity in the loss or a coefficient skips the
-        update, is counted (`skipped_steps`) and warned of.
+        classification); None pairs row by row, as published. examples: [B] integers, for clip_examples: rows of the
+        same number belong to one example; None: each row is one. A NaN or infinity in the loss or a coefficient skips
+        the update, is counted (`skipped_steps`) and warned of.
         """
-        momentum = self.schedule(self._step)
-        if self.schedule.clears(self._step):
-            self.window.clear()
+        loss = None if forward is None and head is None else self._estimate(forward, head, groups, examples)
+        self._apply()
+        return loss
+
+    def _estimate(self, forward, head, groups, examples) -> Tensor:
+        if not callable(forward) or not callable(head):
+            raise TypeError("PseuZO.step: needs forward() -> o and head(o) -> loss, or nothing after estimate(...)")
+        momentum, eps = self.schedule(self._step), self.eps
         if momentum == 0:
-            self.window.clear()  # the changes it holds would be of weights long gone when it is used next
-            return self._mezo(lambda: head(_output(forward())))
-        self.window.momentum, self.window.eps = momentum, self.eps
+            loss = self._mezo(lambda: head(_output(forward())))
+            mezo = self._pending.coefficients
+            # the changes that the window holds would be of weights long gone when it is used next
+            self._pending.coefficients = lambda: (self.window.clear(), mezo())[1]
+            return loss
         seed = step_seed(self.seed, self._step)
-        with self._passes(seed):
+        exact = [p for g in self.param_groups if g["exact_gradient"] for p in g["params"]]
+        with self._passes():
             o0 = _output(forward())
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got {len(groups)}")
-            loss, e = _gradient(head, o0)
+            loss, e, gradients = _gradient(head, o0, exact)
 
             def output_at(sign: int) -> Tensor:
                 return _output(self._at(seed, sign, "output", forward), like=o0)
@@ -423,9 +668,22 @@ class PseuZO(ZeroOrder):
             o1, base = output_at(1), o0
             if self.two_sided:
                 o1, base = (o1.float() - output_at(-1).float()) / 2, None  # the difference itself
-            seeds, coefs = self.window.step(seed, base, o1, e, groups, loss)
-            self._update("output", seed, seeds, coefs, self.window.found_inf)
-        self.stats = {"projected_grad": coefs[-1:], "momentum": momentum, "window": len(self.window)}
+            if self.clip_examples is not None:
+                change = o1 if base is None else o1.float() - base.float()
+                e = _clip_rows(e, change, self.clip_examples, examples)
+        finite = loss
+        for gradient in gradients:  # one that is not finite skips the step, as a loss does
+            finite = torch.where(gradient.isfinite().all().to(loss.device), finite, float("nan"))
+
+        def coefficients() -> tuple[Tensor, Tensor, Tensor]:
+            if self.schedule.clears(self._step):
+                self.window.clear()
+            self.window.momentum, self.window.eps = momentum, eps
+            seeds, coefs = self.window.step(seed, base, o1, e, groups, finite)
+            self.stats = {"projected_grad": coefs[-1:], "momentum": momentum, "window": len(self.window)}
+            return seeds, coefs, self.window.found_inf
+
+        self._pending = _Estimate("output", coefficients, dict(zip(exact, gradients, strict=True)))
         return loss
 
     def _own_state(self) -> dict[str, Any]:
@@ -435,20 +693,48 @@ class PseuZO(ZeroOrder):
         EmaWindow().load_state_dict(own["window"])
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        device = self.param_groups[0]["params"][0].device
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in own["window"].items()}
+        moved = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in own["window"].items()}
         self.window.load_state_dict(moved)
 
 
-def _scalar(loss: Any, device: torch.device) -> Tensor:
-    """[1] fp32 on device, from a scalar tensor or a number."""
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(f"step: the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it, e.g. .mean()")
-        return loss.detach().reshape(1).to(device=device, dtype=torch.float32)
-    if not isinstance(loss, int | float):
-        raise TypeError(f"step: the closure must return a scalar tensor or a number, got {type(loss).__name__}")
-    return torch.full((1,), float(loss), dtype=torch.float32, device=device)
+def _terms(terms: list[tuple[int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seeds and coefficients as the ops take them. A copy from pageable memory is staged by the driver at once: not
+    waiting for it is safe."""
+    seeds, coefs = zip(*terms, strict=True)
+    return (
+        torch.tensor(seeds, dtype=torch.int64, device="cpu").to(device, non_blocking=True),
+        torch.tensor(coefs, dtype=torch.float32, device="cpu").to(device, non_blocking=True),
+    )
+
+
+def _limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Tensor:
+    """[1]: ratio times the median (of an even number: the lower one) of sizes [B], infinite where that is 0. counted:
+    [B] bool, those that the median is of. NaN counts as the largest."""
+    counted = torch.ones_like(sizes, dtype=torch.bool) if counted is None else counted
+    ordered = torch.where(counted, sizes, float("inf")).sort().values
+    median = ordered.gather(0, (counted.sum() - 1).view(1) // 2)
+    return torch.where(median > 0, ratio * median, float("inf"))
+
+
+def _clip_rows(e: Tensor, change: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
+    """e [B, ...] in fp32, its rows scaled such that no example's <change_i, e_i> exceeds _limit of them all. Rows of
+    one example are scaled alike."""
+    rows = (change * e.float()).flatten(1).sum(1)
+    n = len(rows)
+    if examples is None:
+        examples = torch.arange(n, device=rows.device)
+    examples = torch.as_tensor(examples).to(rows.device, non_blocking=True)
+    if examples.shape != (n,) or examples.dtype.is_floating_point:
+        raise ValueError(
+            f"PseuZO.step: examples must be {n} integers, one per row of the output, got shape "
+            f"{tuple(examples.shape)} {examples.dtype}"
+        )
+    same = examples[:, None] == examples[None, :]  # sums in a fixed order, where index_add would use atomics
+    sizes = torch.where(same, rows, 0.0).sum(1).abs()
+    first = same.int().argmax(1) == torch.arange(n, device=rows.device)
+    limit = _limit(sizes, ratio, first)
+    factors = torch.where(sizes > limit, limit / sizes, 1.0)
+    return e.float() * factors.view(-1, *[1] * (e.dim() - 1))
 
 
 def _output(o: Any, like: Tensor | None = None) -> Tensor:
@@ -465,15 +751,27 @@ def _output(o: Any, like: Tensor | None = None) -> Tensor:
     return o.detach()
 
 
-def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and e = dg/do at o0."""
+def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The mean loss, e = dg/do at o0, and the gradients of the parameters `exact`."""
     with torch.inference_mode(False), torch.enable_grad():
         o = o0.clone().requires_grad_()
         loss = head(o)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if not isinstance(loss, Tensor) or (loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0)):
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"PseuZO.step: head must return a scalar loss, got {got}; reduce it, e.g. .mean()")
+            raise ValueError(
+                "PseuZO.step: head must return a scalar loss, or a vector of per-example losses, got "
+                f"{got}; reduce it, e.g. .mean()"
+            )
+        loss = loss.mean() if loss.numel() > 1 else loss.reshape(())
         if not loss.requires_grad:
             raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
-        (e,) = torch.autograd.grad(loss, o)
-    return loss.detach().reshape(()), e
+        e, *gradients = torch.autograd.grad(loss, [o, *exact], allow_unused=True)
+    if e is None:
+        raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
+    for p, gradient in zip(exact, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"PseuZO.step: the head does not use a parameter of shape {tuple(p.shape)} that is to be trained by "
+                "the exact gradient (exact_gradient=True); only weights of the head have one"
+            )
+    return loss.detach(), e, gradients

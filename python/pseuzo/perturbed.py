@@ -130,6 +130,16 @@ class PerturbedForward:
         """The weights that no pass of this kind has used so far: the change of the output says nothing about them."""
         return self.params.keys() - self._reached.get(kind, set())
 
+    def used(self) -> dict[str, list[int]]:
+        """The streams of the weights that each kind of pass has used so far: what unused() says, to be saved."""
+        return {kind: sorted(self.params[p][0] for p in reached) for kind, reached in self._reached.items()}
+
+    def note_used(self, used: Mapping[str, list[int]]) -> None:
+        """Take over what used() gave, in place of what is known here. The watch begins anew."""
+        of = {stream: p for p, (stream, _) in self.params.items()}
+        self._reached = {kind: {of[i] for i in streams if i in of} for kind, streams in used.items()}
+        self._settled.clear()
+
     def _make(self, params: list[nn.Parameter], outs: list[Tensor]) -> None:
         """outs <- params + eps * scale * z, one launch per device."""
         for device in {p.device for p in params}:
@@ -278,11 +288,13 @@ class PerturbedForward:
 
 
 def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
-    """Rows of a weight of model as its forwards see them now: perturbed in a perturbed pass, and no others made."""
+    """Rows of a weight of model as its forwards see them now: perturbed in a perturbed pass, and no others made.
+
+    Where gradients are recorded they flow to a weight that is not perturbed."""
     forward = model.__dict__.get("_pseuzo_forward")
     if forward is not None and forward.active and weight in forward.params:
         return forward.rows(weight, index)
-    return weight.detach().index_select(0, index)
+    return weight.index_select(0, index)
 
 
 @contextmanager
