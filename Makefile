@@ -28,6 +28,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/bench_add_noise.py $(ARGS)
+	$(BIN)/python bench/bench_steps.py
+	$(BIN)/python bench/bench_growth.py
+	$(BIN)/python bench/report.py
 	$(BIN)/python bench/sass_cost.py --predict
 
 # Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the

@@ -7,7 +7,7 @@ import argparse
 from functools import partial
 
 import torch
-from harness import Table
+from harness import QUANTILES, Table
 
 from pseuzo_kernels import NOISES, add_noise, noise, reference, update_
 
@@ -37,10 +37,13 @@ def check(x: torch.Tensor, seeds: list[int], coefs: list[float]) -> None:
 
 def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], device: torch.device) -> None:
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
-    size, common = x.element_size(), dict(dtype=dtype, n=n)
+    size = x.element_size()
 
     def row(op, impl, call, K, passes):  # passes over x, of reading or writing
-        return table.measure(op, impl, call, K=K, n_bytes=passes * size * n, normals=K * n, **common)
+        ms = table.time(call)
+        rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6, gnormals_per_s=K * n / ms["ms_p50"] / 1e6)
+        table.add(op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates)
+        return ms["ms_p50"]
 
     copy = row("copy", "torch copy_", lambda: y.copy_(x), 0, 2)
     row("noise", "torch.randn", lambda: torch.randn(n, dtype=dtype, device=device), 1, 1)
@@ -59,6 +62,28 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], device: tor
             print(f"    -> update K {K}: {mezo / ours:.1f} times faster than the torch loop, {ours / copy:.2f} copies")
 
 
+def replay(table: Table, dtype: torch.dtype, n: int, K: int, device: torch.device, steps: int = 16) -> None:
+    """The same updates one by one and in one pass over the weights, as `pseuzo replay` makes them; ms of all."""
+    one, many = (torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype) for _ in range(2))
+    seeds, coefs = torch.arange(steps * K, device=device), torch.linspace(-1, 1, steps * K, device=device) * LR
+    rest = ([0.9999] * steps, [1.0] * steps, "hadamard", True, list(range(steps)))
+
+    def one_by_one() -> None:
+        for s, (some_seeds, some_coefs) in enumerate(zip(seeds.split(K), coefs.split(K), strict=True)):
+            torch.ops.pseuzo.add_noise_list_(
+                [one], some_seeds, some_coefs, [0], [0.9999], [1.0], "hadamard", True, s, None
+            )
+
+    def together() -> None:
+        torch.ops.pseuzo.add_noise_steps_([many], seeds, coefs, [K] * steps, [0], *rest)
+
+    one_by_one(), together()
+    assert torch.equal(one, many), "steps in one pass differ from the same steps one by one"
+    common = dict(op=f"{steps} updates", dtype=str(dtype).removeprefix("torch."), n=n, K=K)
+    for impl, call in (("pseuzo, one by one", one_by_one), ("pseuzo, in one pass", together)):
+        table.add(**common, impl=impl, **(ms := table.time(call)), gnormals_per_s=steps * K * n / ms["ms_p50"] / 1e6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,9 +94,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    table = Table("add_noise", device)
+    table = Table("add_noise", device, ("op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s"))
     for name in args.dtype:
         measure(table, getattr(torch, name), args.n, args.K, device)
+        for K in args.K:
+            if K <= 14:
+                replay(table, getattr(torch, name), args.n, K, device)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 from pseuzo_kernels import _C
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
-FIELDS = ("date", "commit", "device", "threads", "torch", "triton", "command", "op", "impl", "dtype", "n", "K",
-          "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "gnormals_per_s")  # fmt: skip
+COMMON = ("date", "commit", "device", "threads", "torch", "triton", "command")
+QUANTILES = ("ms_p20", "ms_p50", "ms_p80")
 
 
 def device_name(device: torch.device) -> str:
@@ -49,8 +49,9 @@ def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: floa
 class Table:
     """Measurements of one benchmark: printed as they come, appended to results/<name>.csv."""
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, columns: tuple[str, ...]):
         self.device, self.path = device, RESULTS / f"{name}.csv"
+        self.fields = (*COMMON, *columns)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         try:
             import triton
@@ -65,27 +66,18 @@ class Table:
         )  # fmt: skip
         print(f"{self.common['device']}, torch {torch.__version__}, threads {self.common['threads']}")
 
-    def measure(
-        self, op: str, impl: str, call: Callable[[], object], *, dtype: torch.dtype, n: int, K: int, n_bytes: int,
-        normals: int,
-    ) -> float:  # fmt: skip
-        """Time call, which moves n_bytes to and from memory and makes so many normals; returns the median in ms."""
-        p20, p50, p80 = quantiles_ms(call, self.device)
-        row = self.common | dict(
-            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, ms_p20=f"{p20:.4f}",
-            ms_p50=f"{p50:.4f}", ms_p80=f"{p80:.4f}", 
-            gb_per_s=f"{n_bytes / p50 / 1e6:.1f}", gnormals_per_s=f"{normals / p50 / 1e6:.3f}",
-        )  # fmt: skip
+    def time(self, call: Callable[[], object]) -> dict[str, float]:
+        """The columns of QUANTILES, in ms."""
+        return dict(zip(QUANTILES, quantiles_ms(call, self.device), strict=True))
+
+    def add(self, **values: object) -> None:
+        """Append a row; fractions with 4 digits."""
+        row = self.common | {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in values.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, self.fields)
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(
-            f"  {op:8} K {K:<4} {row['dtype']:9} {impl:34} {p50:10.3f} ms  {row['gb_per_s']:>8} GB/s  "
-            f"{row['gnormals_per_s']:>8} Gnormals/s",
-            flush=True,
-        )
-        return p50
+        print("  " + "  ".join(str(v) for k, v in row.items() if k not in COMMON), flush=True)

@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
+ONE, MANY, ROWS, STEPS = (f"_add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
+COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
 # Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide
 # and the stall counts that ptxas writes. Not settled without a measurement: whether IMAD.WIDE takes 2 or 4, and
@@ -80,18 +82,18 @@ def _tool(name: str) -> str:
 
 def compile_kernel(
     name: str, arch: int, dtype: str = "bf16", noise: str = "hadamard", stochastic: bool = False,
-    hash_in_kernel: bool = False, has_x: bool = True, asm: bool = True,
+    hash_in_kernel: bool = False, has_x: bool = True, asm: bool = True, planes: bool = False,
 ):  # fmt: skip
     """The compiled kernel, as a launch on aligned tensors would get it; .asm["cubin"] is its machine code."""
     kernel = getattr(kernels, name)
-    constants = dict(NOISE=noise, COUNTERS=kernels.COUNTERS, HAS_X=has_x, HASH=hash_in_kernel,
-                     STOCHASTIC=stochastic, ASM=asm, found_inf_ptr=None)  # fmt: skip
+    constants = dict(NOISE=noise, COUNTERS=COUNTERS.get(name, kernels.COUNTERS), HAS_X=has_x, HASH=hash_in_kernel,
+                     STOCHASTIC=stochastic, ASM=asm, PLANES=planes, found_inf_ptr=None)  # fmt: skip
     types = dict(
         out_ptr=f"*{dtype}", x_ptr=f"*{dtype}", dtype_ptr=f"*{dtype}", index_ptr="*i64",
         seeds_ptr="*i64", coefs_ptr="*fp32", hashes_ptr="*i64", rounded_ptr="*fp32",
         outs_ptr="*i64", xs_ptr="*i64", ns_ptr="*i64", streams_ptr="*i64", keeps_ptr="*fp32", scales_ptr="*fp32",
         table_ptr="*i32", n="i64", width="i64", stream="i64", rounding_hash="i64", K="i32", parts="i32",
-        keep="fp32", scale="fp32",
+        firsts_ptr="*i64", rounding_hashes_ptr="*i64", S="i32", T="i64", keep="fp32", scale="fp32",
     )  # fmt: skip
     constants["BLOCK"] = 128
     names = kernel.arg_names
@@ -101,10 +103,8 @@ def compile_kernel(
         (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    warps = 1 if name == "_add_noise_rows_kernel" else kernels.WARPS
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, enable_fp_fusion=False)
-    )
+    options = dict(num_warps=1 if name == ROWS else kernels.WARPS, enable_fp_fusion=False)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], str]:
@@ -154,8 +154,8 @@ def cost(name: str, arch: int, **options) -> Cost:
     """Counted on the path of whole chunks: the first loop of the code that is followed by unmasked accesses."""
     compiled = compile_kernel(name, arch, **options)
     code, labels, usage = disassemble(compiled.asm["cubin"])
-    rows = name == "_add_noise_rows_kernel"
-    normals = 16 * (4 if rows else kernels.COUNTERS // (32 * kernels.WARPS))  # a thread makes in one pass
+    counters = COUNTERS.get(name, kernels.COUNTERS)
+    normals = 16 * counters // (32 * (1 if name == ROWS else kernels.WARPS))  # a thread makes in one pass
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     ops = collections.Counter(op.split(".")[0] for op, _ in code)
     best, start = None, 0
@@ -177,6 +177,7 @@ def cost(name: str, arch: int, **options) -> Cost:
     label = [options.get("noise", "hadamard"), options.get("dtype", "bf16")]
     label += ["stochastic"] * options.get("stochastic", False) + ["hash"] * options.get("hash_in_kernel", False)
     label += [] if options.get("has_x", True) else ["no x"]
+    label += ["whole planes"] * options.get("planes", False)
     label += [] if options.get("asm", True) else ["no asm"]
     return Cost(
         f"{name.strip('_')} {' '.join(label)}", arch, int(resources[1]), ops["STL"] + ops["LDL"],
@@ -185,7 +186,6 @@ def cost(name: str, arch: int, **options) -> Cost:
     )  # fmt: skip
 
 
-ONE, MANY, ROWS = "_add_noise_kernel", "_add_noise_many_kernel", "_add_noise_rows_kernel"
 USUAL = (
     (MANY, dict(dtype="bf16", stochastic=True)),
     (MANY, dict(dtype="fp16", stochastic=True)),
@@ -193,13 +193,16 @@ USUAL = (
     (ONE, dict(dtype="bf16", hash_in_kernel=True)),
     (ONE, dict(dtype="fp32", hash_in_kernel=True, has_x=False)),
     (ROWS, dict(dtype="bf16", hash_in_kernel=True)),
+    (ROWS, dict(dtype="bf16", hash_in_kernel=True, planes=True)),
     (MANY, dict(dtype="bf16", noise="rademacher", stochastic=True)),
     (MANY, dict(dtype="bf16", noise="normal", stochastic=True)),
+    (STEPS, dict(dtype="bf16", stochastic=True)),
+    (STEPS, dict(dtype="fp32")),
     (ONE, dict(dtype="bf16", asm=False)),
 )
 ALL = tuple(
-    (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name != MANY, asm=asm))
-    for name in (ONE, MANY, ROWS)
+    (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name in (ONE, ROWS), asm=asm))
+    for name in (ONE, MANY, ROWS, STEPS)
     for noise in ("hadamard", "rademacher", "normal")
     for dtype in ("fp32", "bf16", "fp16")
     for stochastic in (False, True)
@@ -231,12 +234,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=[90], help="compute capabilities, 80 and up")
     parser.add_argument("--all", action="store_true", help="every variant, not just the usual ones")
+    parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16", "fp16"], help="only kernels for these")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--predict", action="store_true", help="print milliseconds for OPT models, from the counts")
     args = parser.parse_args()
     costs = []
     for arch in args.arch:
         for name, options in ALL if args.all else USUAL:
+            if options["dtype"] not in args.dtype:
+                continue
             costs.append(c := cost(name, arch, **options))
             print(
                 f"sm_{arch} {c.kernel}: {c.instructions_per_normal:.2f} instructions and "

@@ -52,8 +52,9 @@ enum class Dtype { kFp32, kBf16, kFp16 };
 
 // What is to be done to one tensor.
 struct Task {
-  const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
+  int64_t first_term;  // of the call's terms, where its K begin
   int64_t K;
+  const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
   Noise noise;
   Dtype dtype;
   bool stochastic;
@@ -201,17 +202,20 @@ struct Terms {
     }
   }
 
-  // For a task with this stream, of which the seeds are kept in `room`.
-  void set(Task& task, std::vector<Seed>& room) const {
-    room.clear();
+  // For tasks with their streams, of which the seeds are kept in `room`.
+  void set(std::vector<Task>& tasks, std::vector<Seed>& room) const {
     const int keys = noise == Noise::kNormal ? 2 : 1;
-    room.reserve(keys * hashes.size());
-    for (int i = 0; i < keys; i++)
-      for (size_t k = 0; k < hashes.size(); k++)
-        room.push_back(make_seed(hashes[k], task.stream, i ? kKeyNoiseHigh : kKeyNoise, coefs[k]));
-    task.seeds = room.data();
-    task.K = static_cast<int64_t>(hashes.size());
-    task.noise = noise;
+    room.clear();
+    for (const Task& task : tasks)
+      for (int i = 0; i < keys; i++)
+        for (int64_t k = task.first_term; k < task.first_term + task.K; k++)
+          room.push_back(make_seed(hashes[k], task.stream, i ? kKeyNoiseHigh : kKeyNoise, coefs[k]));
+    const Seed* seeds = room.data();
+    for (Task& task : tasks) {
+      task.noise = noise;
+      task.seeds = seeds;
+      seeds += keys * task.K;
+    }
   }
 };
 
@@ -228,8 +232,11 @@ struct Piece {
   const char* src;  // or null
   char* dst;
   int64_t n;
-  Task task;
+  std::vector<Task> tasks;  // one; or several in a row, all in place
 };
+
+// Chunks that several tasks go over in turn, before the next ones are read: 16 or 32 KiB stay in the L1 cache.
+constexpr int64_t kBlock = 4;
 
 void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
   // Chunks of all tensors in one row, so that a list of a thousand small ones is shared out as one large one is.
@@ -243,16 +250,21 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
   at::parallel_for(0, total, grain_of(terms), [&](int64_t begin, int64_t end) {
     const FloatMode mode;
     std::vector<Seed> room;
+    std::vector<Task> tasks;
     size_t t = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; t < pieces.size() && starts[t] < end; t++) {
       const Piece& piece = pieces[t];
-      Task task = piece.task;
-      terms.set(task, room);
-      const int64_t size = task.dtype == Dtype::kFp32 ? 4 : 2;
-      const int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk;
-      const int64_t last = std::min(piece.n, (end - starts[t]) * kChunk);
-      const char* const src = piece.src ? piece.src + first * size : nullptr;
-      isa->add_noise_span(task, first, last, src, piece.dst + first * size);
+      tasks = piece.tasks;
+      if (tasks.empty()) continue;
+      terms.set(tasks, room);
+      const int64_t size = tasks[0].dtype == Dtype::kFp32 ? 4 : 2;
+      const int64_t stop = std::min(piece.n, (end - starts[t]) * kChunk);
+      const int64_t block = tasks.size() == 1 ? stop : kBlock * kChunk;
+      for (int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk; first < stop; first += block) {
+        const int64_t last = std::min(stop, first + block);
+        const char* const src = piece.src ? piece.src + first * size : nullptr;
+        for (const Task& task : tasks) isa->add_noise_span(task, first, last, src, piece.dst + first * size);
+      }
     }
   });
 }
@@ -279,14 +291,15 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     const at::Tensor& y = out[t];
     if (in_place && scales[t] == 0) continue;
     check_dense(op, in_place ? "x" : "out", y);
-    Piece piece = {};
-    piece.task.dtype = dtype_of(op, y);
-    piece.task.stochastic = stochastic;
-    piece.task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
-    piece.task.stream = static_cast<uint32_t>(streams[t]);
-    piece.task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
-    piece.task.scale = scale_of(terms.noise, scales[t]);
-    piece.n = y.numel();
+    Task task = {};
+    task.K = seeds.numel();
+    task.dtype = dtype_of(op, y);
+    task.stochastic = stochastic;
+    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
+    task.stream = static_cast<uint32_t>(streams[t]);
+    task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
+    task.scale = scale_of(terms.noise, scales[t]);
+    Piece piece = {nullptr, nullptr, y.numel(), {task}};
     if (!in_place && !xs.empty()) {
       check_dense(op, "x", xs[t]);
       TORCH_CHECK(xs[t].numel() == piece.n && xs[t].scalar_type() == y.scalar_type(), op, ": out must be like x, ",
@@ -321,6 +334,49 @@ void add_noise_list_out_cpu(at::TensorList xs, const at::Tensor& seeds, const at
                  rounding_seed, found_inf);
 }
 
+void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef counts,
+                          at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
+                          std::string_view noise, bool stochastic, at::IntArrayRef rounding_seeds) {
+  const char* const op = "add_noise_steps_";
+  const size_t steps = counts.size();
+  TORCH_CHECK(streams.size() == xs.size() && rounding_seeds.size() == steps && keeps.size() == steps * xs.size() &&
+                  scales.size() == keeps.size(),
+              op, ": streams must be one per tensor (", xs.size(), "), rounding_seeds one per step (", steps,
+              "), keeps and scales one per step and tensor, got ", streams.size(), ", ", rounding_seeds.size(), ", ",
+              keeps.size(), ", ", scales.size());
+  int64_t total = 0;
+  for (const int64_t count : counts) {
+    TORCH_CHECK(count >= 0, op, ": counts must not be negative, got ", count);
+    total += count;
+  }
+  TORCH_CHECK(total == seeds.numel(), op, ": counts must add up to the number of seeds, ", seeds.numel(), ", got ",
+              total);
+  const Terms terms(op, seeds, coefs, noise);
+  std::vector<Piece> pieces;
+  for (size_t t = 0; t < xs.size(); t++) {
+    check_dense(op, "x", xs[t]);
+    Task task = {};
+    task.dtype = dtype_of(op, xs[t]);
+    task.stochastic = stochastic;
+    task.stream = static_cast<uint32_t>(streams[t]);
+    pieces.push_back({nullptr, nullptr, xs[t].numel(), {}});
+    for (size_t s = 0; s < steps; s++, task.first_term += task.K) {
+      const size_t i = s * xs.size() + t;
+      task.K = counts[s];
+      if (scales[i] == 0) continue;
+      task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seeds[s]));
+      task.keep = static_cast<float>(keeps[i]);
+      task.scale = scale_of(terms.noise, scales[i]);
+      pieces.back().tasks.push_back(task);
+    }
+  }
+  for (size_t t = 0; t < xs.size(); t++) {
+    pieces[t].dst = static_cast<char*>(xs[t].mutable_data_ptr());
+    pieces[t].src = pieces[t].dst;
+  }
+  add_noise_pieces(pieces, terms);
+}
+
 // Only the chunks that the rows touch; a row that is looked up twice is made twice.
 at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
                               const at::Tensor& coefs, int64_t stream, double scale, std::string_view noise) {
@@ -337,13 +393,15 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
     TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < n_rows, op, ": index must be in 0 .. ", n_rows - 1,
                       ", the rows of x, got ", row[i]);
 
-  Task task = {};
+  std::vector<Task> tasks(1);
+  Task& task = tasks[0];
+  task.K = seeds.numel();
   task.dtype = dtype_of(op, x);
   task.stream = static_cast<uint32_t>(stream);
   task.keep = 1;
   task.scale = scale_of(terms.noise, scale);
   std::vector<Seed> room;
-  terms.set(task, room);
+  terms.set(tasks, room);
 
   std::vector<int64_t> shape = index.sizes().vec();
   shape.push_back(width);
@@ -377,5 +435,6 @@ std::vector<std::string> cpu_isas() {
 TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
   m.impl("add_noise_list_", &pseuzo::add_noise_list_cpu_);
   m.impl("add_noise_list_out", &pseuzo::add_noise_list_out_cpu);
+  m.impl("add_noise_steps_", &pseuzo::add_noise_steps_cpu_);
   m.impl("add_noise_rows", &pseuzo::add_noise_rows_cpu);
 }

@@ -18,7 +18,7 @@ struct Key {
   uint32_t k0, k1;
 };
 constexpr Key kKeyNoise = {0x243F6A88, 0x85A308D3};
-constexpr Key kKeyNoiseHigh = {0xA4093822, 0x299F31D0};  // planes 8..15 of "normal"
+constexpr Key kKeyNoiseHigh = {0xA4093822, 0x85A308D3};  // planes 8..15 of "normal"
 constexpr Key kKeyRounding = {0x13198A2E, 0x03707344};
 
 constexpr double kHadamardScale = 0.297737326084866;  // 1 / (4 sqrt(0.7050395011901855))

@@ -9,8 +9,10 @@ that a plane is read and written 4 elements at a time; whole chunks and tails ar
 every access narrow; x is loaded after the sum, 8 planes at a time, as 16 would cost 40 more registers.
 """
 
+import math
 from collections import OrderedDict
 from contextlib import nullcontext
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
     triton = None
 
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
-ELEMENTS = 16 * COUNTERS
+COUNTERS_STEPS = 256  # where a program holds x beside the sums
 HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
 PLANS = 16  # launch tables kept; a training step uses two or three
 
@@ -32,11 +34,17 @@ if triton is not None:
     from pseuzo_kernels import philox as px
 
     @triton.jit
-    def _load(ptr, offs, lo, hi, FULL: tl.constexpr):
+    def _inside(offs, lo, hi, J: tl.constexpr, PLANES: tl.constexpr):
+        """Which elements of plane J are written, lo <= i < hi; PLANES: of a single chunk, all of the plane or none."""
+        at = (tl.zeros_like(offs) if PLANES else offs) + J * 128
+        return (at >= lo) & (at < hi)
+
+    @triton.jit
+    def _load(ptr, offs, lo, hi, J: tl.constexpr, FULL: tl.constexpr, PLANES: tl.constexpr):
         if FULL:
-            return tl.load(ptr + offs)
+            return tl.load(ptr + offs + J * 128)
         else:
-            return tl.load(ptr + offs, mask=(offs >= lo) & (offs < hi), other=0)
+            return tl.load(ptr + offs + J * 128, mask=_inside(offs, lo, hi, J, PLANES), other=0)
 
     @triton.jit
     def _zeros_laid_out_as(x, ASM: tl.constexpr):
@@ -48,6 +56,41 @@ if triton is not None:
             )
         else:
             return tl.zeros(x.shape, tl.uint32)
+
+    @triton.jit
+    def _sums(
+        q, stream, seeds_ptr, coefs_ptr, first, last, zero,
+        NOISE: tl.constexpr, HASH: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """The 16 planes of sum_k coefs[k] z(seeds[k], stream) over first <= k < last, but for the scale."""
+        acc = (zero.to(tl.float32, bitcast=True),) * 16
+        k = first
+        while k < last:  # not range: the interpreter of Triton 3.6 fails on it with numpy 2.4
+            seed = tl.load(seeds_ptr + k)
+            coef = tl.load(coefs_ptr + k)
+            if HASH:
+                seed = px.hash_seed(seed)
+                coef = px.round17(coef)
+            sums = ()
+            if NOISE == "normal":
+                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 10, ASM)
+                w = w + px.philox(q, stream, seed, px.SECOND_KEY0, px.NOISE_KEY1, 10, ASM)
+                for j in tl.static_range(8):
+                    radius, cosine, sine = px.box_muller(w[j], coef, ASM)
+                    sums = sums + (tl.fma(radius, cosine, acc[2 * j]), tl.fma(radius, sine, acc[2 * j + 1]))
+            else:
+                mask: tl.constexpr = 0x8F708F70 if NOISE == "hadamard" else 0x80008000
+                ones: tl.constexpr = 0x30003000 if NOISE == "hadamard" else 0x3C003C00
+                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 7, ASM)
+                b = px.patterns(w[0], mask, ones, ASM) + px.patterns(w[1], mask, ones, ASM)
+                b = b + px.patterns(w[2], mask, ones, ASM) + px.patterns(w[3], mask, ones, ASM)
+                for j in tl.static_range(16):
+                    sums = sums + (tl.fma(b[j], coef, acc[j]),)
+            acc = sums
+            k += 1
+        if NOISE == "hadamard":
+            acc = px.butterfly(px.butterfly(px.butterfly(px.butterfly(acc, 1), 2), 4), 8)
+        return acc
 
     @triton.jit
     def _chunks(
@@ -67,6 +110,7 @@ if triton is not None:
         COUNTERS: tl.constexpr,
         HAS_X: tl.constexpr,
         FULL: tl.constexpr,
+        PLANES: tl.constexpr,
         HASH: tl.constexpr,
         STOCHASTIC: tl.constexpr,
         ASM: tl.constexpr,
@@ -74,58 +118,31 @@ if triton is not None:
         lane = tl.arange(0, COUNTERS)
         offs = lane // 128 * 2048 + lane % 128
         if HAS_X:
-            zero = _zeros_laid_out_as(_load(x_ptr, offs, lo, hi, FULL), ASM)
+            zero = _zeros_laid_out_as(_load(x_ptr, offs, lo, hi, 0, FULL, PLANES), ASM)
         else:
-            zero = _zeros_laid_out_as(_load(out_ptr, offs, lo, hi, FULL), ASM)
+            zero = _zeros_laid_out_as(_load(out_ptr, offs, lo, hi, 0, FULL, PLANES), ASM)
         q = q + lane.to(tl.uint32) + zero
 
-        acc = (zero.to(tl.float32, bitcast=True),) * 16
-        k = 0
-        while k < K:  # not range(K): the interpreter of Triton 3.6 fails on it with numpy 2.4
-            seed = tl.load(seeds_ptr + k)
-            coef = tl.load(coefs_ptr + k)
-            if HASH:
-                seed = px.hash_seed(seed)
-                coef = px.round17(coef)
-            sums = ()
-            if NOISE == "normal":
-                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 10, ASM)
-                w = w + px.philox(q, stream, seed, px.SECOND_KEY0, px.SECOND_KEY1, 10, ASM)
-                for j in tl.static_range(8):
-                    radius, cosine, sine = px.box_muller(w[j], coef, ASM)
-                    sums = sums + (tl.fma(radius, cosine, acc[2 * j]), tl.fma(radius, sine, acc[2 * j + 1]))
-            else:
-                mask: tl.constexpr = 0x8F708F70 if NOISE == "hadamard" else 0x80008000
-                ones: tl.constexpr = 0x30003000 if NOISE == "hadamard" else 0x3C003C00
-                w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, 7, ASM)
-                b = px.patterns(w[0], mask, ones, ASM) + px.patterns(w[1], mask, ones, ASM)
-                b = b + px.patterns(w[2], mask, ones, ASM) + px.patterns(w[3], mask, ones, ASM)
-                for j in tl.static_range(16):
-                    sums = sums + (tl.fma(b[j], coef, acc[j]),)
-            acc = sums
-            k += 1
-        if NOISE == "hadamard":
-            acc = px.butterfly(px.butterfly(px.butterfly(px.butterfly(acc, 1), 2), 4), 8)
+        acc = _sums(q, stream, seeds_ptr, coefs_ptr, 0, K, zero, NOISE, HASH, ASM)
 
         words = (q, q, q, q)
         if STOCHASTIC:
             words = px.philox(q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, 7, ASM)
-        GROUP: tl.constexpr = 8 if FULL else 1  # planes in flight
+        GROUP: tl.constexpr = 8 if FULL or PLANES else 1  # planes in flight
         for first in tl.static_range(0, 16, GROUP):
             xs = ()
             if HAS_X:
                 for j in tl.static_range(first, first + GROUP):
-                    xs = xs + (_load(x_ptr, offs + j * 128, lo, hi, FULL),)
+                    xs = xs + (_load(x_ptr, offs, lo, hi, j, FULL, PLANES),)
             for j in tl.static_range(first, first + GROUP):
                 y = acc[j] * scale
                 if HAS_X:
-                    y = xs[j - first].to(tl.float32) * keep + y
+                    y = px.widen(xs[j - first], ASM) * keep + y
                 y = px.cast(y, words[j // 4], j % 4, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
                 if FULL:
                     tl.store(out_ptr + offs + j * 128, y)
                 else:
-                    at = offs + j * 128
-                    tl.store(out_ptr + at, y, mask=(at >= lo) & (at < hi))
+                    tl.store(out_ptr + offs + j * 128, y, mask=_inside(offs, lo, hi, j, PLANES))
 
     @triton.jit
     def _program(
@@ -143,12 +160,12 @@ if triton is not None:
         if left == 16 * COUNTERS:
             _chunks(
                 out_ptr + start, x_ptr + start, 0, left, q, stream, seeds_ptr, coefs_ptr, K, keep, scale,
-                rounding_hash, NOISE, COUNTERS, HAS_X, True, HASH, STOCHASTIC, ASM,
+                rounding_hash, NOISE, COUNTERS, HAS_X, True, False, HASH, STOCHASTIC, ASM,
             )  # fmt: skip
         else:
             _chunks(
                 out_ptr + start, x_ptr + start, 0, left, q, stream, seeds_ptr, coefs_ptr, K, keep, scale,
-                rounding_hash, NOISE, COUNTERS, HAS_X, False, HASH, STOCHASTIC, ASM,
+                rounding_hash, NOISE, COUNTERS, HAS_X, False, False, HASH, STOCHASTIC, ASM,
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["n", "stream", "K", "rounding_hash"])  # Triton would make the value 1 a constant
@@ -210,6 +227,65 @@ if triton is not None:
             NOISE, COUNTERS, HAS_X, HASH, STOCHASTIC, ASM,
         )  # fmt: skip
 
+    @triton.jit(do_not_specialize=["S", "T"])
+    def _add_noise_steps_kernel(
+        dtype_ptr,  # any tensor of the list: says its dtype
+        xs_ptr,  # [T] int64: addresses
+        ns_ptr,  # [T] int64
+        streams_ptr,  # [T] int64
+        table_ptr,  # [programs, 2] int32: tensor, block
+        keeps_ptr,  # [S, T] fp32
+        scales_ptr,  # [S, T] fp32; 0: the step leaves the tensor alone
+        firsts_ptr,  # [S + 1] int64: where the terms of a step begin
+        rounding_hashes_ptr,  # [S] int64
+        seeds_ptr,  # hashed
+        coefs_ptr,  # rounded to 17 bits
+        S: tl.int32,
+        T: tl.int64,
+        NOISE: tl.constexpr,
+        COUNTERS: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        ASM: tl.constexpr,
+    ):
+        """S updates of a block that stays in registers: memory is read and written once, so masks cost nothing."""
+        pid = tl.program_id(0).to(tl.int64)
+        t = tl.load(table_ptr + 2 * pid)
+        block = tl.load(table_ptr + 2 * pid + 1)
+        dtype: tl.constexpr = dtype_ptr.dtype.element_ty
+        start = block.to(tl.int64) * (16 * COUNTERS)
+        ptr = tl.load(xs_ptr + t).to(tl.pointer_type(dtype)) + start
+        left = tl.minimum(tl.load(ns_ptr + t) - start, 16 * COUNTERS).to(tl.int32)
+        stream = tl.load(streams_ptr + t).to(tl.uint32)
+        lane = tl.arange(0, COUNTERS)
+        offs = lane // 128 * 2048 + lane % 128
+        xs = ()
+        for j in tl.static_range(16):
+            xs = xs + (px.widen(_load(ptr, offs, 0, left, j, False, False), ASM),)
+        zero = _zeros_laid_out_as(xs[0], ASM)
+        q = (block * COUNTERS).to(tl.uint32) + lane.to(tl.uint32) + zero
+
+        s = 0
+        while s < S:
+            keep = tl.load(keeps_ptr + s * T + t)
+            scale = tl.load(scales_ptr + s * T + t)
+            first = tl.load(firsts_ptr + s)
+            last = tl.where(scale != 0, tl.load(firsts_ptr + s + 1), first)
+            acc = _sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, NOISE, False, ASM)
+            words = (q, q, q, q)
+            if STOCHASTIC:
+                rounding_hash = tl.load(rounding_hashes_ptr + s)
+                words = px.philox(q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, 7, ASM)
+            after = ()
+            for j in tl.static_range(16):
+                y = xs[j] * keep + acc[j] * scale
+                y = px.widen(px.cast(y, words[j // 4], j % 4, dtype, STOCHASTIC, ASM), ASM)
+                after = after + (tl.where(scale != 0, y, xs[j]),)
+            xs = after
+            s += 1
+        for j in tl.static_range(16):
+            y = px.cast(xs[j], q, 0, dtype, False, ASM)  # exact
+            tl.store(ptr + offs + j * 128, y, mask=_inside(offs, 0, left, j, False))
+
     @triton.jit(do_not_specialize=["stream", "K", "width", "parts"])
     def _add_noise_rows_kernel(
         out_ptr,  # [M, width]
@@ -222,6 +298,7 @@ if triton is not None:
         coefs_ptr,
         K: tl.int32,
         scale: tl.float32,
+        PLANES: tl.constexpr,  # width is a multiple of 128, so that all accesses are wide
         NOISE: tl.constexpr,
         HASH: tl.constexpr,
         ASM: tl.constexpr,
@@ -233,10 +310,13 @@ if triton is not None:
         start = chunk * 2048
         lo = tl.maximum(first - start, 0).to(tl.int32)
         hi = tl.minimum(first + width - start, 2048).to(tl.int32)
+        to = row * width - first + start
+        if PLANES:
+            to = tl.multiple_of(to, 128)
         if lo < hi:
             _chunks(
-                out_ptr + (row * width - first + start), x_ptr + start, lo, hi, (chunk * 128).to(tl.uint32),
-                stream.to(tl.uint32), seeds_ptr, coefs_ptr, K, 1.0, scale, 0, NOISE, 128, True, False, HASH, False, ASM,
+                out_ptr + to, x_ptr + start, lo, hi, (chunk * 128).to(tl.uint32), stream.to(tl.uint32),
+                seeds_ptr, coefs_ptr, K, 1.0, scale, 0, NOISE, 128, True, False, PLANES, HASH, False, ASM,
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["K"])
@@ -247,21 +327,26 @@ if triton is not None:
         tl.store(rounded_ptr + k, px.round17(tl.load(coefs_ptr + k, mask=k < K, other=0.0)), mask=k < K)
 
 
+def _scale_of(noise: str, scale):
+    """What the sums are multiplied by; the kernel's radius of "normal" is in units of sqrt(2 log 2)."""
+    return reference.scale_of(noise, scale) * (math.sqrt(2 * math.log(2)) if noise == "normal" else 1.0)
+
+
 def _on(device: torch.device):
     """Triton launches on the current device; the interpreter, on tensors of the CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _prepared(seeds: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, dict]:
+def _prepared(seeds: Tensor, coefs: Tensor, hash_in_kernel: int = HASH_IN_KERNEL) -> tuple[Tensor, Tensor, dict]:
     K = seeds.numel()
     options = dict(
         ASM=isinstance(_prepare_kernel, triton.runtime.JITFunction),  # the interpreter has no PTX
-        HASH=K <= HASH_IN_KERNEL,
+        HASH=K <= hash_in_kernel,
         enable_fp_fusion=False,
     )
     if not options["HASH"]:
         hashes, rounded = torch.empty_like(seeds), torch.empty_like(coefs)
-        _prepare_kernel[(triton.cdiv(K, 128),)](seeds, coefs, hashes, rounded, K, BLOCK=128)
+        _prepare_kernel[(max(1, triton.cdiv(K, 128)),)](seeds, coefs, hashes, rounded, K, BLOCK=128)
         seeds, coefs = hashes, rounded
     return seeds, coefs, options
 
@@ -287,6 +372,14 @@ def _plan(key: tuple, build) -> tuple:
     return _plans[key]
 
 
+def _blocks(sizes: tuple[int, ...], elements: int, device: torch.device) -> Tensor:
+    """[programs, 2] int32: the tensor and the block of that many elements that a program works on."""
+    blocks = torch.tensor([-(-n // elements) for n in sizes], device="cpu")
+    tensor_of = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), blocks)
+    block_of = torch.arange(len(tensor_of), device="cpu") - (blocks.cumsum(0) - blocks)[tensor_of]
+    return _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device)
+
+
 def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_hash, found_inf, device, options):
     columns = (
         tuple(y.data_ptr() for y in outs),
@@ -296,13 +389,7 @@ def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_has
     )
 
     def table() -> tuple[Tensor, Tensor]:
-        blocks = torch.tensor([-(-n // ELEMENTS) for n in columns[2]], device="cpu")
-        tensor_of = torch.repeat_interleave(torch.arange(len(outs), device="cpu"), blocks)
-        block_of = torch.arange(len(tensor_of), device="cpu") - (blocks.cumsum(0) - blocks)[tensor_of]
-        return (
-            _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device),
-            _to_device(columns, torch.int64, device),
-        )
+        return _blocks(columns[2], 16 * COUNTERS, device), _to_device(columns, torch.int64, device)
 
     # a table belongs to the stream on which it was copied to the device
     place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
@@ -341,8 +428,8 @@ def add_noise_list_out_triton(
             if len(out) > 1 and tables and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
                 many.setdefault(y.dtype, []).append(t)
             else:
-                _add_noise_kernel[(triton.cdiv(y.numel(), ELEMENTS),)](
-                    y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], reference.scale_of(noise, scales[t]),
+                _add_noise_kernel[(triton.cdiv(y.numel(), 16 * COUNTERS),)](
+                    y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
                     rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
                 )  # fmt: skip
         for dtype, ts in many.items():
@@ -351,7 +438,7 @@ def add_noise_list_out_triton(
                 [(xs or out)[t] for t in ts],
                 [streams[t] for t in ts],
                 [keeps[t] for t in ts],
-                [reference.scale_of(noise, scales[t]) for t in ts],
+                [_scale_of(noise, scales[t]) for t in ts],
                 seeds, coefs, K, rounding_hash, found_inf, device,
                 options | dict(STOCHASTIC=stochastic and dtype is not torch.float32),
             )  # fmt: skip
@@ -367,6 +454,33 @@ def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stoc
     )  # fmt: skip
 
 
+def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds):
+    """reference.add_noise_steps_: one launch per dtype."""
+    if not xs or not counts:
+        return
+    device, S = xs[0].device, len(counts)
+    table_of = lambda values, dtype: _to_device(values, dtype, device)  # noqa: E731
+    with _on(device):
+        seeds, coefs, options = _prepared(seeds, coefs, hash_in_kernel=0)
+        del options["HASH"]
+        firsts = table_of([0, *accumulate(counts)], torch.int64)
+        rounding_hashes = table_of([reference.hash_seed(seed) for seed in rounding_seeds], torch.int64)
+        keeps, scales = (torch.tensor(v, dtype=torch.float64, device="cpu").view(S, -1) for v in (keeps, scales))
+        for dtype in {x.dtype for x in xs}:
+            ts = [t for t, x in enumerate(xs) if x.dtype is dtype and x.numel()]
+            if not ts:
+                continue
+            sizes = tuple(xs[t].numel() for t in ts)
+            columns = table_of([[xs[t].data_ptr() for t in ts], sizes, [streams[t] for t in ts]], torch.int64)
+            programs = _blocks(sizes, 16 * COUNTERS_STEPS, device)
+            _add_noise_steps_kernel[(len(programs),)](
+                xs[ts[0]], columns[0], columns[1], columns[2], programs, table_of(keeps[:, ts], torch.float32),
+                table_of(_scale_of(noise, scales[:, ts]), torch.float32), firsts, rounding_hashes, seeds, coefs,
+                S, len(ts), NOISE=noise, COUNTERS=COUNTERS_STEPS, STOCHASTIC=stochastic and dtype is not torch.float32,
+                num_warps=WARPS, **options,
+            )  # fmt: skip
+
+
 def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     """reference.add_noise_rows."""
     width = x.shape[1]
@@ -378,8 +492,8 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     with _on(x.device):
         seeds, coefs, options = _prepared(seeds, coefs)
         _add_noise_rows_kernel[(index.numel() * parts,)](
-            out, x, index.contiguous(), width, parts, stream, seeds, coefs, K, reference.scale_of(noise, scale),
-            NOISE=noise, num_warps=1, **options,
+            out, x, index.contiguous(), width, parts, stream, seeds, coefs, K, _scale_of(noise, scale),
+            PLANES=width % 128 == 0, NOISE=noise, num_warps=1, **options,
         )  # fmt: skip
     return out
 
@@ -391,17 +505,23 @@ lib.define(
     f"add_noise_list_out(Tensor[] xs, {_SUM}, SymInt rounding_seed, Tensor? found_inf, *, Tensor(a!)[] out) -> ()"
 )
 lib.define(
+    "add_noise_steps_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int[] counts, int[] streams, float[] keeps, "
+    "float[] scales, str noise, bool stochastic, int[] rounding_seeds) -> ()"
+)
+lib.define(
     "add_noise_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, float scale, str noise) -> Tensor"
 )
 for _name, _triton in (
     ("add_noise_list_", add_noise_list_triton_),
     ("add_noise_list_out", add_noise_list_out_triton),
+    ("add_noise_steps_", add_noise_steps_triton_),
     ("add_noise_rows", add_noise_rows_triton),
 ):
     lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     if triton is not None:
         lib.impl(_name, _triton, "CUDA")
 torch.library.register_fake("pseuzo::add_noise_list_", lambda *args: None, lib=lib)
+torch.library.register_fake("pseuzo::add_noise_steps_", lambda *args: None, lib=lib)
 torch.library.register_fake("pseuzo::add_noise_list_out", lambda *args, out: None, lib=lib)
 torch.library.register_fake(
     "pseuzo::add_noise_rows", lambda x, index, *args: x.new_empty(*index.shape, x.shape[1]), lib=lib

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 NOISE_KEY0, NOISE_KEY1 = tl.constexpr(0x243F6A88), tl.constexpr(0x85A308D3)
-SECOND_KEY0, SECOND_KEY1 = tl.constexpr(0xA4093822), tl.constexpr(0x299F31D0)
+SECOND_KEY0 = tl.constexpr(0xA4093822)  # in the place of NOISE_KEY0
 ROUNDING_KEY0, ROUNDING_KEY1 = tl.constexpr(0x13198A2E), tl.constexpr(0x03707344)
 
 
@@ -113,21 +113,21 @@ def patterns(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def box_muller(w, coef, ASM: tl.constexpr):
-    """coef * radius, and cosine and sine of the angle, from 16 bits each. The fast forms are the GPU's own units."""
+    """coef * radius / sqrt(2 log 2), and cosine and sine of the angle, from 16 bits each: the binary logarithm, and the
+    fast forms of all of them, are the GPU's own units."""
     if ASM:
-        # 0x4B00xxxx is 2^23 + x in fp32, so one permute and one exact fma make u and the angle
+        # 0x4300xxxx is 128 + x / 65536 in fp32: one permute and one exact sum make u, another and an fma the angle
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 h, l; .reg .f32 u, a, r;
-            prmt.b32 h, $3, 0x4B000000, 0x7632;
-            prmt.b32 l, $3, 0x4B000000, 0x7610;
-            fma.rn.f32 u, h, 0f37800000, 0fC2FFFFFF;
+            prmt.b32 h, $3, 0x43000000, 0x7632;
+            prmt.b32 l, $3, 0x43000000, 0x7610;
+            add.rn.f32 u, h, 0fC2FFFFFF;
             lg2.approx.ftz.f32 r, u;
-            mul.rn.f32 r, r, 0fBFB17218;
+            neg.f32 r, r;
             sqrt.approx.ftz.f32 r, r;
             mul.rn.f32 $0, r, $4;
-            add.rn.f32 a, l, 0fCB007FFF;
-            fma.rn.f32 a, a, 0f38C90FDB, 0fB8490FDB;
+            fma.rn.f32 a, l, 0f40C90FDB, 0fC449D8EA;
             cos.approx.ftz.f32 $1, a;
             sin.approx.ftz.f32 $2, a;
             }""",
@@ -139,8 +139,8 @@ def box_muller(w, coef, ASM: tl.constexpr):
         )
     else:
         u = ((w >> 16).to(tl.float32) + 0.5) * (1.0 / 65536)
-        angle = ((w & 0xFFFF).to(tl.float32) - 32767.5) * 9.587379924285257e-05  # pi / 32768
-        return tl.sqrt(-2.0 * tl.log(u)) * coef, tl.cos(angle), tl.sin(angle)
+        angle = ((w & 0xFFFF).to(tl.float32) - 32768.0) * 9.587379924285257e-05 + 5.2213668823242188e-05  # pi / 32768
+        return tl.sqrt(-tl.log2(u)) * coef, tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
@@ -169,6 +169,15 @@ def rounding_byte(word, J: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return (((word >> (8 * J)) & 0xFF) << 8) + 0x80
+
+
+@triton.jit
+def widen(x, ASM: tl.constexpr):
+    """dtype -> fp32. The interpreter's own conversion gets the subnormals of bf16 wrong."""
+    if x.dtype == tl.bfloat16 and not ASM:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit

@@ -102,6 +102,53 @@ def test_list_matches_reference(noise, k, stochastic):
         assert (band[:BAND] == 7).all() and (band[-BAND:] == 7).all(), "wrote outside x"
 
 
+@functools.cache
+def steps_in_a_row(noise: str) -> tuple[list[torch.Tensor], tuple]:
+    """x and the arguments of 5 steps: no seed, one, several; keeps and scales of their own, some 0."""
+    counts = [1, 3, 0, 1, 2]
+    xs = [normals(n, dtype, seed=n) for n in (*SIZES, 9000) for dtype in DTYPES]
+    size = len(counts) * len(xs)
+    keeps = [(0.9, 1.0, 0.75, -0.3)[i % 4] for i in range(size)]
+    scales = [(1.0, 0.0, 0.7)[i * i % 7 % 3] for i in range(size)]
+    seeds, coefs = terms(sum(counts))
+    return xs, (seeds, coefs, counts, list(range(len(xs))), keeps, scales, noise, True, [5, -1, 2**40, 0, 6])
+
+
+@pytest.mark.parametrize("noise", ("hadamard", "rademacher", "normal"))
+def test_steps_are_the_updates_in_a_row(noise):
+    xs, args = steps_in_a_row(noise)
+    got, bands = zip(*map(banded, xs), strict=True)
+    want = [x.clone() for x in xs]
+    ops.add_noise_steps_(list(got), *args)
+    seeds, coefs, counts, streams, keeps, scales, *_, rounding_seeds = args
+    T, first = len(xs), 0
+    for s, K in enumerate(counts):
+        terms_of_step = seeds[first : first + K], coefs[first : first + K]
+        ts = slice(s * T, (s + 1) * T)
+        ops.add_noise_list_(want, *terms_of_step, streams, keeps[ts], scales[ts], noise, True, rounding_seeds[s], None)
+        first += K
+    for x, band, wanted in zip(got, bands, want, strict=True):
+        assert_same_bits(x, wanted)
+        assert (band[:BAND] == 7).all() and (band[-BAND:] == 7).all(), "wrote outside x"
+
+
+@functools.cache
+def wanted_steps(noise: str) -> list[torch.Tensor]:
+    xs, args = steps_in_a_row(noise)
+    want = [x.clone() for x in xs]
+    reference.add_noise_steps_(want, *args)
+    return want
+
+
+@pytest.mark.parametrize("noise", BIT_EXACT)
+def test_steps_match_reference(noise):
+    xs, args = steps_in_a_row(noise)
+    got = [x.clone() for x in xs]
+    ops.add_noise_steps_(got, *args)
+    for x, want in zip(got, wanted_steps(noise), strict=True):
+        assert_same_bits(x, want)
+
+
 def test_known_answers():
     z = torch.empty(4096)
     ops.add_noise_list_out(
@@ -347,6 +394,16 @@ def test_refuses_what_would_corrupt_memory():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(**arguments)
+    for message, changed in {
+        "streams must be one per tensor": {2: [1], 4: [1.0, 1.0]},
+        "counts must add up": {2: [3]},
+        "counts must not be negative": {2: [3, -1], 4: [1.0, 1.0], 5: [1.0, 1.0], 8: [0, 0]},
+    }.items():
+        args = [seeds, coefs, [2], [0], [1.0], [1.0], "hadamard", False, [0]]
+        for i, value in changed.items():
+            args[i] = value
+        with pytest.raises(RuntimeError, match=message):
+            ops.add_noise_steps_([x], *args)
     assert (x == 0).all()
 
 

@@ -10,6 +10,7 @@ from pseuzo_kernels.add_noise import (
     add_noise_list_out_triton,
     add_noise_list_triton_,
     add_noise_rows_triton,
+    add_noise_steps_triton_,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +123,26 @@ def test_found_inf_keeps_the_weights():
         assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("width", [1, 7, 100, 768, 2048, 2050, 5000])
+@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_steps(noise, stochastic):
+    """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block, 4096."""
+    counts = [2, 0, 1]
+    seeds, coefs = seeds_coefs(3)
+    sizes = (0, 1, 4095, 4097) if stochastic else (2049,)
+    xs = [values(n, dtype) for n in sizes for dtype in DTYPES]
+    got, want = [x.clone().to(DEVICE) for x in xs], [x.clone() for x in xs]
+    size = len(xs) * len(counts)
+    keeps = [(0.9, 1.0, 0.75, -0.3)[i % 4] for i in range(size)]
+    scales = [(1.0, 0.0, 0.7, 0.5)[i * i % 7 % 4] for i in range(size)]
+    args = (counts, list(range(3, 3 + len(xs))), keeps, scales, noise, stochastic, [5, -1, 2**40])
+    add_noise_steps_triton_(got, seeds, coefs, *args)
+    reference.add_noise_steps_(want, seeds.cpu(), coefs.cpu(), *args)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize("width", [1, 7, 100, 128, 768, 2048, 2050, 4096])
 def test_rows(width):
     seeds, coefs = seeds_coefs(2)
     x = torch.randn(40, width).to(torch.bfloat16)

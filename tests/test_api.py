@@ -131,6 +131,8 @@ def op_arguments():
     yield ops.add_noise_list_.default, (xs(), seeds, coefs, *rest[:-1], torch.zeros(1)), {}
     yield ops.add_noise_list_out.default, (xs(), seeds, coefs, *rest), {"out": xs()}
     yield ops.add_noise_list_out.default, ([], seeds, coefs, *rest), {"out": xs()}
+    two_steps = ([2, 1], [0, 1], [0.5, 1.0, 1.0, 0.9], [1.0, 2.0, 0.0, 1.0], "hadamard", True, [3, -4])
+    yield ops.add_noise_steps_.default, (xs(), torch.tensor([3, -4, 5]), torch.randn(3), *two_steps), {}
     index = torch.tensor([[0, 3], [1, 3]])
     yield ops.add_noise_rows.default, (torch.randn(4, 100), index, seeds, coefs, 0, 1.0, "hadamard"), {}
 

@@ -10,29 +10,35 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
-# instructions a normal in the loop over seeds, sm_90; hashing the seed where it is used adds 0.4
-LIMITS = {"hadamard": 5.0, "rademacher": 5.0, "normal": 12.5}
+# Instructions a normal in the loop over seeds, sm_90: what speed rests on, so no change may lose it unseen.
+# Hashing the seed where it is used costs more, and so does a thread with 2 counters in the place of 4.
+LIMITS = {"hadamard": 4.7, "rademacher": 4.7, "normal": 10.8}
+ALLOWANCES = {"hash": 0.45, "add_noise_steps_kernel": 0.3}
 
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
-    file = tmp_path_factory.mktemp("sass") / "costs.json"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench/sass_cost.py"), "--arch", "80", "90", "--json", str(file)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(file.read_text())
+    folder, runs = tmp_path_factory.mktemp("sass"), []
+    for arch, *only in (("80", "--dtype", "fp32"), ("90",)):  # at the same time
+        command = [sys.executable, ROOT / "bench/sass_cost.py", "--arch", arch, *only, "--json", folder / arch]
+        runs.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+    errors = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "".join(errors)[-3000:]
+    return [cost for file in sorted(folder.iterdir()) for cost in json.loads(file.read_text())]
 
 
 def test_nothing_spills(costs):
-    assert len(costs) == 18 and {c["arch"] for c in costs} == {80, 90}
+    assert len(costs) == 3 + 12 and {c["arch"] for c in costs} == {80, 90}
     assert [c["kernel"] for c in costs if c["spill_accesses"]] == []
 
 
 def test_whole_chunks_are_read_and_written_widely(costs):
     for c in costs:
-        # rows of an embedding begin anywhere; without the asm, layouts are converted: that is what the asm is for
-        if "rows" not in c["kernel"] and "no asm" not in c["kernel"]:
+        # Rows may begin anywhere, unless they are whole planes. Without the asm, layouts are converted: that is
+        # what the asm is for. Where many updates share an access, its width is nothing.
+        anywhere = "rows" in c["kernel"] and "planes" not in c["kernel"]
+        if not anywhere and not any(word in c["kernel"] for word in ("steps", "no asm")):
             assert c["shared_accesses"] == 0, c
             wide = {"STG.128"} if "fp32" in c["kernel"] else {"STG.64"}
             assert {w for w in c["widths"] if w.startswith("STG")} == wide, c
@@ -45,5 +51,6 @@ def test_whole_chunks_are_read_and_written_widely(costs):
 def test_instructions_per_normal(costs):
     for c in costs:
         if c["arch"] == 90 and "no asm" not in c["kernel"]:
-            noise = c["kernel"].split()[1]
-            assert 1 < c["instructions_per_normal"] <= LIMITS[noise], c
+            words = c["kernel"].split()
+            limit = LIMITS[words[1]] + sum(more for word, more in ALLOWANCES.items() if word in words)
+            assert 1 < c["instructions_per_normal"] <= limit, c

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import Tied, batch_of, causal_lm
-from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
+from pseuzo import CausalLMObjective, Journal, MeZO, PseuZO, perturbed, replay
 
 import pseuzo_kernels as pk
 from pseuzo_kernels import reference
@@ -132,3 +132,15 @@ def test_state_dict_resumes_to_the_bit():
     for m, o in ((model, opt), (twin, again)):
         steps(o, CausalLMObjective(m, [17, 4]), "cuda", 5)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("run_on, replay_on", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_replay_on_another_device(run_on, replay_on, tmp_path):
+    model = causal_lm("opt").to(torch.bfloat16).eval()
+    base = copy.deepcopy(model).to(replay_on)
+    model.to(run_on)
+    opt = PseuZO(model, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2)
+    with Journal(tmp_path / "run.pzj", opt):
+        steps(opt, CausalLMObjective(model, [17, 4]), run_on, 5)
+    assert replay(tmp_path / "run.pzj", base) == 5
+    assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(model.parameters(), base.parameters(), strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from models import batch_of, causal_lm
-from pseuzo import CausalLMObjective, CyclicHyperbola, Journal, MeZO, PseuZO, replay
+from pseuzo import CausalLMObjective, CyclicHyperbola, Journal, MeZO, PseuZO, journal, replay
 from pseuzo.cli import main
 from pseuzo.journal import JournalError, read_journal
 from transformers import AutoModelForCausalLM
@@ -50,7 +50,7 @@ def train(opt, model, steps, poison=()):
 @pytest.mark.parametrize("method", MAKERS)
 def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeypatch):
     model = causal_lm(kind).to(dtype)
-    base, half = copy.deepcopy(model), copy.deepcopy(model)
+    base, half, whole = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     opt = MAKERS[method](model)
     with Journal(tmp_path / "run.pzj", opt):
         train(opt, model, range(4))
@@ -61,10 +61,12 @@ def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeyp
     assert opt.journal is None and opt.skipped_steps == 1
     bars = []
     assert replay(tmp_path / "run.pzj", half, until=4) == 4
-    # the rest on another backend: the reference in the place of C++
-    monkeypatch.setattr(torch.ops.pseuzo, "add_noise_list_", reference.add_noise_list_)
+    assert replay(tmp_path / "run.pzj", whole) == 8
+    # again on another backend, the reference in the place of C++, and in batches
+    monkeypatch.setattr(torch.ops.pseuzo, "add_noise_steps_", reference.add_noise_steps_)
+    monkeypatch.setattr(journal, "STEPS_AT_ONCE", 3)
     assert replay(tmp_path / "run.pzj", base, progress=bars.append) == 8 and len(bars) == 8
-    for want, got in ((halfway, half), (model, base)):
+    for want, got in ((halfway, half), (model, whole), (model, base)):
         assert all(torch.equal(p, q) for p, q in zip(want.parameters(), got.parameters(), strict=True))
     assert any(not torch.equal(p, q) for p, q in zip(halfway.parameters(), model.parameters(), strict=True))
 
@@ -174,7 +176,7 @@ def test_replay_on_the_command_line(tmp_path):
     for out, base_folder, sentence in (
         ("out", "base", "is not empty"),
         ("new", "wrong", "not those that the run began with"),
-        ("new", "nowhere", "cannot be loaded"),
+        ("new", "nowhere", "there is no folder"),
     ):
         result = run(out, "--base", str(tmp_path / base_folder))
         assert result.exit_code == 2 and sentence in result.output, result.output

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pseuzo.optimizer import ZeroOrder
 
 MAGIC, VERSION = b"PSEUZOJ\n", 1
+STEPS_AT_ONCE = 64  # that a replay makes in a pass over the weights
 _PART = struct.Struct("<II")  # length, CRC-32
 _STEP = struct.Struct("<qqBHHI")  # step, rounding seed, skipped, K, groups, unused weights
 _GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
@@ -136,7 +137,8 @@ class Journal:
     A new file begins with the weights as they are now: keep those (the base model). An existing one is gone on with if
     it is this optimizer's: records of steps that the optimizer has not made, as after going back to a checkpoint, and a
     torn tail are cut off. Raises JournalError if it is another's; ValueError for an optimizer over bare fp32
-    parameters, whose weights also carry the rounding of their perturbations (give it `model=`).
+    parameters, whose weights also carry the rounding of their perturbations (give it `model=`), or with an
+    exact_gradient group, whose updates are no sum of seeds.
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder):
@@ -144,6 +146,8 @@ class Journal:
         trained = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
         if optimizer.model is None and any(p.dtype is torch.float32 for _, p in trained):
             raise ValueError("Journal: bare fp32 parameters are perturbed in place; give the optimizer model=")
+        if any(group["exact_gradient"] for group in optimizer.param_groups):
+            raise ValueError("Journal: updates by exact_gradient are no seeds; leave out that or the journal")
         names = {p: n for n, p in optimizer.model.named_parameters()} if optimizer.model is not None else {}
         self._groups = len(optimizer.param_groups)
         self._position = {p: i for i, (_, p) in enumerate(trained)}
@@ -266,30 +270,32 @@ def replay(
         if len(record.groups) != header["groups"]:
             raise JournalError(f"{path}: the record of step {step} has {len(record.groups)} groups")
         step += 1
-    step = header["first_step"]
-    for record in checked:
-        if until is not None and record.step >= until:
-            break
-        _apply(record, header, params)
-        step = record.step + 1
-        if progress is not None:
+    wanted = [record for record in checked if until is None or record.step < until]
+    for first in range(0, len(wanted), STEPS_AT_ONCE):
+        records = wanted[first : first + STEPS_AT_ONCE]
+        _apply(records, header, params)
+        for record in records if progress is not None else ():
             progress(record)
-    return step
+    return wanted[-1].step + 1 if wanted else header["first_step"]
 
 
-def _apply(record: Record, header: dict[str, Any], params: list[Tensor]) -> None:
-    """One update, as ZeroOrder._update makes it."""
-    unused = set(record.unused)
-    for number, (lr, weight_decay, noise_scale, maximize) in enumerate(record.groups):
+def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) -> None:
+    """Updates in a row, as ZeroOrder._update makes them, in one pass over the weights of a group."""
+    unused = [set(record.unused) for record in records]
+    for number in range(header["groups"]):
         for device in {p.device for p in params}:
-            mine = [i for i, entry in enumerate(header["params"])
-                    if entry["group"] == number and i not in unused and params[i].device == device]  # fmt: skip
-            if not mine or not noise_scale:
+            mine = [i for i, e in enumerate(header["params"]) if e["group"] == number and params[i].device == device]
+            if not mine:
                 continue
-            torch.ops.pseuzo.add_noise_list_(
-                [params[i] for i in mine], record.seeds.to(device),
-                (record.coefs * (lr if maximize else -lr)).to(device),
-                [header["params"][i]["stream"] for i in mine], [1.0 - lr * weight_decay] * len(mine),
-                [noise_scale] * len(mine), header["noise"], header["rounding"] == "stochastic", record.rounding_seed,
-                torch.tensor([float(record.skipped)], dtype=torch.float32, device=device),
+            seeds, coefs, keeps, scales = [], [], [], []
+            for record, left_alone in zip(records, unused, strict=True):
+                lr, weight_decay, noise_scale, maximize = record.groups[number]
+                seeds.append(record.seeds)
+                coefs.append(record.coefs * (lr if maximize else -lr))
+                keeps += [1.0 if record.skipped else 1.0 - lr * weight_decay] * len(mine)
+                scales += [0.0 if i in left_alone else noise_scale for i in mine]
+            torch.ops.pseuzo.add_noise_steps_(
+                [params[i] for i in mine], torch.cat(seeds).to(device), torch.cat(coefs).to(device),
+                [len(record.seeds) for record in records], [header["params"][i]["stream"] for i in mine], keeps, scales,
+                header["noise"], header["rounding"] == "stochastic", [record.rounding_seed for record in records],
             )  # fmt: skip
