@@ -1,13 +1,16 @@
 """The demo through its command line, in a short form; its data; and the helpers it is made of."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from pseuzo.cli import main
-from pseuzo.data import Prompts, label_token_ids
+from pseuzo.data import label_token_ids
+from pseuzo.demo import build
 from pseuzo.demo import run as demo
+from pseuzo.tasks import load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,7 +32,7 @@ def test_demo_writes_what_it_promises(tmp_path):
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {p.suffix for p in (out / "model").iterdir()} <= {".json", ".safetensors"}
     model = AutoModelForCausalLM.from_pretrained(out / "model")
-    start = AutoModelForCausalLM.from_pretrained(demo.load_task().model_folder)
+    start = AutoModelForCausalLM.from_pretrained(demo.load().model_folder)
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), start.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(out / "model").padding_side == "left"
     assert "0.634" in result.output and "steps/s" in result.output
@@ -37,14 +40,14 @@ def test_demo_writes_what_it_promises(tmp_path):
 
 def test_demo_learns():
     """A third of the demo's steps with the noise on few weights: well above the start, whatever the machine."""
-    task = demo.load_task()
+    loaded = demo.load()
     method = next(m for m in demo.METHODS if m.name == "mezo-attention-out")
-    _, figures = demo.train(method, task, 120, 16, 0, torch.device("cpu"), lambda row: None)
+    _, figures = demo.train(method, loaded, 120, 16, 0, torch.device("cpu"), lambda row: None)
     assert figures["test_accuracy_after"] > 0.75
 
 
 def test_data_is_balanced_and_split_by_file():
-    folder = demo.load_task().model_folder.parent
+    folder = demo.load().model_folder.parent
     rows = {s: [json.loads(line) for line in (folder / f"{s}.jsonl").read_text().splitlines()]
             for s in ("train", "val", "test")}  # fmt: skip
     assert {s: len(r) for s, r in rows.items()} == {"train": 1000, "val": 400, "test": 1000}
@@ -74,31 +77,26 @@ def test_out_that_is_a_file(tmp_path):
 
 
 def test_label_words():
-    tokenizer = AutoTokenizer.from_pretrained(demo.load_task().model_folder)
-    assert label_token_ids(tokenizer, [" code", " prose"]) == demo.load_task().options
+    tokenizer = demo.load().tokenizer
+    assert label_token_ids(tokenizer, [" code", " prose"]) == demo.load().train.options
     with pytest.raises(ValueError, match="label word ' supercalifragilistic' is not one token"):
         label_token_ids(tokenizer, [" code", " supercalifragilistic"])
     with pytest.raises(ValueError, match="not different tokens"):
         label_token_ids(tokenizer, [" code", " code"])
-    rows = [{"text": "x", "label": "verse"}]
-    with pytest.raises(ValueError, match="label 'verse' has no label word; known: 'code', 'prose'"):
-        Prompts.encode(tokenizer, rows, "{text}", ["code", "prose"], 10)
-    with pytest.raises(ValueError, match="a row lacks the field 'text'"):
-        Prompts.encode(tokenizer, [{"label": "code"}], "{text}", ["code"], 10)
-    with pytest.raises(ValueError, match="the data set is empty"):
-        Prompts.encode(tokenizer, [], "{text}", ["code"], 10)
 
 
-def test_batches():
-    tokens = [[5] * n for n in range(1, 31)]
-    prompts = Prompts(tokens, torch.arange(30) % 3, pad=1)
-    batches = prompts.stratified(6, seed=1)
-    drawn = [next(batches) for _ in range(5)]
-    assert sorted(i for b in drawn for i in b) == list(range(30)), "every row once an epoch"
-    assert all(prompts.labels[b].bincount().tolist() == [2, 2, 2] for b in drawn)
-    again = prompts.stratified(6, seed=1)
-    assert drawn == [next(again) for _ in range(5)] and next(prompts.stratified(6, seed=2)) != drawn[0]
-    batch = prompts.batch([0, 3])
-    assert batch["input_ids"].tolist() == [[1, 1, 1, 5], [5, 5, 5, 5]]
-    assert batch["attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
-    assert sorted(i for b in prompts.by_length(7) for i in b) == list(range(30))
+def test_the_task_asks_what_the_model_was_made_for():
+    """build.py writes the cards that the model learned from; the task file is what runs ask."""
+    rows = [json.loads(line) for line in (Path(str(demo.ASSETS)) / "train.jsonl").read_text().splitlines()]
+    task = load_task("demo")
+    for row in rows[:50]:
+        example = task.example(row)
+        assert example.prompt == build.TEMPLATE.format(text=row["text"])
+        assert task.separator + example.golds[0] == build.LABEL_WORDS[row["label"]]
+
+
+def test_batches_are_whole_and_balanced():
+    data = demo.load().train
+    drawn = [next(it) for it in [demo.batches(data, 24, seed=1)] for _ in range(45)]
+    assert all(len(batch["labels"]) == 24 and abs(int(batch["labels"].sum()) - 12) <= 1 for batch in drawn)
+    assert len({int(i) for batch in drawn[:41] for i in batch["rows"]}) == 41 * 24, "an epoch repeats no line"

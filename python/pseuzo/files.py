@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer
@@ -15,16 +16,20 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def save_model(model: nn.Module, tokenizer_folder: Path, target: Path) -> None:
-    """A folder that Transformers loads: safetensors, config, and another folder's tokenizer if it has one.
+def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
+    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer.
 
-    Complete or not there.
+    tokenizer: one, or the folder of a model that may have one. Complete or not there.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"
         model.save_pretrained(new)
-        if any(Path(tokenizer_folder).glob("tokenizer*")):
-            AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(new)
+        if isinstance(tokenizer, str | Path):
+            found = any(Path(tokenizer).glob("tokenizer*"))
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer) if found else None
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if target.exists():
             target.rename(Path(scratch) / "old")
         new.rename(target)

@@ -29,12 +29,19 @@ QUERY_VALUE = (
 _log = logging.getLogger(__name__)
 
 
-def load_model(name_or_path: str | Path, *, dtype: str = "fp32", device: str | torch.device | None = None) -> tuple:
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "fp32",
+    device: str | torch.device | None = None,
+    need_tokenizer: bool = True,
+) -> tuple:
     """(model, tokenizer) of a causal LM: a name on the hub, a folder, or a folder of adapters that `peft` saved.
 
     dtype: "fp32", "fp16" or "bf16". device: cuda where there is one, unless given. Weights come from safetensors alone,
     and no code of the model's is run. The tokenizer pads on the left; one without a padding token pads with its end of
-    text. ValueError: no such model, no causal LM, pickled weights, missing weights, no tokenizer, no such device.
+    text; need_tokenizer False: None where there is none. ValueError: no such model, no causal LM, pickled weights,
+    missing ones, no tokenizer, no such device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -52,10 +59,12 @@ def load_model(name_or_path: str | Path, *, dtype: str = "fp32", device: str | t
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"load_model: {adapter} does not say which model the adapter is for") from None
-        model, tokenizer = load_model(base, dtype=dtype, device=where)
+        model, tokenizer = load_model(base, dtype=dtype, device=where, need_tokenizer=need_tokenizer)
         model = _load_adapter(model, name, folder)
         return model, _load_tokenizer(name, model) if any(folder.glob("tokenizer*")) else tokenizer
     model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
+    if not need_tokenizer and folder and not any(folder.glob("tokenizer*")):
+        return model, None
     return model, _load_tokenizer(name, model)
 
 

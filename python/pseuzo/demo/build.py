@@ -439,7 +439,6 @@ def save(
     tokenizer.save_pretrained(out / "model")
     _name_tokenizer_class(out / "model" / "tokenizer_config.json")
     (out / "NOTICE.md").write_text(NOTICE, encoding="utf-8")
-    _write_json(out / "task.json", {"template": TEMPLATE, "label_words": LABEL_WORDS})
     _write_json(out / "about.json", about)
     return about
 

@@ -4,12 +4,11 @@ Four ways from the same start, the same batches and the same number of forward p
 as tuned on the validation lines. What each of them does is in METHODS; what was measured is in the README.
 """
 
+import itertools
 import json
 import math
-import platform
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,20 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pseuzo.data import Prompts, label_token_ids
 from pseuzo.files import save_model, write_atomically
+from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
+from pseuzo.placement import place
+from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"
 EVALUATE_EVERY = 50  # steps
-MAX_LENGTH = 126  # tokens; the model has 128 positions
-
-
-def attention_out(model: nn.Module) -> list[nn.Parameter]:
-    """v_proj and out_proj weights of all layers but the first."""
-    return [p for name, p in model.named_parameters()
-            if name.endswith(("v_proj.weight", "out_proj.weight")) and ".layers.0." not in name]  # fmt: skip
+POSITIONS = 128  # tokens, of the model
 
 
 @dataclass
@@ -56,71 +51,44 @@ METHODS = (
     ),
     Method(
         "mezo-attention-out", "MeZO, noise on v_proj and out_proj only",
-        lambda model, seed: MeZO(attention_out(model), lr=3.5e-3, eps=5.2e-3, seed=seed, model=model),
+        lambda model, seed: MeZO(list(place(model, ["attention-out"])), lr=3.5e-3, eps=5.2e-3, seed=seed, model=model),
     ),
 )  # fmt: skip
 
 
 @dataclass
-class Task:
+class Demo:
+    """The embedded model's folder, and the lines as its tokens."""
+
     model_folder: Path
-    train: Prompts
-    val: Prompts
-    test: Prompts
-    options: list[int]
+    tokenizer: Any
+    train: TaskData
+    val: TaskData
+    test: TaskData
 
 
-def load_task() -> Task:
-    """The embedded data and the tokens of its label words."""
-    folder = Path(str(ASSETS))
-    task = json.loads((folder / "task.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    labels = list(task["label_words"])
-
-    def split(name: str) -> Prompts:
-        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        return Prompts.encode(tokenizer, rows, task["template"], labels, MAX_LENGTH)
-
-    options = label_token_ids(tokenizer, list(task["label_words"].values()))
-    return Task(folder / "model", split("train"), split("val"), split("test"), options)
+def load() -> Demo:
+    task = load_task("demo")
+    lines = task.load(train=1000, dev=400, test=1000)
+    folder = Path(str(ASSETS)) / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    parts = (TaskData(lines[part], task, tokenizer, max_length=POSITIONS) for part in ("train", "dev", "test"))
+    return Demo(folder, tokenizer, *parts)
 
 
-@torch.no_grad()
-def accuracy(objective: CausalLMObjective, prompts: Prompts, device: torch.device) -> float:
-    """Share of prompts whose own label word has the largest logit."""
-    objective.model.eval()
-    right = 0
-    for index in prompts.by_length(100):
-        batch = prompts.batch(index, device)
-        forward, _ = objective(batch)
-        right += int((objective.logits(forward())[:, -1].argmax(-1) == batch["labels"]).sum())
-    return right / len(prompts)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark starts anew
-        except OSError:
-            pass
-
-
-def _peak_mib(device: torch.device) -> float:
-    """CUDA: memory allocated on the GPU. CPU: resident memory of the process, libraries and interpreter included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def batches(data: TaskData, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Without end, epoch after epoch; whole ones only."""
+    sampler = data.sampler(size, seed)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for first in range(0, len(order) - size + 1, size):
+            yield data.collate([data[i] for i in order[first : first + size]])
 
 
 def train(
     method: Method,
-    task: Task,
+    demo: Demo,
     steps: int,
     batch_size: int,
     seed: int,
@@ -128,20 +96,20 @@ def train(
     log: Callable[[dict], None],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Fine-tune from the pretrained model; the model and its figures. log gets a row every EVALUATE_EVERY steps."""
-    _reset_peak(device)
-    model = AutoModelForCausalLM.from_pretrained(task.model_folder).to(device)
-    objective = CausalLMObjective(model, task.options)
+    reset_peak(device)
+    model = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
+    objective = CausalLMObjective(model, demo.train.options)
     optimizer = method.make(model, seed)
-    batches = task.train.stratified(batch_size, seed)
+    drawn = batches(demo.train, batch_size, seed)
     losses: list[Tensor] = []
     seconds = 0.0
     with tqdm(total=steps, desc=method.title, unit="step", mininterval=0.5) as bar:
         for step in range(1, steps + 1):
             started = time.perf_counter()
-            batch = task.train.batch(next(batches), device)
+            batch = {k: v.to(device) for k, v in next(drawn).items()}
             forward, head = objective(batch)
             if isinstance(optimizer, PseuZO):
-                loss = optimizer.step(forward, head, groups=batch["labels"] if method.grouped else None)
+                loss = optimizer.step(forward, head, groups=batch["groups"] if method.grouped else None)
             else:
                 loss = optimizer.step(lambda f=forward, h=head: h(f()))
             losses.append(loss)
@@ -149,7 +117,7 @@ def train(
                 mean = float(torch.stack(losses).mean())  # waits for the device
                 seconds += time.perf_counter() - started
                 losses.clear()
-                val = accuracy(objective, task.val, device)
+                val = evaluate(model, demo.val, batch_size=100)["accuracy"]
                 log({"method": method.name, "step": step, "seconds": round(seconds, 3), "loss": round(mean, 5),
                      "val_accuracy": val})  # fmt: skip
                 bar.set_postfix(loss=f"{mean:.3f}", val=f"{val:.3f}")
@@ -158,26 +126,15 @@ def train(
             bar.update()
     return model, {
         "title": method.title,
-        "test_accuracy_after": accuracy(objective, task.test, device),
+        "test_accuracy_after": evaluate(model, demo.test, batch_size=100)["accuracy"],
         "val_accuracy_after": val,
         "steps": steps,
         "steps_per_s": steps / seconds,
-        "peak_memory_mib": _peak_mib(device),
+        "peak_memory_mib": peak_memory(device),
         "skipped_steps": optimizer.skipped_steps,
         "lr": optimizer.param_groups[0]["lr"],
         "eps": optimizer.eps,
     }
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        name = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
-    except (OSError, IndexError):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -204,9 +161,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
     """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary."""
     out.mkdir(parents=True, exist_ok=True)
-    task = load_task()
-    pretrained = CausalLMObjective(AutoModelForCausalLM.from_pretrained(task.model_folder).to(device), task.options)
-    start = {name: accuracy(pretrained, getattr(task, name), device) for name in ("val", "test")}
+    demo = load()
+    pretrained = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
+    start = {part: evaluate(pretrained, getattr(demo, part), batch_size=100)["accuracy"] for part in ("val", "test")}
     del pretrained
     rows: list[dict] = []
     summary: dict[str, Any] = {
@@ -225,12 +182,12 @@ def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, d
             if method.name not in methods:
                 continue
             log({"method": method.name, "step": 0, "seconds": 0.0, "loss": None, "val_accuracy": start["val"]})
-            model, figures = train(method, task, steps, batch_size, seed, device, log)
+            model, figures = train(method, demo, steps, batch_size, seed, device, log)
             summary["methods"][method.name] = {"test_accuracy_before": start["test"], **figures}
             # chosen on the validation lines, the test lines are for the report
             if rows[-1]["val_accuracy"] > best[0]:
                 best = (rows[-1]["val_accuracy"], method.name)
-                save_model(model, task.model_folder, out / "model")
+                save_model(model, demo.tokenizer, out / "model")
     summary["saved_model"] = best[1]
     plot(rows, out / "curves.png")
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")

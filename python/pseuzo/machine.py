@@ -1,0 +1,44 @@
+"""What a run ran on, and the most memory it held."""
+
+import platform
+import resource
+from pathlib import Path
+
+import torch
+
+
+def hardware(device: torch.device | str) -> str:
+    """The name of the GPU, or of the CPU with the number of threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        name = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
+    except (OSError, IndexError):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """The peak counts from now on."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark starts anew
+    except OSError:
+        pass
+
+
+def peak_memory(device: torch.device | str) -> float:
+    """MiB. CUDA: allocated on the GPU. CPU: resident memory of the process, libraries and interpreter included."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,485 @@
+"""PseuZOTrainer: Transformers' Trainer with zeroth-order steps.
+
+    args = PseuZOTrainingArguments(output_dir="run", method="pseuzo", learning_rate=1e-7, max_steps=10_000)
+    PseuZOTrainer(model, args, train_dataset=data["train"], eval_dataset=data["dev"]).train()
+
+Hooks only: its loop, logging, callbacks, checkpoints and best-model selection are Transformers' own. A training step is
+the passes of optimizer.estimate(...); the Trainer's optimizer.step() applies the update.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pseuzo import placement
+from pseuzo.files import write_atomically
+from pseuzo.journal import Journal
+from pseuzo.objective import CausalLMObjective
+from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder
+from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
+from pseuzo.tasks import TaskData, evaluate, nondiff_loss
+from pseuzo.tuning import head_parameters
+
+METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")
+SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
+PLACEMENT_FILE = "noise_on.json"
+
+
+def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
+    """Forward passes a step; a backward pass counts as two of them. two_sided None: as is usual for the method."""
+    if method.startswith("fo-"):
+        return 3
+    if method == "pseuzo":
+        return 3 if two_sided else 2
+    return 1 + directions if two_sided is False else 2 * directions
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass
+class PseuZOTrainingArguments(TrainingArguments):
+    """Transformers' arguments and those of the zeroth-order methods. Units are steps unless said otherwise.
+
+    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant". The precision of a run is
+    that of the model's weights: fp16 and bf16 (mixed precision, for backward passes) are refused.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Transformers' schedule of the learning rate."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Reads the loss at every step: it waits."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the loss needs."})
+    method: str = field(default="pseuzo", metadata={"help": f"One of {', '.join(METHODS)}."})
+    eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
+    window: int = field(default=14, metadata={"help": "Entries of PseuZO's window, or of mezo-momentum's."})
+    momentum: float | None = field(
+        default=None, metadata={"help": "pseuzo: lambda, 1; mezo-momentum: 0.9; fo-sgd: 0, unless given."}
+    )
+    schedule: str = field(default="constant", metadata={"help": f"Of lambda: {', '.join(SCHEDULES)}."})
+    directions: int = field(default=1, metadata={"help": "Perturbations a step of mezo (q)."})
+    two_sided: bool | None = field(default=None, metadata={"help": "Default: mezo two-sided, pseuzo one-sided."})
+    noise: str = field(default="hadamard", metadata={"help": "hadamard, rademacher or normal."})
+    rounding: str = field(default="stochastic", metadata={"help": "Of 16-bit weights: stochastic or nearest."})
+    groups: str = field(
+        default="label", metadata={"help": "Which rows PseuZO's window pairs: label, row (as published), none (all)."}
+    )
+    noise_on: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={"help": "PATTERN[=SCALE] of parameter names, attention-out, last-half, all, or auto."},
+    )
+    scale_lr: bool = field(
+        default=False, metadata={"help": "Scale lr to noise_on: as much expected loss change as on all parameters."}
+    )
+    scale_eps: bool = field(default=False, metadata={"help": "Scale eps likewise."})
+    probe_forwards: int = field(default=300, metadata={"help": "Forward passes that measure where noise pays."})
+    clip_examples: float | None = field(
+        default=None, metadata={"help": "Clamp each example's projected gradient to this multiple of the median."}
+    )
+    head: str = field(default="frozen", metadata={"help": "An untied head under pseuzo: frozen, or exact (gradient)."})
+    head_lr: float | None = field(default=None, metadata={"help": "lr of head=exact. Default: 1000 times the lr."})
+    objective: str = field(
+        default="loss", metadata={"help": "loss, or metric: 1 - the task's metric, needs no derivative (mezo only)."}
+    )
+    journal: str | None = field(default=None, metadata={"help": "File that records each update, for pseuzo replay."})
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, METHODS)
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("groups", self.groups, ("label", "row", "none"))
+        _choice("head", self.head, ("frozen", "exact"))
+        _choice("objective", self.objective, ("loss", "metric"))
+        if self.momentum is None:
+            self.momentum = {"pseuzo": 1.0, "mezo-momentum": 0.9}.get(self.method, 0.0)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        super().__post_init__()
+        if self.zeroth_order:
+            self._refuse()
+        elif self.journal or self.clip_examples or self.objective != "loss" or self.scale_lr or self.scale_eps:
+            raise ValueError(
+                f"journal, clip_examples, objective=metric and scale_* need a zeroth-order method, not {self.method}"
+            )
+
+    @property
+    def zeroth_order(self) -> bool:
+        return not self.method.startswith("fo-")
+
+    def _refuse(self) -> None:
+        """What has no meaning, or another one, without a backward pass."""
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but {self.method} has no "
+                "gradients to accumulate; use a larger batch (it needs the memory of inference only), or directions > 1"
+            )
+        for name in ("fp16", "bf16"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is for mixed-precision backward passes; load the model in that dtype")
+        for name in ("deepspeed", "fsdp", "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size"):
+            if getattr(self, name, None):
+                raise ValueError(f"{name} does not go with {self.method}; leave it unset")
+        if self.n_gpu > 1 or self.world_size > 1:
+            raise ValueError(f"{self.method} runs on one GPU, {max(self.n_gpu, self.world_size)} were given; "
+                             "set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+        if self.clip_examples is not None and not self.clip_examples > 0:
+            raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
+        if self.objective == "metric" and self.method == "pseuzo":
+            raise ValueError("objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its head")
+        if self.directions != 1 and self.method == "pseuzo":
+            raise ValueError("directions is for mezo; pseuzo perturbs along one a step")
+        if self.head == "exact" and self.journal:
+            raise ValueError("a journal holds seeds and coefficients, not the exact gradients of head=exact")
+
+
+class _Watcher(TrainerCallback):
+    """Opens the journal when everything is loaded, and closes it."""
+
+    def __init__(self, trainer: "PseuZOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._stop()
+
+
+class PseuZOTrainer(Trainer):
+    """Fine-tunes a Transformers causal LM by forward passes alone; with method fo-* as the stock Trainer does.
+
+    train_dataset, eval_dataset: a pseuzo.tasks.TaskData (batches balanced by class, evaluation by the task's metric),
+    or any dataset whose collated batches have input_ids, attention_mask and labels [B, T], -100 where there is no loss.
+    objective: a callable batch -> (forward, head) in place of CausalLMObjective, for a loss of your own; with
+    clip_examples or mezo it also gets reduction="none" or "mean".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: PseuZOTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        objective: Callable | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, PseuZOTrainingArguments):
+            raise TypeError(f"PseuZOTrainer: args must be PseuZOTrainingArguments, got {type(args).__name__}")
+        data = next((d for d in (train_dataset, eval_dataset) if isinstance(d, TaskData)), None)
+        if data_collator is None and data is not None:
+            data_collator = data.collate
+        if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
+            raise ValueError("PseuZOTrainer: train_dataset is empty")
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        if objective is None:
+            objective = CausalLMObjective(self.model, data.options if data is not None else None)
+        self.objective = objective
+        self.zero_order: ZeroOrder | None = None
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made by the objective
+        self._journal: Journal | None = None
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._began, self._logged = time.perf_counter(), 0.0
+        self.add_callback(_Watcher(self))
+
+    # the optimizer
+
+    def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.zeroth_order:
+            self.optimizer = self.zero_order = self._make_optimizer()
+        elif self.optimizer is None:
+            args, where = self.args, placement.place(self.model, self.args.noise_on)
+            for p in self.model.parameters():
+                p.requires_grad_(p in where)
+            groups = placement.param_groups(self.model, where, lr=args.learning_rate, weight_decay=args.weight_decay)
+            if args.method == "fo-sgd":
+                self.optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+            else:
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+        return self.optimizer
+
+    def _make_optimizer(self) -> ZeroOrder:
+        args = self.args
+        where, lr, eps = self._placement()
+        groups = placement.param_groups(self.model, where, lr=lr, weight_decay=args.weight_decay)
+        common = dict(lr=lr, eps=eps, noise=args.noise, rounding=args.rounding, seed=args.seed, model=self.model)
+        if args.clip_examples is not None:
+            common["clip_examples"] = args.clip_examples
+        if args.method != "pseuzo":
+            momentum = {"momentum": args.momentum, "window": args.window} if args.method == "mezo-momentum" else {}
+            two_sided = args.two_sided is not False
+            return MeZO(groups, two_sided=two_sided, directions=args.directions, **momentum, **common)
+        head = [p for p in head_parameters(self.model) if p.requires_grad]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if not any(p is h for h in head)]
+        groups = [g for g in groups if g["params"]]
+        if not groups:
+            raise ValueError(
+                "method pseuzo: its perturbed passes end before the output head, and noise_on or the mode leaves "
+                "nothing else to train; use mezo, or fo-sgd or fo-adam for the head's exact gradient"
+            )
+        if head and args.head == "exact":
+            head_lr = args.head_lr if args.head_lr is not None else 1000 * lr
+            groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0, "exact_gradient": True})
+        return PseuZO(
+            groups, window=args.window, momentum=self._schedule(), two_sided=bool(args.two_sided), **common
+        )  # fmt: skip
+
+    def _schedule(self) -> Schedule:
+        args, steps = self.args, self._planned_steps()
+        if args.schedule == "linear":
+            return Linear(args.momentum, 0.0, steps)
+        if args.schedule == "cyclic-hyperbola":
+            return CyclicHyperbola.from_steps(steps, max(1, -(-len(self.train_dataset) // args.train_batch_size)))
+        return Constant(args.momentum)
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return int(self.args.num_train_epochs * -(-len(self.train_dataset) // self.args.train_batch_size))
+
+    def _placement(self) -> tuple[dict[nn.Parameter, float], float, float]:
+        """Where the noise goes, and lr and eps for it. What a probe found is kept in the output folder: a resumed run
+        must not look again."""
+        args = self.args
+        if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
+            return placement.place(self.model, args.noise_on), args.learning_rate, args.eps
+        file = Path(args.output_dir) / PLACEMENT_FILE
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(self.find_placement(), indent=1) + "\n")
+        decided = json.loads(file.read_text())
+        return placement.place(self.model, decided["noise_on"]), decided["lr"], decided["eps"]
+
+    def find_placement(self) -> dict[str, Any]:
+        """Where the noise goes (args.noise_on, or by a probe of the groups of weights if that is auto), lr and eps
+        (scaled if args say so), and the table that it was decided by. A few hundred forward passes, printed."""
+        args = self.args
+        where, lr, eps, table = list(args.noise_on), args.learning_rate, args.eps, []
+        how = "lr and eps as given"
+        if where == ["auto"]:
+            groups = placement.groups_of(self.model)
+            rows = self._probe(groups, args.probe_forwards, "probing where noise pays")
+            where = placement.choose(rows)
+            table = [asdict(row) | {"cost": row.cost, "chosen": row.name in where} for row in rows]
+            _print_probe(table)
+        everywhere = dict.fromkeys((p for p in self.model.parameters() if p.requires_grad), 1.0)
+        here = placement.place(self.model, where)
+        both = {"here": here} if here == everywhere else {"here": here, "everywhere": everywhere}
+        found = {row.name: row for row in self._probe(both, max(args.probe_forwards // 3, 10), "probing the curvature")}
+        if len(found) == 2 and (args.scale_lr or args.scale_eps):
+            scaled = placement.equal_change(lr, eps, found["everywhere"], found["here"])
+            lr, eps, how = scaled.lr if args.scale_lr else lr, scaled.eps if args.scale_eps else eps, scaled.how
+            print(f"noise on {', '.join(where)}: {how}; lr {lr:.3g}, eps {eps:.3g}", flush=True)
+        return {"noise_on": where, "lr": lr, "eps": eps, "how": how, "curvature": found["here"].cost[0],
+                "table": table}  # fmt: skip
+
+    def _probe(self, groups: dict, forwards: int, what: str) -> list[placement.Row]:
+        per_batch = 1 + 2 * len(groups)
+        n = max(3, forwards // per_batch)
+        with tqdm(total=n * per_batch, desc=what, unit="forward", disable=self.args.disable_tqdm, leave=False) as bar:
+            # per example, if they can be had: then the curvature need not be seen as a difference of differences
+            each = isinstance(self.objective, CausalLMObjective)
+            batches = [
+                self._closure(self._prepare_inputs(batch), {"reduction": "none"} if each else None)
+                for batch in islice(self.get_train_dataloader(), n)
+            ]
+            return placement.probe(
+                self.model, groups, batches, eps=self.args.eps, noise=self.args.noise, seed=self.args.seed,
+                progress=bar.update,
+            )  # fmt: skip
+
+    # a step
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.train_dataset, TaskData):
+            return self.train_dataset.sampler(self.args.train_batch_size, self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:  # and the Trainer's optimizer.step() applies what is estimated here
+        inputs = self._prepare_inputs(inputs)
+        self._count(inputs)
+        if not self.args.zeroth_order:
+            return super().training_step(model, inputs, num_items_in_batch)
+        optimizer, args = self.zero_order, self.args
+        if isinstance(optimizer, MeZO):
+            return optimizer.estimate(self._closure(inputs))
+        forward, head = self.objective(inputs, **self._reduction())
+        groups = inputs.get("groups") if args.groups == "label" else None
+        if args.groups == "none":
+            groups = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
+        return optimizer.estimate(forward, head, groups=groups, examples=inputs.get("examples"))
+
+    def _reduction(self) -> dict[str, str]:
+        return {} if self.args.clip_examples is None else {"reduction": "none"}
+
+    def _closure(self, inputs: dict[str, Any], reduction: dict[str, str] | None = None) -> Callable[[], Tensor]:
+        if self.args.objective == "metric":
+            if not isinstance(self.train_dataset, TaskData):
+                raise ValueError("objective=metric needs a TaskData as train_dataset: it knows the metric")
+            rows = inputs["rows"].tolist()
+            return lambda: nondiff_loss(self.model, self.train_dataset, rows)
+        forward, head = self.objective(inputs, **(self._reduction() if reduction is None else reduction))
+        return lambda: head(forward())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if return_outputs and self.compute_metrics is not None:  # those want the model's logits
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        forward, head = self.objective(inputs)
+        loss = head(forward())
+        return (loss, {}) if return_outputs else loss
+
+    # what is written
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not isinstance(data, TaskData):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self._not_training():
+            started = time.perf_counter()
+            figures = evaluate(self.model, data, batch_size=self.args.eval_batch_size)
+            metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
+            metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 4)
+            metrics |= self._spent(started)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _spent(self, now: float) -> dict[str, float]:
+        passes = forwards_per_step(self.args.method, self.args.directions, self.args.two_sided)
+        return {"forwards": self.state.global_step * passes, "train_seconds": round(now - self._began, 4)}
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Time spent in here is not counted as time of training."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - started
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        tokens = mask.sum() if mask is not None else inputs["input_ids"].numel()
+        if isinstance(tokens, Tensor) and self._tokens.device != tokens.device:
+            self._tokens = self._tokens.to(tokens.device)
+        self._tokens += tokens  # on the device: nobody waits
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            if self.args.zeroth_order:
+                logs.pop("grad_norm", None)  # there is no gradient
+                logs |= self._figures()
+            tokens, spent = int(self._tokens), self._spent(time.perf_counter())  # waits for the device
+            logs |= spent
+            logs["tokens_per_second"] = round(tokens / max(spent["train_seconds"] - self._logged, 1e-9), 1)
+            self._logged = spent["train_seconds"]
+            self._tokens.zero_()
+            if self.args.device.type == "cuda":
+                logs["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(self.args.device) / 2**20, 1)
+        super().log(logs, *args, **kwargs)
+
+    def _figures(self) -> dict[str, float]:
+        """Of the last step; reading them waits for the device, at logging steps only."""
+        stats = self.zero_order.stats
+        if not stats:
+            return {}
+        found = stats["projected_grad"]
+        figures = {
+            "projected_grad": float(found.float().pow(2).mean().sqrt() if found.numel() > 1 else found),
+            "momentum": float(stats["momentum"]), "window": int(stats["window"]),
+            "skipped_steps": self.zero_order.skipped_steps,
+        }  # fmt: skip
+        for dtype, ulps in self.zero_order.update_rms().items():  # below 1, rounding to nearest would lose it
+            figures[f"update_ulps_{dtype}"] = float(ulps)
+        return figures
+
+    # journal, checkpoints
+
+    def _start(self) -> None:
+        before = max((row.get("train_seconds", 0.0) for row in self.state.log_history), default=0.0)  # if resumed
+        self._began, self._logged = time.perf_counter() - before, before
+        self._tokens.zero_()
+        if self.args.journal and self.zero_order is not None:
+            self._journal = Journal(self.args.journal, self.zero_order)
+
+    def _stop(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'. True resumes from the newest complete checkpoint of output_dir: one whose writing was
+        interrupted is passed over."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}")
+        elif isinstance(resume_from_checkpoint, str) and not _complete(Path(resume_from_checkpoint)):
+            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint")
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stop()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if folder.exists():  # of an earlier try: no part of it may pass for a part of this one
+            shutil.rmtree(folder)
+        with self._not_training():
+            super()._save_checkpoint(*args, **kwargs)
+
+
+def _print_probe(table: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="Where noise pays: slope^2 / curvature, by group of weights")
+    for column in ("group", "weights", "slope^2", "curvature", "ratio", "noise"):
+        shown.add_column(column, justify="left" if column == "group" else "right")
+    for row in table:
+        cost, error = row["cost"]
+        ratio = f"{row['slope2'] / cost:.2g}" if cost > 0 else "-"
+        shown.add_row(
+            row["name"], f"{row['parameters']:.0f}", f"{row['slope2']:.3g} ± {row['slope2_error']:.1g}",
+            f"{cost:.3g} ± {error:.1g}", ratio, "yes" if row["chosen"] else "",
+        )  # fmt: skip
+    Console().print(shown)
+
+
+def _complete(folder: Path) -> bool:
+    """Transformers writes trainer_state.json last: a checkpoint is whole if that one is."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.split("-")[-1].isdigit()]
+    complete = [f for f in found if _complete(f)]
+    return str(max(complete, key=lambda f: int(f.name.split("-")[-1]))) if complete else None

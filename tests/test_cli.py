@@ -1,0 +1,336 @@
+"""The command line: what runs write, that they can be resumed and replayed, and what is refused, with exit code 2."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from pseuzo.cli import main
+from pseuzo.journal import JournalError, read_journal
+from pseuzo.runs import model_path
+from pseuzo.trainer import last_checkpoint
+from safetensors.torch import load_file
+
+SMALL = ["--model", "demo", "--task", "demo", "--train-size", "48", "--dev-size", "24", "--test-size", "24",
+         "--batch-size", "6", "--eval-batch-size", "24", "--device", "cpu", "--quiet"]  # fmt: skip
+ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
+
+
+def pseuzo(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    if result.exit_code != code:
+        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
+    return result.output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+METHODS = {
+    "pseuzo": ["--groups", "label"],
+    "pseuzo, published": ["--groups", "row", "--schedule", "cyclic-hyperbola"],
+    "mezo": ["--directions", "2", "--one-sided"],
+    "mezo-momentum": ["--window", "3", "--momentum", "0.7"],
+    "fo-sgd": ["--momentum", "0.5"],
+    "fo-adam": [],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_train_writes_a_run(tmp_path, name):
+    method = name.split(",")[0]
+    out = tmp_path / "run"
+    rate = ["--lr", "1e-3"] if method.startswith("fo-") else [*ZERO_ORDER, "--clip-examples", "2"]
+    text = pseuzo("train", *SMALL, "--method", method, "--steps", 5, *rate, *METHODS[name], "--output", out)
+    assert "accuracy" in text
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 5 and 0 <= results["test"]["accuracy"] <= 1
+    passes = {"pseuzo": 2, "mezo": 3, "mezo-momentum": 2}.get(method, 3)
+    assert results["forwards"] == 5 * passes
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["method"] == method and config["eval_every"] == 1
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    logged = [row for row in results["history"] if "loss" in row]
+    assert len(logged) == 5 and all(row["tokens_per_second"] > 0 for row in logged)
+    if not method.startswith("fo-"):
+        assert {"projected_grad", "momentum", "window", "skipped_steps", "update_ulps_float32"} <= logged[-1].keys()
+    start = weights(Path(model_path("demo")))
+    assert any(not torch.equal(p, start[n]) for n, p in weights(out / "model").items() if n in start)
+    again = tmp_path / "again"  # the resolved settings make the same run
+    pseuzo("train", "--config", out / "config.yaml", "--output", again)
+    assert_same_weights(out / "model", again / "model")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_journal_of_a_run_replays_to_its_weights(tmp_path, dtype):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    pseuzo("train", *SMALL, *ZERO_ORDER, "--dtype", dtype, "--steps", 7, "--keep", "last", "--journal", journal,
+           "--weight-decay", "0.1", "--output", out)  # fmt: skip
+    pseuzo("replay", "--base", model_path("demo"), "--journal", journal, "--output", tmp_path / "replayed")
+    assert_same_weights(out / "model", tmp_path / "replayed")
+    pseuzo("replay", "--base", out / "model", "--journal", journal, "--output", tmp_path / "other", code=2)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("mode, method", [("lora", "pseuzo"), ("prefix", "mezo"), ("head", "mezo")])
+def test_modes_train_replay_and_load_again(tmp_path, mode, method):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    pseuzo("train", *SMALL, "--method", method, "--mode", mode, "--lr", "1e-3", "--steps", 4, "--keep", "last",
+           "--journal", journal, "--output", out)  # fmt: skip
+    pseuzo("replay", "--base", out / "start", "--journal", journal, "--output", tmp_path / "replayed")
+    name = "model.safetensors" if mode == "head" else "adapter_model.safetensors"
+    start, end, again = (load_file(d / name) for d in (out / "start", out / "model", tmp_path / "replayed"))
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+    assert all(torch.equal(again[k], end[k]) for k in end)
+    figures = json.loads(pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet"))
+    results = json.loads((out / "results.json").read_text())
+    assert figures["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
+
+
+def _start(args: list[str]) -> None:
+    torch.set_num_threads(1)
+    main(args, standalone_mode=True)
+
+
+def _killed(args: list[str], when) -> None:
+    """Runs the command in a process that is killed as soon as when() is true."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pseuzo.runs"])
+    process = context.Process(target=_start, args=(args,))
+    process.start()
+    until = time.monotonic() + 120
+    while not when():
+        assert process.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _run(args: list[str]) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pseuzo.runs"])
+    process = context.Process(target=_start, args=(args,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
+    base = ["train", *SMALL, *ZERO_ORDER, "--method", method, "--steps", "30", "--keep", "last", "--eval-every", "0",
+            "--save-every", "4", "--dtype", "bf16", "--window", "5", "--lr-scheduler", "linear"]  # fmt: skip
+    whole, journal = tmp_path / "whole", tmp_path / "whole.pzj"
+    _run([*base, "--output", str(whole), "--journal", str(journal)])
+    out, again = tmp_path / "killed", tmp_path / "killed.pzj"
+    args = [*base, "--output", str(out), "--journal", str(again)]
+
+    def made(steps: int):
+        def there() -> bool:
+            try:
+                return sum(1 for _ in read_journal(again)[1]) >= steps
+            except (OSError, JournalError):  # not there yet, or only in part
+                return False
+
+        return there
+
+    def writing(step: int):  # in the middle of a checkpoint
+        folder = out / f"checkpoint-{step}"
+        return lambda: (folder / "model.safetensors").exists() and not (folder / "trainer_state.json").exists()
+
+    _killed(args, made(9))
+    for when in (made(18), writing(24)):
+        assert last_checkpoint(out) is not None
+        _killed([*args, "--resume"], when)
+    _run([*args, "--resume"])
+    assert_same_weights(whole / "model", out / "model")
+    assert again.read_bytes() == journal.read_bytes()
+
+
+def test_interrupted_checkpoint_is_passed_over(tmp_path):
+    out = tmp_path / "run"
+    pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 6, "--eval-every", 0, "--save-every", 2, "--keep", "last",
+           "--output", out)  # fmt: skip
+    assert last_checkpoint(out).endswith("checkpoint-6")
+    state = out / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert last_checkpoint(out).endswith("checkpoint-4")
+
+
+def test_eval_shots_and_output(tmp_path):
+    common = [*SMALL[:4], "--test-size", 24, "--device", "cpu", "--quiet"]
+    zero = json.loads(pseuzo("eval", *common, "--output", tmp_path / "eval.json"))
+    assert json.loads((tmp_path / "eval.json").read_text()) == zero and zero["shots"] == 0
+    few = json.loads(pseuzo("eval", *common, "--shots", 3))
+    assert few["shots"] == 3 and few["test"]["loss"] != zero["test"]["loss"]
+
+
+def test_plot_overlays_runs(tmp_path):
+    for seed in (0, 1):
+        pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 2, "--seed", seed, "--output", tmp_path / f"run{seed}")
+    png = tmp_path / "both.png"
+    pseuzo("plot", tmp_path / "run0", tmp_path / "run1", "--output", png)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    assert "not the folder of a finished run" in pseuzo("plot", tmp_path / "empty", code=2)
+
+
+def test_compare_runs_methods_for_equal_forwards(tmp_path):
+    out = tmp_path / "compared"
+    args = ["compare", *SMALL[:-1], "--methods", "mezo:lr=2e-4,directions=2", "--methods", "fo-adam:lr=1e-3",
+            "--seeds", 1, "--forwards", 24, "--output", out]  # fmt: skip
+    text = pseuzo(*args)
+    assert "mezo" in text and "fo-adam" in text
+    summary = json.loads((out / "compare.json").read_text())
+    rows = summary["methods"]
+    assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam:lr=1e-3"]["steps"] == 8
+    assert all(row["forwards"] == 24 and row["peak_memory_mib"] > 0 for row in rows.values())
+    assert (out / "table.md").read_text().count("|\n") == 4 and (out / "compare.png").exists()
+    before = time.monotonic()
+    pseuzo(*args)  # finished runs are not run again
+    assert time.monotonic() - before < 5
+
+
+def test_lr_auto_searches_and_says_what_it_found(tmp_path):
+    out = tmp_path / "run"
+    text = pseuzo("train", *SMALL, "--method", "mezo", "--lr", "auto", "--steps", 20, "--output", out)
+    found = json.loads((out / "lr.json").read_text())
+    assert len(found["trials"]) >= 5 and text.count("dev loss") == len(found["trials"])
+    best = min(found["trials"], key=found["trials"].get)
+    assert float(best) == found["chosen"]["lr"] == json.loads((out / "results.json").read_text())["lr"]
+
+
+def test_noise_on_auto_saves_its_table(tmp_path):
+    out = tmp_path / "run"
+    text = pseuzo("train", *SMALL, "--method", "mezo", "--noise-on", "auto", "--steps", 3, "--output", out)
+    decided = json.loads((out / "noise_on.json").read_text())
+    assert decided["noise_on"] and decided["table"] and decided["lr"] != 1e-7
+    assert all(row["name"] in text for row in decided["table"])
+
+
+REFUSED = {
+    "unknown task": (["--task", "sst3"], "sst3"),
+    "lr zero": (["--lr", "0"], "lr"),
+    "lr negative": (["--lr", "-1"], "lr"),
+    "lr not a number": (["--lr", "fast"], "fast"),
+    "no such model": (["--model", "./no/such/folder"], "no/such/folder"),
+    "unknown placement": (["--noise-on", "no_such_layer"], "no_such_layer"),
+    "unknown device": (["--device", "cuda:99"], "cuda:99"),
+    "keep best without evaluation": (["--eval-every", "0", "--keep", "best"], "--keep"),
+    "metric under pseuzo": (["--objective", "metric"], "objective"),
+    "journal of a first-order run": (["--method", "fo-sgd", "--journal", "j.pzj"], "journal"),
+    "directions under pseuzo": (["--directions", "2"], "directions"),
+    "head under pseuzo": (["--mode", "head"], "fo-adam"),
+    "no step": (["--steps", "0"], "steps"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals_are_one_sentence_and_exit_code_2(tmp_path, what):
+    args, word = REFUSED[what]
+    out = tmp_path / "run"
+    text = pseuzo("train", *SMALL, *args, "--output", out, code=2)
+    error = text.strip().splitlines()[-1]
+    assert error.startswith("Error: ") and word in error and "Traceback" not in text
+    assert not out.exists() or not any(out.glob("model*"))
+
+
+def test_refuses_a_folder_that_is_not_empty_and_loses_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert "not empty" in pseuzo("train", *SMALL, "--output", tmp_path / "run", code=2)
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_refuses_a_pickle(tmp_path):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for file in Path(model_path("demo")).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save(weights(Path(model_path("demo"))), folder / "pytorch_model.bin")
+    text = pseuzo("train", *SMALL, "--model", folder, "--output", tmp_path / "run", code=2)
+    assert "safetensors" in text
+
+
+def test_refuses_a_config_with_an_unknown_option(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: demo\ntask: demo\nlearning_rat: 1\n")
+    assert "learning_rat" in pseuzo("train", "--config", config, "--output", tmp_path / "run", code=2)
+    config.write_text("- model\n")
+    assert "option: value" in pseuzo("train", "--config", config, "--output", tmp_path / "run", code=2)
+    config.write_text("steps: many\nmodel: demo\ntask: demo\n")
+    assert "many" in pseuzo("train", "--config", config, "--output", tmp_path / "run", code=2)
+
+
+OWN = """
+name: own
+kind: classification
+data: rows.jsonl
+prompt: "{{ text }} It is"
+label: label
+labels: {0: bad, 1: good}
+"""
+ROWS = [{"text": f"line {i}", "label": i % 2} for i in range(60)]
+BAD_TASKS = {
+    "missing column": (OWN.replace("{{ text }}", "{{ sentence }}"), ROWS, [], "sentence"),
+    "label without a word": (OWN, [*ROWS, {"text": "x", "label": 7}], [], "7"),
+    "label word of several tokens": (OWN.replace("good", "supercalifragilistic"), ROWS, ["--train-on", "label-words"],
+                                     "not one token"),
+    "empty data": (OWN, [], [], "empty"),
+    "answer longer than the model": (OWN.replace("good", "very " * 300 + "good"), ROWS, [], "leaves no room"),
+    "unknown key": (OWN + "verbalizer: x\n", ROWS, [], "verbalizer"),
+    "not YAML": ("name: [own", ROWS, [], "task.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_TASKS)
+def test_a_bad_task_is_refused_in_one_sentence(tmp_path, what):
+    text, rows, args, word = BAD_TASKS[what]
+    (tmp_path / "task.yaml").write_text(text)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = pseuzo("train", *SMALL[:2], "--task", tmp_path / "task.yaml", *args, "--train-size", 20, "--dev-size", 10,
+                    "--test-size", 30, "--device", "cpu", "--output", tmp_path / "run", code=2)  # fmt: skip
+    error = output.strip().splitlines()[-1]
+    assert error.startswith("Error: ") and word in error and "Traceback" not in output
+
+
+def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
+    (tmp_path / "task.yaml").write_text(OWN)
+    rows = [row | {"text": "long " * 300 + row["text"]} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pseuzo("train", *SMALL[:2], "--task", tmp_path / "task.yaml", "--train-size", 20, "--dev-size", 10, "--test-size",
+           30, "--device", "cpu", "--quiet", "--steps", 2, "--method", "mezo", "--output",
+           tmp_path / "run")  # fmt: skip
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["examples"] == 30
+
+
+def test_generation_is_trained_and_scored_by_f1(tmp_path):
+    """A task in the public schema of SQuAD, trained on the answers' tokens and on F1 itself."""
+    rows = [{"context": f"The {c} is {n}.", "question": f"What is the {c}?",
+             "answers": {"text": [n], "answer_start": [0]}}
+            for c, n in zip(["code", "file", "name"] * 14, ["short", "open", "long"] * 14, strict=True)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method, args in (("pseuzo", []), ("mezo", ["--objective", "metric", "--eps", "0.05"])):
+        out = tmp_path / method
+        pseuzo("train", *SMALL[:2], "--task", "squad", "--data", tmp_path / "rows.jsonl", "--train-size", 12,
+               "--dev-size", 6, "--test-size", 6, "--device", "cpu", "--quiet", "--steps", 2, "--batch-size", 4,
+               "--method", method,
+               "--eval-every", 2, *args, "--output", out)  # fmt: skip
+        test = json.loads((out / "results.json").read_text())["test"]
+        assert {"f1", "em", "loss"} <= test.keys() and 0 <= test["em"] <= test["f1"] <= 1
