@@ -210,9 +210,11 @@ def test_lr_auto_searches_and_says_what_it_found(tmp_path):
     out = tmp_path / "run"
     text = pseuzo("train", *SMALL, "--method", "mezo", "--lr", "auto", "--steps", 20, "--output", out)
     found = json.loads((out / "lr.json").read_text())
-    assert len(found["trials"]) >= 5 and text.count("dev loss") == len(found["trials"])
-    best = min(found["trials"], key=found["trials"].get)
-    assert float(best) == found["chosen"]["lr"] == json.loads((out / "results.json").read_text())["lr"]
+    trials = {float(rate): loss for rate, loss in found["trials"].items()}
+    assert len(trials) >= 3 and text.count("dev loss") == len(trials)
+    largest = max(rate for rate, loss in trials.items() if loss < 1.05 * found["start"])
+    best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get)  # what a long run survives
+    assert found["chosen"]["lr"] == best == json.loads((out / "results.json").read_text())["lr"]
 
 
 def test_noise_on_auto_saves_its_table(tmp_path):

@@ -477,7 +477,7 @@ def widen_tokenizer(folder):
     (lambda f: T5Config().save_pretrained(f), "is no causal language model but a t5"),
     (lambda f: [p.unlink() for p in f.glob("*token*")], "has no tokenizer; save"),
     (widen_tokenizer, "has 2548 tokens, its model only 2048 embeddings"),
-], ids=str)  # fmt: skip
+], ids=lambda x: x if isinstance(x, str) else x.__name__)  # fmt: skip
 def test_folders_that_do_not_load(tmp_path, do, sentence):
     folder = folder_of(tmp_path)
     do(folder)

@@ -247,7 +247,6 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
 @HOW
 @option(
     "--methods",
-    "compared",
     multiple=True,
     metavar="NAME[:KEY=VALUE,...]",
     help="A method with settings of its own, as in mezo:lr=4e-4 or pseuzo:lr=1e-4,groups=row; repeat. "
@@ -256,10 +255,8 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
 @option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each method.")
 @option("--forwards", type=click.IntRange(min=4), default=1200, help="Forward passes of each run; a backward is two.")
 @option("--output", type=FOLDER, required=True, help="Folder; finished runs in it are not run again.")
-@click.pass_context
 @plainly
-def compare(context: click.Context, methods: tuple[str, ...], seeds: int, forwards: int, output: Path,
-            **settings: Any) -> None:  # fmt: skip
+def compare(methods: tuple[str, ...], seeds: int, forwards: int, output: Path, **settings: Any) -> None:
     """Run methods side by side for equal forward passes, and print what each reached, in equal time too.
 
     \b

@@ -108,6 +108,8 @@ class PseuZOTrainingArguments(TrainingArguments):
             self.momentum = {"pseuzo": 1.0, "mezo-momentum": 0.9}.get(self.method, 0.0)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.accelerator_config is None and self.dataloader_pin_memory and torch.cuda.is_available():
+            self.accelerator_config = {"non_blocking": True}  # a step must not wait for its batch to be copied
         super().__post_init__()
         if self.zeroth_order:
             self._refuse()
