@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/pseuzo demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
