@@ -29,6 +29,10 @@ def pseuzo(*args: object, code: int = 0) -> str:
     return result.output
 
 
+def _last_json(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])  # after what was warned of
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -96,7 +100,7 @@ def test_modes_train_replay_and_load_again(tmp_path, mode, method):
     start, end, again = (load_file(d / name) for d in (out / "start", out / "model", tmp_path / "replayed"))
     assert any(not torch.equal(start[k], end[k]) for k in start)
     assert all(torch.equal(again[k], end[k]) for k in end)
-    figures = json.loads(pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet"))
+    figures = _last_json(pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet"))
     results = json.loads((out / "results.json").read_text())
     assert figures["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
 
@@ -162,21 +166,102 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
     assert again.read_bytes() == journal.read_bytes()
 
 
-def test_interrupted_checkpoint_is_passed_over(tmp_path):
+@pytest.mark.parametrize("damage", ["state cut", "weights cut", "optimizer cut", "optimizer gone"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
     out = tmp_path / "run"
     pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 6, "--eval-every", 0, "--save-every", 2, "--keep", "last",
            "--output", out)  # fmt: skip
     assert last_checkpoint(out).endswith("checkpoint-6")
-    state = out / "checkpoint-6" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
+    file = {"state": "trainer_state.json", "weights": "model.safetensors", "optimizer": "optimizer.pt"}[
+        damage.split()[0]
+    ]
+    whole = (out / "checkpoint-6" / file).read_bytes()
+    (out / "checkpoint-6" / file).unlink()
+    if damage.endswith("cut"):
+        (out / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
     assert last_checkpoint(out).endswith("checkpoint-4")
+
+
+def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 5, "--save-every", 5, "--keep", "last", "--journal", journal,
+            "--lr-scheduler", "linear", "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    results = json.loads((out / "results.json").read_text())
+    assert results["lr"] == 2e-4, "the rate it began with"
+    (out / "results.json").unlink()  # killed while the test rows were evaluated
+    pseuzo(*args, "--resume")
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert journal.read_bytes() == recorded
+    again = json.loads((out / "results.json").read_text())
+    assert again["steps"] == 5 and again["test"] == results["test"] and again["lr"] == 2e-4
+
+
+def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 0, "--keep", "last", "--journal", journal,
+            "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    assert "no checkpoint yet" in pseuzo(*args, "--resume")
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert journal.read_bytes() == recorded
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 2, "--keep", "last", "--output", out]
+    pseuzo(*args)
+    config = (out / "config.yaml").read_text()
+    for other in (["--lr", "1e-4"], ["--batch-size", "4"], ["--method", "mezo"], ["--window", "3"], ["--seed", "7"],
+                  ["--noise-on", "last-half"]):  # fmt: skip
+        text = pseuzo(*args, *other, "--resume", code=2)
+        assert other[0].strip("-").replace("-", "_") in text.splitlines()[-1] and "own settings" in text
+    assert (out / "config.yaml").read_text() == config
+    pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+
+
+def test_a_refused_try_does_not_block_the_next(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, "--steps", 2, "--output", out, "--method", "mezo"]
+    pseuzo(*args, "--noise-on", "no_such_layer", code=2)
+    text = pseuzo(*args, "--noise-on", "attention-out", "--resume")
+    assert "no run to resume" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "not the folder of a run" in pseuzo(*args[:-4], "--output", tmp_path / "mine", "--resume", code=2)
+
+
+def test_a_step_that_is_skipped_does_not_spoil_the_curves(tmp_path):
+    out = tmp_path / "run"
+    pseuzo("train", *SMALL, "--method", "mezo", "--dtype", "fp16", "--lr", "80", "--steps", 6, "--eval-every", 0,
+           "--keep", "last", "--output", out)  # fmt: skip
+    text = (out / "results.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    results = json.loads(text)
+    assert results["skipped_steps"] > 0 and results["test"]["accuracy"] == 0, "what is not finite is not right"
+    losses = [row["loss"] for row in results["history"] if "loss" in row]
+    assert losses[0] is not None and len(losses) == 6
+
+
+def test_prefix_adapters_are_evaluated_at_the_length_that_is_left(tmp_path):
+    (tmp_path / "task.yaml").write_text(OWN)
+    rows = [row | {"text": "long " * 300 + row["text"]} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["--train-size", 20, "--dev-size", 10, "--test-size", 30, "--quiet"]
+    common = ["--task", tmp_path / "task.yaml", *sizes]
+    pseuzo("train", "--model", "demo", *common, "--steps", 1, "--mode", "prefix", "--output", tmp_path / "run")
+    scored = _last_json(pseuzo("eval", "--model", tmp_path / "run" / "model", *common))
+    assert scored["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"], "the same rows"
 
 
 def test_eval_shots_and_output(tmp_path):
     common = [*SMALL[:4], "--test-size", 24, "--device", "cpu", "--quiet"]
-    zero = json.loads(pseuzo("eval", *common, "--output", tmp_path / "eval.json"))
+    zero = _last_json(pseuzo("eval", *common, "--output", tmp_path / "eval.json"))
     assert json.loads((tmp_path / "eval.json").read_text()) == zero and zero["shots"] == 0
-    few = json.loads(pseuzo("eval", *common, "--shots", 3))
+    few = _last_json(pseuzo("eval", *common, "--shots", 3))
     assert few["shots"] == 3 and few["test"]["loss"] != zero["test"]["loss"]
 
 
@@ -192,18 +277,22 @@ def test_plot_overlays_runs(tmp_path):
 
 def test_compare_runs_methods_for_equal_forwards(tmp_path):
     out = tmp_path / "compared"
-    args = ["compare", *SMALL[:-1], "--methods", "mezo:lr=2e-4,directions=2", "--methods", "fo-adam:lr=1e-3",
-            "--seeds", 1, "--forwards", 24, "--output", out]  # fmt: skip
+    args = ["compare", *SMALL[:-1], "--methods", "mezo:lr=2e-4,directions=2", "--methods", "fo-adam", "--seeds", 2,
+            "--forwards", 24, "--output", out]  # fmt: skip
     text = pseuzo(*args)
     assert "mezo" in text and "fo-adam" in text
     summary = json.loads((out / "compare.json").read_text())
     rows = summary["methods"]
-    assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam:lr=1e-3"]["steps"] == 8
-    assert all(row["forwards"] == 24 and row["peak_memory_mib"] > 0 for row in rows.values())
+    assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam"]["steps"] == 8
+    assert all(row["forwards"] == 24 and row["peak_memory_mib"] > 0 and len(row["test"]) == 2 for row in rows.values())
     assert (out / "table.md").read_text().count("|\n") == 4 and (out / "compare.png").exists()
+    searched = list((out / "runs").glob("fo-adam*/lr.json"))
+    assert len(searched) == 1, "the rate is searched for with the first seed alone"
     before = time.monotonic()
     pseuzo(*args)  # finished runs are not run again
     assert time.monotonic() - before < 5
+    text = pseuzo(*args, "--batch-size", 3, code=2)  # but only if they are the same runs
+    assert "batch_size 6, not 3" in text
 
 
 def test_lr_auto_searches_and_says_what_it_found(tmp_path):
@@ -319,7 +408,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
     pseuzo("train", *SMALL[:2], "--task", tmp_path / "task.yaml", "--train-size", 20, "--dev-size", 10, "--test-size",
            30, "--device", "cpu", "--quiet", "--steps", 2, "--method", "mezo", "--output",
            tmp_path / "run")  # fmt: skip
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["examples"] == 30
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["examples"] == 24  # two fifths at most
 
 
 def test_generation_is_trained_and_scored_by_f1(tmp_path):

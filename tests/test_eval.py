@@ -101,6 +101,25 @@ def test_any_accepted_option_is_right(tokenizer):
     assert evaluate(model, data)["accuracy"] == 0.5
 
 
+def test_scores_that_are_not_finite_are_never_right(tokenizer):
+    """argmax takes a NaN for the largest: a diverged model would be right whenever the first option is."""
+    words = Task(name="w", kind="classification", prompt="{{ q }}", label="a", labels={0: "x", 1: "y"})
+    examples = [Example("a =", ("x", "y"), a, ("xy"[a],)) for a in (0, 1, 0)] + [Example("a :", ("x", "y"), 0, ("x",))]
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        model = model_of(tokenizer, " = x", " : x")
+        ids = tokenizer(" =", add_special_tokens=False)["input_ids"]
+        both = []
+        for train_on in ("label-words", "options"):
+            data = TaskData(examples, words, tokenizer, max_length=60, train_on=train_on)
+            assert evaluate(model, data)["accuracy"] == 0.75
+            both.append(data)
+        with torch.no_grad():
+            model.embed.weight[ids[0], ids[0]] = broken  # so are all logits after " ="
+        for data in both:
+            assert evaluate(model, data)["accuracy"] == 0.25
+            assert float(nondiff_loss(model, data, [0, 1, 2])) == 1.0
+
+
 def test_ragged_options(tokenizer):
     model = model_of(tokenizer, " = x")
     examples = [Example("a =", ("y", "x"), 1, ("x",)), Example("a =", ("z", "y", "w", "x"), 0, ("z",)),

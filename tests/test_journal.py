@@ -116,6 +116,47 @@ def test_going_back_to_a_checkpoint_cuts_what_came_after(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
 
 
+def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
+    path, base, _, _ = journal_of(tmp_path)
+    whole = path.read_bytes()
+    for fresh in (copy.deepcopy(base), causal_lm("opt")):
+        with pytest.raises(JournalError, match=r"run.pzj holds 4 step\(s\) already, .*; choose a new file"):
+            Journal(path, MAKERS["pseuzo"](fresh))
+    assert path.read_bytes() == whole
+    # without a record: gone on with by the run that began it, and by no other
+    empty = whole[: 16 + int.from_bytes(whole[8:12], "little")]
+    for tail in (b"", whole[len(empty) : len(empty) + 20]):
+        path.write_bytes(empty + tail)
+        other = copy.deepcopy(base)
+        with torch.no_grad():
+            next(other.parameters()).view(-1)[3] += 1
+        with pytest.raises(JournalError, match="is the journal of a run from other weights; choose a new file"):
+            Journal(path, MAKERS["pseuzo"](other))
+        assert path.read_bytes() == empty + tail
+        model = copy.deepcopy(base)
+        opt = MAKERS["pseuzo"](model)
+        with Journal(path, opt):
+            train(opt, model, range(4))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("header, sentence", [
+    (b"\xff{", "the header cannot be read"), (b'{"version": 1', "the header cannot be read"),
+    (b"[1]", "the header cannot be read"), (b"{}", "the header cannot be read"),
+    (b'{"version": 1}', "the header lacks 'noise'"),
+])  # fmt: skip
+def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
+    path = tmp_path / "x.pzj"
+    path.write_bytes(journal.MAGIC + journal._part(header))
+    model = causal_lm("opt")
+    for call in (lambda: read_journal(path), lambda: replay(path, model), lambda: Journal(path, MeZO(model))):
+        with pytest.raises(JournalError, match=f"x.pzj: {sentence}"):
+            call()
+    for payload in (b"short", journal.Record(3, 0, False, [], [7], torch.tensor([1]), torch.ones(1)).pack()[:-1]):
+        with pytest.raises(JournalError, match="bytes where"):
+            journal.Record.unpack(payload)
+
+
 def test_what_is_refused(tmp_path):
     path, base, trained, _ = journal_of(tmp_path)
     whole = path.read_bytes()
@@ -144,6 +185,11 @@ def test_what_is_refused(tmp_path):
     late._step = 9
     with pytest.raises(JournalError, match="ends before step 4, the optimizer goes on with step 9"):
         Journal(path, late)
+    header = read_journal(path)[0] | {"first_step": 7}
+    early = tmp_path / "early"
+    early.write_bytes(journal.MAGIC + journal._part(json.dumps(header).encode()))
+    with pytest.raises(JournalError, match="begins with step 7, the optimizer goes on with step 0"):
+        Journal(early, MAKERS["pseuzo"](copy.deepcopy(base)))
     with pytest.raises(ValueError, match="bare fp32 parameters"):
         Journal(tmp_path / "new", MeZO(base.parameters()))
     assert path.read_bytes() == whole and not (tmp_path / "new").exists()

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import KINDS, VOCAB, batch_of, causal_lm
+from models import ALL_KINDS, KINDS, VOCAB, batch_of, causal_lm
 from pseuzo import CausalLMObjective, PseuZO, perturbed
-from pseuzo.objective import loss_positions, rows_of_options
+from pseuzo.objective import loss_positions, rows_of_options, with_positions
+from pseuzo.tuning import tune
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM
 
 OPTIONS = [17, 4, 900]
 
@@ -273,6 +274,48 @@ def test_a_planned_batch_makes_nothing_wait():
     with Waits() as waits:
         CausalLMObjective(causal_lm("gpt2"), verify=False)(option_batch())
     assert waits.seen, "the counter counts"
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "prefix"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_without_padding_the_mask_may_be_left_out(kind, mode):
+    model = tune(causal_lm(kind), mode).eval()
+    batch = {"input_ids": batch_of()["input_ids"], "labels": torch.tensor([0, 2, 1, 2])}
+    masked = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    objective = CausalLMObjective(model, OPTIONS)
+    with torch.no_grad():
+        assert torch.equal(objective(batch)[0](), objective(masked)[0]())
+
+
+def test_no_mask_no_wait():
+    """OPT's whole forward, which reads a mask in order to see whether it may do without."""
+    batch = {"input_ids": batch_of()["input_ids"], "labels": torch.tensor([0, 2, 1, 2])}
+    objective = CausalLMObjective(causal_lm("opt").eval(), OPTIONS, verify=False)
+    for mask, waited in (({}, False), ({"attention_mask": torch.ones_like(batch["input_ids"])}, True)):
+        with torch.no_grad(), Waits() as waits:
+            forward, head = objective(batch | mask)
+            head(forward())
+        assert bool(waits.seen) == waited
+
+
+def test_a_collator_with_positions():
+    labels = batch_of()["input_ids"].clone()
+    labels[0, :7] = -100
+    objective = CausalLMObjective(causal_lm("opt").eval())
+    for kind in (dict, BatchEncoding):
+        plain = {**batch_of(), "labels": labels}
+        batch = with_positions(lambda rows: rows)(kind({k: v[[2, 0]] for k, v in plain.items()}))
+        assert type(batch) is kind and set(batch) == {*plain, "positions", "targets"}
+        for got, want in zip((batch["positions"], batch["targets"]), loss_positions(labels[[2, 0]]), strict=True):
+            assert torch.equal(got, want)
+        with Waits() as waits:
+            objective(batch)
+        assert kind is dict or waits.seen == []  # the first one is verified
+    for other in ({"labels": torch.tensor([0, 1])}, {"input_ids": labels}, option_batch()):
+        assert with_positions(lambda rows: rows)(other) is other and "positions" not in other
+    import pickle
+
+    assert pickle.loads(pickle.dumps(with_positions(dict)))({"a": 1}) == {"a": 1}
 
 
 def test_soft_capped_logits():

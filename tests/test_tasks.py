@@ -195,11 +195,41 @@ def test_fewer_rows_than_asked_for(tmp_path):
     with pytest.warns(UserWarning) as told:
         parts = load_task("sst2").load(tmp_path)
     assert [str(w.message) for w in told] == [
-        "task sst2: the split 'train' has 30 rows, not the 1500 asked for: 20 for train, 10 for dev",
-        "task sst2: the split 'validation' has 7 rows, not the 1000 asked for: 7 for test",
+        "task sst2: the split 'train' has 30 rows, too few: 20 of 1000 for train, 10 of 500 for dev",
+        "task sst2: the split 'validation' has 7 rows, too few: 7 of 1000 for test",
     ]
     assert sorted(numbers(parts["train"] + parts["dev"])) == list(range(30))
     assert (len(parts["train"]), len(parts["dev"]), len(parts["test"])) == (20, 10, 7)
+
+
+@pytest.mark.filterwarnings("ignore:task sst2. the data has .* too few")
+@pytest.mark.parametrize("n", [3, 4, 11, 30, 2000, 2499, 2501, 4000])
+def test_test_rows_of_one_file_do_not_depend_on_the_others(n, tmp_path):
+    """Else an evaluation that asks for a few shots would be on rows that a run was trained on."""
+    data, task = write(tmp_path / "one.jsonl", numbered(n)), load_task("sst2")
+    run = {part: numbers(examples) for part, examples in task.load(data, seed=5).items()}
+    every = [i for part in PARTS for i in run[part]]
+    assert len(every) == len(set(every)) == min(n, 2500) and all(run.values())
+    assert len(run["test"]) == min(1000, max(1, 2 * n // 5))
+    for sizes in ({"train": 2, "dev": 0}, {"train": 0, "dev": 0}, {"train": 1, "dev": 3}, {"train": 9999, "dev": 9999}):
+        other = task.load(data, **sizes, seed=5)
+        assert numbers(other["test"]) == run["test"], sizes
+        assert not {*numbers(other["train"]), *numbers(other["dev"])} & {*run["test"]}
+    assert numbers(task.load(data, seed=6)["test"]) != run["test"] or n < 11
+    some = task.load(data, train=1, dev=1, test=1, seed=5)
+    assert [len(some[part]) for part in PARTS] == [1, 1, 1]
+
+
+def test_shares_of_one_file_with_few_rows(tmp_path):
+    data, task = write(tmp_path / "one.jsonl", numbered(30)), load_task("sst2")
+    with pytest.warns(UserWarning) as told:
+        parts = task.load(data)
+    assert [len(parts[part]) for part in PARTS] == [12, 6, 12]
+    with pytest.warns(UserWarning, match="the data has 33 rows, too few: 13 of 20 for test$"):
+        task.load(write(tmp_path / "more.jsonl", numbered(33)), train=0, dev=0, test=20)
+    assert [str(w.message) for w in told] == [
+        "task sst2: the data has 30 rows, too few: 12 of 1000 for train, 6 of 500 for dev, 12 of 1000 for test"
+    ]
 
 
 def test_layouts_of_local_data(tmp_path):
@@ -343,6 +373,10 @@ GOOD = {"kind": "classification", "prompt": "{{ sentence }}", "label": "label", 
     ({"prompt": 3}, "prompt must be text, got 3"),
     ({"max_new_tokens": 0}, "max_new_tokens must be"),
     ({"prompt": None}, "prompt must be text, got None"),
+    ({"name": 5}, "name must be text, got 5"),
+    ({"data": 5}, "data must be the path of a local file or folder, got 5"),
+    ({"labels": {0: None, 1: "good"}}, "labels must give each label a word, got None for '0'"),
+    ({"labels": {0: True, 1: "good"}}, "labels must give each label a word, got True for '0'"),
 ])  # fmt: skip
 def test_malformed_task_files(change, sentence, tmp_path):
     (tmp_path / "x.yaml").write_text(json.dumps(GOOD | change))  # JSON is YAML
@@ -356,9 +390,10 @@ def test_files_that_are_no_task(tmp_path):
         load_task("sst3")
     with pytest.raises(ValueError, match="there is no such file"):
         load_task(tmp_path / "nothing.yaml")
-    for content, sentence in (("kind: [", "is not YAML"), ("- 1", "must be a YAML mapping"), ("kind: choice", "lacks")):
+    for content, sentence in (("kind: [", "is not YAML"), ("- 1", "must be a YAML mapping"), ("kind: choice", "lacks"),
+                              ("kind: 2001-99-99", "is not YAML: month must be in 1..12")):  # fmt: skip
         (tmp_path / "x.yaml").write_text(content)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=f"^task .*x.yaml .*{sentence}"):
             load_task(tmp_path / "x.yaml")
     with pytest.raises(ValueError, match="the file is empty"):
         load_task(write(tmp_path / "x.jsonl", []))
@@ -513,6 +548,21 @@ def test_batches_of_answers(tokenizer):
     data = TaskData(free.examples([{"q": "Who?", "a": ["the king", "a king"]}]), free, tokenizer, max_length=60)
     batch = data.collate([data[0]])
     assert decoded(tokenizer, batch["labels"], batch["labels"] != -100) == [" the king\n"]  # it learns to stop
+
+
+def test_a_batch_without_padding_has_no_mask(tokenizer, demo_model):
+    """And the same loss, to the bit, as with a mask that leaves nothing out."""
+    for task, keys in ((CODE, {"labels"}), (LONG, {"labels", "examples", "answers", "option_rows"})):
+        data = TaskData([examples_of(task)[3]] * 2, task, tokenizer, max_length=10)  # cut to one length
+        batch = data.collate([data[0], data[1]])
+        assert "attention_mask" not in batch and keys < set(batch) and len({*map(len, batch["input_ids"])}) == 1
+        objective = CausalLMObjective(demo_model, data.options)
+        (forward, head), (masked, head_too) = (
+            objective(b) for b in (batch, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+        )
+        assert torch.equal(head(forward()), head_too(masked()))
+    data = TaskData(examples_of(CODE), CODE, tokenizer, max_length=100)
+    assert "attention_mask" in data.collate([data[0], data[1]])
 
 
 def test_label_words_and_options_of_one_token_are_the_same_loss(tokenizer, demo_model):

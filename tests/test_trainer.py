@@ -243,6 +243,8 @@ REFUSED = {
     "smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor"),
     "metric": (dict(objective="metric"), "objective=metric"),
     "journal": (dict(head="exact", journal="j"), "exact gradients"),
+    "metric and clip": (dict(method="mezo", objective="metric", clip_examples=2.0), "loss of each example"),
+    "noise of a first-order run": (dict(method="fo-adam", noise_on=["auto"]), "makes no noise"),
     "clip": (dict(method="fo-sgd", clip_examples=2.0), "clip_examples"),
 }
 
@@ -252,6 +254,34 @@ def test_refuses_at_the_door(tmp_path, what):
     changes, words = REFUSED[what]
     with pytest.raises(ValueError, match=words):
         arguments(tmp_path, **changes)
+
+
+def test_a_probe_for_other_settings_is_refused(tmp_path, demo):
+    data, _ = demo
+    settings = dict(method="mezo", noise_on=["attention-out"], scale_lr=True, probe_forwards=10)
+    PseuZOTrainer(fresh(), arguments(tmp_path, **settings), train_dataset=data["train"]).create_optimizer()
+    other = PseuZOTrainer(fresh(), arguments(tmp_path, **settings | {"noise_on": ["last-half"]}),
+                          train_dataset=data["train"])  # fmt: skip
+    with pytest.raises(ValueError, match="was decided for noise_on"):
+        other.create_optimizer()
+
+
+def test_own_optimizer_and_several_evaluation_sets(tmp_path, demo):
+    data, _ = demo
+    model = fresh()
+    optimizer = MeZO(model, lr=1e-4, seed=5)
+    trainer = PseuZOTrainer(
+        model, arguments(tmp_path, method="mezo", max_steps=2), train_dataset=data["train"],
+        eval_dataset={"dev": data["dev"], "test": data["test"]}, optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train()
+    assert optimizer.state_dict()["state"]["zero_order"]["step"] == 2
+    assert {"eval_dev_accuracy", "eval_test_accuracy"} <= trainer.evaluate().keys()
+    with pytest.raises(ValueError, match="needs MeZO or PseuZO"):
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        PseuZOTrainer(model, arguments(tmp_path), train_dataset=data["train"], optimizers=(sgd, None))
+    with pytest.raises(ValueError, match="model_init"):
+        PseuZOTrainer(None, arguments(tmp_path), train_dataset=data["train"], model_init=fresh)
 
 
 def test_refuses_other_arguments_and_empty_data(tmp_path, demo):

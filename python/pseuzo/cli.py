@@ -3,15 +3,27 @@
 Exit codes: 0 done; 2 what was asked for cannot be done, one sentence on stderr says why; 130 interrupted; 1 a bug.
 """
 
+import dis
 import functools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")  # as in pseuzo.trainer, whose import is slow
+ONLY = (  # options that do something under some values of another one only
+    ("method", ("mezo", "mezo-momentum"), ("directions", "objective")),
+    ("method", METHODS[:3], ("two_sided", "eps", "noise", "rounding", "clip_examples", "journal")),
+    ("method", ("pseuzo", "mezo-momentum"), ("window",)),
+    ("method", ("pseuzo",), ("schedule", "groups", "head", "head_lr")),
+    ("method", ("pseuzo", "mezo-momentum", "fo-sgd"), ("momentum",)),
+    ("mode", ("lora",), ("lora_r", "lora_alpha")),
+    ("mode", ("prefix",), ("prefix_tokens",)),
+    ("head", ("exact",), ("head_lr",)),
+)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -22,22 +34,80 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
-def plainly(command: Callable) -> Callable:
+def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
     """Refusals become one sentence and exit code 2, an interruption 130. PSEUZO_DEBUG=1 shows where they came from."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if os.environ.get("PSEUZO_DEBUG"):
+        except (Exception, KeyboardInterrupt) as error:
+            if _was_interruption(error):
+                click.echo(interrupted, err=True)
+                raise SystemExit(130) from None
+            sentence = None if os.environ.get("PSEUZO_DEBUG") else _sentence(error)
+            if sentence is None:
                 raise
-            raise Failure(" ".join(str(error).split()) or type(error).__name__) from None
-        except KeyboardInterrupt:
-            click.echo("interrupted; a run of pseuzo train goes on from its last checkpoint with --resume", err=True)
-            raise SystemExit(130) from None
+            raise Failure(sentence) from None
 
     return run
+
+
+def _was_interruption(error: BaseException | None) -> bool:
+    """Or came of one: Transformers makes an ImportError of a Ctrl-C during its imports."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell of an error that is the user's to mend; None: a bug, or click's own."""
+    import yaml
+    from safetensors import SafetensorError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    memory = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in text.lower() for m in memory)):
+        has = {p.name for p in click.get_current_context().command.params}
+        ways = {"batch_size": "a smaller --batch-size", "eval_batch_size": "a smaller --eval-batch-size",
+                "max_length": "a smaller --max-length", "dtype": "a 16-bit --dtype"}  # fmt: skip
+        ways = [way for name, way in ways.items() if name in has] or ["a smaller model"]
+        return f"out of memory: try {_listed(ways, 'or')}"
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML: {text}"
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged: {text}"
+    if isinstance(error, KeyError) and _module(error) in ("pseuzo.compare", "pseuzo.plots"):  # they read runs' files
+        return f"{error.args[0]!r} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
+    if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo") and _raised(error):
+        return text
+    return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
+
+
+def _frame(error: BaseException) -> tuple[Any, int]:
+    """The frame that an error comes from, and the position in its code."""
+    at = error.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    return at.tb_frame, at.tb_lasti
+
+
+def _module(error: BaseException) -> str:
+    return _frame(error)[0].f_globals.get("__name__", "")
+
+
+def _raised(error: BaseException) -> bool:
+    """By a raise statement, so that its words are meant for a reader; not by what an expression called."""
+    frame, position = _frame(error)
+    return dis.opname[frame.f_code.co_code[position]] == "RAISE_VARARGS"
+
+
+def _listed(words: list[str] | tuple[str, ...], last: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def configured(command: click.Command) -> click.Command:
@@ -48,20 +118,31 @@ def configured(command: click.Command) -> click.Command:
             return
         import yaml
 
-        try:
-            config = yaml.safe_load(file.read_text())
-        except (OSError, yaml.YAMLError) as error:
+        try:  # every scalar as it is written: the options' own types read it, as on the command line
+            config = yaml.load(file.read_bytes(), yaml.BaseLoader)
+        except yaml.MarkedYAMLError as error:
+            where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise Failure(f"{file} cannot be read as YAML: {where}{error.problem}") from None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise Failure(f"{file} cannot be read as YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(config, dict):
             raise Failure(f"{file} must hold `option: value` lines")
-        config = {str(k).replace("-", "_"): v for k, v in config.items()}
-        known = {p.name for p in context.command.params} - {"config"}
-        if unknown := sorted(set(config) - known):
-            raise Failure(f"{file}: unknown option {unknown[0]!r}; pseuzo {context.info_name} --help lists them all")
-        context.default_map = {k: v for k, v in config.items() if v is not None}
-        for p in context.command.params:  # one value where several may stand
-            if p.name in context.default_map and p.multiple and isinstance(context.default_map[p.name], str):
-                context.default_map[p.name] = [context.default_map[p.name]]
+        known = {p.name: p for p in context.command.params if p.name != "config"}
+        context.default_map = {}
+        for key, value in config.items():
+            p = known.get(str(key).replace("-", "_"))
+            if p is None:
+                raise Failure(f"{file}: unknown option {key!r}; pseuzo {context.info_name} --help lists them all")
+            if value in ("", "~", "null", "Null", "NULL"):
+                continue
+            try:
+                value = _from_yaml(p, value)
+                if value is not None and not isinstance(p.type, click.Path):  # whether those exist: if not overridden
+                    p.type_cast_value(context, value)
+            except (click.BadParameter, ValueError) as error:
+                raise Failure(f"{file}: {key}: {getattr(error, 'message', error)}") from None
+            if value is not None:
+                context.default_map[p.name] = value
 
     option = click.Option(
         ["--config"], type=click.Path(exists=True, dir_okay=False, path_type=Path), is_eager=True, expose_value=False,
@@ -71,6 +152,34 @@ def configured(command: click.Command) -> click.Command:
     return command
 
 
+def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:
+    """A value of a file as the text that the command line would have; None: as if it were not there."""
+    values = value if isinstance(value, list) and p.multiple else [value]
+    if not all(isinstance(v, str) for v in values):
+        raise ValueError("a list of plain values expected" if p.multiple else "one plain value expected, not a list")
+    if p.name == "resume":  # true: from the last checkpoint
+        on = {"true": "auto", "yes": "auto", "on": "auto", "false": None, "no": None, "off": None}
+        return on.get(value.lower(), value)
+    if not p.is_flag and any(v.lower() in ("true", "false") for v in values):
+        raise ValueError(f"{value} is for switches, and this option takes a value")
+    return values if p.multiple else value
+
+
+class Number(click.FloatRange):
+    """A finite one in a range."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+POSITIVE = Number(min=0, min_open=True)
+
+
 class LearningRate(click.ParamType):
     name = "float|auto"
 
@@ -78,9 +187,19 @@ class LearningRate(click.ParamType):
         if value == "auto":
             return value
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return POSITIVE.convert(number, param, ctx)
+
+
+class Device(click.ParamType):
+    name = "text"
+
+    def convert(self, value: str, param: Any, ctx: Any) -> str:
+        if value.split(":")[0] == "meta":
+            self.fail("'meta' holds no numbers; cpu or cuda", param, ctx)
+        return value
 
 
 def options(*decorators: Callable) -> Callable:
@@ -107,9 +226,12 @@ WHAT = options(
     option("--data", type=click.Path(exists=True, path_type=Path), help="Local folder, .jsonl or .parquet in the "
            "task's columns. Default: the public data set on the hub."),
     option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Of the weights."),
-    option("--device", help="cpu or cuda. Default: cuda where there is one."),
+    option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one."),
     option("--max-length", type=click.IntRange(min=8), default=2048, help="Tokens; prompts are cut on the left."),
+    option("--train-size", type=click.IntRange(min=1), default=1000, help="Rows of the train split."),
+    option("--dev-size", type=click.IntRange(min=1), default=500, help="Rows of the dev split, taken from train's."),
     option("--test-size", type=click.IntRange(min=1), default=1000, help="Rows of the test split."),
+    option("--data-seed", type=int, help="Which rows are drawn. Default: --seed."),
     option("--eval-batch-size", type=click.IntRange(min=1), default=16),
     option("--seed", type=int, default=0, help="Of the batches and the perturbations; eval: of the shots."),
     option("--quiet", is_flag=True, help="No progress bars."),
@@ -122,13 +244,12 @@ HOW = options(
     option("--batch-size", type=click.IntRange(min=1), default=16),
     option("--lr", type=LearningRate(), help="Learning rate, or auto: a search by short trials on the dev loss. "
            "Default: the published rate of the mode (full 1e-7, lora 5e-5, prefix 1e-3); fo-*: a common one."),
-    option("--eps", type=click.FloatRange(min=0, min_open=True),
+    option("--eps", type=POSITIVE,
            help="Size of the perturbation. Default: full 1e-3, lora 1e-2, prefix 1e-1."),
-    option("--lr-scheduler", type=click.Choice(["constant", "linear", "cosine", "constant_with_warmup"]),
-           default="constant"),
-    option("--weight-decay", type=click.FloatRange(min=0), default=0.0, help="Not on biases and norms."),
+    option("--lr-scheduler", type=click.Choice(["constant", "linear", "cosine"]), default="constant"),
+    option("--weight-decay", type=Number(min=0), default=0.0, help="Not on biases and norms."),
     option("--window", type=click.IntRange(min=1), default=14, help="Entries of the window (pseuzo, mezo-momentum)."),
-    option("--momentum", type=click.FloatRange(0, 1), help="pseuzo: lambda, 1; mezo-momentum: 0.9; fo-sgd: 0."),
+    option("--momentum", type=Number(0, 1), help="pseuzo: lambda, 1; mezo-momentum: 0.9; fo-sgd: 0."),
     option("--schedule", type=click.Choice(["constant", "linear", "cyclic-hyperbola"]), default="constant",
            help="Of lambda; the last one is the published one."),
     option("--groups", type=click.Choice(["label", "row", "none"]), default="label",
@@ -139,19 +260,16 @@ HOW = options(
     option("--noise-on", multiple=True, default=["all"], metavar="PATTERN[=SCALE]",
            help="Names or globs of parameters, attention-out, last-half, all; or auto: chosen by a short probe. "
            "lr and eps not given are scaled to it."),
-    option("--clip-examples", type=click.FloatRange(min=0, min_open=True), metavar="MULTIPLE",
+    option("--clip-examples", type=POSITIVE, metavar="MULTIPLE",
            help="Clamp each example's projected gradient to this multiple of the batch's median."),
     option("--rounding", type=click.Choice(["stochastic", "nearest"]), default="stochastic", help="Of 16-bit weights."),
     option("--head", type=click.Choice(["frozen", "exact"]), default="frozen",
            help="An untied output head under pseuzo: frozen, or trained by its exact gradient."),
-    option("--head-lr", type=click.FloatRange(min=0, min_open=True), help="Of --head exact. Default: 1000 lr."),
+    option("--head-lr", type=POSITIVE, help="Of --head exact. Default: 1000 lr."),
     option("--objective", type=click.Choice(["loss", "metric"]), default="loss",
            help="metric: 1 - the task's metric, which needs no derivative (mezo)."),
     option("--train-on", type=click.Choice(["auto", "options", "label-words"]), default="auto",
            help="Classification: options' length-normalised likelihood, or the label words alone."),
-    option("--train-size", type=click.IntRange(min=1), default=1000, help="Rows of the train split."),
-    option("--dev-size", type=click.IntRange(min=1), default=500, help="Rows of the dev split, taken from train's."),
-    option("--data-seed", type=int, help="Which rows are drawn. Default: --seed."),
     option("--lora-r", type=click.IntRange(min=1), default=8),
     option("--lora-alpha", type=click.IntRange(min=1), default=16),
     option("--prefix-tokens", type=click.IntRange(min=1), default=5),
@@ -179,7 +297,7 @@ def main() -> None:
 @click.option("--resume", "--resume_from_checkpoint", "--resume-from-checkpoint", is_flag=False, flag_value="auto",
               metavar="[CHECKPOINT]", help="Go on with the run in --output from its last (or this) checkpoint, to the "
               "same bits as if it had never stopped.")  # fmt: skip
-@plainly
+@functools.partial(plainly, interrupted="interrupted; the run goes on from its last checkpoint with --resume")
 def train(**settings: Any) -> None:
     """Fine-tune a model on a task.
 
@@ -191,6 +309,9 @@ def train(**settings: Any) -> None:
     Writes config.yaml, results.json, curves.png, checkpoints and model/ into --output. Does the run not converge? Try
     --lr auto, --noise-on attention-out, --clip-examples 2.
     """
+    _leave_out_unused(settings)
+    _check_combination(settings)
+    _check_journal(settings)
     from pseuzo import runs
 
     if settings["quiet"]:
@@ -199,6 +320,69 @@ def train(**settings: Any) -> None:
     figures = ", ".join(f"{k} {v:.4g}" for k, v in results["test"].items())
     click.echo(f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the model is in "
                f"{settings['output']}/model")  # fmt: skip
+    best = results.get("best_step")
+    if settings["journal"] and settings["keep"] == "best" and best and best != results["steps"]:
+        click.echo(f"model/ is step {best}, the best on the dev rows: pseuzo replay --until {best} makes it")
+
+
+def _defaults() -> dict[str, Any]:
+    return train.make_context("train", ["--model", "", "--task", "", "--output", "run"]).params
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _unused(settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Options that are given, and do nothing: name -> the option that decides, and a sentence."""
+    found: dict[str, tuple[str, str]] = {}
+    defaults = _defaults()
+    for decides, values, names in ONLY:
+        prefix = "" if decides == "method" else f"{_flag(decides)} "
+        for name in names:
+            if settings[decides] not in values and settings[name] not in (None, defaults[name]):
+                sentence = f"{_flag(name)} is for {prefix}{_listed(values)}, not for {prefix}{settings[decides]}"
+                found.setdefault(name, (decides, sentence))
+    return found
+
+
+def _leave_out_unused(settings: dict[str, Any]) -> None:
+    """ValueError for an option that does nothing. One of a --config whose method (or mode) the command line overrides
+    was not meant for this one: it is left out, and a line says so."""
+    source = click.get_current_context().get_parameter_source
+    file, line = click.core.ParameterSource.DEFAULT_MAP, click.core.ParameterSource.COMMANDLINE
+    defaults = _defaults()
+    for name, (decides, sentence) in _unused(settings).items():
+        if not (source(name) == file and source(decides) == line):
+            raise ValueError(sentence)
+        settings[name] = defaults[name]
+        click.echo(f"{sentence}: that of --config is left out", err=True)
+
+
+def _check_combination(settings: Mapping[str, Any]) -> None:
+    """ValueError for options of one run that do not go together."""
+    method, noise_on = settings["method"], settings["noise_on"]
+    if settings["objective"] == "metric":
+        if settings["clip_examples"] is not None:
+            raise ValueError("--clip-examples needs the loss of each example, and --objective metric has none")
+        if settings["lr"] == "auto":
+            raise ValueError("--lr auto searches by the curvature of the loss, and --objective metric has none; "
+                             "give --lr")  # fmt: skip
+    if method.startswith("fo-") and any(p == "auto" or "=" in p for p in noise_on):
+        raise ValueError(
+            f"--noise-on {' '.join(noise_on)}: {method} takes no noise; patterns without a scale choose what it trains"
+        )
+
+
+def _check_journal(settings: Mapping[str, Any]) -> None:
+    """ValueError before a model is loaded, if the journal cannot be written."""
+    journal, output = settings["journal"], settings["output"]
+    if journal is None:
+        return
+    if not journal.parent.is_dir() and journal.parent.resolve() != output.resolve():  # that one will be made
+        raise ValueError(f"--journal {journal}: there is no folder {journal.parent}")
+    if not settings["resume"] and journal.exists() and journal.stat().st_size:
+        raise ValueError(f"--journal {journal} exists already; choose another file, or --resume to go on with its run")
 
 
 @configured
@@ -255,7 +439,7 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
 @option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each method.")
 @option("--forwards", type=click.IntRange(min=4), default=1200, help="Forward passes of each run; a backward is two.")
 @option("--output", type=FOLDER, required=True, help="Folder; finished runs in it are not run again.")
-@plainly
+@functools.partial(plainly, interrupted="interrupted; the same command goes on with the runs that are not done")
 def compare(methods: tuple[str, ...], seeds: int, forwards: int, output: Path, **settings: Any) -> None:
     """Run methods side by side for equal forward passes, and print what each reached, in equal time too.
 
@@ -265,14 +449,17 @@ def compare(methods: tuple[str, ...], seeds: int, forwards: int, output: Path, *
     Writes table.md, compare.json, compare.png and the runs themselves. Each run is a process of its own, so that its
     memory and time are its own.
     """
-    from pseuzo.compare import compare as run_compare
-    from pseuzo.runs import plain
-
     chosen = dict(_method(text) for text in methods or ("pseuzo", "mezo", "fo-adam"))
     if len(chosen) < len(methods):
         raise ValueError("--methods: the same method with the same settings is named twice")
+    if settings["lr"] is None:
+        settings["lr"] = "auto"
+    _share(settings, chosen)
+    from pseuzo.compare import compare as run_compare
+    from pseuzo.runs import plain
+
     common = {k: v for k, v in plain(settings).items() if v is not None}
-    common.setdefault("lr", "auto")
+    chosen = {title: plain(own) for title, own in chosen.items()}
     output.mkdir(parents=True, exist_ok=True)
     summary = run_compare(common, chosen, output, seeds=seeds, forwards=forwards, progress=click.echo)
     _print_comparison(summary, output)
@@ -284,20 +471,45 @@ compare.params = [p for p in compare.params if p.name not in _SET]
 
 
 def _method(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME:KEY=VALUE,... as a title and settings."""
-    import yaml
-
+    """NAME:KEY=VALUE,... as a title and settings, read as pseuzo train would read them."""
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"--methods: {name!r} is not a method; known: {', '.join(METHODS)}")
     own: dict[str, Any] = {"method": name}
+    known = {p.name: p for p in train.params if p.name not in _SET | {"output", "resume", "config"}}
     for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or key not in {p.name for p in train.params}:
+        key, _, value = (part.strip() for part in pair.partition("="))
+        key = key.replace("-", "_")
+        if key in _SET | {"output", "resume"}:
+            raise ValueError(f"--methods: {key} is not a method's own; compare sets it for every run")
+        if not value or key not in known:
             raise ValueError(f"--methods: {pair!r} is not KEY=VALUE with an option of pseuzo train")
-        own[key] = value.split("+") if key == "noise_on" else yaml.safe_load(value)
+        p = known[key]
+        try:
+            own[key] = p.type_cast_value(click.get_current_context(), value.split("+") if p.multiple else value)
+        except click.BadParameter as error:
+            raise ValueError(f"--methods {text}: {key}: {error.message}") from None
     return text, own
+
+
+def _share(settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]]) -> None:
+    """Options given for all methods go to those that they are for. ValueError for one that is for none of them, and for
+    methods that cannot be run."""
+    defaults, left_out = _defaults(), []
+    for title, own in chosen.items():
+        unused = _unused(defaults | settings | own)
+        for name, (_, sentence) in unused.items():
+            if name in own:
+                raise ValueError(f"--methods {title}: {sentence}")
+        left_out.append(unused)
+        own |= {name: defaults[name] for name in unused}
+        try:
+            _check_combination(defaults | settings | own)
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from None
+    for name, (_, sentence) in left_out[0].items():
+        if all(name in unused for unused in left_out):
+            raise ValueError(sentence)
 
 
 def _hush() -> None:
@@ -336,7 +548,8 @@ def _print_comparison(summary: dict, output: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the batches and of the perturbations.")
 @click.option("--method", "methods", multiple=True, metavar="NAME",
               help="Only this method; may be given several times. Default: all four.")  # fmt: skip
-@click.option("--device", default=None, help="cpu or cuda. Default: cuda where there is one.")
+@click.option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one.")
+@plainly
 def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, ...], device: str | None) -> None:
     """Fine-tune an embedded OPT of a million parameters in about a minute.
 
@@ -370,7 +583,8 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
 @click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="Folder for the model; must be empty or not there.")  # fmt: skip
 @click.option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute; the bits are the same anywhere.")
+@click.option("--device", type=Device(), default="cpu", show_default=True,
+              help="Where to compute; the bits are the same anywhere.")  # fmt: skip
 @plainly
 def replay(base: str, journal: Path, output: Path, until: int | None, device: str) -> None:
     """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit.
@@ -401,6 +615,7 @@ def replay(base: str, journal: Path, output: Path, until: int | None, device: st
 
 
 @main.command()
+@plainly
 def info() -> None:
     """Print versions, what each op runs on and why, the GPU, and a short self-test of the kernels."""
     import platform

@@ -3,10 +3,10 @@
 A process of its own, since memory and time are only then those of the method. Runs that are done are not run again.
 """
 
-import json
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pseuzo.files import write_atomically
+from pseuzo.files import read_json, write_atomically, write_json
 from pseuzo.plots import curve, plot_runs, read_results
 from pseuzo.trainer import forwards_per_step
 
@@ -33,7 +33,7 @@ def compare(
 
     common: settings of `pseuzo train` that all share. methods: title -> settings of its own. Where lr is "auto" it is
     searched for with the first seed and kept for the others. Writes compare.json, table.md and compare.png into output.
-    RuntimeError with the end of a run's log if one fails.
+    ValueError with the end of a run's log if one fails, or if output has a run of that name with other settings.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
@@ -45,30 +45,43 @@ def compare(
         chosen: dict[str, Any] = {}
         for seed in range(seeds):
             folder = output / "runs" / f"{_slug(title)}-{seed}"
-            if not (folder / "results.json").exists():
-                every = max(1, steps // evaluations)
-                config = settings | {"steps": steps, "seed": seed, "eval_every": every, "save_every": 0, "keep": "last"}
-                config |= {"data_seed": settings.get("data_seed", 0)} | chosen
+            every = max(1, steps // evaluations)
+            config = settings | {"steps": steps, "seed": seed, "eval_every": every, "save_every": 0, "keep": "last"}
+            config |= {"data_seed": settings.get("data_seed", 0)} | chosen
+            if (folder / "results.json").exists():
+                _same_settings(config, folder)
+            else:
                 progress(f"{title}, seed {seed}: {steps} steps")
                 _train(config, folder)
             if (folder / "lr.json").exists():
-                chosen = json.loads((folder / "lr.json").read_text())["chosen"]
+                chosen = read_json(folder / "lr.json", "chosen")["chosen"]
             elif (folder / "noise_on.json").exists():
-                decided = json.loads((folder / "noise_on.json").read_text())
+                decided = read_json(folder / "noise_on.json", "noise_on", "lr", "eps")
                 chosen = {key: decided[key] for key in ("noise_on", "lr", "eps")}
             runs.setdefault(title, []).append(read_results(folder))
     summary = {
         "forwards": forwards, "seeds": seeds, "hardware": next(iter(runs.values()))[0]["hardware"],
         "metric": next(iter(runs.values()))[0]["metric"], "methods": summarise(runs),
     }  # fmt: skip
-    write_atomically(output / "compare.json", json.dumps(summary, indent=1) + "\n")
+    write_json(output / "compare.json", summary)
     write_atomically(output / "table.md", markdown(summary))
     plot_runs(runs, output / "compare.png")
     return summary
 
 
 def _slug(title: str) -> str:
-    return "".join(ch if ch.isalnum() else "-" for ch in title.lower()).strip("-")
+    """A file name; the checksum tells titles apart that differ in signs alone."""
+    words = "".join(ch if ch.isalnum() else "-" for ch in title.lower()).strip("-")
+    return f"{words}-{zlib.crc32(title.encode()):08x}"
+
+
+def _same_settings(config: dict[str, Any], folder: Path) -> None:
+    before = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+    for key in sorted(config.keys() | before.keys()):
+        if config.get(key) != before.get(key):
+            raise ValueError(
+                f"{folder} is a run with {key} {before.get(key)}, not {config.get(key)}; choose another --output"
+            )
 
 
 def _train(config: dict[str, Any], folder: Path) -> None:
@@ -81,8 +94,8 @@ def _train(config: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, "-m", "pseuzo", "train", "--config", str(file), "--output", str(folder), "--quiet"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        end = "\n".join(done.stdout.strip().splitlines()[-5:])
-        raise RuntimeError(f"the run in {folder} failed with exit code {done.returncode}:\n{end}")
+        end = done.stdout.strip().splitlines()[-1:]
+        raise ValueError(f"the run in {folder} failed (exit code {done.returncode}): {' '.join(end)}")
 
 
 def summarise(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Writing results so that a crash leaves the old or the new, never half."""
 
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +16,32 @@ def write_atomically(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text)
     os.replace(scratch, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As write_atomically; numbers that are not finite become null, which JSON has no other word for."""
+    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object with these keys. ValueError if the file is none."""
+    try:
+        value = json.loads(path.read_text())
+        for key in keys:
+            value[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be used ({type(error).__name__}: {error}); delete it, or choose another folder"
+        ) from None
+    return value
 
 
 def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:

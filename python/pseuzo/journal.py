@@ -28,6 +28,7 @@ from pseuzo.optimizer import ZeroOrder
 
 MAGIC, VERSION = b"PSEUZOJ\n", 1
 STEPS_AT_ONCE = 64  # that a replay makes in a pass over the weights
+_HEADER = ("version", "noise", "rounding", "groups", "params", "first_step", "base_sha256")
 _PART = struct.Struct("<II")  # length, CRC-32
 _STEP = struct.Struct("<qqBHHI")  # step, rounding seed, skipped, K, groups, unused weights
 _GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
@@ -57,14 +58,17 @@ class Record:
 
     @classmethod
     def unpack(cls, payload: bytes) -> "Record":
+        if len(payload) < _STEP.size:
+            raise JournalError(f"a record has {len(payload)} bytes where {_STEP.size} or more belong")
         step, rounding_seed, skipped, K, n_groups, n_unused = _STEP.unpack_from(payload)
         at = _STEP.size
+        whole = at + n_groups * _GROUP.size + 4 * n_unused + 12 * K
+        if len(payload) != whole:
+            raise JournalError(f"the record of step {step} has {len(payload)} bytes where {whole} belong")
         groups = [_GROUP.unpack_from(payload, at + i * _GROUP.size) for i in range(n_groups)]
         at += n_groups * _GROUP.size
         unused = list(struct.unpack_from(f"<{n_unused}I", payload, at))
         at += 4 * n_unused
-        if len(payload) != at + 12 * K:
-            raise JournalError(f"the record of step {step} has {len(payload)} bytes where {at + 12 * K} belong")
         seeds = torch.frombuffer(bytearray(payload[at : at + 8 * K]), dtype=torch.int64)
         coefs = torch.frombuffer(bytearray(payload[at + 8 * K :]), dtype=torch.float32)
         return cls(step, rounding_seed, bool(skipped), groups, unused, seeds, coefs)
@@ -105,9 +109,16 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     payload = _read_part(file)
     if payload is None:
         raise JournalError(f"{file.name}: the header is cut short; the run ended before its first step")
-    header = json.loads(payload)
+    try:
+        header = json.loads(payload)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or "version" not in header:
+        raise JournalError(f"{file.name}: the header cannot be read; the file is damaged, or not pseuzo's")
     if header["version"] != VERSION:
         raise JournalError(f"{file.name} has version {header['version']}, this pseuzo reads version {VERSION}")
+    if lacking := [key for key in _HEADER if key not in header]:
+        raise JournalError(f"{file.name}: the header lacks {lacking[0]!r}; the file is damaged, or not pseuzo's")
     return header
 
 
@@ -136,7 +147,8 @@ class Journal:
 
     A new file begins with the weights as they are now: keep those (the base model). An existing one is gone on with if
     it is this optimizer's: records of steps that the optimizer has not made, as after going back to a checkpoint, and a
-    torn tail are cut off. Raises JournalError if it is another's; ValueError for an optimizer over bare fp32
+    torn tail are cut off. But never all records: raises JournalError if the optimizer has made no step and the file has
+    any, or began with other weights, and if the file is another's. ValueError for an optimizer over bare fp32
     parameters, whose weights also carry the rounding of their perturbations (give it `model=`), or with an
     exact_gradient group, whose updates are no sum of seeds.
     """
@@ -163,12 +175,14 @@ class Journal:
         if self.path.exists() and self.path.stat().st_size:
             self._reopen(layout)
         else:
-            base = fingerprint({entry["name"]: p for entry, (_, p) in zip(layout["params"], trained, strict=True)})
             self._file = open(self.path, "wb")
-            header = layout | {"first_step": optimizer._step, "base_sha256": base}
+            header = layout | {"first_step": optimizer._step, "base_sha256": self._fingerprint(layout)}
             self._file.write(MAGIC + _part(json.dumps(header).encode()))
             self._file.flush()
         optimizer.journal = self
+
+    def _fingerprint(self, layout: dict[str, Any]) -> str:
+        return fingerprint({entry["name"]: p for entry, p in zip(layout["params"], self._position, strict=True)})
 
     def _reopen(self, layout: dict[str, Any]) -> None:
         step = self.optimizer._step
@@ -179,12 +193,22 @@ class Journal:
                     f"{self.path} is the journal of another model or of other settings; choose a new file"
                 )
             made = header["first_step"]
+            if step == made:
+                if n := sum(1 for _ in _records(file)):
+                    raise JournalError(
+                        f"{self.path} holds {n} step(s) already, which a run from its beginning would overwrite; "
+                        "choose a new file, delete this one, or resume its run from a checkpoint"
+                    )
+                if self._fingerprint(layout) != header["base_sha256"]:
+                    raise JournalError(f"{self.path} is the journal of a run from other weights; choose a new file")
+                file.seek(end)  # a torn first record may follow
             for record, after in _records(file):
                 if record.step >= step:
                     break
                 made, end = record.step + 1, after
         if made != step:
-            raise JournalError(f"{self.path} ends before step {made}, the optimizer goes on with step {step}")
+            ends = "ends before" if made < step else "begins with"
+            raise JournalError(f"{self.path} {ends} step {made}, the optimizer goes on with step {step}")
         self._file = open(self.path, "r+b")
         self._file.truncate(end)
         self._file.seek(end)

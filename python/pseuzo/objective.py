@@ -12,6 +12,8 @@ forward there.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,23 @@ def rows_of_options(examples: Tensor, n: int) -> Tensor:
     return out
 
 
+def with_positions(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """A collator whose batches also have `positions` and `targets` (loss_positions), found on the CPU, so that
+    CausalLMObjective need not wait for the device to find them.
+
+    Only batches of token ids to predict, labels [B, T], get them; others are left as they are. The objective keeps both
+    from the model; a loss of your own has to do that too."""
+    return partial(_collated_with_positions, collate)
+
+
+def _collated_with_positions(collate: Callable[[Any], dict[str, Any]], items: Any) -> dict[str, Any]:
+    batch = collate(items)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not {"examples", "positions", "targets"} & set(batch):
+        batch["positions"], batch["targets"] = loss_positions(labels)
+    return batch
+
+
 class CausalLMObjective:
     """The loss of a Transformers causal LM as PseuZO needs it.
 
@@ -75,7 +94,9 @@ class CausalLMObjective:
     On first use, the logits made from the gathered states are compared once with the model's own, since a model may do
     more after its head than the soft caps and scales known here: RuntimeError then. verify False leaves that out.
 
-    Positions are counted from the first token with attention, so that padding on the left changes nothing.
+    Positions are counted from the first token with attention, so that padding on the left changes nothing. Transformers
+    may read an attention_mask in every forward, to see whether anything is padded, and waits for the device: a batch
+    without padding can leave it out. (Some models, such as Llama, then read their positions instead.)
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None = None, *, verify: bool = True):
@@ -102,7 +123,7 @@ class CausalLMObjective:
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
         """forward() -> o [R, P, D] and head(o) -> loss, fp32, for a batch.
 
-        batch: input_ids [R, T], attention_mask [R, T] (padding on either side), and
+        batch: input_ids [R, T], attention_mask [R, T] (padding on either side; none, no padding), and
 
         - with options, labels [B], the class of each row; P is 1;
         - with `examples` in the batch: labels [R, T], token ids with -100 outside the option's tokens; examples [R],

@@ -1,6 +1,7 @@
 """Curves of runs: the dev metric over forward passes and over seconds, and the training loss."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,37 @@ def read_results(run: Path) -> dict[str, Any]:
     file = run / "results.json" if run.is_dir() else run
     try:
         results = json.loads(file.read_text())
-        results["history"], results["metric"]
+        rows, metric = results["history"], results["metric"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is not the folder of a finished run: {type(error).__name__} at {file.name}") from None
+    if not (isinstance(metric, str) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f"{run} is not the folder of a finished run: no metric and rows of a history in {file.name}")
+    drawn = ("step", "forwards", "train_seconds", "loss", f"eval_{metric}")
+    if bad := {k for row in rows for k in drawn if not isinstance(row.get(k, 0), int | float | None)}:
+        raise ValueError(f"{run} is not the folder of a finished run: {min(bad)} is no number in {file.name}")
     return results
 
 
+def _points(results: dict[str, Any], x: str, y: str) -> dict[float, tuple[float, float]]:
+    """(x, y) by step. A resumed run may have evaluated a step twice: the last counts."""
+    rows = [row for row in results["history"] if row.get(x) is not None and y in row]
+    points = {row.get("step", row[x]): (row[x], math.nan if row[y] is None else row[y]) for row in rows}
+    return dict(sorted(points.items()))
+
+
 def curve(results: dict[str, Any], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The rows of the history that have both."""
-    rows = [row for row in results["history"] if x in row and y in row]
-    return [row[x] for row in rows], [row[y] for row in rows]
+    """The rows of the history that have both, the last one of each step; nan where y is null."""
+    points = _points(results, x, y).values()
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def mean_and_spread(runs: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean and standard deviation of y over runs that were evaluated at the same steps."""
-    curves = [curve(run, x, y) for run in runs]
-    n = min(len(ys) for _, ys in curves)
-    xs, ys = (np.array([c[i][:n] for c in curves], dtype=float) for i in (0, 1))
-    spread = ys.std(0, ddof=1) if len(ys) > 1 else np.zeros(n)
+    """x, mean and standard deviation of y over runs, at the steps that all of them have."""
+    points = [_points(run, x, y) for run in runs]
+    steps = [step for step in points[0] if all(step in of_run for of_run in points)]
+    table = np.array([[of_run[step] for step in steps] for of_run in points], dtype=float).reshape(len(runs), -1, 2)
+    xs, ys = table[..., 0], table[..., 1]
+    spread = ys.std(0, ddof=1) if len(ys) > 1 else np.zeros(len(steps))
     return xs.mean(0), ys.mean(0), spread
 
 

@@ -5,9 +5,10 @@ A run's folder: config.yaml (every setting, as resolved), results.json (figures 
 searched for; and start/, a mode's first weights, where there is a journal.
 """
 
-import json
+import gc
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ import torch
 import yaml
 from transformers import PrinterCallback
 
-from pseuzo.files import save_model, write_atomically
-from pseuzo.machine import hardware, peak_memory
+from pseuzo.files import read_json, save_model, write_atomically, write_json
+from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.plots import plot_runs
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.trainer import (
     PLACEMENT_FILE,
     PseuZOTrainer,
     PseuZOTrainingArguments,
-    forwards_per_step,
     last_checkpoint,
 )
 from pseuzo.tuning import load_model, tune
@@ -78,14 +78,18 @@ class Run:
     def model(self) -> torch.nn.Module:
         """The model as it starts, in its tuning mode; the data too, the first time."""
         c = self.c
+        gc.collect()  # a trainer and its callbacks hold each other, and the model of the trial before
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         model, self.tokenizer = load_model(model_path(c["model"]), dtype=c["dtype"], device=c["device"])
-        if not self.data:
-            self.longest = max_length(model, c["max_length"], c["prefix_tokens"] if c["mode"] == "prefix" else 0)
-            self.data = {split: self.part(split) for split in self.examples}
-        return tune(
+        model = tune(
             model, c["mode"], lora_r=c["lora_r"], lora_alpha=c["lora_alpha"], prefix_tokens=c["prefix_tokens"],
             seed=c["seed"],
         )  # fmt: skip
+        if not self.data:
+            self.longest = max_length(model, c["max_length"])
+            self.data = {split: self.part(split) for split in self.examples}
+        return model
 
     def part(self, split: str, most: int | None = None) -> TaskData:
         """The first examples of a split (all of them if most is None), as the model's tokens."""
@@ -97,7 +101,7 @@ class Run:
         c = self.c | changes
         every = c["eval_every"]
         args = PseuZOTrainingArguments(
-            output_dir=str(output), method=c["method"], learning_rate=c["lr"], eps=c["eps"], window=c["window"],
+            output_dir=str(output), method=c["method"], learning_rate=c["lr"], eps=c["eps"] or 1e-3, window=c["window"],
             momentum=c["momentum"], schedule=c["schedule"], directions=c["directions"], two_sided=c["two_sided"],
             noise=c["noise"], rounding=c["rounding"], groups=c["groups"], noise_on=list(c["noise_on"]),
             scale_lr=c["scale_lr"], scale_eps=c["scale_eps"], clip_examples=c["clip_examples"], head=c["head"],
@@ -106,7 +110,8 @@ class Run:
             per_device_eval_batch_size=c["eval_batch_size"], lr_scheduler_type=c["lr_scheduler"],
             seed=c["seed"], data_seed=c["seed"], use_cpu=torch.device(c["device"]).type == "cpu",
             logging_steps=c["log_every"], logging_first_step=True, eval_strategy="steps" if every else "no",
-            eval_steps=every or None, eval_on_start=bool(every), save_strategy="steps" if c["save_every"] else "no",
+            eval_steps=every or None, eval_on_start=bool(every and not c["resume"]),
+            save_strategy="steps" if c["save_every"] else "no",
             save_steps=c["save_every"] or 500, save_total_limit=2, load_best_model_at_end=c["keep"] == "best",
             metric_for_best_model=f"eval_{self.task.metric}" if every else None, greater_is_better=True,
             report_to=list(c["report_to"]), disable_tqdm=c["quiet"], dataloader_pin_memory=c["device"] != "cpu",
@@ -117,8 +122,10 @@ class Run:
         return trainer
 
 
-def max_length(model: torch.nn.Module, wanted: int, reserved: int = 0) -> int:
-    """Tokens of a sequence: wanted, or what the model has positions for, less those reserved."""
+def max_length(model: torch.nn.Module, wanted: int) -> int:
+    """Tokens of a sequence: wanted, or what the model has positions for, less those of a learned prefix."""
+    adapter = getattr(model, "active_peft_config", None)
+    reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     return min(wanted, positions - reserved) if positions else wanted
 
@@ -126,12 +133,12 @@ def max_length(model: torch.nn.Module, wanted: int, reserved: int = 0) -> int:
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in. ValueError for those that cannot be."""
     c = dict(c)
-    if c["eps"] is None:
-        c["eps"] = DEFAULT_EPS[c["mode"]]
-        c["scale_eps"] = tuple(c["noise_on"]) != ("all",) and not c["method"].startswith("fo-")
+    zeroth = not c["method"].startswith("fo-")
+    placed = zeroth and list(c["noise_on"]) != ["all"]
+    if c["eps"] is None and zeroth:
+        c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], placed
     if c["lr"] is None:
-        c["lr"] = default_lr(c["method"], c["mode"])
-        c["scale_lr"] = tuple(c["noise_on"]) != ("all",) and not c["method"].startswith("fo-")
+        c["lr"], c["scale_lr"] = default_lr(c["method"], c["mode"]), placed
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:
         raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)
@@ -160,55 +167,90 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-def start_folder(output: Path, resume: bool) -> None:
-    """An empty folder, or that of a run to resume."""
+DECISIONS = ("lr.json", PLACEMENT_FILE, "start")  # what a run writes before it begins
+MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
+              "device", "output"}  # fmt: skip
+
+
+def start_folder(output: Path, resume: str | None) -> str | None:
+    """Make the folder of a run: new or empty, or that of a run to resume. Returns resume, or None where there is
+    nothing to go on with yet."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file, not a folder")
-    if output.exists() and any(output.iterdir()) and not resume:
+    there = {f.name for f in output.iterdir()} if output.exists() else set()
+    if "config.yaml" in there and not resume:
         raise ValueError(f"{output} is not empty; choose another folder, or --resume to go on with the run in it")
+    if "config.yaml" not in there and there - set(DECISIONS):
+        raise ValueError(f"{output} is not empty, and not the folder of a run; choose another folder")
+    if resume and "config.yaml" not in there:
+        print(f"{output} holds no run to resume: beginning a new one", flush=True)
+        resume = None
+    for name in DECISIONS if not resume else ():  # of a try that did not get to its first step
+        if name == "start":
+            shutil.rmtree(output / name, ignore_errors=True)
+        else:
+            (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
+    return resume
+
+
+def _same_run(c: dict[str, Any], output: Path) -> None:
+    """ValueError if the settings are not those of the run in output."""
+    before, now = read_config(output / "config.yaml"), plain(c)
+    for key in sorted(now.keys() - MAY_CHANGE):
+        if before.get(key) != now[key]:
+            raise ValueError(
+                f"the run in {output} has {key} {before.get(key)}, not {now[key]}: it goes on with its own settings "
+                f"(pseuzo train --config {output / 'config.yaml'} --output {output} --resume), or begin a new one"
+            )
 
 
 def train(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo train` with settings c; its results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
-    resume = c["resume"]
-    start_folder(output, bool(resume))
+    c["resume"] = resume = start_folder(output, c["resume"])
     searched = output / "lr.json"
-    if c["lr"] == "auto" and searched.exists():  # resumed
-        c |= json.loads(searched.read_text())["chosen"]
+    if resume and c["lr"] == "auto" and searched.exists():
+        c |= read_json(searched, "chosen")["chosen"] | {"scale_lr": False, "scale_eps": False}
+    if resume:
+        _same_run(c, output)
+    if resume == "auto":
+        c["resume"] = resume = last_checkpoint(output)
+        if resume is None:  # killed before its first checkpoint: it begins anew, and makes the same steps
+            print(f"{output} has no checkpoint yet: beginning anew", flush=True)
+            if c["journal"]:
+                Path(c["journal"]).unlink(missing_ok=True)
     run = Run(c)
     if c["lr"] == "auto":
         found = search_lr(run, output)
-        write_atomically(searched, json.dumps(found, indent=1) + "\n")
-        c |= found["chosen"]
-    run.c = c
-    write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+        write_json(searched, found)
+        c |= found["chosen"] | {"scale_lr": False, "scale_eps": False}
     model = run.model()
     if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
         save_model(model, run.tokenizer, output / "start")
     trainer = run.trainer(model, output)
-    if resume is True or resume == "auto":
-        resume = last_checkpoint(output)  # a run killed before its first checkpoint begins anew
-    outcome = trainer.train(resume_from_checkpoint=resume or None)
+    trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
+    write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+    reset_peak(c["device"])
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    peak = peak_memory(c["device"])  # of the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
     history = trainer.state.log_history
     last = [row for row in history if "train_seconds" in row]
-    passes = forwards_per_step(c["method"], c["directions"], c["two_sided"])
+    group = trainer.optimizer.param_groups[0]
     results = {
         "task": run.task.name, "metric": run.task.metric, "model": c["model"], "method": c["method"], "mode": c["mode"],
-        "test": figures, "steps": outcome.global_step, "forwards": outcome.global_step * passes,
-        "train_seconds": last[-1]["train_seconds"] if last else None, "lr": trainer.args.learning_rate,
-        "eps": trainer.args.eps, "best_step": trainer.state.best_global_step, "seed": c["seed"],
-        "peak_memory_mib": peak_memory(c["device"]), "hardware": hardware(c["device"]), "torch": torch.__version__,
+        "test": figures, "steps": outcome.global_step, "forwards": trainer.forwards(outcome.global_step),
+        "train_seconds": last[-1]["train_seconds"] if last else None, "lr": group.get("initial_lr", group["lr"]),
+        "eps": trainer.zero_order.eps if trainer.zero_order else None,
+        "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
+        "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
         "skipped_steps": trainer.zero_order.skipped_steps if trainer.zero_order else 0, "history": history,
     }  # fmt: skip
-    if trainer.zero_order is not None:
-        results["lr"], results["eps"] = trainer.zero_order.param_groups[0]["lr"], trainer.zero_order.eps
     save_model(model, run.tokenizer, output / "model")
-    write_atomically(output / "results.json", json.dumps(results, indent=1) + "\n")
-    plot_runs({output.name: results}, output / "curves.png")
+    write_json(output / "results.json", results)
+    plot_runs({output.name: read_json(output / "results.json")}, output / "curves.png")
     return results
 
 
@@ -224,13 +266,12 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     c = run.c
     steps = min(max(20, c["steps"] // 10), 200)
     model = run.model()
-    chosen: dict[str, Any] = {"scale_lr": False, "scale_eps": False}
+    chosen: dict[str, Any] = {}
     if c["method"].startswith("fo-"):
         first, factor = default_lr(c["method"], c["mode"]), 4.0
     else:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
-        chosen |= {"noise_on": found["noise_on"], "eps": found["eps"]}
-        write_atomically(output / PLACEMENT_FILE, json.dumps(found, indent=1) + "\n")
+        chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
         if not found["curvature"] > 0:
             raise ValueError(
                 f"--lr auto: the loss does not curve upwards along the noise ({found['curvature']:.3g}), so there is "
@@ -248,10 +289,10 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
             model = run.model()
             run.trainer(
                 model, output, lr=lr, steps=steps, eval_every=0, save_every=0, keep="last", journal=None, quiet=True,
-                report_to=(), **chosen,
+                report_to=(), scale_lr=False, scale_eps=False, resume=None, **chosen,
             ).train()  # fmt: skip
             loss = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
-            trials[lr] = loss if math.isfinite(loss) else math.inf
+            trials[lr] = loss if math.isfinite(loss) else math.inf  # null in the file
             print(f"lr {lr:.2g}: dev loss {loss:.4f} after {steps} steps, {start:.4f} before", flush=True)
         return trials[lr] < 1.05 * start
 
@@ -269,7 +310,10 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     for rate in (largest / 4, largest / 8):
         survives(rate)
     best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.__getitem__)
-    return {"steps": steps, "start": start, "trials": trials, "chosen": chosen | {"lr": best}}
+    chosen |= {"lr": best}
+    if "noise_on" in chosen:
+        write_json(output / PLACEMENT_FILE, found | chosen)
+    return {"steps": steps, "start": start, "trials": trials, "chosen": chosen}
 
 
 def _rounded(lr: float) -> float:
@@ -279,7 +323,10 @@ def _rounded(lr: float) -> float:
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo eval`: zero-shot, or with `shots` examples of the training rows before every prompt."""
     task = load_task(c["task"])
-    examples = task.load(c["data"], train=max(c["shots"], 1), dev=0, test=c["test_size"], seed=c["seed"])
+    examples = task.load(
+        c["data"], train=c["train_size"], dev=c["dev_size"], test=c["test_size"],
+        seed=c["seed"] if c["data_seed"] is None else c["data_seed"],
+    )  # fmt: skip
     model, tokenizer = load_model(model_path(c["model"]), dtype=c["dtype"], device=c["device"])
     shots = tuple(examples["train"][: c["shots"]])
     data = TaskData(examples["test"], task, tokenizer, max_length=max_length(model, c["max_length"]), shots=shots)

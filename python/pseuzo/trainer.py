@@ -8,6 +8,7 @@ the passes of optimizer.estimate(...); the Trainer's optimizer.step() applies th
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +17,21 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from pseuzo import placement
-from pseuzo.files import write_atomically
+from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
-from pseuzo.objective import CausalLMObjective
+from pseuzo.objective import NOT_INPUTS, CausalLMObjective, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
@@ -35,6 +40,7 @@ from pseuzo.tuning import head_parameters
 METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")
 SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
 PLACEMENT_FILE = "noise_on.json"
+REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
 
 
 def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
@@ -113,6 +119,10 @@ class PseuZOTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.zeroth_order:
             self._refuse()
+        elif self.noise_on == ["auto"] or any("=" in pattern for pattern in self.noise_on):
+            raise ValueError(
+                f"noise_on {' '.join(self.noise_on)}: {self.method} makes no noise; only plain names go with it"
+            )
         elif self.journal or self.clip_examples or self.objective != "loss" or self.scale_lr or self.scale_eps:
             raise ValueError(
                 f"journal, clip_examples, objective=metric and scale_* need a zeroth-order method, not {self.method}"
@@ -140,6 +150,8 @@ class PseuZOTrainingArguments(TrainingArguments):
                              "set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
         if self.clip_examples is not None and not self.clip_examples > 0:
             raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
+        if self.objective == "metric" and self.clip_examples is not None:
+            raise ValueError("clip_examples needs the loss of each example, which objective=metric has not")
         if self.objective == "metric" and self.method == "pseuzo":
             raise ValueError("objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its head")
         if self.directions != 1 and self.method == "pseuzo":
@@ -183,7 +195,10 @@ class PseuZOTrainer(Trainer):
     ):
         if not isinstance(args, PseuZOTrainingArguments):
             raise TypeError(f"PseuZOTrainer: args must be PseuZOTrainingArguments, got {type(args).__name__}")
-        data = next((d for d in (train_dataset, eval_dataset) if isinstance(d, TaskData)), None)
+        if kwargs.get("model_init") is not None:
+            raise ValueError("PseuZOTrainer: model_init is not supported; make the model and give it as model")
+        some = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        data = next((d for d in (train_dataset, *some) if isinstance(d, TaskData)), None)
         if data_collator is None and data is not None:
             data_collator = data.collate
         if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
@@ -192,10 +207,16 @@ class PseuZOTrainer(Trainer):
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
-        self.zero_order: ZeroOrder | None = None
+        if data is None and isinstance(objective, CausalLMObjective):
+            self.data_collator = with_positions(self.data_collator)
+        self.zero_order = self.optimizer if isinstance(self.optimizer, ZeroOrder) else None
+        if self.optimizer is not None and args.zeroth_order and self.zero_order is None:
+            raise ValueError(
+                f"PseuZOTrainer: method {args.method} needs MeZO or PseuZO, got {type(self.optimizer).__name__}"
+            )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made by the objective
         self._journal: Journal | None = None
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens, self._losses = torch.zeros((), dtype=torch.int64), torch.zeros(2)  # sum and number of the finite
         self._began, self._logged = time.perf_counter(), 0.0
         self.add_callback(_Watcher(self))
 
@@ -244,17 +265,26 @@ class PseuZOTrainer(Trainer):
         )  # fmt: skip
 
     def _schedule(self) -> Schedule:
-        args, steps = self.args, self._planned_steps()
+        args = self.args
+        if args.schedule == "constant":
+            return Constant(args.momentum)
+        steps = self._planned_steps()
         if args.schedule == "linear":
             return Linear(args.momentum, 0.0, steps)
         if args.schedule == "cyclic-hyperbola":
-            return CyclicHyperbola.from_steps(steps, max(1, -(-len(self.train_dataset) // args.train_batch_size)))
-        return Constant(args.momentum)
+            return CyclicHyperbola.from_steps(steps, self._steps_an_epoch())
+        raise AssertionError(args.schedule)
 
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
-        return int(self.args.num_train_epochs * -(-len(self.train_dataset) // self.args.train_batch_size))
+        return math.ceil(self.args.num_train_epochs * self._steps_an_epoch())
+
+    def _steps_an_epoch(self) -> int:
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(f"schedule {self.args.schedule} counts epochs: it needs a train_dataset of a known length")
+        n, size = len(self.train_dataset), self.args.train_batch_size
+        return max(1, n // size if self.args.dataloader_drop_last else -(-n // size))
 
     def _placement(self) -> tuple[dict[nn.Parameter, float], float, float]:
         """Where the noise goes, and lr and eps for it. What a probe found is kept in the output folder: a resumed run
@@ -263,10 +293,17 @@ class PseuZOTrainer(Trainer):
         if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
             return placement.place(self.model, args.noise_on), args.learning_rate, args.eps
         file = Path(args.output_dir) / PLACEMENT_FILE
+        request = {name: getattr(args, name) for name in REQUEST}
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(self.find_placement(), indent=1) + "\n")
-        decided = json.loads(file.read_text())
+            write_json(file, self.find_placement() | {"request": request})
+        decided = read_json(file, "noise_on", "lr", "eps", "request")
+        if decided["request"] != request:
+            other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
+            raise ValueError(
+                f"{file} was decided for {other} {decided['request'].get(other)}, not {request[other]}; choose another "
+                "output folder, or delete that file"
+            )
         return placement.place(self.model, decided["noise_on"]), decided["lr"], decided["eps"]
 
     def find_placement(self) -> dict[str, Any]:
@@ -311,7 +348,9 @@ class PseuZOTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.train_dataset, TaskData):
-            return self.train_dataset.sampler(self.args.train_batch_size, self.args.data_seed or self.args.seed)
+            return self.train_dataset.sampler(
+                self.args.train_batch_size, self.args.seed if self.args.data_seed is None else self.args.data_seed
+            )
         return super()._get_train_sampler(*args, **kwargs)
 
     def training_step(
@@ -323,12 +362,21 @@ class PseuZOTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         optimizer, args = self.zero_order, self.args
         if isinstance(optimizer, MeZO):
-            return optimizer.estimate(self._closure(inputs))
+            return self._logged_loss(optimizer.estimate(self._closure(inputs)))
         forward, head = self.objective(inputs, **self._reduction())
         groups = inputs.get("groups") if args.groups == "label" else None
         if args.groups == "none":
             groups = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
-        return optimizer.estimate(forward, head, groups=groups, examples=inputs.get("examples"))
+        return self._logged_loss(optimizer.estimate(forward, head, groups=groups, examples=inputs.get("examples")))
+
+    def _logged_loss(self, loss: Tensor) -> Tensor:
+        """The loss, 0 where it is not finite: such a step is skipped, and must not spoil the mean that is logged."""
+        if self._losses.device != loss.device:
+            self._losses = self._losses.to(loss.device)
+        finite = loss.isfinite()
+        loss = torch.where(finite, loss, 0.0)
+        self._losses += torch.stack([loss.float(), finite.float()])
+        return loss
 
     def _reduction(self) -> dict[str, str]:
         return {} if self.args.clip_examples is None else {"reduction": "none"}
@@ -346,6 +394,7 @@ class PseuZOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         if return_outputs and self.compute_metrics is not None:  # those want the model's logits
+            inputs = {k: v for k, v in inputs.items() if k == "labels" or k not in NOT_INPUTS}
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         forward, head = self.objective(inputs)
         loss = head(forward())
@@ -355,6 +404,9 @@ class PseuZOTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, dict) and all(isinstance(part, TaskData) for part in data.values()):
+            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in data.items())
+            return {k: v for metrics in parts for k, v in metrics.items()}
         if not isinstance(data, TaskData):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self._not_training():
@@ -368,8 +420,14 @@ class PseuZOTrainer(Trainer):
         return metrics
 
     def _spent(self, now: float) -> dict[str, float]:
-        passes = forwards_per_step(self.args.method, self.args.directions, self.args.two_sided)
-        return {"forwards": self.state.global_step * passes, "train_seconds": round(now - self._began, 4)}
+        return {"forwards": self.forwards(self.state.global_step), "train_seconds": round(now - self._began, 4)}
+
+    def forwards(self, steps: int) -> int:
+        """Forward passes of the first steps; a backward pass counts as two."""
+        each = forwards_per_step(self.args.method, self.args.directions, self.args.two_sided)
+        if each == 3 and self.args.method == "pseuzo" and self.zero_order is not None:  # where lambda is 0: MeZO's two
+            return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
+        return steps * each
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
@@ -393,6 +451,9 @@ class PseuZOTrainer(Trainer):
         if "loss" in logs:
             if self.args.zeroth_order:
                 logs.pop("grad_norm", None)  # there is no gradient
+                total, count = self._losses.tolist()  # waits for the device
+                logs["loss"] = round(total / count, 6) if count else math.nan
+                self._losses.zero_()
                 logs |= self._figures()
             tokens, spent = int(self._tokens), self._spent(time.perf_counter())  # waits for the device
             logs |= spent
@@ -424,6 +485,7 @@ class PseuZOTrainer(Trainer):
         before = max((row.get("train_seconds", 0.0) for row in self.state.log_history), default=0.0)  # if resumed
         self._began, self._logged = time.perf_counter() - before, before
         self._tokens.zero_()
+        self._losses.zero_()
         if self.args.journal and self.zero_order is not None:
             self._journal = Journal(self.args.journal, self.zero_order)
 
@@ -440,15 +502,30 @@ class PseuZOTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir}")
         elif isinstance(resume_from_checkpoint, str) and not _complete(Path(resume_from_checkpoint)):
-            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint")
+            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: files are missing or cut short")
+        if resume_from_checkpoint:
+            step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
+            if step >= self._planned_steps():
+                return self._finished(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stop()
 
+    def _finished(self, checkpoint: str) -> TrainOutput:
+        """What a run that was over comes back to; Transformers would make one more step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self.create_optimizer_and_scheduler(self._planned_steps())
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if folder.exists():  # of an earlier try: no part of it may pass for a part of this one
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
             shutil.rmtree(folder)
         with self._not_training():
             super()._save_checkpoint(*args, **kwargs)
@@ -472,12 +549,17 @@ def _print_probe(table: list[dict[str, Any]]) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Transformers writes trainer_state.json last: a checkpoint is whole if that one is."""
+    """Transformers writes trainer_state.json last: what was written before is whole if that one is. The others are
+    looked at for what may happen to files later."""
+    weights = [f for f in folder.glob("*.safetensors") if f.name.startswith(("model", "adapter_model"))]
     try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+        for file in weights:
+            with safe_open(file, "pt"):  # its header says how long it has to be
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    return bool(weights) and all(is_zipfile(folder / name) for name in ("optimizer.pt", "scheduler.pt"))
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -10,6 +10,7 @@ Three kinds of batch, all on the CPU and padded on the left:
 with rows [B], the numbers of the examples in the data; groups for PseuZO's window where examples have classes: of each
 row of the batch, the class (label words, answer) or class * n_options + option (options); and option_rows, positions
 and targets, as the objective would make them from the rest, so that no step has to wait for the device to learn them.
+A batch without any padding has no attention_mask, for the same reason: Transformers would read one to find that out.
 """
 
 from bisect import bisect_left
@@ -131,7 +132,8 @@ class TaskData(Dataset):
         return batch
 
     def pad_rows(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels [R, T], and the positions and targets [R, P] of the loss."""
+        """input_ids, attention_mask (if there is any padding), labels [R, T], and the positions and targets [R, P] of
+        the loss."""
         longest = max(len(row.prompt) + len(row.answer) for row in rows)
         ids = torch.full((len(rows), longest), self.pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -140,7 +142,9 @@ class TaskData(Dataset):
             ids[i, longest - len(tokens) :] = tokens
             mask[i, longest - len(tokens) :] = 1
             labels[i, longest - len(row.answer) :] = torch.tensor(row.answer, dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "labels": labels}
+        if any(len(row.tokens) < longest for row in rows):
+            batch["attention_mask"] = mask
         if any(row.answer for row in rows):
             batch["positions"], batch["targets"] = loss_positions(labels)
         return batch

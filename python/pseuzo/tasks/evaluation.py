@@ -1,8 +1,9 @@
 """How often a model is right: by the scores of the options, or by what it writes.
 
 Accuracy: the model's choice is the option whose tokens have the largest mean log-likelihood, as in MeZO; it is right if
-it is one of those that count as right. F1 and exact match: of the normalised words that the model writes greedily with
-those of the accepted answers, the best of these, as SQuAD defines it (torchmetrics).
+it is one of those that count as right, but never where a score is not finite, as after training has diverged. F1 and
+exact match: of the normalised words that the model writes greedily with those of the accepted answers, the best of
+these, as SQuAD defines it (torchmetrics).
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def _by_label_words(model, data, index, batch_size, progress, verify) -> dict[st
         scores[numbers] = objective.scores(_moved(batch, model)).cpu()
     answers = torch.tensor([data.examples[i].answer for i in index])
     losses = nn.functional.cross_entropy(scores, answers, reduction="none")
-    return {"accuracy": float((scores.argmax(1) == answers).double().mean()), "loss": float(losses.double().mean())}
+    right = (scores.argmax(1) == answers) & scores.isfinite().all(1)
+    return {"accuracy": float(right.double().mean()), "loss": float(losses.double().mean())}
 
 
 def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ def _by_options(model, data, index, batch_size, progress, verify) -> dict[str, f
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine = data.examples[i], scores[first:end]
-        right += example.options[int(mine.argmax())] in example.golds
+        right += bool(mine.isfinite().all()) and example.options[int(mine.argmax())] in example.golds
         if data.train_on == "options":
             losses += float(mine.logsumexp(0) - mine[example.answer])
             tokens += 1
@@ -145,6 +147,7 @@ def generate(
     for numbers, some in _batches(rows, batch_size, progress, "writing"):
         batch = _moved(data.pad_rows(some), model)
         start = batch["input_ids"].shape[1]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
 
         def stopped(ids: Tensor, scores: Tensor, start: int = start, **kwargs: object) -> Tensor:
             new = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
@@ -152,7 +155,7 @@ def generate(
 
         with frozen_mode(model):
             out = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config,
+                input_ids=batch["input_ids"], attention_mask=mask, generation_config=config,
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )  # fmt: skip
         for number, text in zip(numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):

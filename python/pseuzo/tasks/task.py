@@ -4,7 +4,8 @@ A task is a YAML file, the built-in ones (in builtin/) and a user's alike; docs/
 are Jinja templates over the columns of a row.
 
 The data of a task are drawn as MeZO does: training and dev examples from the training split, disjoint, and test
-examples from the validation split, as public test splits have no labels; all by seed.
+examples from the validation split, as public test splits have no labels; all by seed. Test rows come first: which ones
+they are does not depend on how many others are asked for, so that what is evaluated was never trained on.
 """
 
 import warnings
@@ -81,7 +82,7 @@ class Task:
             raise ValueError(
                 f"metric must be one of {', '.join(METRICS[self.kind])} for the kind {self.kind}, got {self.metric!r}"
             )
-        for name in ("prompt", "description", "separator", "stop", "label", "answer", "answers"):
+        for name in ("name", "prompt", "description", "separator", "stop", "label", "answer", "answers"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}; put it in quotes")
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -99,6 +100,9 @@ class Task:
             templates.check(option, "options")
         if not isinstance(self.labels, Mapping):
             raise ValueError(f"labels must map each value of the label to its word, got {self.labels!r}")
+        for value, word in self.labels.items():  # a null would be the word "None"
+            if isinstance(word, bool) or not isinstance(word, str | int | float):
+                raise ValueError(f"labels must give each label a word, got {word!r} for {value!r}; put it in quotes")
         words = [str(word).strip() for word in self.labels.values()]
         if self.labels and (len(words) < 2 or len(set(words)) < len(words) or not all(words)):
             raise ValueError(f"labels must give two or more labels different words, got {words}")
@@ -110,6 +114,8 @@ class Task:
                 raise ValueError(f"{name} must map some of {', '.join(keys)} to names, got {value!r}")
             if unknown := sorted(map(str, value.keys() - set(keys))):
                 raise ValueError(f"{name} has the unknown key {unknown[0]!r}; known: {', '.join(keys)}")
+        if self.data is not None and not isinstance(self.data, str):
+            raise ValueError(f"data must be the path of a local file or folder, got {self.data!r}; put it in quotes")
         if self.dataset is not None and "path" not in self.dataset:
             raise ValueError("dataset lacks 'path', its name on the hub")
         if self.dataset is not None and self.data is not None:
@@ -168,8 +174,11 @@ class Task:
         """{"train", "dev", "test"}: as many examples as asked for, drawn by seed, no row twice.
 
         data: a local folder, .jsonl or .parquet in the columns that the task's templates ask for; None takes what the
-        task names, which may be a data set of the hub. Fewer rows than asked for are shared out in proportion, which a
-        warning says. ValueError if there are none, or if they do not fit the templates.
+        task names, which may be a data set of the hub. The test examples depend on seed, test and the data alone: where
+        they come from a split that train or dev use too (one file, say), they are drawn first, and are at most two
+        fifths of it, even if train and dev are 0. If what is left is too few, train and dev share it in proportion to
+        what was asked for. A warning says when there are fewer. ValueError if there are none, or if they do not fit the
+        templates.
         """
         sizes = {"train": train, "dev": dev, "test": test}
         for name, size in sizes.items():
@@ -182,11 +191,13 @@ class Task:
             source = self._source(data)
             by_split: dict[str, list[str]] = {}
             for part, split in self._splits_of(source).items():
-                if sizes[part]:
-                    by_split.setdefault(split, []).append(part)
+                by_split.setdefault(split, []).append(part)
             for split, parts in by_split.items():
+                wanted = {part: sizes[part] for part in parts if sizes[part]}
+                if not wanted:
+                    continue
                 rows = source.rows(split)
-                for part, index in self._draw(split, len(rows), {part: sizes[part] for part in parts}, seed).items():
+                for part, index in self._draw(split, len(rows), wanted, len(parts) > 1, seed).items():
                     drawn[part] = take(rows, index)
         except ValueError as error:
             raise ValueError(f"task {self.name}: {error}") from error.__cause__
@@ -226,22 +237,28 @@ class Task:
             out[part] = found
         return out
 
-    def _draw(self, split: str, n: int, sizes: dict[str, int], seed: int) -> dict[str, list[int]]:
-        """For each part its random rows of n, disjoint. Too few rows are shared out in proportion."""
+    def _draw(self, split: str, n: int, wanted: dict[str, int], shared: bool, seed: int) -> dict[str, list[int]]:
+        """For each part its random rows of n, disjoint, the test rows first. shared: is the split that of other parts
+        too, wanted or not? See load for what is done when there are too few."""
         name = "the data" if split == ALL else f"the split {split!r}"
         if n == 0:
             raise ValueError(f"{name} is empty")
-        if n < len(sizes):
-            raise ValueError(f"{name} has {n} row(s), too few for {' and '.join(sizes)}")
-        wanted = sum(sizes.values())
-        if n < wanted:
-            sizes = {part: max(1, n * size // wanted) for part, size in sizes.items()}
-            largest = max(sizes, key=sizes.__getitem__)
-            sizes[largest] += n - sum(sizes.values())
-            shares = ", ".join(f"{size} for {part}" for part, size in sizes.items())
-            warnings.warn(f"task {self.name}: {name} has {n} rows, not the {wanted} asked for: {shares}", stacklevel=3)
+        if n < len(wanted):
+            raise ValueError(f"{name} has {n} row(s), too few for {' and '.join(wanted)}")
+        test = min(wanted.get("test", 0), max(1, 2 * n // 5) if shared else n)
+        sizes, others = {"test": test}, {part: size for part, size in wanted.items() if part != "test"}
+        left, total = n - test, sum(others.values())
+        if left < total:
+            sizes |= {part: max(1, left * size // total) for part, size in others.items()}
+            sizes[max(others, key=others.__getitem__)] += n - sum(sizes.values())
+        else:
+            sizes |= others
+        if any(sizes[part] < size for part, size in wanted.items()):
+            shares = ", ".join(f"{sizes[part]} of {size} for {part}" for part, size in wanted.items())
+            warnings.warn(f"task {self.name}: {name} has {n} rows, too few: {shares}", stacklevel=3)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: sum(sizes.values())]
-        return dict(zip(sizes, (part.tolist() for part in order.split(list(sizes.values()))), strict=True))
+        parts = dict(zip(sizes, (part.tolist() for part in order.split(list(sizes.values()))), strict=True))
+        return {part: parts[part] for part in wanted}
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
@@ -283,7 +300,7 @@ def _from_yaml(path: Path) -> Task:
     }
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
         raise ValueError(f"task {path} is not YAML: {' '.join(str(error).split())}") from None
     known = [f.name for f in fields(Task) if f.name != "folder"]
     if not isinstance(content, dict):

@@ -1,0 +1,398 @@
+"""What the command line refuses before anything runs, what becomes one sentence, and what does not."""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from pseuzo import cli, compare, runs
+from pseuzo.cli import main
+from pseuzo.optimizer import MeZO
+from pseuzo.plots import mean_and_spread
+from safetensors.torch import load_file
+
+BASE = ["--model", "demo", "--task", "demo"]
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """Runs end before they begin: what they would have been given."""
+    seen = {}
+
+    def train(given):
+        seen.clear()
+        seen.update(given)
+        return {"test": {"accuracy": 0.5}, "steps": 10, "forwards": 20, "best_step": given["steps"] - 2}
+
+    monkeypatch.setattr(runs, "train", train)
+    return seen
+
+
+def invoke(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    if result.exit_code != code:
+        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
+    return result.output
+
+
+def refused(*args: object) -> str:
+    """The one sentence."""
+    text = invoke(*args, code=2)
+    assert "Traceback" not in text
+    *_, last = text.strip().splitlines()
+    assert last.startswith("Error: ")
+    return last.removeprefix("Error: ")
+
+
+def raising(error: BaseException):
+    def run(*args, **kwargs):
+        raise error
+
+    return run
+
+
+# --config
+
+BAD_CONFIGS = {
+    "not UTF-8": (b"model: d\xe9mo\n", "cannot be read as YAML"),
+    "not YAML": (b"model: [demo\n", "line 2"),
+    "two documents": (b"model: demo\n---\nmodel: demo\n", "cannot be read as YAML"),
+    "a bad date": (b"seed: 2001-99-99\n", "seed: '2001-99-99'"),
+    "a list": (b"eps: [1, 2]\n", "eps: one plain value"),
+    "a list of one": (b"two_sided: [1]\n", "two_sided: one plain value"),
+    "a mapping": (b"eps: {a: 1}\n", "eps: one plain value"),
+    "a list where a path is due": (b"journal: [a]\n", "journal: one plain value"),
+    "a nested list": (b"noise-on: [[all]]\n", "noise-on: a list of plain values"),
+    "inf steps": (b"window: .inf\n", "window: '.inf'"),
+    "inf": (b"eps: inf\n", "eps: 'inf' is not a finite number"),
+    "a fraction": (b"window: 2.7\n", "window: '2.7'"),
+    "a switch's value": (b"clip_examples: true\n", "clip_examples: true is for switches"),
+    "a value for a switch": (b"quiet: much\n", "quiet: 'much'"),
+    "out of range": (b"steps: 0\n", "steps: 0 is not in the range"),
+    "unknown choice": (b"method: adam\n", "method: 'adam'"),
+    "unknown rate": (b"lr: fast\n", "lr: 'fast' is neither a number nor auto"),
+    "unknown option": (b"learning_rat: 1\n", "unknown option 'learning_rat'"),
+    "unhashable key": (b"? [a]\n: 1\n", "cannot be read as YAML"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CONFIGS)
+def test_bad_config(tmp_path, settings, what):
+    content, words = BAD_CONFIGS[what]
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    sentence = refused("train", *BASE, "--config", file, "--output", tmp_path / "run")
+    assert str(file) in sentence and words in sentence and not settings
+
+
+def test_config_path_that_is_not_there(tmp_path, settings):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: 5\n")
+    args = ("train", *BASE, "--config", file, "--output", tmp_path / "run")
+    assert "'--data': Path '5' does not exist" in refused(*args)
+    invoke(*args, "--data", tmp_path)
+    assert settings["data"] == tmp_path
+
+
+def test_config_values_are_read_as_on_the_command_line(tmp_path, settings):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "lr: 4e-4\neps: 1.0e-3\nclip_examples: 2\ntwo_sided: true\nnoise-on: v_proj\nquiet: no\nresume: true\n"
+        "report_to: []\nmomentum: null\ndata_seed:\nmodel: demo\ntask: demo\noutput: 2024-01-01\nwindow: 5\n"
+    )
+    invoke("train", "--config", file, "--window", 7)
+    expected = {"lr": 4e-4, "eps": 1e-3, "clip_examples": 2.0, "two_sided": True, "noise_on": ("v_proj",),
+                "quiet": False, "resume": "auto", "report_to": (), "momentum": None, "data_seed": None,
+                "output": Path("2024-01-01"), "window": 7}  # fmt: skip
+    assert {k: settings[k] for k in expected} == expected
+    file.write_text("resume: false\n")
+    invoke("train", *BASE, "--config", file, "--output", tmp_path / "run")
+    assert settings["resume"] is None
+
+
+@pytest.mark.parametrize("args", [["--method", m] for m in cli.METHODS] + [["--mode", "lora", "--lora-r", "3"]])
+def test_resolved_settings_are_taken_again(tmp_path, settings, args):
+    invoke("train", *BASE, *args, "--output", tmp_path / "run")
+    first = runs.resolve(dict(settings))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(runs.plain(first)))
+    invoke("train", "--config", file)
+    again = dict(settings)
+    assert runs.plain(runs.resolve(again)) == runs.plain(first)
+
+
+# options that do nothing
+
+UNUSED = {
+    ("--directions", "2"): ("pseuzo", "--directions is for mezo and mezo-momentum, not for pseuzo"),
+    ("--objective", "metric"): ("pseuzo", "--objective is for mezo and mezo-momentum, not for pseuzo"),
+    ("--one-sided",): ("fo-sgd", "--two-sided is for pseuzo, mezo and mezo-momentum, not for fo-sgd"),
+    ("--eps", "1e-2"): ("fo-adam", "--eps is for"),
+    ("--noise", "normal"): ("fo-adam", "--noise is for"),
+    ("--rounding", "nearest"): ("fo-sgd", "--rounding is for"),
+    ("--clip-examples", "2"): ("fo-sgd", "--clip-examples is for"),
+    ("--journal", "j.pzj"): ("fo-sgd", "--journal is for"),
+    ("--window", "3"): ("mezo", "--window is for pseuzo and mezo-momentum, not for mezo"),
+    ("--schedule", "linear"): ("mezo", "--schedule is for pseuzo, not for mezo"),
+    ("--groups", "row"): ("mezo-momentum", "--groups is for pseuzo"),
+    ("--head", "exact"): ("mezo", "--head is for pseuzo"),
+    ("--head-lr", "1"): ("pseuzo", "--head-lr is for --head exact, not for --head frozen"),
+    ("--momentum", "0.5"): ("mezo", "--momentum is for pseuzo, mezo-momentum and fo-sgd, not for mezo"),
+    ("--lora-r", "4"): ("mezo", "--lora-r is for --mode lora, not for --mode full"),
+    ("--lora-alpha", "4"): ("mezo", "--lora-alpha is for"),
+    ("--prefix-tokens", "4"): ("mezo", "--prefix-tokens is for --mode prefix"),
+    ("--noise-on", "auto"): ("fo-adam", "takes no noise"),
+    ("--noise-on", "all=2"): ("fo-adam", "takes no noise"),
+}
+
+
+@pytest.mark.parametrize("option", UNUSED)
+def test_option_without_use(tmp_path, settings, option):
+    method, words = UNUSED[option]
+    assert words in refused("train", *BASE, "--method", method, *option, "--output", tmp_path / "run")
+    assert not settings and not (tmp_path / "run").exists()
+
+
+def test_defaults_and_used_options_pass(tmp_path, settings):
+    for args in (
+        ["--method", "fo-sgd", "--momentum", "0.5", "--groups", "label", "--directions", "1", "--noise-on", "v_proj"],
+        ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
+        ["--method", "mezo-momentum", "--directions", "2", "--one-sided", "--objective", "metric", "--eps", "1"],
+    ):
+        invoke("train", *BASE, *args, "--output", tmp_path / "run")
+        assert settings["method"] == args[1]
+
+
+def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings):
+    """Examples hold PseuZO's own options; --method mezo on the command line is the baseline to them."""
+    file = EXAMPLES / "opt-1.3b-sst2.yaml"
+    text = invoke("train", "--config", file, "--method", "mezo", "--output", tmp_path / "run")
+    assert "--groups is for pseuzo, not for mezo: that of --config is left out" in text
+    assert (settings["groups"], settings["schedule"], settings["momentum"]) == ("label", "constant", None)
+    assert "--groups" in refused("train", "--config", file, "--method", "mezo", "--groups", "row", "--output",
+                                 tmp_path / "run")  # fmt: skip
+    (tmp_path / "own.yaml").write_text("method: mezo\nschedule: linear\n")
+    assert "--schedule is for pseuzo" in refused("train", *BASE, "--config", tmp_path / "own.yaml", "--output", "run")
+
+
+COMBINATIONS = {
+    "metric and clip": (["--objective", "metric", "--clip-examples", "2", "--method", "mezo"], "--clip-examples needs"),
+    "metric and auto": (["--objective", "metric", "--lr", "auto", "--method", "mezo"], "give --lr"),
+    "no warmup": (["--lr-scheduler", "constant_with_warmup"], "constant_with_warmup"),
+    "meta": (["--device", "meta"], "cpu or cuda"),
+    "nan eps": (["--eps", "nan"], "not a finite number"),
+    "nan decay": (["--weight-decay", "nan"], "not a finite number"),
+    "inf lr": (["--lr", "inf"], "not a finite number"),
+    "no folder for the journal": (["--journal", "no/such/folder/j.pzj"], "there is no folder no/such/folder"),
+}
+
+
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_refused_at_once(tmp_path, settings, what):
+    args, words = COMBINATIONS[what]
+    assert words in refused("train", *BASE, *args, "--output", tmp_path / "run")
+    assert not settings
+
+
+def test_journal(tmp_path, settings):
+    journal, out = tmp_path / "run.pzj", tmp_path / "run"
+    args = ("train", *BASE, "--output", out, "--journal")
+    text = invoke(*args, journal, "--steps", 10)
+    assert "model/ is step 8" in text and "--until 8" in text
+    assert "--until" not in invoke(*args, journal, "--steps", 10, "--keep", "last")
+    assert "--until" not in invoke(*args, journal, "--steps", 12)
+    journal.write_bytes(b"records")
+    assert "exists already" in refused(*args, journal)
+    invoke(*args, journal, "--resume")
+    invoke(*args, out / "inside.pzj")  # its folder will be made
+
+
+# what becomes a sentence
+
+
+def own_error(**kwargs):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    MeZO([parameter], lr=1e-3, eps=1e-3).step()  # without an estimate
+
+
+def damaged(folder):
+    (folder / "x.safetensors").write_bytes(b"\xff" * 50)
+    return lambda given: load_file(folder / "x.safetensors")
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "a smaller --batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "a 16-bit --dtype"),
+    (MemoryError(), "out of memory"),
+    (yaml.YAMLError("a colon too many"), "a colon too many"),
+    (ValueError("two\nlines"), "two lines"),
+])  # fmt: skip
+def test_one_sentence(tmp_path, monkeypatch, error, words):
+    monkeypatch.setattr(runs, "train", raising(error))
+    assert words in refused("train", *BASE, "--output", tmp_path / "run")
+    monkeypatch.setattr(runs, "evaluate_run", raising(error))
+    assert "--batch-size" not in refused("eval", *BASE)
+
+
+def test_errors_of_our_own_and_of_safetensors_are_sentences(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda given: own_error())
+    assert "estimate" in refused("train", *BASE, "--output", tmp_path / "run")
+    monkeypatch.setattr(runs, "train", damaged(tmp_path))
+    assert "safetensors" in refused("train", *BASE, "--output", tmp_path / "run")
+    monkeypatch.setattr(compare, "compare", lambda *args, **kwargs: compare.summarise({"edited by hand": [{}]}))
+    assert "'train_seconds' is missing" in refused("compare", *BASE, "--output", tmp_path / "compared")
+
+
+@pytest.mark.parametrize("bug", [
+    lambda given: torch.zeros(2, 3) @ torch.zeros(2, 3), lambda given: {}["key"], lambda given: [][0],
+])  # fmt: skip
+def test_a_bug_is_not_hidden(tmp_path, monkeypatch, bug):
+    monkeypatch.setattr(runs, "train", bug)
+    result = CliRunner().invoke(main, ["train", *BASE, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 1 and isinstance(result.exception, (RuntimeError, KeyError, IndexError))
+
+
+def test_what_torch_refuses_in_our_modules_is_a_bug():
+    """A RuntimeError that pseuzo raises has words for a reader, one of an expression in it has not."""
+    try:
+        own_error()
+    except RuntimeError as error:
+        assert cli._sentence(error) == " ".join(str(error).split())
+    code = compile("import torch\ndef f(): return torch.zeros(2) @ torch.zeros(3)", "x.py", "exec")
+    names = {"__name__": "pseuzo.made_up"}
+    exec(code, names)
+    with pytest.raises(RuntimeError) as caught:
+        names["f"]()
+    with click.Context(cli.train):
+        assert cli._sentence(caught.value) is None
+
+
+def during_import(given):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ModuleNotFoundError("Could not import module 'OPTForCausalLM'") from error
+
+
+def test_interruptions(tmp_path, monkeypatch):
+    from pseuzo.demo import run as demo
+
+    for module, name in ((runs, "train"), (runs, "evaluate_run"), (demo, "run"), (compare, "compare")):
+        monkeypatch.setattr(module, name, raising(KeyboardInterrupt()))
+    said = {
+        "train": invoke("train", *BASE, "--output", tmp_path / "run", code=130),
+        "eval": invoke("eval", *BASE, code=130),
+        "demo": invoke("demo", "--out", tmp_path / "demo", code=130),
+        "compare": invoke("compare", *BASE, "--output", tmp_path / "compared", code=130),
+    }
+    assert "--resume" in said["train"] and "the same command" in said["compare"]
+    assert said["eval"] == said["demo"] == "interrupted\n"
+    monkeypatch.setattr(runs, "train", during_import)
+    invoke("train", *BASE, "--output", tmp_path / "run", code=130)
+
+
+# compare, eval, plot
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    seen = {}
+
+    def run(common, methods, output, **kwargs):
+        seen.update({title: common | own for title, own in methods.items()})
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(compare, "compare", run)
+    return seen
+
+
+BAD_METHODS = {
+    "mezo:lr=fast": "lr: 'fast' is neither",
+    "mezo:lr=[1": "lr: '[1' is neither",
+    "mezo:eps=-1": "eps: -1.0 is not in the range",
+    "mezo:steps=5": "steps is not a method's own",
+    "mezo:output=x": "output is not a method's own",
+    "mezo:resume=true": "resume is not a method's own",
+    "mezo:config=x": "is not KEY=VALUE",
+    "mezo:method=pseuzo": "method is not a method's own",
+    "mezo:lr": "is not KEY=VALUE",
+    "mezo:lr=": "is not KEY=VALUE",
+    "mezo:groups=row": "--groups is for pseuzo, not for mezo",
+    "mezo:objective=metric": "give --lr",
+    "adam": "is not a method",
+}
+
+
+@pytest.mark.parametrize("text", BAD_METHODS)
+def test_compare_refuses(tmp_path, compared, text):
+    sentence = refused("compare", *BASE, "--methods", "fo-sgd", "--methods", text, "--output", tmp_path / "out")
+    assert BAD_METHODS[text] in sentence and not compared and not (tmp_path / "out").exists()
+
+
+def test_compare_reads_values_and_gives_each_method_its_options(tmp_path, compared):
+    titles = ["mezo:lr=4e-4,noise_on=v_proj+out_proj=2,two-sided=false", "pseuzo:groups=none", "fo-adam"]
+    methods = [word for title in titles for word in ("--methods", title)]
+    sentence = refused("compare", *BASE, *methods, "--window", 5, "--eps", "1e-2", "--output", tmp_path / "out")
+    assert sentence == "far enough"
+    mezo, pseuzo, adam = (compared[title] for title in titles)
+    assert mezo["lr"] == 4e-4 and mezo["noise_on"] == ["v_proj", "out_proj=2"] and mezo["two_sided"] is False
+    assert (mezo["window"], pseuzo["window"], adam["window"]) == (14, 5, 14)
+    assert (mezo["eps"], pseuzo["eps"], adam["eps"]) == (1e-2, 1e-2, None)
+    assert pseuzo["groups"] == "none" and pseuzo["lr"] == adam["lr"] == "auto"
+    assert yaml.safe_load(yaml.safe_dump(compared)) == compared, "plain values only"
+    assert "--directions is for mezo" in refused("compare", *BASE, "--methods", "fo-sgd", "--methods", "pseuzo",
+                                                 "--directions", 2, "--output", tmp_path / "out")  # fmt: skip
+
+
+def test_eval_takes_the_rows_that_train_takes(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(runs, "evaluate_run", lambda given: seen.update(given) or {})
+    invoke("eval", *BASE)
+    assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (1000, 500, None)
+    invoke("eval", *BASE, "--train-size", 7, "--dev-size", 8, "--data-seed", 9)
+    assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (7, 8, 9)
+
+
+@pytest.mark.parametrize("results", [
+    [], 5, {"history": 5, "metric": "f1"}, {"history": [5], "metric": "f1"}, {"history": [], "metric": []},
+    {"history": [{"step": 1, "forwards": 2, "loss": "low"}], "metric": "f1"},
+])  # fmt: skip
+def test_plot_of_what_is_no_run(tmp_path, results):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert "is not the folder of a finished run" in refused("plot", tmp_path, "--output", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_means_are_over_the_same_steps():
+    def run(*rows):
+        return {"metric": "f1", "history": [dict(zip(("step", "forwards", "train_seconds", "eval_f1"), r, strict=True))
+                                            for r in rows]}  # fmt: skip
+
+    a = run((0, 0, 0.0, 0.1), (5, 10, 1.0, 0.2), (10, 20, 2.0, 0.6))
+    b = run((0, 0, 0.0, 0.3), (5, 10, 2.0, 9.0), (5, 10, 3.0, 0.4), (7, 14, 3.5, 9.0), (10, 20, 4.0, None))
+    xs, means, spread = mean_and_spread([a, b], "train_seconds", "eval_f1")  # b was resumed at 5
+    np.testing.assert_allclose(xs, [0, 2, 3])
+    np.testing.assert_allclose(means, [0.2, 0.3, np.nan])
+    np.testing.assert_allclose(spread[:2], np.sqrt(0.02) * np.ones(2))
+    assert [len(part) for part in mean_and_spread([a, run()], "forwards", "eval_f1")] == [0, 0, 0]
+    assert mean_and_spread([b], "forwards", "eval_f1")[0].tolist() == [0, 10, 14, 20]
+
+
+def test_the_compare_example_is_accepted(monkeypatch, tmp_path):
+    seen = {}
+
+    def compared(common, methods, output, **rest):
+        seen.update(common=common, methods=methods, **rest)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(compare, "compare", compared)
+    text = refused("compare", "--config", EXAMPLES / "compare-demo.yaml", "--output", tmp_path / "out")
+    assert text == "that is all"
+    listed = yaml.safe_load((EXAMPLES / "compare-demo.yaml").read_text())
+    assert list(seen["methods"]) == listed["methods"] and seen["forwards"] == 600 and seen["seeds"] == 3
+    assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]
