@@ -16,6 +16,8 @@ from pseuzo.journal import JournalError, read_journal
 from pseuzo.runs import model_path
 from pseuzo.trainer import last_checkpoint
 from safetensors.torch import load_file
+from test_tasks import ROWS as PUBLIC
+from test_tasks import write
 
 SMALL = ["--model", "demo", "--task", "demo", "--train-size", "48", "--dev-size", "24", "--test-size", "24",
          "--batch-size", "6", "--eval-batch-size", "24", "--device", "cpu", "--quiet"]  # fmt: skip
@@ -425,3 +427,18 @@ def test_generation_is_trained_and_scored_by_f1(tmp_path):
                "--eval-every", 2, *args, "--output", out)  # fmt: skip
         test = json.loads((out / "results.json").read_text())["test"]
         assert {"f1", "em", "loss"} <= test.keys() and 0 <= test["em"] <= test["f1"] <= 1
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_builtin_task_trains_and_scores(tmp_path, name):
+    rows = [row for row, *_ in PUBLIC[name]]
+    for part, some in (("train", rows * 4), ("validation", rows)):
+        write(tmp_path / "data" / f"{part}.parquet", some)
+    out = tmp_path / "run"
+    pseuzo("train", *SMALL[:2], "--task", name, "--data", tmp_path / "data", "--train-size", 2, "--dev-size",
+           1, "--test-size", 1, "--steps", 1, "--batch-size", 2, "--device", "cpu", "--quiet",
+           "--output", out)  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] in results["test"] and results["test"]["examples"] == 1
+    logged = next(row["loss"] for row in results["history"] if "loss" in row)
+    assert logged > 0 and results["test"]["loss"] > 0

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -255,21 +254,6 @@ def test_a_bug_is_not_hidden(tmp_path, monkeypatch, bug):
     monkeypatch.setattr(runs, "train", bug)
     result = CliRunner().invoke(main, ["train", *BASE, "--output", str(tmp_path / "run")])
     assert result.exit_code == 1 and isinstance(result.exception, (RuntimeError, KeyError, IndexError))
-
-
-def test_what_torch_refuses_in_our_modules_is_a_bug():
-    """A RuntimeError that pseuzo raises has words for a reader, one of an expression in it has not."""
-    try:
-        own_error()
-    except RuntimeError as error:
-        assert cli._sentence(error) == " ".join(str(error).split())
-    code = compile("import torch\ndef f(): return torch.zeros(2) @ torch.zeros(3)", "x.py", "exec")
-    names = {"__name__": "pseuzo.made_up"}
-    exec(code, names)
-    with pytest.raises(RuntimeError) as caught:
-        names["f"]()
-    with click.Context(cli.train):
-        assert cli._sentence(caught.value) is None
 
 
 def during_import(given):

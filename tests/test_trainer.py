@@ -165,7 +165,7 @@ def test_logs_what_a_run_is_judged_by(tmp_path, demo):
     assert abs(rows[0]["loss"] - clean) < 1e-4  # logged with four digits: at the clean weights, before the update
     assert [row["window"] for row in rows] == [1, 2, 3, 3, 3]
     assert all(row["momentum"] == 1.0 and row["skipped_steps"] == 0 for row in rows)
-    assert all(row["update_ulps_float32"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["update_ulps_float32"] > 0 and row["tokens_per_second"] > 0 < row["peak_memory_mib"] for row in rows)
     assert [row["forwards"] for row in rows] == [2, 4, 6, 8, 10]
     assert "grad_norm" not in rows[0]
 

@@ -3,7 +3,6 @@
 Exit codes: 0 done; 2 what was asked for cannot be done, one sentence on stderr says why; 130 interrupted; 1 a bug.
 """
 
-import dis
 import functools
 import math
 import os
@@ -83,27 +82,17 @@ def _sentence(error: BaseException) -> str | None:
         return f"a safetensors file is damaged: {text}"
     if isinstance(error, KeyError) and _module(error) in ("pseuzo.compare", "pseuzo.plots"):  # they read runs' files
         return f"{error.args[0]!r} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
-    if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo") and _raised(error):
+    if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
         return text
     return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
 
 
-def _frame(error: BaseException) -> tuple[Any, int]:
-    """The frame that an error comes from, and the position in its code."""
+def _module(error: BaseException) -> str:
+    """The module that an error comes from."""
     at = error.__traceback__
     while at.tb_next is not None:
         at = at.tb_next
-    return at.tb_frame, at.tb_lasti
-
-
-def _module(error: BaseException) -> str:
-    return _frame(error)[0].f_globals.get("__name__", "")
-
-
-def _raised(error: BaseException) -> bool:
-    """By a raise statement, so that its words are meant for a reader; not by what an expression called."""
-    frame, position = _frame(error)
-    return dis.opname[frame.f_code.co_code[position]] == "RAISE_VARARGS"
+    return at.tb_frame.f_globals.get("__name__", "")
 
 
 def _listed(words: list[str] | tuple[str, ...], last: str = "and") -> str:

@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from pseuzo import placement
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
+from pseuzo.machine import peak_memory
 from pseuzo.objective import NOT_INPUTS, CausalLMObjective, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
@@ -460,8 +461,7 @@ class PseuZOTrainer(Trainer):
             logs["tokens_per_second"] = round(tokens / max(spent["train_seconds"] - self._logged, 1e-9), 1)
             self._logged = spent["train_seconds"]
             self._tokens.zero_()
-            if self.args.device.type == "cuda":
-                logs["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(self.args.device) / 2**20, 1)
+            logs["peak_memory_mib"] = round(peak_memory(self.args.device), 1)
         super().log(logs, *args, **kwargs)
 
     def _figures(self) -> dict[str, float]:
