@@ -102,12 +102,16 @@ def test_a_step_does_not_wait_for_the_device():
     model = Tied().cuda().eval()
     ids = torch.randint(0, 300, (4, 5)).cuda()
     groups = torch.tensor([0, 1, 1, 0]).cuda()
-    for opt in (PseuZO(model, 1e-4, 1e-2), MeZO(model, 1e-4, 1e-2), PseuZO(model.parameters(), 1e-4, 1e-2)):
+    for opt in (
+        PseuZO(model, 1e-4, 1e-2), MeZO(model, 1e-4, 1e-2), PseuZO(model.parameters(), 1e-4, 1e-2),
+        PseuZO(model, 1e-4, 1e-2, window=3, clip_examples=2.0),
+        MeZO(model, 1e-4, 1e-2, directions=2, momentum=0.5, window=3, clip_examples=2.0),
+    ):  # fmt: skip
 
         def step(opt=opt):
             if isinstance(opt, PseuZO):
-                return opt.step(lambda: model(ids), lambda o: o.square().mean(), groups=groups)
-            return opt.step(lambda: model(ids).square().mean())
+                return opt.step(lambda: model(ids), lambda o: o.square().mean(1), groups=groups)
+            return opt.step(lambda: model(ids).square().mean(1))
 
         for _ in range(3):  # compiles, learns the model, makes its tables
             step()
