@@ -55,7 +55,9 @@ def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], pat
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(18, 4.5), layout="constrained")
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.get_cmap("tab20" if len(runs) > 10 else "tab10").colors)
     for name, of_name in runs.items():
         of_name = [of_name] if isinstance(of_name, dict) else list(of_name)
         metric = of_name[0]["metric"]
@@ -75,7 +77,7 @@ def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], pat
     axes[1].set(xlabel="seconds of training", ylabel=f"dev {', '.join(metrics)}")
     axes[2].set(xlabel="forward passes (a backward counts as two)", ylabel="training loss")
     if axes[2].lines:  # there may have been no evaluation
-        axes[2].legend(fontsize=8)
+        figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
