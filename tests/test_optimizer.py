@@ -32,6 +32,18 @@ def head_for(y):
     return lambda o: nn.functional.cross_entropy(o.float(), y)
 
 
+def losses_beside(model, z, bys, x, y):
+    """The losses of weights + by * z, in copies of the model."""
+    losses = []
+    for by in bys:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, zi in zip(other.parameters(), z, strict=True):
+                p.add_(by * zi)
+            losses.append(head_for(y)(other(x)).double())
+    return losses
+
+
 def plain_pseuzo(model, steps, lr, eps, K, momentum, decay, groups, seed, two_sided=False, scale=None):
     """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights copied about."""
     params = list(model.parameters())
@@ -100,13 +112,7 @@ def test_mezo_is_the_formula(bare, two_sided):
         x, y = data(t)
         opt.step(lambda x=x, y=y: nn.functional.cross_entropy(model(x), y))
         z = [reference.noise(p.shape, step_seed(9, t), i) for i, p in enumerate(want.parameters())]
-        losses = []
-        for by in (eps, -eps if two_sided else 0.0):
-            other = copy.deepcopy(want)
-            with torch.no_grad():
-                for p, zi in zip(other.parameters(), z, strict=True):
-                    p.add_(by * zi)
-                losses.append(nn.functional.cross_entropy(other(x), y).double())
+        losses = losses_beside(want, z, (eps, -eps if two_sided else 0.0), x, y)
         g = (losses[0] - losses[1]) / (2 * eps if two_sided else eps)
         with torch.no_grad():
             for p, zi in zip(want.parameters(), z, strict=True):
@@ -718,13 +724,7 @@ def test_directions_and_momentum_are_the_formula(bare, two_sided, momentum, wind
             seed = direction_seed(9, t, j)
             assert (seed == step_seed(9, t)) == (j == 0)
             z = [reference.noise(p.shape, seed, i) for i, p in enumerate(want.parameters())]
-            losses = []
-            for by in (eps, -eps if two_sided else 0.0):
-                other = copy.deepcopy(want)
-                with torch.no_grad():
-                    for p, zi in zip(other.parameters(), z, strict=True):
-                        p.add_(by * zi)
-                    losses.append(head_for(y)(other(x)).double())
+            losses = losses_beside(want, z, (eps, -eps if two_sided else 0.0), x, y)
             c = (losses[0] - losses[1]) / (2 * eps if two_sided else eps)
             gradient = [g + c / q * zi.double() for g, zi in zip(gradient, z, strict=True)]
         gradients.append(gradient)

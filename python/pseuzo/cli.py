@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")  # as in pseuzo.trainer, whose import is slow
+from pseuzo.methods import METHODS
+
 ONLY = (  # options that do something under some values of another one only
     ("method", ("mezo", "mezo-momentum"), ("directions", "objective")),
     ("method", METHODS[:3], ("two_sided", "eps", "noise", "rounding", "clip_examples", "journal")),
@@ -513,16 +514,15 @@ def _print_comparison(summary: dict, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pseuzo.compare import cells
+
     metric, rows = summary["metric"], summary["methods"]
     least = min(row["equal_seconds"] for row in rows.values())
     table = Table(title=f"{summary['forwards']} forward passes, {summary['seeds']} seed(s), {summary['hardware']}")
     for column in ("method", "lr", f"test {metric}", f"dev {metric}", f"dev after {least:.0f} s", "seconds", "memory"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for title, row in rows.items():
-        table.add_row(
-            title, f"{row['lr']:.2g}", f"{row['test_mean']:.3f} ± {row['test_std']:.3f}", f"{row['dev_mean']:.3f}",
-            f"{row['dev_at_equal_time']:.3f}", f"{row['seconds']:.0f}", f"{row['peak_memory_mib']:.0f} MiB",
-        )  # fmt: skip
+        table.add_row(*cells(title, row))
     console = Console()
     console.print(table)
     console.print(f"Table: {output}/table.md. Curves: {output}/compare.png.", highlight=False, soft_wrap=True)
@@ -546,19 +546,17 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
     paired as published and by label, and MeZO with noise on a tenth of the weights start from the same pretrained model
     and see the same batches. Prints what each reached.
     """
-    import torch  # here, so that --help is quick
-
-    from pseuzo.demo import run as demo_run
+    from pseuzo.demo import run as demo_run  # here, so that --help is quick
+    from pseuzo.machine import usable_device
 
     known = [m.name for m in demo_run.METHODS]
     for name in methods:
         if name not in known:
             raise click.UsageError(f"unknown method {name!r}; known: {', '.join(known)}")
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        where = usable_device(device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if out.exists() and not out.is_dir():
         raise click.UsageError(f"{out} is a file, not a folder")
     summary = demo_run.run(out, list(methods) or known, steps, batch_size, seed, where)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pseuzo.files import read_json, write_atomically, write_json
+from pseuzo.files import differing, read_json, read_yaml, write_atomically, write_json
+from pseuzo.methods import forwards_per_step
 from pseuzo.plots import curve, plot_runs, read_results
-from pseuzo.trainer import forwards_per_step
 
 
 def compare(
@@ -76,12 +76,9 @@ def _slug(title: str) -> str:
 
 
 def _same_settings(config: dict[str, Any], folder: Path) -> None:
-    before = yaml.safe_load(folder.with_suffix(".yaml").read_text())
-    for key in sorted(config.keys() | before.keys()):
-        if config.get(key) != before.get(key):
-            raise ValueError(
-                f"{folder} is a run with {key} {before.get(key)}, not {config.get(key)}; choose another --output"
-            )
+    if found := differing(read_yaml(folder.with_suffix(".yaml")), config):
+        key, before, now = found
+        raise ValueError(f"{folder} is a run with {key} {before}, not {now}; choose another --output")
 
 
 def _train(config: dict[str, Any], folder: Path) -> None:
@@ -129,6 +126,14 @@ def _at(curve: tuple[list[float], list[float]], x: float) -> float:
     return before[-1] if before else ys[0]
 
 
+def cells(title: str, row: dict[str, Any]) -> list[str]:
+    """A row of the summary as it is printed: method, lr, test, dev, dev in equal time, seconds, memory."""
+    return [
+        title, f"{row['lr']:.2g}", f"{row['test_mean']:.3f} ± {row['test_std']:.3f}", f"{row['dev_mean']:.3f}",
+        f"{row['dev_at_equal_time']:.3f}", f"{row['seconds']:.0f}", f"{row['peak_memory_mib']:.0f} MiB",
+    ]  # fmt: skip
+
+
 def markdown(summary: dict[str, Any]) -> str:
     """The summary as a table."""
     metric, rows = summary["metric"], summary["methods"]
@@ -139,8 +144,5 @@ def markdown(summary: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for title, row in rows.items():
-        lines.append(
-            f"| {title} | {row['lr']:.2g} | {row['test_mean']:.3f} ± {row['test_std']:.3f} | {row['dev_mean']:.3f} | "
-            f"{row['dev_at_equal_time']:.3f} | {row['seconds']:.0f} | {row['peak_memory_mib']:.0f} MiB |"
-        )
+        lines.append(f"| {' | '.join(cells(title, row))} |")
     return "\n".join(lines) + "\n"

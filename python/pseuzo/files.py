@@ -4,11 +4,12 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
-from transformers import AutoTokenizer
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -44,18 +45,36 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
-    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file that we wrote. ValueError if somebody else did."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(value).__name__}")
+    return value
 
-    tokenizer: one, or the folder of a model that may have one. Complete or not there.
+
+def differing(
+    before: dict[str, Any], now: dict[str, Any], besides: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """The first setting that is not the same in both, with both values; None if all but `besides` are."""
+    for key in sorted((before.keys() | now.keys()) - set(besides)):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
+    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer if there is one.
+
+    Complete or not there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"
         model.save_pretrained(new)
-        if isinstance(tokenizer, str | Path):
-            found = any(Path(tokenizer).glob("tokenizer*"))
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer) if found else None
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         if target.exists():

@@ -7,6 +7,16 @@ from pathlib import Path
 import torch
 
 
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """The device, or cuda where there is one; ValueError if it cannot hold a tensor."""
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return where
+
+
 def hardware(device: torch.device | str) -> str:
     """The name of the GPU, or of the CPU with the number of threads."""
     device = torch.device(device)

@@ -16,8 +16,8 @@ import torch
 import yaml
 from transformers import PrinterCallback
 
-from pseuzo.files import read_json, save_model, write_atomically, write_json
-from pseuzo.machine import hardware, peak_memory, reset_peak
+from pseuzo.files import differing, read_json, read_yaml, save_model, write_atomically, write_json
+from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.plots import plot_runs
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.trainer import (
@@ -50,17 +50,6 @@ def model_path(name: str) -> str:
     from pseuzo.demo.run import ASSETS
 
     return str(ASSETS / "model")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Settings from a YAML file: option names, with - or _. ValueError if it is not a mapping."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, got {type(config).__name__}")
-    return {str(k).replace("-", "_"): v for k, v in config.items()}
 
 
 class Run:
@@ -143,11 +132,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)
     c.setdefault("scale_eps", False)
-    c["device"] = c["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=c["device"])
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {c['device']!r} cannot be used: {str(error).splitlines()[0]}") from None
+    c["device"] = str(usable_device(c["device"]))
     if c["data_seed"] is None:
         c["data_seed"] = c["seed"]
     if c["eval_every"] is None:
@@ -196,13 +181,12 @@ def start_folder(output: Path, resume: str | None) -> str | None:
 
 def _same_run(c: dict[str, Any], output: Path) -> None:
     """ValueError if the settings are not those of the run in output."""
-    before, now = read_config(output / "config.yaml"), plain(c)
-    for key in sorted(now.keys() - MAY_CHANGE):
-        if before.get(key) != now[key]:
-            raise ValueError(
-                f"the run in {output} has {key} {before.get(key)}, not {now[key]}: it goes on with its own settings "
-                f"(pseuzo train --config {output / 'config.yaml'} --output {output} --resume), or begin a new one"
-            )
+    if found := differing(read_yaml(output / "config.yaml"), plain(c), besides=MAY_CHANGE):
+        key, before, now = found
+        raise ValueError(
+            f"the run in {output} has {key} {before}, not {now}: it goes on with its own settings "
+            f"(pseuzo train --config {output / 'config.yaml'} --output {output} --resume), or begin a new one"
+        )
 
 
 def train(c: dict[str, Any]) -> dict[str, Any]:

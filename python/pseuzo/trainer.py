@@ -32,25 +32,16 @@ from pseuzo import placement
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import peak_memory
+from pseuzo.methods import METHODS, forwards_per_step
 from pseuzo.objective import NOT_INPUTS, CausalLMObjective, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.tuning import head_parameters
 
-METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")
 SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
 PLACEMENT_FILE = "noise_on.json"
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
-
-
-def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
-    """Forward passes a step; a backward pass counts as two of them. two_sided None: as is usual for the method."""
-    if method.startswith("fo-"):
-        return 3
-    if method == "pseuzo":
-        return 3 if two_sided else 2
-    return 1 + directions if two_sided is False else 2 * directions
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -272,9 +263,7 @@ class PseuZOTrainer(Trainer):
         steps = self._planned_steps()
         if args.schedule == "linear":
             return Linear(args.momentum, 0.0, steps)
-        if args.schedule == "cyclic-hyperbola":
-            return CyclicHyperbola.from_steps(steps, self._steps_an_epoch())
-        raise AssertionError(args.schedule)
+        return CyclicHyperbola.from_steps(steps, self._steps_an_epoch())
 
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
@@ -335,10 +324,9 @@ class PseuZOTrainer(Trainer):
         n = max(3, forwards // per_batch)
         with tqdm(total=n * per_batch, desc=what, unit="forward", disable=self.args.disable_tqdm, leave=False) as bar:
             # per example, if they can be had: then the curvature need not be seen as a difference of differences
-            each = isinstance(self.objective, CausalLMObjective)
+            each = isinstance(self.objective, CausalLMObjective) or self.args.clip_examples is not None
             batches = [
-                self._closure(self._prepare_inputs(batch), {"reduction": "none"} if each else None)
-                for batch in islice(self.get_train_dataloader(), n)
+                self._closure(self._prepare_inputs(batch), each) for batch in islice(self.get_train_dataloader(), n)
             ]
             return placement.probe(
                 self.model, groups, batches, eps=self.args.eps, noise=self.args.noise, seed=self.args.seed,
@@ -363,8 +351,8 @@ class PseuZOTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         optimizer, args = self.zero_order, self.args
         if isinstance(optimizer, MeZO):
-            return self._logged_loss(optimizer.estimate(self._closure(inputs)))
-        forward, head = self.objective(inputs, **self._reduction())
+            return self._logged_loss(optimizer.estimate(self._closure(inputs, args.clip_examples is not None)))
+        forward, head = self._split(inputs, args.clip_examples is not None)
         groups = inputs.get("groups") if args.groups == "label" else None
         if args.groups == "none":
             groups = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
@@ -379,16 +367,17 @@ class PseuZOTrainer(Trainer):
         self._losses += torch.stack([loss.float(), finite.float()])
         return loss
 
-    def _reduction(self) -> dict[str, str]:
-        return {} if self.args.clip_examples is None else {"reduction": "none"}
+    def _split(self, inputs: dict[str, Any], each: bool) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """forward and head; each: with the losses of the examples, which an objective need not be able to give."""
+        return self.objective(inputs, reduction="none") if each else self.objective(inputs)
 
-    def _closure(self, inputs: dict[str, Any], reduction: dict[str, str] | None = None) -> Callable[[], Tensor]:
+    def _closure(self, inputs: dict[str, Any], each: bool) -> Callable[[], Tensor]:
         if self.args.objective == "metric":
             if not isinstance(self.train_dataset, TaskData):
                 raise ValueError("objective=metric needs a TaskData as train_dataset: it knows the metric")
             rows = inputs["rows"].tolist()
             return lambda: nondiff_loss(self.model, self.train_dataset, rows)
-        forward, head = self.objective(inputs, **(self._reduction() if reduction is None else reduction))
+        forward, head = self._split(inputs, each)
         return lambda: head(forward())
 
     def compute_loss(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pseuzo.machine import usable_device
 from pseuzo.perturbed import frozen_mode
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,10 +47,9 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"load_model: device {device!r} cannot be used: {_first_line(error)}") from None
+        where = usable_device(device)
+    except ValueError as error:
+        raise ValueError(f"load_model: {error}") from None
     name = str(name_or_path)
     folder = _folder(name)
     adapter = folder / "adapter_config.json" if folder else None
