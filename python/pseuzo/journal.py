@@ -5,7 +5,8 @@
         ...
     replay("run.pzj", base_model)           # bit for bit the weights of the run, on any device
 
-Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is the smallest checkpoint there is.
+Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is the smallest checkpoint there is. With
+noise "normal" that holds on one backend; others agree to a few ulp of the noise.
 
 The file: a magic number, a JSON header, then records; each part carries its length and CRC-32. A record is in the file
 before the next step ends, so a crash loses at most the last one; a torn tail is recognised, and cut off on reopening.
