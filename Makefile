@@ -27,11 +27,11 @@ format: $(READY)
 	$(BIN)/clang-format -i csrc/*
 
 bench: $(READY)
+	$(BIN)/python bench/sass_cost.py --json bench/results/sass.json --arch 80 90 --predict
 	$(BIN)/python bench/bench_add_noise.py $(ARGS)
 	$(BIN)/python bench/bench_steps.py
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/report.py
-	$(BIN)/python bench/sass_cost.py --predict
 
 # Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the
 # usual one, which runs on a CPU too.

@@ -1,69 +1,223 @@
-"""The noise op on a weight of OPT-1.3B (fc1, 8192 x 2048), beside a copy and beside what MeZO's code does.
+"""The noise op on a weight of OPT-1.3B (fc1, 8192 x 2048) and the window, beside copies and what MeZO's code does.
 
-python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...]
+python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--check]
+
+pct_of_copy: GB/s over those of copy_ in the same run, of the bytes that the way at hand has to move. pct_of_rate (GPU):
+normals/s over what the instructions of the loop over seeds allow: multiprocessors x 128 lanes x highest clock /
+instructions a normal, as counted by sass_cost.py. All that is compared is checked first: ours to the bit of the
+reference; ways with noise of another kind, that they add noise of the same mean and variance. --check does only that;
+under TRITON_INTERPRET=1, it does so with the Triton kernels, on a CPU in Triton's interpreter.
 """
 
-import argparse
-from functools import partial
+import json
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from types import SimpleNamespace
 
 import torch
-from harness import QUANTILES, Table
+from harness import HERE, QUANTILES, RESULTS, Table, parser
+from torch import Tensor
 
-from pseuzo_kernels import NOISES, add_noise, noise, reference, update_
+from pseuzo_kernels import NOISES, EmaWindow, add_noise, api, noise, perturb_, reference, update_
 
 N = 8192 * 2048
-LR = 1e-6
+LR, EPS = 1e-6, 1e-3
+UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
+WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
+COLUMNS = (
+    "op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s", "shape", "pct_of_copy", "pct_of_rate"
+)  # fmt: skip
+
+OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, update_=update_)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import importlib
+
+    kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
+    OPS = api.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton, kernels.add_noise_rows_triton)
 
 
-def mezo_update(x: torch.Tensor, seeds: list[int], coefs: list[float]) -> None:
+def coefs_of(K: int) -> list[float]:
+    return [0.5 + 0.1 * (k % 14) for k in range(K)]
+
+
+def torch_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
     """As MeZO's and PseuZO's code do it: reseed, make the whole perturbation, add it, once per seed."""
     for seed, coef in zip(seeds, coefs, strict=True):
         torch.manual_seed(seed)
-        x.add_(torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device), alpha=-LR * coef)
+        x.add_(torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device), alpha=-lr * coef)
 
 
-def passes_per_seed(x: torch.Tensor, seeds: list[int], coefs: list[float], rounding: str) -> None:
+@torch.compile(dynamic=False)
+def add_randn(x: Tensor, coef: Tensor) -> None:
+    x.add_(torch.randn_like(x) * coef)
+
+
+def compiled_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
+    """torch_loop with noise and sum fused by torch.compile. Reseeding cannot be compiled, so it stays outside."""
+    alphas = torch.tensor([-lr * coef for coef in coefs], dtype=x.dtype, device=x.device).unbind()
+    for seed, alpha in zip(seeds, alphas, strict=True):
+        torch.manual_seed(seed)
+        add_randn(x, alpha)
+
+
+def pass_per_seed(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
     for seed, coef in zip(seeds, coefs, strict=True):
-        update_(x, seed, coef, lr=LR, rounding=rounding)
+        OPS.update_(x, seed, coef, lr=lr, rounding=rounding_of(x), rounding_seed=seed)
 
 
-def check(x: torch.Tensor, seeds: list[int], coefs: list[float]) -> None:
-    """The first elements of an update equal the reference's, before anything is timed."""
-    got, want = x.clone(), x[:20000].cpu()
-    update_(got, seeds, coefs, lr=LR)
-    reference.update_(want, seeds, coefs, lr=LR)
-    assert torch.equal(got[:20000].cpu(), want), "the op differs from the reference"
+LOOPS = {"pseuzo, a pass per seed": (pass_per_seed, 2), "MeZO-style torch loop": (torch_loop, 4),
+         "MeZO-style, torch.compile": (compiled_loop, 2)}  # fmt: skip
 
 
-def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], device: torch.device) -> None:
+def rounding_of(x: Tensor) -> str:
+    return "nearest" if x.dtype is torch.float32 else "stochastic"
+
+
+def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 20000) -> None:
+    """Noise, perturb and update are the reference's to the bit; "normal" to the errors of fast logarithms and sines."""
+    host = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = host.to(device)
+    for kind in NOISES:
+        got = OPS.noise((n,), 1, 0, noise=kind, dtype=dtype, device=device).cpu()
+        want = reference.noise((n,), 1, 0, noise=kind, dtype=dtype)
+        if kind == "normal":
+            torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=5e-5)
+        else:
+            assert torch.equal(got, want), f"{kind} noise differs from the reference"
+    out = torch.empty_like(x)
+    OPS.add_noise(x, 1, EPS, 0, out=out)
+    want = reference.add_noise(host, 1, EPS, 0)
+    assert torch.equal(out.cpu(), want), "perturb differs from the reference"
+    OPS.perturb_(out.copy_(x), 1, EPS)
+    assert torch.equal(out.cpu(), want), "perturb in place differs from the reference"
+    for K in Ks:
+        for kind in UPDATE_NOISES:
+            args = dict(lr=0.1, noise=kind, rounding=rounding_of(x), rounding_seed=3)
+            OPS.update_(got := x.clone(), list(range(K)), coefs_of(K), **args)
+            reference.update_(want := host.clone(), list(range(K)), coefs_of(K), **args)
+            assert torch.equal(got.cpu(), want), f"update, K = {K}, {kind}: differs from the reference"
+
+
+def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.device) -> None:
+    """What the loop adds has mean 0 and the standard deviation of sum_k coefs[k] z_k, to six sigma and roundings."""
+    x = torch.zeros(n, dtype=dtype, device=device)
+    loop(x, list(range(K)), coefs_of(K), 1.0)
+    x, size = x.float(), torch.tensor(coefs_of(K)).norm().item()
+    assert abs(x.mean().item()) < 6 * size / n**0.5, "the mean is not 0"
+    assert abs(x.std().item() / size - 1) < 0.02 + 6 / (2 * n) ** 0.5, "not the variance of the other ways"
+
+
+def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
+    """With torch's own generator inside, the compiled loop adds the very numbers of the loop."""
+    got, want = (torch.ones(n, dtype=dtype, device=device) for _ in range(2))
+    with torch._inductor.config.patch(fallback_random=True):
+        torch.compiler.reset()
+        compiled_loop(got, [1, 2], [0.5, 1.0], 0.1)
+    torch.compiler.reset()
+    torch_loop(want, [1, 2], [0.5, 1.0], 0.1)
+    eps = torch.finfo(dtype).eps  # the product is rounded, or it is not; sums are below 2
+    torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
+
+
+@cache
+def highest_rate(device: torch.device, kind: str) -> float:
+    """Normals/s if each lane issued an instruction of the loop over seeds a cycle; 0 if not known."""
+    if device.type != "cuda":
+        return 0.0
+    import triton
+
+    chip = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    arch = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
+    for folder in (RESULTS, HERE / "results"):
+        costs = json.loads((folder / "sass.json").read_text()) if (folder / "sass.json").exists() else []
+        for c in costs:
+            if c["arch"] == arch and c["kernel"].startswith(f"add_noise_many_kernel {kind} "):
+                return chip["multiprocessor_count"] * 128 * chip["sm_clock_rate"] * 1e3 / c["instructions_per_normal"]
+    return 0.0
+
+
+def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
+    device = table.device
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
-    size = x.element_size()
+    size, copied = x.element_size(), None
 
-    def row(op, impl, call, K, passes):  # passes over x, of reading or writing
+    def row(op, impl, call, K, passes, kind=None):  # passes over x, of reading or writing; kind of our noise
         ms = table.time(call)
         rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6, gnormals_per_s=K * n / ms["ms_p50"] / 1e6)
+        if copied:
+            rates["pct_of_copy"] = 100 * rates["gb_per_s"] / copied
+        if kind and (rate := highest_rate(device, kind)):
+            rates["pct_of_rate"] = 100e9 * rates["gnormals_per_s"] / rate
         table.add(op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates)
         return ms["ms_p50"]
 
     copy = row("copy", "torch copy_", lambda: y.copy_(x), 0, 2)
+    copied = 2 * size * n / copy / 1e6
     row("noise", "torch.randn", lambda: torch.randn(n, dtype=dtype, device=device), 1, 1)
     for kind in NOISES:
-        row("noise", f"pseuzo {kind}", partial(noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device), 1, 1)
-    perturb = row("perturb", "pseuzo, out of place", lambda: add_noise(x, 1, 1e-3, 0, out=y), 1, 2)
+        call = partial(OPS.noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device)
+        row("noise", f"pseuzo {kind}", call, 1, 1, kind)
+    perturb = row("perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2, "hadamard")
     print(f"    -> perturb: {perturb / copy:.2f} copies")
-    rounding = "stochastic" if size == 2 else "nearest"
+    row("perturb", "pseuzo, in place", lambda: OPS.perturb_(y, 1, EPS), 1, 2, "hadamard")
+    check_compiled(dtype, n, device)
     for K in Ks:
-        seeds, coefs = list(range(K)), [0.5 + 0.1 * k for k in range(K)]
-        check(x, seeds, coefs)
-        ours = row("update", "pseuzo", partial(update_, x, seeds, coefs, lr=LR, rounding=rounding), K, 2)
-        if K <= 14:
-            row("update", "pseuzo, a pass per seed", partial(passes_per_seed, x, seeds, coefs, rounding), K, 2 * K)
-            mezo = row("update", "MeZO-style torch loop", partial(mezo_update, x, seeds, coefs), K, 4 * K)
-            print(f"    -> update K {K}: {mezo / ours:.1f} times faster than the torch loop, {ours / copy:.2f} copies")
+        seeds, coefs, took = list(range(K)), coefs_of(K), {}
+        for kind in UPDATE_NOISES:
+            impl = "pseuzo" if kind == "hadamard" else f"pseuzo {kind}"
+            call = partial(OPS.update_, x, seeds, coefs, lr=LR, noise=kind, rounding=rounding_of(x))
+            took[impl] = row("update", impl, call, K, 2, kind)
+        for impl, (loop, passes) in LOOPS.items():
+            if device.type == "cpu" and K > (1 if loop is compiled_loop else 14):
+                continue  # minutes
+            check_law(loop, K, dtype, n, device)
+            kind = "hadamard" if loop is pass_per_seed else None
+            took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K, kind)
+        times = ", ".join(f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in LOOPS if impl in took)
+        print(f"    -> update K {K}: {took['pseuzo'] / copy:.2f} copies; {times}")
 
 
-def replay(table: Table, dtype: torch.dtype, n: int, K: int, device: torch.device, steps: int = 16) -> None:
+def check_window(shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups, device: torch.device) -> None:
+    """Seeds are the reference's; coefs too, to the errors of sums in fp32 of terms of the sizes at hand."""
+    draw = torch.Generator().manual_seed(0)
+    got, want, sizes = EmaWindow(K, eps=EPS), reference.EmaWindow(K, eps=EPS), reference.EmaWindow(K, eps=EPS)
+    for seed in range(K + 2):
+        o0, o1, e = (torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
+        seeds, coefs = got.step(seed, o0.to(device), o1.to(device), e.to(device), groups)
+        want_seeds, want_coefs = want.step(seed, o0, o1, e, groups)
+        size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), groups)[1]
+        assert torch.equal(seeds.cpu(), want_seeds), "the window's seeds differ from the reference's"
+        # a thread adds 4 columns of each row, then rows; an old entry is a mean of rows; product, result
+        far = (coefs.cpu() - want_coefs).abs() > (5 * shape[0] + 41) * 2**-24 * size
+        assert not far.any(), "the window's coefs differ from the reference's"
+
+
+def measure_window(table: Table, dtype: torch.dtype, K: int = 14) -> None:
+    """A step of a full window: push and project, rows paired by number or pooled by label."""
+    for shape in WINDOW_SHAPES:
+        n, rows = shape[0] * shape[1] * shape[2], shape[0]
+        o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
+        for impl, groups in (("rows", None), ("labels", torch.arange(rows) % 2)):
+            check_window(shape, dtype, K, groups, table.device)
+            window = EmaWindow(K, eps=EPS)
+            for seed in range(K):
+                window.step(seed, o0, o1, e, groups)
+            kept = n if groups is None else n * 2 // rows  # floats of an entry; K - 1 are read and one is written
+            moved = 3 * n * o0.element_size() + 4 * K * kept
+            a, b = (torch.empty(moved // 2, dtype=torch.uint8, device=table.device) for _ in range(2))
+            copy = table.time(lambda a=a, b=b: b.copy_(a))
+            ms = table.time(partial(window.step, K, o0, o1, e, groups))
+            common = dict(op="window", dtype=str(dtype)[6:], n=n, K=K, shape="x".join(map(str, shape)))
+            of = f"torch copy_ of the bytes of {impl}"
+            table.add(**common, impl=of, **copy, gb_per_s=moved / copy["ms_p50"] / 1e6)
+            table.add(**common, impl=f"pseuzo, {impl}", **ms, gb_per_s=moved / ms["ms_p50"] / 1e6,
+                      pct_of_copy=100 * copy["ms_p50"] / ms["ms_p50"])  # fmt: skip
+
+
+def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) -> None:
     """The same updates one by one and in one pass over the weights, as `pseuzo replay` makes them; ms of all."""
+    device = table.device
     one, many = (torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype) for _ in range(2))
     seeds, coefs = torch.arange(steps * K, device=device), torch.linspace(-1, 1, steps * K, device=device) * LR
     rest = ([0.9999] * steps, [1.0] * steps, "hadamard", True, list(range(steps)))
@@ -85,21 +239,29 @@ def replay(table: Table, dtype: torch.dtype, n: int, K: int, device: torch.devic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--n", type=int, default=N)
-    parser.add_argument("--K", type=int, nargs="*", default=[1, 4, 14, 64])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    p = parser(__doc__)
+    p.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
+    p.add_argument("--n", type=int, default=N)
+    p.add_argument("--K", type=int, nargs="*", help="default: 1 4 14 64; on a GPU also 1000")
+    p.add_argument("--check", action="store_true", help="check that all agree, and time nothing")
+    args = p.parse_args()
     device = torch.device(args.device)
-    table = Table("add_noise", device, ("op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s"))
-    for name in args.dtype:
-        measure(table, getattr(torch, name), args.n, args.K, device)
-        for K in args.K:
+    if isinstance(OPS, api.NoiseApi) and not args.check:
+        p.error("Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET")
+    Ks = args.K or [1, 4, 14, 64, *[1000] * (device.type == "cuda")]
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    for dtype in dtypes:
+        check(dtype, Ks, device, min(args.n, 20000))
+    if args.check:
+        print(f"{'the Triton kernels' if isinstance(OPS, api.NoiseApi) else 'the ops'} agree with the reference")
+        return
+    table = Table("add_noise", args, COLUMNS)
+    for dtype in dtypes:
+        measure(table, dtype, args.n, Ks)
+        measure_window(table, dtype)
+        for K in Ks:
             if K <= 14:
-                replay(table, getattr(torch, name), args.n, K, device)
+                replay(table, dtype, args.n, K)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""How time grows: with the parameters and with K (one update), with the tokens (one training step).
+"""How time grows: with the parameters and with K (one update), with the tokens (one training step); lines through it.
 
 python bench/bench_growth.py [--device cpu|cuda] [--max 28] [--model opt-1.3b]
 """
 
-import argparse
 from functools import partial
 
 import torch
-from bench_steps import EPS, LABEL_WORDS, LR, MODELS, WINDOW, make_batch, make_model
-from harness import QUANTILES, Table
+from bench_steps import EPS, LABEL_WORDS, LR, WINDOW, make_batch, make_model
+from harness import MODELS, QUANTILES, Table, fits, parser
 from pseuzo import CausalLMObjective, PseuZO
 
 from pseuzo_kernels import reference, update_
@@ -23,28 +22,27 @@ def check(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max", type=int, help="log2 of the most parameters: 24 on a CPU, 30 on a GPU")
-    parser.add_argument("--model", choices=MODELS, help="tiny on a CPU, opt-1.3b on a GPU")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    small = device.type == "cpu"
+    p = parser(__doc__)
+    p.add_argument("--max", type=int, help="log2 of the most parameters: 24 on a CPU, 30 on a GPU")
+    p.add_argument("--model", choices=MODELS, help="tiny on a CPU, opt-1.3b on a GPU")
+    p.add_argument("--tokens", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512])
+    args = p.parse_args()
+    table = Table("growth", args, ("against", "x", "what", *QUANTILES))
+    device, small, points = table.device, table.device.type == "cpu", []
     most = args.max or (24 if small else 30)
     check(device)
-    table = Table("growth", device, ("against", "x", "what", *QUANTILES))
+
+    def row(call, **where) -> None:
+        ms = table.time(call)
+        table.add(**where, **ms)
+        points.append(where | ms)
 
     def update(n: int, K: int, against: str) -> None:
         x = torch.randn(n, device=device).to(torch.bfloat16)
         seeds, coefs = torch.arange(K, device=device), torch.ones(K, device=device)
         call = partial(update_, x, seeds, coefs, lr=LR, rounding="stochastic")
         fixed = f"K = {K}" if against == "parameters" else f"{n} parameters"
-        table.add(
-            against=against, x=n if against == "parameters" else K, what=f"update, bf16, {fixed}", **table.time(call)
-        )
+        row(call, against=against, x=n if against == "parameters" else K, what=f"update, bf16, {fixed}")
 
     for log2 in range(most - 8, most + 1, 2):
         for K in (1, WINDOW):
@@ -66,8 +64,10 @@ def main() -> None:
                 head(forward()), head(forward())
 
         common = dict(against="tokens", x=16 * tokens)
-        table.add(**common, what=f"{name}, two forwards", **table.time(two_forwards))
-        table.add(**common, what=f"{name}, step", **table.time(partial(opt.step, forward, head, groups)))
+        row(two_forwards, **common, what=f"{name}, two forwards")
+        row(partial(opt.step, forward, head, groups), **common, what=f"{name}, step")
+    for (against, what), (a, b) in fits(points).items():
+        print(f"  {what}: {a:.4g} ms + {b:.4g} ms a unit of {against}")
 
 
 if __name__ == "__main__":

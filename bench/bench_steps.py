@@ -2,22 +2,29 @@
 
 python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16] [--dtype bfloat16] [--device cuda|cpu]
 
-pseuzo's steps are also timed in parts; "two forwards" is the floor: inference, and nothing else. The other ways are
-written here after what the published code does: MeZO perturbs in place, three times a step, with torch.normal after a
-reseed; PseuZO makes one such pass per entry of its window, and fetches a number from the device for each. FO: backward
-through the model. Memory: the peak of what torch allocated on the GPU during a call.
+"two forwards" is the floor: inference, and nothing else; "captured" is with the passes recorded as CUDA graphs, the
+floor too. pseuzo's step is also timed in parts, of which "perturb" is all perturbed weights made, one module after the
+other as in a pass, and no forward. The published ways are written here after what that code does: MeZO makes three
+passes over the weights to perturb and restore them and one to update, each with torch.normal after a reseed, and
+rebinds the weights; PseuZO perturbs, restores and makes one pass per entry of its window, with a number fetched from
+the device for each (weight decay left out, and the output head runs once, where that code runs it twice). FO: backward
+through the model. peak_gb: what torch allocated on the GPU at most during a call. ops: operations in a call that
+compute something, about the launches; syncs: numbers that Python waits for (two of ours on a CPU are from pinned
+memory on a GPU, and wait for nothing; two are of Transformers' mask code).
 """
 
 import argparse
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from harness import QUANTILES, Table
+from harness import MODELS, QUANTILES, Table, floor_of, parser
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
@@ -25,15 +32,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from pseuzo_kernels import EmaWindow, perturb_, reference, update_
 
-# layers, width, heads, width of the embedding
-MODELS = {
-    "tiny": (2, 64, 4, 64), "opt-125m": (12, 768, 12, 768), "opt-350m": (24, 1024, 16, 512),
-    "opt-1.3b": (24, 2048, 32, 2048), "opt-2.7b": (32, 2560, 32, 2560), "opt-6.7b": (32, 4096, 32, 4096),
-    "opt-13b": (40, 5120, 40, 5120), "opt-30b": (48, 7168, 56, 7168),
-}  # fmt: skip
 LABEL_WORDS = [17, 4]
 LR, EPS, WINDOW = 1e-7, 1e-3, 14
-COLUMNS = ("model", "params", "dtype", "rows", "tokens", "impl", "part", *QUANTILES, "peak_gb")
+COLUMNS = ("model", "params", "dtype", "rows", "tokens", "impl", "part", *QUANTILES, "peak_gb", "ops", "syncs")
+Parts = Iterator[tuple[str, Callable[[], object]]]  # what to time, after what it needs was made
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -59,33 +61,60 @@ def make_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows, device=device) % 2}
 
 
-class MeZOInPlace:
-    """MeZO as published: x + eps z, x - eps z, x, and the update, each a loop over the weights with fresh normals."""
+class Count(TorchDispatchMode):
+    """Counts the operations that compute something, and those that wait for a number."""
+
+    ops = syncs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.ops += not view and "empty" not in func.__name__
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.syncs += args[0].is_cuda or not torch.cuda.is_available()
+        return func(*args, **(kwargs or {}))
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """call recorded as a CUDA graph, after what it does for the first time only."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(), call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+class PublishedMeZO:
+    """x + eps z, x - eps z, x, and the update, each a loop over the weights with fresh normals."""
 
     def __init__(self, model: nn.Module):
         self.params = [p for p in model.parameters() if p.requires_grad]
 
-    def shift(self, seed: int, by: float) -> None:
+    def shift(self, seed: int, factor: float, size: float) -> None:
         torch.manual_seed(seed)
         for p in self.params:
-            p.data.add_(torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype), alpha=by)
+            z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
+            p.data = p.data + factor * z * size
 
     @torch.no_grad()
     def step(self, loss: Callable[[], Tensor], seed: int) -> None:
-        self.shift(seed, EPS)
+        self.shift(seed, 1, EPS)
         plus = loss().item()
-        self.shift(seed, -2 * EPS)
+        self.shift(seed, -2, EPS)
         minus = loss().item()
-        self.shift(seed, EPS)
-        self.shift(seed, -LR * (plus - minus) / (2 * EPS))
+        self.shift(seed, 1, EPS)
+        self.shift(seed, (plus - minus) / (2 * EPS), -LR)
 
 
-class PseuZOInPlace(MeZOInPlace):
-    """PseuZO as published: a list of output changes and seeds, and a pass over the weights for each of them."""
+class PublishedPseuZO(PublishedMeZO):
+    """A list of seeds and output changes of all positions, and a pass over the weights for each of them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, output: Tensor):
         super().__init__(model)
-        self.window: list[tuple[int, Tensor]] = []
+        self.window = [(seed, torch.zeros_like(output)) for seed in range(WINDOW)]
 
     def step(self, output: Callable[[], Tensor], head: Callable[[Tensor], Tensor], seed: int) -> None:
         with torch.no_grad():
@@ -93,22 +122,47 @@ class PseuZOInPlace(MeZOInPlace):
         o = o0.clone().requires_grad_()
         (e,) = torch.autograd.grad(head(o), o)
         with torch.no_grad():
-            self.shift(seed, EPS)
+            self.shift(seed, 1, EPS)
             change = output() - o0
-            self.shift(seed, -EPS)
-            self.window = [*self.window[-(WINDOW - 1) :], (seed, change)]
+            self.shift(seed, -1, EPS)
+            self.window = [*self.window[1:], (seed, change)]
             for old_seed, old in self.window:
-                self.shift(old_seed, -LR * (old * e).sum().item() / EPS)
+                self.shift(old_seed, (old * e).sum().item() / EPS, -LR)
+
+
+def perturb_alone(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """All perturbed weights of a pass, each made in its turn: modules that have weights, with forwards that do nothing.
+    An embedding looks up rows, as in a pass; a head that is tied to it is not run."""
+    seen, owners = set(), []
+    for module in model.modules():
+        own = set(module.parameters(recurse=False))
+        owners += [module] if own - seen else []
+        seen |= own
+
+    def call() -> None:
+        for m in owners:
+            lookup = isinstance(m, nn.Embedding)
+            m.forward = (lambda m=m: F.embedding(ids % m.num_embeddings, m.weight)) if lookup else lambda: None
+        try:
+            with torch.no_grad(), perturbed(model, 3, EPS):
+                for m in owners:
+                    m()
+        finally:
+            for m in owners:
+                del m.forward
+
+    return call
 
 
 def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     """A perturbed forward is the forward of perturbed weights; an update is the reference's; both to the bit."""
     params = list(model.parameters())
-    before = [p.detach().clone() for p in params]
+    room = params[0].device.type == "cpu" or 2.2 * sum(p.nbytes for p in params) < torch.cuda.mem_get_info()[1]
+    before = [p.detach().clone() if room else p.detach().cpu() for p in params]
     with torch.no_grad():
         with perturbed(model, 3, EPS):
             got = forward()
-        assert all(torch.equal(p, was) for p, was in zip(params, before, strict=True)), "a forward changed the weights"
+        assert all(torch.equal(p, was.to(p.device)) for p, was in zip(params, before, strict=True)), "a forward wrote"
         perturb_(params, 3, EPS)
         assert torch.equal(forward(), got), "the perturbed forward is not that of perturbed weights"
         some = params[2].view(-1)[:5000].cpu()
@@ -120,20 +174,28 @@ def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
             p.copy_(was)
 
 
-def ways(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """impl, part, and what to time. One at a time: what a way holds is gone before the next is made."""
-    objective = CausalLMObjective(model, LABEL_WORDS)
-    forward, head = objective(batch)
+def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str, Callable[[], Parts]]:
+    """The ways to make a step, by name. Each is gone with all that it holds before the next is made."""
+    forward, head = CausalLMObjective(model, LABEL_WORDS)(batch)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     labels, params = batch["labels"], list(model.parameters())
     groups = labels.cpu()
 
+    def loss() -> Tensor:
+        return head(forward())
+
     def published_loss() -> Tensor:  # logits of all tokens, as the published code has them
         return F.cross_entropy(model(**inputs).logits[:, -1, LABEL_WORDS].float(), labels)
 
-    def inference() -> None:
+    def published_output() -> Tensor:
+        return model.model(**inputs).last_hidden_state
+
+    def published_head(o: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(o)[:, -1, LABEL_WORDS].float(), labels)
+
+    def two_forwards() -> None:
         with torch.no_grad():
-            head(forward())
+            loss(), loss()
 
     def perturbed_forward() -> None:
         with torch.no_grad(), perturbed(model, 3, EPS):
@@ -143,109 +205,148 @@ def ways(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[tuple[str, str,
         with torch.no_grad():
             forward()
 
-    yield "inference", "two forwards", lambda: (inference(), inference())
-    check(model, forward) if sum(p.numel() for p in params) < 3e9 else None
-
-    opt = PseuZO(model, LR, EPS, WINDOW)
-    for _ in range(WINDOW):
-        opt.step(forward, head, groups=groups)
-    yield "pseuzo PseuZO", "step", lambda: opt.step(forward, head, groups=groups)
-    yield "pseuzo PseuZO", "forward", plain_forward
-    yield "pseuzo PseuZO", "perturbed forward", perturbed_forward
+    if not checked:
+        check(model, forward)
     with torch.no_grad():
-        o = forward()
-    window = EmaWindow(WINDOW, eps=EPS)
-    for seed in range(WINDOW):
-        seeds, coefs = window.step(seed, o, o, o, groups)
-    yield "pseuzo PseuZO", "window", lambda: window.step(1, o, o, o, groups)
-    yield "pseuzo PseuZO", "update", lambda: update_(params, seeds, coefs, lr=LR, rounding="stochastic")
-    opt = window = None
-    mezo = MeZO(model, LR, EPS)
-    yield "pseuzo MeZO", "step", lambda: mezo.step(lambda: head(forward()))
-    mezo = None
-    in_place = MeZOInPlace(model)
-    yield "MeZO in place", "step", lambda: in_place.step(published_loss, 1)
-    list_way = PseuZOInPlace(model)
-    hidden = lambda: model.model(**inputs).last_hidden_state  # noqa: E731
+        close = dict(rtol=0, atol=4 * torch.finfo(params[0].dtype).eps + 1e-5)  # logits below 4, rounded
+        want = loss()
+        for other in (published_loss(), published_head(published_output())):
+            torch.testing.assert_close(other, want, **close)
 
-    def list_head(o: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(o)[:, -1, LABEL_WORDS].float(), labels)
+    def pseuzo(**options) -> Parts:
+        opt = PseuZO(model, 0.0, EPS, WINDOW, **options)  # the weights stay until the losses have been compared
+        for _ in range(WINDOW):
+            torch.testing.assert_close(opt.step(forward, head, groups=groups), want, **close)
+        opt.param_groups[0]["lr"] = LR
+        yield "step", lambda: opt.step(forward, head, groups=groups)
+        if options:
+            return
+        yield "forward", plain_forward
+        yield "perturbed forward", perturbed_forward
+        yield "perturb", perturb_alone(model, batch["input_ids"])
+        with torch.no_grad():
+            o = forward()
+        leaf = o.detach().clone().requires_grad_()
+        yield "head", lambda: torch.autograd.grad(head(leaf), leaf)
+        window = EmaWindow(WINDOW, eps=EPS)
+        for seed in range(WINDOW):
+            seeds, coefs = window.step(seed, o, o, o, groups)
+        yield "window", lambda: window.step(1, o, o, o, groups)
+        yield "update", lambda: update_(params, seeds, coefs, lr=LR, rounding="stochastic")
 
-    def list_step() -> None:
-        list_way.step(hidden, list_head, 1)
+    def mezo(**options) -> Parts:
+        opt = MeZO(model, LR, EPS, **options)
+        for _ in range(3):
+            opt.step(loss)
+        yield "step", lambda: opt.step(loss)
 
-    for _ in range(WINDOW):
-        list_step()
-    yield "PseuZO in place", "step", list_step
-    list_way = None
-    for name, kind in (("FO SGD", torch.optim.SGD), ("FO Adam", torch.optim.Adam)):
-        first_order = kind(params, lr=LR)
+    def published_mezo() -> Parts:
+        way = PublishedMeZO(model)
+        yield "step", lambda: way.step(published_loss, 1)
 
-        def step(first_order=first_order) -> None:
-            first_order.zero_grad()
+    def published_pseuzo() -> Parts:
+        with torch.no_grad():
+            way = PublishedPseuZO(model, published_output())
+        yield "step", lambda: way.step(published_output, published_head, 1)
+
+    def first_order(kind: type[torch.optim.Optimizer]) -> Parts:
+        opt = kind(params, lr=LR)
+
+        def step() -> None:
+            opt.zero_grad()
             published_loss().backward()
-            first_order.step()
+            opt.step()
 
-        yield name, "step", step
-        first_order.zero_grad()
-        first_order.state.clear()
+        yield "step", step
+
+    graphs = labels.device.type == "cuda"
+    return {
+        "inference": lambda: iter([("two forwards", two_forwards)]),
+        **({"inference, captured": lambda: iter([("two forwards", captured(two_forwards))])} if graphs else {}),
+        "pseuzo PseuZO": pseuzo,
+        **({"pseuzo PseuZO, captured": lambda: pseuzo(capture=True)} if graphs else {}),
+        "pseuzo MeZO": mezo,
+        **({"pseuzo MeZO, captured": lambda: mezo(capture=True)} if graphs else {}),
+        "MeZO as published": published_mezo,
+        "PseuZO as published": published_pseuzo,
+        "FO SGD": lambda: first_order(torch.optim.SGD),
+        "FO Adam": lambda: first_order(torch.optim.Adam),
+    }
 
 
-def measure(table: Table, name: str, dtype: torch.dtype, rows: int, lengths: list[int], device: torch.device) -> None:
-    model = make_model(name, dtype, device)
-    common = dict(model=name, params=sum(p.numel() for p in model.parameters()), dtype=str(dtype)[6:], rows=rows)
-    for tokens in lengths:
+def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
+    """Rows of a model; a way that does not fit leaves a row that says so. False if one failed for another reason."""
+    dtype, gpu, fine = getattr(torch, args.dtype), table.device.type == "cuda", True
+    common = dict(model=name, dtype=args.dtype, rows=args.rows)
+
+    def does_not_fit(tokens: int, impl: str, part: str) -> None:
+        table.add(**common, tokens=tokens, impl=impl, part=f"{part}: does not fit")
+
+    try:
+        model = make_model(name, dtype, table.device)
+        common["params"] = sum(p.numel() for p in model.parameters())
+    except torch.cuda.OutOfMemoryError:
+        does_not_fit(max(args.tokens), "inference", "setup")
+        return fine
+    for i, tokens in enumerate(args.tokens):
         torch.manual_seed(tokens)
-        impl, part, floor, todo = "setup", "", None, ways(model, make_batch(model, rows, tokens))
-        while True:
+        floors, memory = {}, None
+        try:
+            todo = ways(model, make_batch(model, args.rows, tokens), checked=i > 0)
+        except torch.cuda.OutOfMemoryError:
+            does_not_fit(tokens, "inference", "setup")
+            continue
+        for impl, way in todo.items():
+            part = "setup"
             try:
-                impl, part, call = next(todo)
-                call()
-                peak = ""
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
+                for part, call in way():
                     call()
-                    peak = torch.cuda.max_memory_allocated() / 1e9
-                ms = table.time(call)
-            except StopIteration:
-                break
+                    peak, counts = "", {}
+                    if part in ("step", "two forwards") and "captured" not in impl and "FO" not in impl:
+                        with Count() as count:
+                            call()
+                        counts = dict(ops=count.ops, syncs=count.syncs)
+                    if gpu:
+                        torch.cuda.synchronize()
+                        torch.cuda.reset_peak_memory_stats()
+                        call()
+                        peak = torch.cuda.max_memory_allocated() / 1e9
+                    ms = table.time(call)
+                    table.add(**common, tokens=tokens, impl=impl, part=part, **ms, peak_gb=peak, **counts)
+                    step = ms["ms_p50"]
+                    if part == "two forwards":
+                        floors[impl], memory = step, memory or peak
+                    elif floor := part == "step" and floors.get(floor_of(impl)):
+                        more = f", {peak / memory:.3f} times their memory" if memory else ""
+                        print(f"    -> {step - floor:.3f} ms beyond two forwards, {step / floor:.2f} times them{more}")
             except torch.cuda.OutOfMemoryError:
-                print(f"  {name} {tokens} {impl} {part}: does not fit", flush=True)
-                table.add(**common, tokens=tokens, impl=impl, part=f"{part}: does not fit")
-                model.zero_grad(set_to_none=True)
-                gc.collect()
+                does_not_fit(tokens, impl, part)
+            except Exception:
+                traceback.print_exc()
+                fine = False
+            call = None
+            vars(model).pop("_pseuzo_forward", None)  # its scratch is no part of what the next way needs
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            if gpu:
                 torch.cuda.empty_cache()
-                continue
-            floor = ms["ms_p50"] if floor is None else floor
-            table.add(**common, tokens=tokens, impl=impl, part=part, **ms, peak_gb=peak)
-            if part == "step":
-                print(
-                    f"    -> {ms['ms_p50'] - floor:.3f} ms beyond two forwards, {ms['ms_p50'] / floor:.2f} times them"
-                )
+    return fine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", nargs="*", choices=MODELS, default=None, help="default: all that fit; tiny on a CPU")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256])
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    gpu = [name for name in MODELS if name not in ("tiny", "opt-30b")]
-    table = Table("steps", device, COLUMNS)
-    for name in args.model or (["tiny"] if device.type == "cpu" else gpu):
-        try:
-            measure(table, name, getattr(torch, args.dtype), args.rows, args.tokens, device)
-        except torch.cuda.OutOfMemoryError:
-            print(f"  {name}: does not fit", flush=True)
+    p = parser(__doc__)
+    p.add_argument("--model", nargs="*", choices=MODELS, help="default: tiny on a CPU, all others on a GPU")
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--rows", type=int, default=16)
+    p.add_argument("--tokens", type=int, nargs="*", default=[64, 256])
+    args = p.parse_args()
+    table, fine = Table("steps", args, COLUMNS), True
+    for name in args.model or (["tiny"] if table.device.type == "cpu" else list(MODELS)[1:]):  # the largest last
+        fine &= measure(table, name, args)
         gc.collect()
-        if device.type == "cuda":
+        if table.device.type == "cuda":
             torch.cuda.empty_cache()
+    sys.exit(not fine)
 
 
 if __name__ == "__main__":

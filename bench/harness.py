@@ -1,5 +1,9 @@
-"""Times callables and appends tidy rows to a CSV file: one row a measurement, with what is needed to read it later."""
+"""Times callables and appends tidy rows to a CSV file: one row a measurement, with what is needed to read it later.
 
+$OUT is the folder of the results (bench/results), $COMMIT what to write as the commit where there is no git.
+"""
+
+import argparse
 import csv
 import datetime
 import os
@@ -14,9 +18,31 @@ import torch
 
 from pseuzo_kernels import _C
 
-RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+HERE = Path(__file__).parent
+RESULTS = Path(os.environ.get("OUT", HERE / "results"))
 COMMON = ("date", "commit", "device", "threads", "torch", "triton", "command")
 QUANTILES = ("ms_p20", "ms_p50", "ms_p80")
+
+# OPT: layers, width, heads, width of the embedding
+MODELS = {
+    "tiny": (2, 64, 4, 64), "opt-125m": (12, 768, 12, 768), "opt-350m": (24, 1024, 16, 512),
+    "opt-1.3b": (24, 2048, 32, 2048), "opt-2.7b": (32, 2560, 32, 2560), "opt-6.7b": (32, 4096, 32, 4096),
+    "opt-13b": (40, 5120, 40, 5120), "opt-30b": (48, 7168, 56, 7168),
+}  # fmt: skip
+
+
+def floor_of(impl: str) -> str:
+    """Whose two forwards a step is compared with."""
+    return "inference, captured" if "captured" in impl else "inference"
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """With the arguments that every benchmark takes."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=1, help="on a CPU")
+    p.add_argument("--seconds", type=float, default=0.5, help="for each measurement, at least three calls")
+    return p
 
 
 def device_name(device: torch.device) -> str:
@@ -29,7 +55,12 @@ def device_name(device: torch.device) -> str:
     return f"{name} ({_C.cpu_isa() if _C else 'no C++'})"
 
 
-def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.5) -> tuple[float, float, float]:
+def commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed."""
     if device.type == "cuda":
         import triton
@@ -46,13 +77,60 @@ def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: floa
     return tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
 
 
-class Table:
-    """Measurements of one benchmark: printed as they come, appended to results/<name>.csv."""
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file, restval=""))
 
-    def __init__(self, name: str, device: torch.device, columns: tuple[str, ...]):
-        self.device, self.path = device, RESULTS / f"{name}.csv"
-        self.fields = (*COMMON, *columns)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows of the same columns; a file that lacks some of them is written anew, with them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = read(path)
+    fields = list(dict.fromkeys([*(old[0] if old else ()), *rows[0]]))
+    whole = not old or len(fields) > len(old[0])
+    target = path.with_suffix(".new") if whole else path
+    with open(target, "w" if whole else "a", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="")
+        if whole:
+            writer.writeheader()
+            writer.writerows(old)
+        writer.writerows(rows)
+    target.replace(path)
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Least squares of the relative error of a + b x, a and b not negative."""
+    w = [(x, y, 1 / y**2) for x, y in points]
+    s, sx, sxx = (sum(v * x**k for x, _, v in w) for k in range(3))
+    sy, sxy = (sum(v * y * x**k for x, y, v in w) for k in range(2))
+    det = s * sxx - sx * sx
+    if det > 0:
+        a, b = (sy * sxx - sx * sxy) / det, (s * sxy - sx * sy) / det
+        if a >= 0 and b >= 0:
+            return a, b
+        if b < 0:
+            return sy / s, 0.0
+    return 0.0, sxy / sxx
+
+
+def fits(rows: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(against, what) of the rows of growth -> a [ms] and b [ms a unit] of the line through their medians."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in rows:
+        points.setdefault((r["against"], r["what"]), []).append((float(r["x"]), float(r["ms_p50"])))
+    return {key: fit(line) for key, line in points.items()}
+
+
+class Table:
+    """Measurements of one benchmark: printed as they come, appended to results/<name>.csv at once."""
+
+    def __init__(self, name: str, args: argparse.Namespace, columns: tuple[str, ...]):
+        torch.set_num_threads(args.threads)
+        self.device, self.seconds = torch.device(args.device), args.seconds
+        self.path, self.columns = RESULTS / f"{name}.csv", columns
         try:
             import triton
 
@@ -60,24 +138,20 @@ class Table:
         except ImportError:
             triton_version = ""
         self.common = dict(
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), commit=commit.stdout.strip(),
-            device=device_name(device), threads=torch.get_num_threads() if device.type == "cpu" else "",
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), commit=commit(),
+            device=device_name(self.device), threads=args.threads if self.device.type == "cpu" else "",
             torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
         )  # fmt: skip
         print(f"{self.common['device']}, torch {torch.__version__}, threads {self.common['threads']}")
 
     def time(self, call: Callable[[], object]) -> dict[str, float]:
         """The columns of QUANTILES, in ms."""
-        return dict(zip(QUANTILES, quantiles_ms(call, self.device), strict=True))
+        return dict(zip(QUANTILES, quantiles_ms(call, self.device, self.seconds), strict=True))
 
     def add(self, **values: object) -> None:
         """Append a row; fractions with 4 digits."""
-        row = self.common | {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print("  " + "  ".join(str(v) for k, v in row.items() if k not in COMMON), flush=True)
+        assert values.keys() <= set(self.columns), values.keys() - set(self.columns)
+        row = self.common | dict.fromkeys(self.columns, "")
+        row |= {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in values.items()}
+        append(self.path, [row])
+        print("  " + "  ".join(str(row[k]) for k in self.columns if row[k] != ""), flush=True)

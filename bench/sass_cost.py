@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; this must precede the import of triton
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -45,21 +46,6 @@ PIPES = {
     "lsu": (4, "LDG STG LDS STS LDL STL LDSM STSM SHFL LDC ULDC LDCU ATOMG RED"),
 }  # fmt: skip
 PIPE_OF = {op: pipe for pipe, (_, ops) in PIPES.items() for op in ops.split()}
-SUB_PARTITIONS = 4
-
-
-@dataclass
-class Chip:
-    """What a prediction needs. Bandwidth: measured for a device-to-device copy, bytes read plus written."""
-
-    name: str
-    multiprocessors: int
-    ghz: float
-    terabytes_per_s: float
-
-
-CHIPS = (Chip("H100 SXM", 132, 1.755, 3.0), Chip("H200", 132, 1.755, 4.3))
-OPT_PARAMETERS = {"opt-125m": 125e6, "opt-1.3b": 1.316e9, "opt-13b": 12.85e9}
 
 
 @dataclass
@@ -211,32 +197,13 @@ ALL = tuple(
 )
 
 
-def predict(costs: list[Cost]) -> None:
-    """Milliseconds of an update of a whole model, K = 14: the larger of arithmetic and memory; no measurement."""
-    print("\nPrediction (not a measurement): update of all parameters, K = 14")
-    for c in costs:
-        if c.arch != 90 or not c.kernel.startswith("add_noise_many"):
-            continue
-        cycles = 14 * c.cycles_per_normal + c.around_per_normal
-        size = 4 if "fp32" in c.kernel else 2
-        for chip in CHIPS:
-            row = []
-            for model, n in OPT_PARAMETERS.items():
-                lanes = 32 * SUB_PARTITIONS * chip.multiprocessors
-                arithmetic, memory = n * cycles / lanes / chip.ghz / 1e6, 2 * size * n / chip.terabytes_per_s / 1e9
-                row.append(
-                    f"{model} {max(arithmetic, memory):.2f} ms (arithmetic {arithmetic:.2f}, memory {memory:.2f})"
-                )
-            print(f"  {c.kernel}, {chip.name}: " + "; ".join(row))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=[90], help="compute capabilities, 80 and up")
     parser.add_argument("--all", action="store_true", help="every variant, not just the usual ones")
     parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16", "fp16"], help="only kernels for these")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--predict", action="store_true", help="print milliseconds for OPT models, from the counts")
+    parser.add_argument("--predict", action="store_true", help="and milliseconds of OPT models, see predict.py")
     args = parser.parse_args()
     costs = []
     for arch in args.arch:
@@ -252,7 +219,9 @@ def main() -> None:
                 flush=True,
             )
     if args.predict:
-        predict(costs)
+        from predict import predict
+
+        predict(cache(cost), ONE, MANY)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([asdict(c) for c in costs], indent=1))
 
