@@ -114,7 +114,10 @@ def test_config_values_are_read_as_on_the_command_line(tmp_path, settings):
     assert settings["resume"] is None
 
 
-@pytest.mark.parametrize("args", [["--method", m] for m in cli.METHODS] + [["--mode", "lora", "--lora-r", "3"]])
+@pytest.mark.parametrize("args", [["--method", m] for m in cli.METHODS] + [
+    ["--mode", "lora", "--lora-r", "3"], ["--method", "fo-adam", "--noise-on", "attention-out"],
+    ["--method", "fo-sgd", "--noise-on", "auto", "--eps", "1e-2", "--noise", "normal", "--clip-examples", "2"],
+])  # fmt: skip
 def test_resolved_settings_are_taken_again(tmp_path, settings, args):
     invoke("train", *BASE, *args, "--output", tmp_path / "run")
     first = runs.resolve(dict(settings))
@@ -134,7 +137,6 @@ UNUSED = {
     ("--eps", "1e-2"): ("fo-adam", "--eps is for"),
     ("--noise", "normal"): ("fo-adam", "--noise is for"),
     ("--rounding", "nearest"): ("fo-sgd", "--rounding is for"),
-    ("--clip-examples", "2"): ("fo-sgd", "--clip-examples is for"),
     ("--journal", "j.pzj"): ("fo-sgd", "--journal is for"),
     ("--window", "3"): ("mezo", "--window is for pseuzo and mezo-momentum, not for mezo"),
     ("--schedule", "linear"): ("mezo", "--schedule is for pseuzo, not for mezo"),
@@ -145,8 +147,6 @@ UNUSED = {
     ("--lora-r", "4"): ("mezo", "--lora-r is for --mode lora, not for --mode full"),
     ("--lora-alpha", "4"): ("mezo", "--lora-alpha is for"),
     ("--prefix-tokens", "4"): ("mezo", "--prefix-tokens is for --mode prefix"),
-    ("--noise-on", "auto"): ("fo-adam", "takes no noise"),
-    ("--noise-on", "all=2"): ("fo-adam", "takes no noise"),
 }
 
 
@@ -160,11 +160,23 @@ def test_option_without_use(tmp_path, settings, option):
 def test_defaults_and_used_options_pass(tmp_path, settings):
     for args in (
         ["--method", "fo-sgd", "--momentum", "0.5", "--groups", "label", "--directions", "1", "--noise-on", "v_proj"],
+        ["--method", "fo-adam", "--noise-on", "all=2", "--eps", "1e-2", "--noise", "normal", "--clip-examples", "2"],
         ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
         ["--method", "mezo-momentum", "--directions", "2", "--one-sided", "--objective", "metric", "--eps", "1"],
     ):
         invoke("train", *BASE, *args, "--output", tmp_path / "run")
         assert settings["method"] == args[1]
+
+
+def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_path, settings):
+    def resolved(*args: object) -> dict:
+        invoke("train", *BASE, "--method", "fo-sgd", *args, "--output", tmp_path / "run")
+        found = runs.resolve(dict(settings))
+        return {key: found[key] for key in ("eps", "scale_lr", "scale_eps")}
+
+    assert resolved("--noise-on", "v_proj") == {"eps": 1e-3, "scale_lr": True, "scale_eps": False}
+    assert resolved("--noise-on", "v_proj", "--lr", "0.1") == {"eps": 1e-3, "scale_lr": False, "scale_eps": False}
+    assert resolved() == {"eps": None, "scale_lr": False, "scale_eps": False}
 
 
 def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings):

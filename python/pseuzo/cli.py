@@ -16,7 +16,7 @@ from pseuzo.methods import METHODS
 
 ONLY = (  # options that do something under some values of another one only
     ("method", ("mezo", "mezo-momentum"), ("directions", "objective")),
-    ("method", METHODS[:3], ("two_sided", "eps", "noise", "rounding", "clip_examples", "journal")),
+    ("method", METHODS[:3], ("two_sided", "eps", "noise", "rounding", "journal", "capture")),
     ("method", ("pseuzo", "mezo-momentum"), ("window",)),
     ("method", ("pseuzo",), ("schedule", "groups", "head", "head_lr")),
     ("method", ("pseuzo", "mezo-momentum", "fo-sgd"), ("momentum",)),
@@ -24,6 +24,7 @@ ONLY = (  # options that do something under some values of another one only
     ("mode", ("prefix",), ("prefix_tokens",)),
     ("head", ("exact",), ("head_lr",)),
 )
+PROBES = ("eps", "noise")  # these do something under every method whose --noise-on is not all: they are its probe's
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -235,7 +236,7 @@ HOW = options(
     option("--lr", type=LearningRate(), help="Learning rate, or auto: a search by short trials on the dev loss. "
            "Default: the published rate of the mode (full 1e-7, lora 5e-5, prefix 1e-3); fo-*: a common one."),
     option("--eps", type=POSITIVE,
-           help="Size of the perturbation. Default: full 1e-3, lora 1e-2, prefix 1e-1."),
+           help="Size of the perturbation; fo-*: of --noise-on's probe. Default: full 1e-3, lora 1e-2, prefix 1e-1."),
     option("--lr-scheduler", type=click.Choice(["constant", "linear", "cosine"]), default="constant"),
     option("--weight-decay", type=Number(min=0), default=0.0, help="Not on biases and norms."),
     option("--window", type=click.IntRange(min=1), default=14, help="Entries of the window (pseuzo, mezo-momentum)."),
@@ -249,9 +250,10 @@ HOW = options(
     option("--noise", type=click.Choice(["hadamard", "rademacher", "normal"]), default="hadamard"),
     option("--noise-on", multiple=True, default=["all"], metavar="PATTERN[=SCALE]",
            help="Names or globs of parameters, attention-out, last-half, all; or auto: chosen by a short probe. "
-           "lr and eps not given are scaled to it."),
+           "lr and eps not given are scaled to it. fo-*: what is trained, at SCALE^2 times the lr."),
     option("--clip-examples", type=POSITIVE, metavar="MULTIPLE",
-           help="Clamp each example's projected gradient to this multiple of the batch's median."),
+           help="Limit each example's projected gradient (fo-*: its gradient's norm at the head's input) to this "
+           "multiple of the batch's median."),
     option("--rounding", type=click.Choice(["stochastic", "nearest"]), default="stochastic", help="Of 16-bit weights."),
     option("--head", type=click.Choice(["frozen", "exact"]), default="frozen",
            help="An untied output head under pseuzo: frozen, or trained by its exact gradient."),
@@ -269,6 +271,8 @@ HOW = options(
     option("--log-every", type=click.IntRange(min=1), help="Steps. Default: a hundredth of the run."),
     option("--keep", type=click.Choice(["best", "last"]), default="best", help="Weights by the dev metric, or last."),
     option("--journal", type=FILE, help="Record every update here, for pseuzo replay."),
+    option("--capture", is_flag=True, help="Record the passes as CUDA graphs: faster where launches are the "
+           "limit (small models, few tokens). Batches are padded to multiples of 64 tokens."),
     option("--report-to", multiple=True, metavar="NAME", help="tensorboard, wandb, ...; see Transformers."),
 )  # fmt: skip
 
@@ -330,6 +334,8 @@ def _unused(settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     for decides, values, names in ONLY:
         prefix = "" if decides == "method" else f"{_flag(decides)} "
         for name in names:
+            if name in PROBES and list(settings["noise_on"]) != ["all"]:
+                continue
             if settings[decides] not in values and settings[name] not in (None, defaults[name]):
                 sentence = f"{_flag(name)} is for {prefix}{_listed(values)}, not for {prefix}{settings[decides]}"
                 found.setdefault(name, (decides, sentence))
@@ -351,17 +357,12 @@ def _leave_out_unused(settings: dict[str, Any]) -> None:
 
 def _check_combination(settings: Mapping[str, Any]) -> None:
     """ValueError for options of one run that do not go together."""
-    method, noise_on = settings["method"], settings["noise_on"]
     if settings["objective"] == "metric":
         if settings["clip_examples"] is not None:
             raise ValueError("--clip-examples needs the loss of each example, and --objective metric has none")
         if settings["lr"] == "auto":
             raise ValueError("--lr auto searches by the curvature of the loss, and --objective metric has none; "
                              "give --lr")  # fmt: skip
-    if method.startswith("fo-") and any(p == "auto" or "=" in p for p in noise_on):
-        raise ValueError(
-            f"--noise-on {' '.join(noise_on)}: {method} takes no noise; patterns without a scale choose what it trains"
-        )
 
 
 def _check_journal(settings: Mapping[str, Any]) -> None:
@@ -571,7 +572,7 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
               help="Folder for the model; must be empty or not there.")  # fmt: skip
 @click.option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
 @click.option("--device", type=Device(), default="cpu", show_default=True,
-              help="Where to compute; the bits are the same anywhere.")  # fmt: skip
+              help="Where to compute; the same bits anywhere (noise normal: on the same backend).")  # fmt: skip
 @plainly
 def replay(base: str, journal: Path, output: Path, until: int | None, device: str) -> None:
     """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit.

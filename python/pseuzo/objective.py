@@ -139,13 +139,18 @@ class CausalLMObjective:
         reduction "none": head(o) -> [B], a loss for each example, whose mean is the loss (so that an example with more
         tokens of an answer has more).
         """
+        return self.functions(self.plan(batch), reduction)
+
+    def functions(
+        self, plan: Mapping[str, Tensor], reduction: str = "mean"
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+        """forward and head of what plan(batch) gave. They read its tensors whenever they are called."""
         if reduction not in ("mean", "none"):
             raise ValueError(f"CausalLMObjective: reduction must be 'mean' or 'none', got {reduction!r}")
-        inputs, positions, targets, option_rows = self._plan(batch)
-        answers = batch["answers"].to(positions.device, non_blocking=True) if option_rows is not None else None
+        targets, option_rows, answers = plan["targets"], plan.get("option_rows"), plan.get("answers")
 
         def forward() -> Tensor:
-            return self.hidden_states(inputs, positions)
+            return self.hidden_states(plan)
 
         def head(o: Tensor) -> Tensor:
             if option_rows is not None:
@@ -165,10 +170,10 @@ class CausalLMObjective:
     def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, n] fp32, the larger the likelier: of the label words their logits (their log-likelihoods up to a number
         for each example), of options the mean log-likelihoods of their tokens, -inf where an example has fewer."""
-        inputs, positions, targets, option_rows = self._plan(batch)
-        o = self.hidden_states(inputs, positions)
-        if option_rows is not None:
-            return self._option_scores(o, targets, option_rows)
+        plan = self.plan(batch)
+        o = self.hidden_states(plan)
+        if "option_rows" in plan:
+            return self._option_scores(o, plan["targets"], plan["option_rows"])
         if self.options is None:
             raise ValueError(
                 "CausalLMObjective.scores: the batch has no options: give options, or a batch with examples"
@@ -178,13 +183,14 @@ class CausalLMObjective:
     @torch.no_grad()
     def row_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[R] fp32: the mean log-likelihood of the tokens of each row whose labels [R, T] are not -100."""
-        inputs, positions, targets, _ = self._plan({k: v for k, v in batch.items() if k != "examples"})
-        return self._mean_log_likelihood(self.hidden_states(inputs, positions), targets)
+        plan = self.plan({k: v for k, v in batch.items() if k != "examples"})
+        return self._mean_log_likelihood(self.hidden_states(plan), plan["targets"])
 
-    def _plan(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
-        """The model's inputs; positions and targets on the head's device; option_rows if the batch has options."""
+    def plan(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All that forward and head need of a batch: the model's inputs, and, on the head's device, positions, targets
+        and, if there are options in the batch, option_rows and answers."""
         inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
-        device, labels, option_rows = self.lm_head.weight.device, batch["labels"], None
+        device, labels, plan = self.lm_head.weight.device, batch["labels"], {}
         if self.options is not None:
             positions, targets = self._last_token(inputs), labels
             if "examples" in batch or targets.shape != positions.shape[:1]:
@@ -207,11 +213,13 @@ class CausalLMObjective:
             option_rows = batch.get("option_rows")
             if option_rows is None:
                 option_rows = rows_of_options(batch["examples"], len(batch["answers"]))
-            option_rows = option_rows.to(device, non_blocking=True)
-        positions, targets = positions.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            plan = {"option_rows": option_rows, "answers": batch["answers"]}
+        plan = {k: v.to(device, non_blocking=True) for k, v in plan.items()}
+        plan |= {"positions": positions.to(device, non_blocking=True), "targets": targets.to(device, non_blocking=True)}
+        plan |= inputs
         if not self._verified:
-            self._verify(inputs, positions)
-        return inputs, positions, targets, option_rows
+            self._verify(plan)
+        return plan
 
     def _mean_log_likelihood(self, o: Tensor, targets: Tensor) -> Tensor:
         """[R]: of the targets [R, P] that are not -100."""
@@ -234,9 +242,9 @@ class CausalLMObjective:
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return (places * (mask != 0)).argmax(1, keepdim=True)
 
-    def hidden_states(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
         """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1. The head does not run."""
-        inputs = self._with_position_ids(inputs)
+        inputs, positions = self._model_inputs(plan), plan["positions"]
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _HeadReached(args[0])
@@ -256,12 +264,13 @@ class CausalLMObjective:
         rows = torch.arange(states.shape[0], device=states.device)[:, None]
         return states[rows, positions.clamp(min=0)].masked_fill((positions < 0)[..., None], 0)
 
-    def _with_position_ids(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Left alone, some models (GPT-2) count positions from the first column, padding or not."""
+    def _model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With position_ids: left alone, some models (GPT-2) count positions from the first column, padding or not."""
+        inputs = {k: v for k, v in plan.items() if k not in NOT_INPUTS}
         mask = inputs.get("attention_mask")
-        if not self._takes_positions or mask is None or "position_ids" in inputs:
-            return inputs
-        return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+        if self._takes_positions and mask is not None and "position_ids" not in inputs:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return inputs
 
     def logits(self, o: Tensor) -> Tensor:
         """fp32 logits of o [..., D]: over the options if there are any, else over the vocabulary."""
@@ -286,21 +295,20 @@ class CausalLMObjective:
         return logits
 
     @torch.no_grad()
-    def _verify(self, inputs: Mapping[str, Tensor], positions: Tensor) -> None:
+    def _verify(self, plan: Mapping[str, Tensor]) -> None:
         """Compare with the model's own logits, once, on one row of the first batch."""
-        one = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
-        places = positions[:1]
+        one = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in plan.items()}
+        places = one["positions"]
         with frozen_mode(self.model):  # dropout would differ between the two passes
-            ours = self.logits(self.hidden_states(one, places))
-            theirs = (
-                self.model(**self._with_position_ids(one), use_cache=False)
-                .logits[0, places[0].clamp(min=0)]
-                .float()[None]
-            )
+            ours = self.logits(self.hidden_states(one))
+            logits = self.model(**self._model_inputs(one), use_cache=False).logits
+            theirs = logits[0, places[0].clamp(min=0)].float()[None]
         if self.options is not None:
             theirs = theirs[..., self.options]
         there = (places >= 0)[..., None]
-        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled()
+        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(
+            self.lm_head.weight.device.type
+        )
         # the logits are in fp32, whatever the model is in
         eps = max(
             torch.finfo(self.lm_head.weight.dtype if exact else torch.bfloat16).eps, torch.finfo(torch.float32).eps
@@ -313,6 +321,24 @@ class CausalLMObjective:
                 "known here; split it by hand: optimizer.step(forward, head)"
             )
         self._verified = True
+
+
+def padded(plan: Mapping[str, Tensor], length: int, count: int) -> dict[str, Tensor]:
+    """The plan of a batch with its length a multiple of `length` and its loss positions one of `count`, so that batches
+    come in a few shapes. Filled up on the left; the loss is the same, to rounding."""
+    ids, positions = plan["input_ids"], plan["positions"]
+    several = plan["targets"].dim() == 2  # label words have one position a row
+    more, more_positions = -ids.shape[1] % length, -positions.shape[1] % count if several else 0
+    out = dict(plan)
+    if more:
+        out["attention_mask"] = plan.get("attention_mask", torch.ones_like(ids))
+        for name, x in out.items():
+            if name not in NOT_INPUTS and isinstance(x, Tensor) and x.shape[:2] == ids.shape:
+                out[name] = F.pad(x, (0, 0) * (x.dim() - 2) + (more, 0))
+    out["positions"] = F.pad(torch.where(positions < 0, positions, positions + more), (more_positions, 0), value=-1)
+    if several:
+        out["targets"] = F.pad(plan["targets"], (more_positions, 0), value=IGNORED)
+    return out
 
 
 def _takes_positions(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pseuzo.capture import Graphs, check_device
 from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
@@ -107,6 +108,7 @@ class ZeroOrder(torch.optim.Optimizer):
         seed: int,
         maximize: bool,
         model: nn.Module | None,
+        capture: bool,
     ):
         name = type(self).__name__
         check_noise(name, noise)
@@ -143,6 +145,9 @@ class ZeroOrder(torch.optim.Optimizer):
             params,
             dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize, exact_gradient=False),
         )
+        if capture:
+            check_device(name, self._device)
+        self._graphs = Graphs(self._device) if capture else None
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; new parameters get the next streams (with a model: their position in model.parameters())."""
@@ -202,6 +207,8 @@ class ZeroOrder(torch.optim.Optimizer):
             if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less
                 forward.note_used(self._used_so_far())
                 self._forward = forward
+                if self._graphs is not None:
+                    self._graphs.clear()
         with self._put_back_on_error(), torch.no_grad(), frozen_mode(self.model):
             yield
 
@@ -209,13 +216,23 @@ class ZeroOrder(torch.optim.Optimizer):
         """The streams of the weights that each kind of pass has used."""
         return self._used if self._forward is None else self._forward.used()
 
-    def _at(self, seed: int, sign: int, kind: str, run: Callable[[], Any]) -> Any:
+    def _run(self, key: tuple, run: Callable[[], Any], ready: bool = True) -> Any:
+        """run(), or the graph that was recorded of an earlier run of the same key: what it is made of, and a name."""
+        return run() if self._graphs is None else self._graphs.run(key, run, ready)
+
+    def _at(self, seed: int, sign: int, kind: str, key: tuple, run: Callable[[], Any]) -> Any:
         """run() at x + sign * eps * z(seed): exactly with a model; bare parameters are shifted, and stay so."""
-        if self._forward is not None:
-            with self._forward(seed, sign * self.eps, kind):
+        forward = self._forward
+        if forward is None:
+            self._shift(seed, sign * self.eps)
+            return self._run((*key, kind), run)
+        forward.aim(seed, sign * self.eps)
+
+        def perturbed_run() -> Any:
+            with forward.passing(kind):
                 return run()
-        self._shift(seed, sign * self.eps)
-        return run()
+
+        return self._run((*key, kind), perturbed_run, forward.settled(kind))
 
     def _shift(self, seed: int, to: float) -> None:
         """Bare parameters from x + offset * z(shift_seed) to x + to * z(seed), in place: fp32 through the op, to
@@ -339,16 +356,16 @@ class ZeroOrder(torch.optim.Optimizer):
                         y = round_stochastically(y, dither, p.dtype)
                     x.copy_(y)
 
-    def _mezo(self, loss_of: Callable[[], Any], two_sided: bool = True, directions: int = 1) -> Tensor:
+    def _mezo(self, key: tuple, loss_of: Callable[[], Any], two_sided: bool = True, directions: int = 1) -> Tensor:
         """The passes of a MeZO step: c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along q directions z_j; the
         update is the mean of c_j z_j."""
         seeds = [direction_seed(self.seed, self._step, j) for j in range(directions)]
         losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=self._device)
         with self._passes():
-            clean = None if two_sided else self._losses(loss_of())
+            clean = None if two_sided else self._losses(self._run((*key, "clean loss"), loss_of))
             for seed in seeds:
-                plus = self._losses(self._at(seed, 1, "loss", loss_of))
-                minus = self._losses(self._at(seed, -1, "loss", loss_of)) if two_sided else clean
+                plus = self._losses(self._at(seed, 1, "loss", key, loss_of))
+                minus = self._losses(self._at(seed, -1, "loss", key, loss_of)) if two_sided else clean
                 if plus.shape != minus.shape:
                     raise ValueError(
                         f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
@@ -472,6 +489,10 @@ class MeZO(ZeroOrder):
     clip_examples: r; the projected gradient of each example is clamped to r times the batch's median size (not where
     that is 0). The closure must then return per-example losses, [B].
     The passes of a step run with the module in eval mode; with bare parameters that is the caller's business.
+    capture: record the passes as CUDA graphs, from the third step with the same closure on, and replay them: the same
+    bits, hundreds of launches fewer. The closure must then be the same object at every step (or one of a few), read its
+    batch from tensors that you write before the step (tensor.copy_(...)), and never wait for the device. lr, weight
+    decay and eps may change; weights and what else the closure reads must stay where they are in memory.
     Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
@@ -493,6 +514,7 @@ class MeZO(ZeroOrder):
         seed: int = 0,
         maximize: bool = False,
         model: nn.Module | None = None,
+        capture: bool = False,
     ):
         for key, value in (("directions", directions), ("window", window)):
             if not isinstance(value, int) or value < 1:
@@ -504,6 +526,7 @@ class MeZO(ZeroOrder):
         super().__init__(
             params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, noise_scale=noise_scale,
             clip_examples=clip_examples, rounding=rounding, seed=seed, maximize=maximize, model=model,
+            capture=capture,
         )  # fmt: skip
 
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
@@ -529,7 +552,7 @@ class MeZO(ZeroOrder):
     def _estimate(self, closure: Callable[[], Any]) -> Tensor:
         if not callable(closure):
             raise TypeError("MeZO.step: needs a closure that returns the loss, called twice a step")
-        loss = self._mezo(closure, self.two_sided, self.directions)
+        loss = self._mezo((closure,), closure, self.two_sided, self.directions)
         if self.momentum:
             now = self._pending.coefficients
             self._pending.coefficients = lambda: self._with_the_past(*now())
@@ -577,6 +600,7 @@ class PseuZO(ZeroOrder):
     The group option exact_gradient=True is for weights of the head that h does not use, as an untied output layer: they
     take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the autograd through the head that is done
     anyway. MeZO steps leave them alone. Without it PseuZO leaves such weights as they are.
+    capture: see MeZO; forward and head are then the same objects at every step.
     Other arguments as MeZO. Source: PseuZO (NeurIPS 2025).
     """
 
@@ -599,12 +623,14 @@ class PseuZO(ZeroOrder):
         seed: int = 0,
         maximize: bool = False,
         model: nn.Module | None = None,
+        capture: bool = False,
     ):
         self.two_sided = two_sided
         self.schedule = as_schedule(momentum)
         super().__init__(
             params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, noise_scale=noise_scale,
             clip_examples=clip_examples, rounding=rounding, seed=seed, maximize=maximize, model=model,
+            capture=capture,
         )  # fmt: skip
         self.window = EmaWindow(window, eps=eps)
         if plan := self.schedule.plan():
@@ -649,21 +675,25 @@ class PseuZO(ZeroOrder):
             raise TypeError("PseuZO.step: needs forward() -> o and head(o) -> loss, or nothing after estimate(...)")
         momentum, eps = self.schedule(self._step), self.eps
         if momentum == 0:
-            loss = self._mezo(lambda: head(_output(forward())))
+            loss = self._mezo((forward, head), lambda: head(_output(forward())))
             mezo = self._pending.coefficients
             # the changes that the window holds would be of weights long gone when it is used next
             self._pending.coefficients = lambda: (self.window.clear(), mezo())[1]
             return loss
         seed = step_seed(self.seed, self._step)
         exact = [p for g in self.param_groups if g["exact_gradient"] for p in g["params"]]
+
+        def clean() -> tuple[Tensor, ...]:
+            o = _output(forward())
+            return o, *_gradient(head, o, exact)
+
         with self._passes():
-            o0 = _output(forward())
+            o0, loss, e, *gradients = self._run((forward, head, "clean"), clean)
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got {len(groups)}")
-            loss, e, gradients = _gradient(head, o0, exact)
 
             def output_at(sign: int) -> Tensor:
-                return _output(self._at(seed, sign, "output", forward), like=o0)
+                return _output(self._at(seed, sign, "output", (forward, head), forward), like=o0)
 
             o1, base = output_at(1), o0
             if self.two_sided:
@@ -717,24 +747,28 @@ def _limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Tensor
 
 
 def _clip_rows(e: Tensor, change: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
-    """e [B, ...] in fp32, its rows scaled such that no example's <change_i, e_i> exceeds _limit of them all. Rows of
-    one example are scaled alike."""
-    rows = (change * e.float()).flatten(1).sum(1)
+    """e [B, ...] in fp32, its rows scaled such that no example's <change_i, e_i> exceeds _limit of them all."""
+    factors = row_factors((change * e.float()).flatten(1).sum(1), ratio, examples)
+    return e.float() * factors.view(-1, *[1] * (e.dim() - 1))
+
+
+def row_factors(rows: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
+    """[n]: by what to scale each of n rows so that no example's |sum of rows| exceeds _limit of them all. Rows of one
+    example (the same number in examples; None: each is one) are scaled alike."""
     n = len(rows)
     if examples is None:
         examples = torch.arange(n, device=rows.device)
     examples = torch.as_tensor(examples).to(rows.device, non_blocking=True)
     if examples.shape != (n,) or examples.dtype.is_floating_point:
         raise ValueError(
-            f"PseuZO.step: examples must be {n} integers, one per row of the output, got shape "
+            f"clip_examples: examples must be {n} integers, one per row of the output, got shape "
             f"{tuple(examples.shape)} {examples.dtype}"
         )
     same = examples[:, None] == examples[None, :]  # sums in a fixed order, where index_add would use atomics
     sizes = torch.where(same, rows, 0.0).sum(1).abs()
     first = same.int().argmax(1) == torch.arange(n, device=rows.device)
     limit = _limit(sizes, ratio, first)
-    factors = torch.where(sizes > limit, limit / sizes, 1.0)
-    return e.float() * factors.view(-1, *[1] * (e.dim() - 1))
+    return torch.where(sizes > limit, limit / sizes, 1.0)
 
 
 def _output(o: Any, like: Tensor | None = None) -> Tensor:
@@ -751,7 +785,7 @@ def _output(o: Any, like: Tensor | None = None) -> Tensor:
     return o.detach()
 
 
-def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]) -> tuple[Tensor, ...]:
     """The mean loss, e = dg/do at o0, and the gradients of the parameters `exact`."""
     with torch.inference_mode(False), torch.enable_grad():
         o = o0.clone().requires_grad_()
@@ -774,4 +808,4 @@ def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor])
                 f"PseuZO.step: the head does not use a parameter of shape {tuple(p.shape)} that is to be trained by "
                 "the exact gradient (exact_gradient=True); only weights of the head have one"
             )
-    return loss.detach(), e, gradients
+    return loss.detach(), e, *gradients

@@ -13,7 +13,7 @@ pass. The watch stands down after a pass in which it had nothing to do and in wh
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -231,9 +231,29 @@ class PerturbedForward:
             return tree_map_only(Tensor, lambda x: x.clone() if self._scratch.holds(x) else x, output)
         return None
 
+    def __call__(self, seed: int, eps: float, kind: str = "any") -> AbstractContextManager[None]:
+        """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative. kind: see passing."""
+        self.aim(seed, eps)
+        return self.passing(kind)
+
+    def aim(self, seed: int, eps: float) -> None:
+        """Says what the passes from here on see. Written in place: a recorded pass reads it when it is replayed."""
+        for device in {p.device for p in self.params}:
+            if device not in self._seeds:
+                self._seeds[device] = (
+                    torch.empty(1, dtype=torch.int64, device=device), torch.empty(1, dtype=torch.float32, device=device)
+                )  # fmt: skip
+            seeds, coefs = self._seeds[device]
+            seeds.fill_(signed64("perturbed", seed))
+            coefs.fill_(eps)
+
+    def settled(self, kind: str) -> bool:
+        """Does a pass of this kind run without the watch?"""
+        return kind in self._settled
+
     @contextmanager
-    def __call__(self, seed: int, eps: float, kind: str = "any") -> Iterator[None]:
-        """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative.
+    def passing(self, kind: str = "any") -> Iterator[None]:
+        """A pass that sees what was aimed at.
 
         kind: a name for passes that take the same way through the model; what the watch learns is kept by kind. A way
         that is taken only later, as some data makes it, is not watched.
@@ -244,11 +264,6 @@ class PerturbedForward:
             self._kind, self._met = kind, False
             reached = self._reached.setdefault(kind, set())
             known = len(reached)
-            for device in {p.device for p in self.params}:
-                self._seeds[device] = (
-                    torch.full((1,), signed64("perturbed", seed), dtype=torch.int64, device=device),
-                    torch.full((1,), eps, dtype=torch.float32, device=device),
-                )
             whole_pass = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
             self._make(whole_pass, [self._memory_for(p) for p in whole_pass])
             for p in whole_pass:
@@ -265,7 +280,7 @@ class PerturbedForward:
                 handles.append(module.register_forward_hook(self._leave_module, always_call=True))
             for module in {m for p in whole_pass if p not in reached for m, _ in self.places[p]}:
                 handles.append(module.register_forward_pre_hook(self._note_module))
-            if kind in self._settled:
+            if self.settled(kind):
                 yield
             else:
                 with _Watch(self):

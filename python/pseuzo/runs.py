@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import PrinterCallback
 
+from pseuzo.capture import check_device
 from pseuzo.files import differing, read_json, read_yaml, save_model, write_atomically, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.plots import plot_runs
@@ -94,7 +95,8 @@ class Run:
             momentum=c["momentum"], schedule=c["schedule"], directions=c["directions"], two_sided=c["two_sided"],
             noise=c["noise"], rounding=c["rounding"], groups=c["groups"], noise_on=list(c["noise_on"]),
             scale_lr=c["scale_lr"], scale_eps=c["scale_eps"], clip_examples=c["clip_examples"], head=c["head"],
-            head_lr=c["head_lr"], objective=c["objective"], journal=c["journal"], weight_decay=c["weight_decay"],
+            head_lr=c["head_lr"], objective=c["objective"], journal=c["journal"], capture=c["capture"],
+            weight_decay=c["weight_decay"],
             max_steps=c["steps"], per_device_train_batch_size=c["batch_size"],
             per_device_eval_batch_size=c["eval_batch_size"], lr_scheduler_type=c["lr_scheduler"],
             seed=c["seed"], data_seed=c["seed"], use_cpu=torch.device(c["device"]).type == "cpu",
@@ -123,9 +125,9 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in. ValueError for those that cannot be."""
     c = dict(c)
     zeroth = not c["method"].startswith("fo-")
-    placed = zeroth and list(c["noise_on"]) != ["all"]
-    if c["eps"] is None and zeroth:
-        c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], placed
+    placed = list(c["noise_on"]) != ["all"]
+    if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
+        c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], zeroth and placed
     if c["lr"] is None:
         c["lr"], c["scale_lr"] = default_lr(c["method"], c["mode"]), placed
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:
@@ -133,6 +135,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     c.setdefault("scale_lr", False)
     c.setdefault("scale_eps", False)
     c["device"] = str(usable_device(c["device"]))
+    if c["capture"]:
+        check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
         c["data_seed"] = c["seed"]
     if c["eval_every"] is None:
@@ -222,11 +226,10 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
     history = trainer.state.log_history
     last = [row for row in history if "train_seconds" in row]
-    group = trainer.optimizer.param_groups[0]
     results = {
         "task": run.task.name, "metric": run.task.metric, "model": c["model"], "method": c["method"], "mode": c["mode"],
         "test": figures, "steps": outcome.global_step, "forwards": trainer.forwards(outcome.global_step),
-        "train_seconds": last[-1]["train_seconds"] if last else None, "lr": group.get("initial_lr", group["lr"]),
+        "train_seconds": last[-1]["train_seconds"] if last else None, "lr": trainer.optimizer.defaults["lr"],
         "eps": trainer.zero_order.eps if trainer.zero_order else None,
         "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
         "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
@@ -251,17 +254,19 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     steps = min(max(20, c["steps"] // 10), 200)
     model = run.model()
     chosen: dict[str, Any] = {}
-    if c["method"].startswith("fo-"):
-        first, factor = default_lr(c["method"], c["mode"]), 4.0
-    else:
+    zeroth = not c["method"].startswith("fo-")
+    if zeroth or list(c["noise_on"]) == ["auto"]:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
         chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
-        if not found["curvature"] > 0:
-            raise ValueError(
-                f"--lr auto: the loss does not curve upwards along the noise ({found['curvature']:.3g}), so there is "
-                "no scale to begin from; give --lr, or another --eps"
-            )
+    if not zeroth:
+        first, factor = default_lr(c["method"], c["mode"]), 4.0
+    elif found["curvature"] > 0:
         first, factor = 0.125 / found["curvature"], 2.0
+    else:
+        raise ValueError(
+            f"--lr auto: the loss does not curve upwards along the noise ({found['curvature']:.3g}), so there is "
+            "no scale to begin from; give --lr, or another --eps"
+        )
     dev = run.part("dev", EVALUATED)
     start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
     del model

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,16 +30,18 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from pseuzo import placement
+from pseuzo.capture import MOST
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import peak_memory
 from pseuzo.methods import METHODS, forwards_per_step
-from pseuzo.objective import NOT_INPUTS, CausalLMObjective, with_positions
-from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder
+from pseuzo.objective import NOT_INPUTS, CausalLMObjective, padded, with_positions
+from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.tuning import head_parameters
 
+SHAPES = 64, 8  # with capture, lengths are padded to multiples of the one, loss positions of the other
 SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
 PLACEMENT_FILE = "noise_on.json"
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
@@ -51,7 +54,7 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass
 class PseuZOTrainingArguments(TrainingArguments):
-    """Transformers' arguments and those of the zeroth-order methods. Units are steps unless said otherwise.
+    """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
 
     Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant". The precision of a run is
     that of the model's weights: fp16 and bf16 (mixed precision, for backward passes) are refused.
@@ -79,7 +82,10 @@ class PseuZOTrainingArguments(TrainingArguments):
     )
     noise_on: list[str] = field(
         default_factory=lambda: ["all"],
-        metadata={"help": "PATTERN[=SCALE] of parameter names, attention-out, last-half, all, or auto."},
+        metadata={
+            "help": "PATTERN[=SCALE] of parameter names, attention-out, last-half, all, or auto. fo-*: what is "
+            "trained, at SCALE^2 times the lr, as noise of that scale does on average."
+        },
     )
     scale_lr: bool = field(
         default=False, metadata={"help": "Scale lr to noise_on: as much expected loss change as on all parameters."}
@@ -87,7 +93,11 @@ class PseuZOTrainingArguments(TrainingArguments):
     scale_eps: bool = field(default=False, metadata={"help": "Scale eps likewise."})
     probe_forwards: int = field(default=300, metadata={"help": "Forward passes that measure where noise pays."})
     clip_examples: float | None = field(
-        default=None, metadata={"help": "Clamp each example's projected gradient to this multiple of the median."}
+        default=None,
+        metadata={
+            "help": "Limit each example's projected gradient (fo-*: the norm of its gradient at the head's input) to "
+            "this multiple of the median."
+        },
     )
     head: str = field(default="frozen", metadata={"help": "An untied head under pseuzo: frozen, or exact (gradient)."})
     head_lr: float | None = field(default=None, metadata={"help": "lr of head=exact. Default: 1000 times the lr."})
@@ -95,6 +105,9 @@ class PseuZOTrainingArguments(TrainingArguments):
         default="loss", metadata={"help": "loss, or metric: 1 - the task's metric, needs no derivative (mezo only)."}
     )
     journal: str | None = field(default=None, metadata={"help": "File that records each update, for pseuzo replay."})
+    capture: bool = field(
+        default=False, metadata={"help": "Record the passes as CUDA graphs; pads batches to one of a few shapes."}
+    )
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
@@ -108,17 +121,13 @@ class PseuZOTrainingArguments(TrainingArguments):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.accelerator_config is None and self.dataloader_pin_memory and torch.cuda.is_available():
             self.accelerator_config = {"non_blocking": True}  # a step must not wait for its batch to be copied
+        if self.clip_examples is not None and not self.clip_examples > 0:
+            raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
         super().__post_init__()
         if self.zeroth_order:
             self._refuse()
-        elif self.noise_on == ["auto"] or any("=" in pattern for pattern in self.noise_on):
-            raise ValueError(
-                f"noise_on {' '.join(self.noise_on)}: {self.method} makes no noise; only plain names go with it"
-            )
-        elif self.journal or self.clip_examples or self.objective != "loss" or self.scale_lr or self.scale_eps:
-            raise ValueError(
-                f"journal, clip_examples, objective=metric and scale_* need a zeroth-order method, not {self.method}"
-            )
+        elif self.journal or self.objective != "loss" or self.capture:
+            raise ValueError(f"journal, objective=metric and capture need a zeroth-order method, not {self.method}")
 
     @property
     def zeroth_order(self) -> bool:
@@ -140,12 +149,12 @@ class PseuZOTrainingArguments(TrainingArguments):
         if self.n_gpu > 1 or self.world_size > 1:
             raise ValueError(f"{self.method} runs on one GPU, {max(self.n_gpu, self.world_size)} were given; "
                              "set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
-        if self.clip_examples is not None and not self.clip_examples > 0:
-            raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
         if self.objective == "metric" and self.clip_examples is not None:
             raise ValueError("clip_examples needs the loss of each example, which objective=metric has not")
         if self.objective == "metric" and self.method == "pseuzo":
             raise ValueError("objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its head")
+        if self.objective == "metric" and self.capture:
+            raise ValueError("capture records the loss; objective=metric is computed on the host")
         if self.directions != 1 and self.method == "pseuzo":
             raise ValueError("directions is for mezo; pseuzo perturbs along one a step")
         if self.head == "exact" and self.journal:
@@ -201,6 +210,9 @@ class PseuZOTrainer(Trainer):
         self.objective = objective
         if data is None and isinstance(objective, CausalLMObjective):
             self.data_collator = with_positions(self.data_collator)
+        if args.capture and not isinstance(objective, CausalLMObjective):
+            raise ValueError("PseuZOTrainer: capture needs CausalLMObjective; with a loss of your own, see PseuZO")
+        self._recorded: OrderedDict[tuple, tuple] = OrderedDict()
         self.zero_order = self.optimizer if isinstance(self.optimizer, ZeroOrder) else None
         if self.optimizer is not None and args.zeroth_order and self.zero_order is None:
             raise ValueError(
@@ -215,27 +227,33 @@ class PseuZOTrainer(Trainer):
     # the optimizer
 
     def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.zeroth_order:
-            self.optimizer = self.zero_order = self._make_optimizer()
-        elif self.optimizer is None:
-            args, where = self.args, placement.place(self.model, self.args.noise_on)
-            for p in self.model.parameters():
-                p.requires_grad_(p in where)
-            groups = placement.param_groups(self.model, where, lr=args.learning_rate, weight_decay=args.weight_decay)
-            if args.method == "fo-sgd":
-                self.optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+        if self.optimizer is None:
+            where, lr, eps = self._placement()
+            groups = placement.param_groups(self.model, where, lr=lr, weight_decay=self.args.weight_decay)
+            if self.args.zeroth_order:
+                self.optimizer = self.zero_order = self._zeroth_order(groups, lr, eps)
             else:
-                betas = (args.adam_beta1, args.adam_beta2)
-                self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+                for p in self.model.parameters():
+                    p.requires_grad_(p in where)
+                self.optimizer = self._first_order(groups, lr)
         return self.optimizer
 
-    def _make_optimizer(self) -> ZeroOrder:
+    def _first_order(self, groups: list[dict], lr: float) -> torch.optim.Optimizer:
         args = self.args
-        where, lr, eps = self._placement()
-        groups = placement.param_groups(self.model, where, lr=lr, weight_decay=args.weight_decay)
-        common = dict(lr=lr, eps=eps, noise=args.noise, rounding=args.rounding, seed=args.seed, model=self.model)
-        if args.clip_examples is not None:
-            common["clip_examples"] = args.clip_examples
+        for group in groups:  # noise of scale s moves weights by -lr s^2 g on average, g their gradient
+            group["lr"] *= group["noise_scale"] ** 2
+            group["weight_decay"] /= group["noise_scale"] ** 2  # decay is by lr, whatever the scale
+        if args.method == "fo-sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=args.momentum)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=args.adam_epsilon)
+
+    def _zeroth_order(self, groups: list[dict], lr: float, eps: float) -> ZeroOrder:
+        args = self.args
+        common = dict(
+            lr=lr, eps=eps, noise=args.noise, rounding=args.rounding, seed=args.seed, model=self.model,
+            clip_examples=args.clip_examples, capture=args.capture,
+        )  # fmt: skip
         if args.method != "pseuzo":
             momentum = {"momentum": args.momentum, "window": args.window} if args.method == "mezo-momentum" else {}
             two_sided = args.two_sided is not False
@@ -277,8 +295,8 @@ class PseuZOTrainer(Trainer):
         return max(1, n // size if self.args.dataloader_drop_last else -(-n // size))
 
     def _placement(self) -> tuple[dict[nn.Parameter, float], float, float]:
-        """Where the noise goes, and lr and eps for it. What a probe found is kept in the output folder: a resumed run
-        must not look again."""
+        """Where the noise goes (of fo-*: what is trained), and lr and eps for it. What a probe found is kept in the
+        output folder: a resumed run must not look again."""
         args = self.args
         if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
             return placement.place(self.model, args.noise_on), args.learning_rate, args.eps
@@ -286,7 +304,9 @@ class PseuZOTrainer(Trainer):
         request = {name: getattr(args, name) for name in REQUEST}
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, self.find_placement() | {"request": request})
+            with torch.random.fork_rng(devices=[]):  # loaders draw from it: dropout is as where nothing is probed
+                found = self.find_placement()
+            write_json(file, found | {"request": request})
         decided = read_json(file, "noise_on", "lr", "eps", "request")
         if decided["request"] != request:
             other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
@@ -350,9 +370,11 @@ class PseuZOTrainer(Trainer):
         if not self.args.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
         optimizer, args = self.zero_order, self.args
+        each = args.clip_examples is not None
         if isinstance(optimizer, MeZO):
-            return self._logged_loss(optimizer.estimate(self._closure(inputs, args.clip_examples is not None)))
-        forward, head = self._split(inputs, args.clip_examples is not None)
+            closure = self._to_record(inputs, each)[2] if args.capture else self._closure(inputs, each)
+            return self._logged_loss(optimizer.estimate(closure))
+        forward, head = self._to_record(inputs, each)[:2] if args.capture else self._split(inputs, each)
         groups = inputs.get("groups") if args.groups == "label" else None
         if args.groups == "none":
             groups = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
@@ -371,6 +393,23 @@ class PseuZOTrainer(Trainer):
         """forward and head; each: with the losses of the examples, which an objective need not be able to give."""
         return self.objective(inputs, reduction="none") if each else self.objective(inputs)
 
+    def _to_record(self, inputs: dict[str, Any], each: bool) -> tuple[Callable, Callable, Callable]:
+        """forward, head and both in one. They are the same for all batches of a shape, and read the tensors that the
+        batch is copied to here."""
+        plan = padded(self.objective.plan(inputs), *SHAPES)
+        shape = tuple((name, x.shape, x.dtype) for name, x in plan.items())
+        if shape not in self._recorded:
+            own = {name: x.clone() for name, x in plan.items()}
+            forward, head = self.objective.functions(own, "none" if each else "mean")
+            self._recorded[shape] = own, (forward, head, lambda: head(forward()))
+            if len(self._recorded) > MOST:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(shape)
+        own, functions = self._recorded[shape]
+        for name, x in plan.items():
+            own[name].copy_(x)
+        return functions
+
     def _closure(self, inputs: dict[str, Any], each: bool) -> Callable[[], Tensor]:
         if self.args.objective == "metric":
             if not isinstance(self.train_dataset, TaskData):
@@ -386,8 +425,11 @@ class PseuZOTrainer(Trainer):
         if return_outputs and self.compute_metrics is not None:  # those want the model's logits
             inputs = {k: v for k, v in inputs.items() if k == "labels" or k not in NOT_INPUTS}
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        forward, head = self.objective(inputs)
-        loss = head(forward())
+        clip = self.args.clip_examples if torch.is_grad_enabled() else None  # the gradient is all it changes
+        with self.accelerator.autocast():  # of fo-* in mixed precision; the model's own ends before the head
+            forward, head = self._split(inputs, clip is not None)
+            o = forward()
+            loss = head(o) if clip is None else _clipped_mean(head, o, clip, inputs.get("examples"))
         return (loss, {}) if return_outputs else loss
 
     # what is written
@@ -518,6 +560,23 @@ class PseuZOTrainer(Trainer):
             shutil.rmtree(folder)
         with self._not_training():
             super()._save_checkpoint(*args, **kwargs)
+
+
+def _clipped_mean(head: Callable[[Tensor], Tensor], o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
+    """The mean of the losses head(o) [B], but with the gradient of the mean of w_i loss_i: w_i = min(1, ratio * median
+    of the |e| / |e_i|), a constant, where e_i is the gradient of loss_i at all rows of o [R, ...] of example i.
+
+    examples [R]: the number, 0 to B - 1, of the example that a row is of; None: row i is example i.
+    """
+    losses = head(o.requires_grad_())
+    if losses.dim() != 1 or (examples is None and len(losses) != len(o)):
+        raise ValueError(f"clip_examples needs the loss of each example, [B], and got shape {tuple(losses.shape)}")
+    (e,) = torch.autograd.grad(losses.sum(), o, retain_graph=True)
+    weights = row_factors(e.float().square().flatten(1).sum(1), ratio**2, examples).sqrt().to(losses.dtype)
+    if examples is not None:
+        weights = torch.ones_like(losses).scatter(0, examples, weights)
+    losses.register_hook(lambda gradient: gradient * weights)
+    return losses.mean()
 
 
 def _print_probe(table: list[dict[str, Any]]) -> None:
