@@ -688,7 +688,7 @@ class PseuZO(ZeroOrder):
             return o, *_gradient(head, o, exact)
 
         with self._passes():
-            o0, loss, e, *gradients = self._run((forward, head, "clean"), clean)
+            o0, loss, e, *gradients = self._run((forward, head, "clean", *exact), clean)
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got {len(groups)}")
 
