@@ -112,13 +112,14 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], st
     return code, labels, usage
 
 
-def _innermost_loops(code, labels) -> list[tuple[int, int]]:
+def _loops(code, labels) -> list[tuple[int, int]]:
+    """First and last instruction of each; the last is the branch back."""
     loops = []
     for i, (op, operands) in enumerate(code):
         target = re.search(r"\.L[\w.$]+", operands) if op.startswith("BRA") else None
         if target and labels.get(target[0], i) < i:
             loops.append((labels[target[0]], i))
-    return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return loops
 
 
 def _pipe(op: str) -> str:
@@ -145,8 +146,12 @@ def cost(name: str, arch: int, **options) -> Cost:
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     ops = collections.Counter(op.split(".")[0] for op, _ in code)
     best, start = None, 0
-    for first, last in _innermost_loops(code, labels):
-        end = next((i for i in range(last + 1, len(code)) if code[i][0] in ("EXIT", "RET", "BRA")), len(code) - 1) + 1
+    loops = _loops(code, labels)
+    ends = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")} - {last for _, last in loops}
+    for first, last in loops:
+        if any((first, last) != (a, b) and first <= a and b <= last for a, b in loops):
+            continue  # not an innermost one
+        end = min((i for i in ends if i > last), default=len(code) - 1) + 1
         around = code[start:first] + code[last + 1 : end]
         widths = collections.Counter()
         for op, _ in around:
@@ -180,6 +185,10 @@ USUAL = (
     (ONE, dict(dtype="fp32", hash_in_kernel=True, has_x=False)),
     (ROWS, dict(dtype="bf16", hash_in_kernel=True)),
     (ROWS, dict(dtype="bf16", hash_in_kernel=True, planes=True)),
+    (MANY, dict(dtype="bf16", noise="hadamard-fp16", stochastic=True)),
+    (MANY, dict(dtype="fp32", noise="hadamard-fp16")),
+    (MANY, dict(dtype="bf16", noise="hadamard-fp16 blocks", stochastic=True)),
+    (ROWS, dict(dtype="bf16", noise="hadamard-fp16", planes=True)),
     (MANY, dict(dtype="bf16", noise="rademacher", stochastic=True)),
     (MANY, dict(dtype="bf16", noise="normal", stochastic=True)),
     (STEPS, dict(dtype="bf16", stochastic=True)),
@@ -189,11 +198,11 @@ USUAL = (
 ALL = tuple(
     (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name in (ONE, ROWS), asm=asm))
     for name in (ONE, MANY, ROWS, STEPS)
-    for noise in ("hadamard", "rademacher", "normal")
+    for noise in ("hadamard", "hadamard-fp16", "hadamard-fp16 blocks", "rademacher", "normal")
     for dtype in ("fp32", "bf16", "fp16")
     for stochastic in (False, True)
     for asm in (True, False)
-    if not (stochastic and (dtype == "fp32" or name == ROWS))
+    if not (stochastic and (dtype == "fp32" or name == ROWS)) and not (name == STEPS and "fp16" in noise)
 )
 
 

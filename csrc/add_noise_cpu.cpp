@@ -47,7 +47,7 @@
 namespace pseuzo {
 namespace {
 
-enum class Noise { kHadamard, kRademacher, kNormal };
+enum class Noise { kHadamard, kHadamardFp16, kRademacher, kNormal };
 enum class Dtype { kFp32, kBf16, kFp16 };
 
 // What is to be done to one tensor.
@@ -161,8 +161,10 @@ class FloatMode {
 
 Noise noise_of(const char* op, std::string_view noise) {
   if (noise == "hadamard") return Noise::kHadamard;
+  if (noise == "hadamard-fp16") return Noise::kHadamardFp16;
   if (noise == "rademacher") return Noise::kRademacher;
-  TORCH_CHECK(noise == "normal", op, ": noise must be 'hadamard', 'normal' or 'rademacher', got '", noise, "'");
+  TORCH_CHECK(noise == "normal", op, ": noise must be 'hadamard', 'hadamard-fp16', 'normal' or 'rademacher', got '",
+              noise, "'");
   return Noise::kNormal;
 }
 
@@ -180,13 +182,15 @@ void check_dense(const char* op, const char* name, const at::Tensor& x) {
               "; call .contiguous()");
 }
 
-// The seeds, hashed, and the coefficients, rounded: what all tensors of a call share.
+// The seeds, hashed, and the coefficients, rounded: what all tensors of a call share. counts: how many are each step's.
 struct Terms {
   std::vector<uint64_t> hashes;
   std::vector<float> coefs;
+  std::vector<float> powers;  // of each step: what the sums are multiplied by, beside the scale
   Noise noise;
 
-  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, std::string_view noise_name)
+  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, at::IntArrayRef counts,
+        std::string_view noise_name)
       : noise(noise_of(op, noise_name)) {
     check_dense(op, "seeds", seeds);
     check_dense(op, "coefs", coefs_in);
@@ -196,10 +200,29 @@ struct Terms {
                 " seeds and ", coefs_in.numel(), " coefs");
     const int64_t* const s = seeds.const_data_ptr<int64_t>();
     const float* const c = coefs_in.const_data_ptr<float>();
-    for (int64_t k = 0; k < seeds.numel(); k++) {
-      hashes.push_back(splitmix64(static_cast<uint64_t>(s[k])));
-      coefs.push_back(round17(c[k]));
+    const FloatMode mode;
+    hashes.resize(seeds.numel());
+    std::transform(s, s + seeds.numel(), hashes.begin(), splitmix64);
+    coefs.assign(c, c + seeds.numel());
+    float* of_step = coefs.data();
+    for (const int64_t count : counts) {
+      if (noise_for(count) == Noise::kHadamardFp16) {
+        powers.push_back(fp16_coefs(of_step, count));
+      } else {
+        std::transform(of_step, of_step + count, of_step, round17);
+        powers.push_back(1);
+      }
+      of_step += count;
     }
+  }
+
+  // How K terms are made: a single one is not rounded to half precision.
+  Noise noise_for(int64_t K) const { return noise == Noise::kHadamardFp16 && K < 2 ? Noise::kHadamard : noise; }
+
+  float scale_for(int64_t step, double noise_scale) const {
+    const FloatMode mode;
+    const bool hadamard = noise == Noise::kHadamard || noise == Noise::kHadamardFp16;
+    return static_cast<float>((hadamard ? kHadamardScale : 1.0) * noise_scale) * powers[step];
   }
 
   // For tasks with their streams, of which the seeds are kept in `room`.
@@ -212,16 +235,12 @@ struct Terms {
           room.push_back(make_seed(hashes[k], task.stream, i ? kKeyNoiseHigh : kKeyNoise, coefs[k]));
     const Seed* seeds = room.data();
     for (Task& task : tasks) {
-      task.noise = noise;
+      task.noise = noise_for(task.K);
       task.seeds = seeds;
       seeds += keys * task.K;
     }
   }
 };
-
-float scale_of(Noise noise, double scale) {
-  return static_cast<float>((noise == Noise::kHadamard ? kHadamardScale : 1.0) * scale);
-}
 
 // Chunks a thread must have to be worth waking: about 30,000 normals.
 int64_t grain_of(const Terms& terms) { return std::max<int64_t>(1, 16 / std::max<int64_t>(1, terms.hashes.size())); }
@@ -278,7 +297,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
                   scales.size() == out.size(),
               op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(), "), got ",
               xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
-  const Terms terms(op, seeds, coefs, noise);
+  const Terms terms(op, seeds, coefs, seeds.numel(), noise);
   bool skipped = false;
   if (found_inf) {
     check_dense(op, "found_inf", *found_inf);
@@ -298,7 +317,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
     task.stream = static_cast<uint32_t>(streams[t]);
     task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
-    task.scale = scale_of(terms.noise, scales[t]);
+    task.scale = terms.scale_for(0, scales[t]);
     Piece piece = {nullptr, nullptr, y.numel(), {task}};
     if (!in_place && !xs.empty()) {
       check_dense(op, "x", xs[t]);
@@ -351,7 +370,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
   }
   TORCH_CHECK(total == seeds.numel(), op, ": counts must add up to the number of seeds, ", seeds.numel(), ", got ",
               total);
-  const Terms terms(op, seeds, coefs, noise);
+  const Terms terms(op, seeds, coefs, counts, noise);
   std::vector<Piece> pieces;
   for (size_t t = 0; t < xs.size(); t++) {
     check_dense(op, "x", xs[t]);
@@ -366,7 +385,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
       if (scales[i] == 0) continue;
       task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seeds[s]));
       task.keep = static_cast<float>(keeps[i]);
-      task.scale = scale_of(terms.noise, scales[i]);
+      task.scale = terms.scale_for(s, scales[i]);
       pieces.back().tasks.push_back(task);
     }
   }
@@ -385,7 +404,7 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   check_dense(op, "x", x);
   TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op, ": index must be int64 on the CPU, got ",
               index.scalar_type(), " on ", index.device());
-  const Terms terms(op, seeds, coefs, noise);
+  const Terms terms(op, seeds, coefs, seeds.numel(), noise);
   const int64_t n_rows = x.size(0), width = x.size(1);
   const at::Tensor rows = index.contiguous();
   const int64_t* const row = rows.const_data_ptr<int64_t>();
@@ -399,7 +418,7 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   task.dtype = dtype_of(op, x);
   task.stream = static_cast<uint32_t>(stream);
   task.keep = 1;
-  task.scale = scale_of(terms.noise, scale);
+  task.scale = terms.scale_for(0, scale);
   std::vector<Seed> room;
   terms.set(tasks, room);
 

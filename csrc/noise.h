@@ -2,6 +2,7 @@
 // are its constants and the work that is done once per seed. The vector code is in add_noise_kernel.inc.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -38,6 +39,25 @@ inline float round17(float c) {
   bits = (bits + 0x40) & 0xFFFFFF80;
   std::memcpy(&c, &bits, sizeof c);
   return c;
+}
+
+// "hadamard-fp16" sums so many seeds in half precision.
+constexpr int kFp16Block = 16;
+
+// Of "hadamard-fp16": makes c' of K coefs, in place, and returns 2^e. NaN if the largest is above 2^126 or not finite.
+inline float fp16_coefs(float* coefs, int64_t K) {
+  uint32_t largest = 0;  // as an integer: NaN counts as larger than infinity
+  for (int64_t k = 0; k < K; k++) {
+    uint32_t bits;
+    std::memcpy(&bits, coefs + k, sizeof bits);
+    largest = std::max(largest, bits & 0x7FFFFFFF);
+  }
+  uint32_t bits = std::clamp((largest + 0x7FFFFF) >> 23, 1u, 253u) << 23;
+  if (largest > 0x7E800000) bits = 0x7FC00000;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  for (int64_t k = 0; k < K; k++) coefs[k] = std::nearbyint(coefs[k] / power * 1024) / 1024;
+  return power;
 }
 
 // What Philox's first two rounds owe to the seed, the stream and the key alone: 11 vector multiplications in place

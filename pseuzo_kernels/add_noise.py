@@ -58,11 +58,11 @@ if triton is not None:
             return tl.zeros(x.shape, tl.uint32)
 
     @triton.jit
-    def _sums(
+    def _fp32_sums(
         q, stream, seeds_ptr, coefs_ptr, first, last, zero,
         NOISE: tl.constexpr, HASH: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """The 16 planes of sum_k coefs[k] z(seeds[k], stream) over first <= k < last, but for the scale."""
+        """The 16 planes of sum_k coefs[k] b_k over first <= k < last."""
         acc = (zero.to(tl.float32, bitcast=True),) * 16
         k = first
         while k < last:  # not range: the interpreter of Triton 3.6 fails on it with numpy 2.4
@@ -88,7 +88,50 @@ if triton is not None:
                     sums = sums + (tl.fma(b[j], coef, acc[j]),)
             acc = sums
             k += 1
-        if NOISE == "hadamard":
+        return acc
+
+    @triton.jit
+    def _fp16_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, ASM: tl.constexpr):
+        """The same of "hadamard-fp16" over 16 seeds at most: while they add up in fp16, two planes share a word."""
+        acc = (zero,) * 8
+        k = first
+        while k < last:
+            coef = px.half_coef(tl.load(coefs_ptr + k), ASM)
+            w = px.philox(q, stream, tl.load(seeds_ptr + k), px.NOISE_KEY0, px.NOISE_KEY1, 7, ASM)
+            sums = ()
+            for j in tl.static_range(4):
+                low = px.mask_or(w[j], 0x8F708F70, 0x30003000, ASM)
+                high = px.mask_or(px.swap_bytes(w[j], ASM), 0x8F708F70, 0x30003000, ASM)
+                sums = sums + (px.fma_halves(low, coef, acc[2 * j], ASM),)
+                sums = sums + (px.fma_halves(high, coef, acc[2 * j + 1], ASM),)
+            acc = sums
+            k += 1
+        planes = ()
+        for j in tl.static_range(8):
+            planes = planes + px.halves(acc[j], ASM)
+        return planes
+
+    @triton.jit
+    def _sums(
+        q, stream, seeds_ptr, coefs_ptr, first, last, zero,
+        NOISE: tl.constexpr, HASH: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """The 16 planes of sum_k coefs[k] z(seeds[k], stream) over first <= k < last, but for the scale."""
+        if NOISE == "hadamard-fp16":
+            acc = _fp16_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, ASM)
+        elif NOISE == "hadamard-fp16 blocks":
+            acc = (zero.to(tl.float32, bitcast=True),) * 16
+            k = first
+            while k < last:
+                block = _fp16_sums(q, stream, seeds_ptr, coefs_ptr, k, tl.minimum(k + 16, last), zero, ASM)
+                sums = ()
+                for j in tl.static_range(16):
+                    sums = sums + (acc[j] + block[j],)
+                acc = sums
+                k += 16
+        else:
+            acc = _fp32_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, NOISE, HASH, ASM)
+        if NOISE != "rademacher" and NOISE != "normal":
             acc = px.butterfly(px.butterfly(px.butterfly(px.butterfly(acc, 1), 2), 4), 8)
         return acc
 
@@ -124,6 +167,8 @@ if triton is not None:
         q = q + lane.to(tl.uint32) + zero
 
         acc = _sums(q, stream, seeds_ptr, coefs_ptr, 0, K, zero, NOISE, HASH, ASM)
+        if NOISE == "hadamard-fp16" or NOISE == "hadamard-fp16 blocks":
+            scale = scale * tl.load(coefs_ptr + K)
 
         words = (q, q, q, q)
         if STOCHASTIC:
@@ -320,11 +365,33 @@ if triton is not None:
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["K"])
-    def _prepare_kernel(seeds_ptr, coefs_ptr, hashes_ptr, rounded_ptr, K: tl.int32, BLOCK: tl.constexpr):
+    def _prepare_kernel(
+        seeds_ptr,
+        coefs_ptr,
+        hashes_ptr,
+        rounded_ptr,  # [K + 1]: the last is 2^e, with FP16
+        K: tl.int32,
+        FP16: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """Hash the seeds and round the coefs, once for all programs of the launch that follows."""
         k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(hashes_ptr + k, px.hash_seed(tl.load(seeds_ptr + k, mask=k < K, other=0)), mask=k < K)
-        tl.store(rounded_ptr + k, px.round17(tl.load(coefs_ptr + k, mask=k < K, other=0.0)), mask=k < K)
+        coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
+        if FP16:
+            sizes = tl.zeros([BLOCK], tl.int32)
+            first = 0
+            while first < K:  # every program finds the largest of all: they cannot wait for each other
+                at = first + tl.arange(0, BLOCK)
+                bits = tl.load(coefs_ptr + at, mask=at < K, other=0.0).to(tl.int32, bitcast=True)
+                sizes = tl.maximum(sizes, bits & 0x7FFFFFFF)
+                first += BLOCK
+            down, up = px.powers(tl.max(sizes, 0))
+            coef = (coef * down + 12288.0) - 12288.0  # 1.5 * 2^13: to a multiple of 2^-10
+            tl.store(rounded_ptr + K, up)
+        else:
+            coef = px.round17(coef)
+        tl.store(rounded_ptr + k, coef, mask=k < K)
 
 
 def _scale_of(noise: str, scale):
@@ -337,16 +404,28 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _prepared(seeds: Tensor, coefs: Tensor, hash_in_kernel: int = HASH_IN_KERNEL) -> tuple[Tensor, Tensor, dict]:
+def _prepared(
+    seeds: Tensor, coefs: Tensor, noise: str, hash_in_kernel: int = HASH_IN_KERNEL
+) -> tuple[Tensor, Tensor, dict]:
+    """seeds and coefs as the kernels take them, and the kernels' options; their NOISE says how they sum."""
     K = seeds.numel()
+    fp16 = noise == "hadamard-fp16" and K > 1
+    if fp16:
+        noise += " blocks" * (K > reference.FP16_BLOCK)
+        hash_in_kernel = 0
+    elif noise == "hadamard-fp16":
+        noise = "hadamard"
     options = dict(
         ASM=isinstance(_prepare_kernel, triton.runtime.JITFunction),  # the interpreter has no PTX
         HASH=K <= hash_in_kernel,
+        NOISE=noise,
         enable_fp_fusion=False,
     )
     if not options["HASH"]:
-        hashes, rounded = torch.empty_like(seeds), torch.empty_like(coefs)
-        _prepare_kernel[(max(1, triton.cdiv(K, 128)),)](seeds, coefs, hashes, rounded, K, BLOCK=128)
+        hashes, rounded = torch.empty_like(seeds), coefs.new_empty(K + 1)
+        _prepare_kernel[(max(1, triton.cdiv(K, 128)),)](
+            seeds, coefs, hashes, rounded, K, FP16=fp16, BLOCK=128, enable_fp_fusion=False
+        )
         seeds, coefs = hashes, rounded
     return seeds, coefs, options
 
@@ -358,17 +437,27 @@ def _to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) 
     return t.to(device)
 
 
-_plans: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+_plans: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+_captured: dict[tuple, tuple[Tensor, ...]] = {}  # kept for good: graphs hold their addresses
 
 
-def _plan(key: tuple, build) -> tuple:
-    """build(), or what it returned for the same key: a training step launches over the same tensors again and again."""
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _plan(key: tuple, build, capturing: bool) -> tuple[Tensor, ...] | None:
+    """build(), or what it returned for the same key: a training step launches over the same tensors again and again.
+    None if it is not there while a graph is captured: the graph would copy it at each replay, from memory long gone."""
     if key in _plans:
         _plans.move_to_end(key)
+    elif capturing:
+        return None
     else:
         _plans[key] = build()
         if len(_plans) > PLANS:
             _plans.popitem(last=False)
+    if capturing:
+        _captured[key] = _plans[key]
     return _plans[key]
 
 
@@ -380,7 +469,8 @@ def _blocks(sizes: tuple[int, ...], elements: int, device: torch.device) -> Tens
     return _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device)
 
 
-def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_hash, found_inf, device, options):
+def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_hash, found_inf, device, options) -> bool:
+    """One launch for all of them, unless it has no table."""
     columns = (
         tuple(y.data_ptr() for y in outs),
         tuple(x.data_ptr() for x in xs),
@@ -393,13 +483,17 @@ def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_has
 
     # a table belongs to the stream on which it was copied to the device
     place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    programs, ints = _plan((place, columns), table)
-    numbers = (tuple(keeps), tuple(scales))
-    (floats,) = _plan((place, numbers), lambda: (_to_device(numbers, torch.float32, device),))
+    capturing, numbers = _capturing(device), (tuple(keeps), tuple(scales))
+    plan = _plan((place, columns), table, capturing)
+    more = _plan((place, numbers), lambda: (_to_device(numbers, torch.float32, device),), capturing)
+    if plan is None or more is None:
+        return False
+    (programs, ints), (floats,) = plan, more
     _add_noise_many_kernel[(len(programs),)](
         outs[0], ints[0], ints[1], ints[2], ints[3], floats[0], floats[1], programs, seeds, coefs, K,
         rounding_hash, found_inf, **options,
     )  # fmt: skip
+    return True
 
 
 def add_noise_list_out_triton(
@@ -411,11 +505,17 @@ def add_noise_list_out_triton(
     device = out[0].device
     rounding_hash = reference.hash_seed(rounding_seed)
     K = seeds.numel()
-    # A captured graph would keep the address of a table that may be gone when it is replayed.
-    tables = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def launch(t: int) -> None:
+        y, x = out[t], xs[t] if xs else out[t]
+        _add_noise_kernel[(triton.cdiv(y.numel(), 16 * COUNTERS),)](
+            y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
+            rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
+        )  # fmt: skip
+
     with _on(device):
-        seeds, coefs, options = _prepared(seeds, coefs)
-        options |= dict(NOISE=noise, HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
+        seeds, coefs, options = _prepared(seeds, coefs, noise)
+        options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
         many: dict[torch.dtype, list[int]] = {}
         for t, y in enumerate(out):
             x = xs[t] if xs else y
@@ -425,15 +525,12 @@ def add_noise_list_out_triton(
                 zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
                 reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[y])
                 continue
-            if len(out) > 1 and tables and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
+            if len(out) > 1 and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
                 many.setdefault(y.dtype, []).append(t)
             else:
-                _add_noise_kernel[(triton.cdiv(y.numel(), 16 * COUNTERS),)](
-                    y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
-                    rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
-                )  # fmt: skip
+                launch(t)
         for dtype, ts in many.items():
-            _launch_many(
+            together = _launch_many(
                 [out[t] for t in ts],
                 [(xs or out)[t] for t in ts],
                 [streams[t] for t in ts],
@@ -442,6 +539,8 @@ def add_noise_list_out_triton(
                 seeds, coefs, K, rounding_hash, found_inf, device,
                 options | dict(STOCHASTIC=stochastic and dtype is not torch.float32),
             )  # fmt: skip
+            for t in ts if not together else ():
+                launch(t)
 
 
 def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
@@ -455,13 +554,17 @@ def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stoc
 
 
 def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds):
-    """reference.add_noise_steps_: one launch per dtype."""
+    """reference.add_noise_steps_: one launch per dtype; for "hadamard-fp16", whose coefs share a scale, one a step."""
     if not xs or not counts:
+        return
+    if noise == "hadamard-fp16":
+        args = (xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds)
+        reference.add_noise_steps_(*args, op=add_noise_list_triton_)
         return
     device, S = xs[0].device, len(counts)
     table_of = lambda values, dtype: _to_device(values, dtype, device)  # noqa: E731
     with _on(device):
-        seeds, coefs, options = _prepared(seeds, coefs, hash_in_kernel=0)
+        seeds, coefs, options = _prepared(seeds, coefs, noise, hash_in_kernel=0)
         del options["HASH"]
         firsts = table_of([0, *accumulate(counts)], torch.int64)
         rounding_hashes = table_of([reference.hash_seed(seed) for seed in rounding_seeds], torch.int64)
@@ -476,7 +579,7 @@ def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, no
             _add_noise_steps_kernel[(len(programs),)](
                 xs[ts[0]], columns[0], columns[1], columns[2], programs, table_of(keeps[:, ts], torch.float32),
                 table_of(_scale_of(noise, scales[:, ts]), torch.float32), firsts, rounding_hashes, seeds, coefs,
-                S, len(ts), NOISE=noise, COUNTERS=COUNTERS_STEPS, STOCHASTIC=stochastic and dtype is not torch.float32,
+                S, len(ts), COUNTERS=COUNTERS_STEPS, STOCHASTIC=stochastic and dtype is not torch.float32,
                 num_warps=WARPS, **options,
             )  # fmt: skip
 
@@ -490,10 +593,10 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     K = seeds.numel()
     parts = width // 2048 if width % 2048 == 0 else (width - 2) // 2048 + 2
     with _on(x.device):
-        seeds, coefs, options = _prepared(seeds, coefs)
+        seeds, coefs, options = _prepared(seeds, coefs, noise)
         _add_noise_rows_kernel[(index.numel() * parts,)](
             out, x, index.contiguous(), width, parts, stream, seeds, coefs, K, _scale_of(noise, scale),
-            PLANES=width % 128 == 0, NOISE=noise, num_warps=1, **options,
+            PLANES=width % 128 == 0, num_warps=1, **options,
         )  # fmt: skip
     return out
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NOISES = ("hadamard", "normal", "rademacher")
+NOISES = ("hadamard", "hadamard-fp16", "normal", "rademacher")
 ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ELEMENTS = 1 << 36  # 2^32 counters of 16 elements
@@ -149,9 +149,10 @@ class NoiseApi:
         """z(seed, stream) of the given shape: mean 0, variance 1, the same on every device.
 
         noise: "hadamard" (sums of 16 independent terms, normal to KS distance 4e-4, bit-exact everywhere),
-        "rademacher" (+1 or -1, bit-exact everywhere) or "normal" (Box-Muller from 16-bit radius and angle, at most
-        4.85 in size; backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5 that the documented
-        errors of their fast logarithm and sine allow).
+        "hadamard-fp16" (the same z; sums over several seeds are made in half precision, to 1e-3 of their size,
+        bit-exact everywhere), "rademacher" (+1 or -1, bit-exact everywhere) or "normal" (Box-Muller from 16-bit
+        radius and angle, at most 4.85 in size; backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5
+        that the documented errors of their fast logarithm and sine allow).
         """
         check_noise("noise", noise)
         out = torch.empty(shape, dtype=dtype, device=device)

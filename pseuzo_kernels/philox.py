@@ -30,6 +30,16 @@ def round17(coef):
 
 
 @triton.jit
+def powers(largest):
+    """2^-e and 2^e of "hadamard-fp16" from the bits of the largest |coef|, as reference.fp16_coefs has them."""
+    exponent = tl.minimum(tl.maximum((largest.to(tl.uint32) + 0x7FFFFF) >> 23, 1), 253)
+    down, up = (254 - exponent) << 23, exponent << 23
+    down = tl.where(largest > 0x7E800000, 0x7FC00000, down)
+    up = tl.where(largest > 0x7E800000, 0x7FC00000, up)
+    return down.to(tl.float32, bitcast=True), up.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mul_wide(a, m: tl.constexpr, ASM: tl.constexpr):
     """High and low half of the 64-bit product: one IMAD.WIDE; Triton's umulhi takes another for the low."""
     if ASM:
@@ -109,6 +119,34 @@ def halves(a, ASM: tl.constexpr):
 def patterns(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
     """The four half-precision patterns that one word makes."""
     return halves(mask_or(w, mask, ones, ASM), ASM) + halves(mask_or(swap_bytes(w, ASM), mask, ones, ASM), ASM)
+
+
+@triton.jit
+def half_coef(coef, ASM: tl.constexpr):
+    """An fp32 number that fp16 holds, in both halves of a word."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [coef], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        half = coef.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (half << 16) | half
+
+
+@triton.jit
+def fma_halves(a, b, c, ASM: tl.constexpr):
+    """a * b + c in both fp16 halves of words, rounded once. The twin needs sums that fp32 holds; see reference.py."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        a_low, a_high = halves(a, ASM)
+        b_low, b_high = halves(b, ASM)
+        c_low, c_high = halves(c, ASM)
+        low = tl.fma(a_low, b_low, c_low).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = tl.fma(a_high, b_high, c_high).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (high << 16) | low
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import pseuzo_kernels
-from pseuzo_kernels import reference
+from pseuzo_kernels import NOISES, reference
 
 _C = pseuzo_kernels._C
 pytestmark = pytest.mark.skipif(
@@ -21,7 +22,7 @@ ops = torch.ops.pseuzo
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 2047, 2048, 2049, 5000)
-BIT_EXACT = ("hadamard", "rademacher")
+BIT_EXACT = ("hadamard", "hadamard-fp16", "rademacher")
 BAND = 35  # elements: odd, so that no x is aligned
 
 
@@ -114,7 +115,7 @@ def steps_in_a_row(noise: str) -> tuple[list[torch.Tensor], tuple]:
     return xs, (seeds, coefs, counts, list(range(len(xs))), keeps, scales, noise, True, [5, -1, 2**40, 0, 6])
 
 
-@pytest.mark.parametrize("noise", ("hadamard", "rademacher", "normal"))
+@pytest.mark.parametrize("noise", NOISES)
 def test_steps_are_the_updates_in_a_row(noise):
     xs, args = steps_in_a_row(noise)
     got, bands = zip(*map(banded, xs), strict=True)
@@ -178,6 +179,31 @@ def wanted_special(dtype: torch.dtype, size: float, stochastic: bool) -> torch.T
     x = special_values(dtype).clone()
     reference.add_noise_list_([x], *special_args(size, stochastic))
     return x
+
+
+@functools.cache
+def wanted_fp16(dtype: torch.dtype, k: int, size: float) -> torch.Tensor:
+    x = normals(2300, dtype)
+    reference.add_noise_list_([x], *fp16_args(k, size))
+    return x
+
+
+def fp16_args(k: int, size: float) -> tuple:
+    seeds, coefs = terms(k)
+    spread = torch.exp2(-14 * torch.rand(k, generator=torch.Generator().manual_seed(k)))
+    return seeds, coefs * spread * size, [1], [0.9], [0.5], "hadamard-fp16", True, 5, None
+
+
+@pytest.mark.parametrize("size", (1.0, 1e-44, 1e-38, 1e38, float("inf"), float("nan")))
+@pytest.mark.parametrize("k", (2, 15, 16, 17, 33, 40))
+def test_fp16_sums(k, size):
+    """Blocks of 16, coefs of any size: so small that 2^e has an end, so large that the sum is NaN."""
+    for dtype in DTYPES:
+        x = normals(2300, dtype)
+        ops.add_noise_list_([x], *fp16_args(k, size))
+        assert_same_bits(x, wanted_fp16(dtype, k, size))
+        assert not 2 < size < math.inf or x.isnan().all() == bool(fp16_args(k, size)[1].abs().max() > 2.0**126)
+        assert math.isfinite(size) or x.isnan().all()
 
 
 def special_args(size: float, stochastic: bool) -> tuple:
@@ -278,7 +304,7 @@ def test_found_inf():
 def test_rows(dtype, width):
     x = normals(40 * width, dtype).view(40, width)
     index = torch.tensor([[3, 39, 3], [0, 17, 38]])
-    for noise in ("hadamard", "rademacher", "normal"):
+    for noise in NOISES:
         whole = torch.empty_like(x)
         args = (*terms(5), [6], [1.0], [1.3], noise, False, 0, None)
         ops.add_noise_list_out([x], *args, out=[whole])
@@ -334,7 +360,7 @@ def test_normal_sums(dtype):
     assert ((got.float() - want.float()).abs() <= atol).all()
 
 
-@pytest.mark.parametrize("noise", ("hadamard", "rademacher", "normal"))
+@pytest.mark.parametrize("noise", NOISES)
 def test_threads_do_not_matter(noise):
     before = torch.get_num_threads()
     results = []

@@ -1,12 +1,16 @@
 """The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
 
+import importlib
+import warnings
+
 import pytest
 import torch
 
-from pseuzo_kernels import reference
+from pseuzo_kernels import NOISES, reference
 
 pytest.importorskip("triton")
 from pseuzo_kernels.add_noise import (
+    _prepared,
     add_noise_list_out_triton,
     add_noise_list_triton_,
     add_noise_rows_triton,
@@ -47,7 +51,7 @@ def assert_close_normal(got, want, K):
                                atol=5e-5 * K, equal_nan=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("noise", ["hadamard", "rademacher", "normal"])
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("K", [1, 5])
@@ -69,15 +73,39 @@ def test_one_tensor(noise, dtype, stochastic, K):
             assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("K", [14, 100])
-def test_many_seeds(K):
+@pytest.mark.parametrize(
+    "K, noise",
+    [(14, "hadamard"), (100, "hadamard"), (14, "hadamard-fp16"), (16, "hadamard-fp16"), (40, "hadamard-fp16")],
+)
+def test_many_seeds(K, noise):
     seeds, coefs = seeds_coefs(K)
     x = values(5000, torch.bfloat16)
     want, got = x.clone(), x.to(DEVICE)
-    args = ([7], [1.0], [1.0], "hadamard", True, 3)
+    args = ([7], [1.0], [0.5], noise, True, 3)
     add_noise_list_triton_([got], seeds, coefs, *args)
     reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), *args)
     assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])
+def test_fp16_coefs_of_any_size(size):
+    """The ends of 2^e; beyond them NaN. More coefs than a program prepares, and the largest not in the first ones."""
+    with warnings.catch_warnings():  # the interpreter's numpy: of NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for K in (2, 129, 300):
+            seeds, coefs = seeds_coefs(K)
+            coefs *= torch.linspace(0.1, 1, K, device=DEVICE) * size
+            hashes, prepared, _ = _prepared(seeds, coefs, "hadamard-fp16")
+            assert torch.equal(hashes, reference.hash_seeds(seeds))
+            rounded, power = reference.fp16_coefs(coefs.cpu())
+            assert_same_bits(prepared, torch.cat([rounded + 0.0, power.view(1)]))  # the sign of 0 does not matter
+        seeds, coefs = seeds_coefs(2)
+        coefs *= size
+        want, got = torch.ones(300), torch.ones(300, device=DEVICE)
+        add_noise_list_triton_([got], seeds, coefs, [7], [1.0], [0.5], "hadamard-fp16", False, 3)
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), [7], [1.0], [0.5], "hadamard-fp16", False, 3)
+    assert_same_bits(got, want)
+    assert got.isnan().all() if not size < 1 else got.isfinite().all()
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -97,6 +125,39 @@ def test_list_in_one_launch(stochastic):
         reference.add_noise_list_(want, seeds.cpu(), coefs.cpu(), streams, keeps, scales, "hadamard", stochastic, 5)
     for g, w in zip(got, want, strict=True):
         assert_same_bits(g, w)
+
+
+def test_tables_of_a_captured_graph(monkeypatch):
+    """A graph launches over a table that was there before, which then stays; it makes none, for its address would be
+    of memory that is filled when it is captured, not when it is replayed."""
+    seeds, coefs = seeds_coefs(1)
+    rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
+
+    module = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides it
+
+    def launches(xs):
+        counts = []
+        with monkeypatch.context() as patch:
+            for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
+                kernel, calls = getattr(module, name), []
+                spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, c=calls: c.append(grid) or k[grid]})
+                patch.setattr(module, name, spy())
+                counts.append(calls)
+            want = [x.cpu().clone() for x in xs]
+            reference.add_noise_list_(want, seeds.cpu(), coefs.cpu(), *rest)
+            add_noise_list_triton_(xs, seeds, coefs, *rest)
+        for x, w in zip(xs, want, strict=True):
+            assert_same_bits(x, w)
+        return [len(calls) for calls in counts]
+
+    monkeypatch.setattr(module, "_plans", type(module._plans)())
+    monkeypatch.setattr(module, "_captured", {})
+    xs = [values(n, torch.bfloat16).to(DEVICE) for n in (5000, 300)]
+    others = [x.clone() for x in xs]
+    assert launches(xs) == [0, 1] and not module._captured
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    assert launches(others) == [2, 0] and launches(xs) == [0, 1]
+    assert len(module._captured) == 2 and all(module._plans[key] is kept for key, kept in module._captured.items())
 
 
 def test_out_of_place_and_without_x():
@@ -123,7 +184,7 @@ def test_found_inf_keeps_the_weights():
         assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_steps(noise, stochastic):
     """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block, 4096."""
@@ -143,13 +204,14 @@ def test_steps(noise, stochastic):
 
 
 @pytest.mark.parametrize("width", [1, 7, 100, 128, 768, 2048, 2050, 4096])
-def test_rows(width):
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16"])
+def test_rows(width, noise):
     seeds, coefs = seeds_coefs(2)
     x = torch.randn(40, width).to(torch.bfloat16)
     index = torch.tensor([[0, 39, 5], [5, 17, 1]])
-    got = add_noise_rows_triton(x.to(DEVICE), index.to(DEVICE), seeds, coefs, 3, 0.5, "hadamard")
+    got = add_noise_rows_triton(x.to(DEVICE), index.to(DEVICE), seeds, coefs, 3, 0.5, noise)
     want = x.clone()
-    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), [3], [1.0], [0.5], "hadamard", False, 0)
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), [3], [1.0], [0.5], noise, False, 0)
     assert got.shape == (2, 3, width)
     assert_same_bits(got, want[index])
-    assert_same_bits(reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, "hadamard"), want[index])
+    assert_same_bits(reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, noise), want[index])

@@ -10,7 +10,7 @@ from pseuzo_kernels import reference
 NAMES = ("noise", "add_noise_", "add_noise", "perturb_", "restore_", "update_")
 
 
-@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
 def test_perturb_restore_update_are_add_noise(api, noise):
     xs = [torch.randn(5000), torch.randn(3, 7), torch.randn(0), torch.randn(2048)]
@@ -29,7 +29,10 @@ def test_perturb_restore_update_are_add_noise(api, noise):
     api.update_(xs[:2], [1, 2], [0.5, -2.0], lr=0.1, weight_decay=[0.3, 0.0], noise=noise)
     for i, (x, was) in enumerate(zip(xs[:2], start, strict=False)):
         z = 0.5 * reference.noise(x.shape, 1, i, noise=noise) - 2 * reference.noise(x.shape, 2, i, noise=noise)
-        torch.testing.assert_close(x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol)
+        # in half precision coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5 by 2^-12 each,
+        # which the transform of 16 inputs of up to 1.86 adds up
+        more = 0.2978 * 16 * (2 * 1.86 * 2.0**-13 + 2 * 2.0**-12) if noise == "hadamard-fp16" else 0
+        torch.testing.assert_close(x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol + more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -19,6 +19,7 @@ from pseuzo_kernels import reference
 LABELS = torch.tensor([0, 1, 1, 0])
 MAKERS = {
     "pseuzo": lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
+    "fp16 sums": lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, noise="hadamard-fp16", seed=2),
     "mezo": lambda m: MeZO(m, 1e-3, 1e-2, weight_decay=0.1, seed=2, noise="rademacher", maximize=True),
     "groups": lambda m: PseuZO(
         [{"params": list(m.parameters())[:3], "lr": 1e-2, "noise_scale": 0.5}, {"params": list(m.parameters())[3:]}],

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -18,6 +19,7 @@ PHILOX = """
 """  # rounds, counter, key -> output: the known answers of Random123
 ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
 N = 1 << 21
+KINDS = [noise for noise in NOISES if noise != "hadamard-fp16"]  # its z is that of hadamard
 
 
 @pytest.mark.parametrize("row", PHILOX.strip().splitlines())
@@ -52,6 +54,108 @@ def test_add_noise_known_answers():
     assert [v & 0xFFFF for v in x[ELEMENTS].view(torch.int16).tolist()] == want
 
 
+def test_fp16_known_answers():
+    """As above, a little off: these too are written into journals."""
+    x = torch.full((4096,), 0.5)
+    reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, noise="hadamard-fp16")
+    want = [0.19015898, 0.4464677, 0.34697354, -0.008765668, 0.5227874, 0.22580422, 0.57975346, 0.27074468]
+    assert torch.equal(x[ELEMENTS], torch.tensor(want))
+    x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
+    seeds, coefs = list(range(20)), [0.1 * k - 1 for k in range(20)]  # more than a block
+    reference.add_noise_(x, seeds, coefs, 3, keep=0.75, noise="hadamard-fp16", rounding="stochastic", rounding_seed=9,
+                         noise_scale=0.5)  # fmt: skip
+    want = [0xBF84, 0xBE39, 0x3F16, 0xBFF6, 0x3EDC, 0xBF85, 0xBE41, 0x3E95]
+    assert [v & 0xFFFF for v in x[ELEMENTS].view(torch.int16).tolist()] == want
+
+
+def test_fp16_with_one_seed_is_hadamard():
+    x, y = torch.randn(5000), torch.empty(5000)
+    y.copy_(x)
+    reference.add_noise_(x, 5, 0.3, 1, keep=0.9)
+    reference.add_noise_(y, 5, 0.3, 1, keep=0.9, noise="hadamard-fp16")
+    assert torch.equal(x, y)
+    assert torch.equal(reference.noise((5000,), 7, 2), reference.noise((5000,), 7, 2, noise="hadamard-fp16"))
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    "coefs, want, power",
+    [
+        ([0.25, -1.0, 0.5], [0.25, -1.0, 0.5], 1.0),  # a power of two is its own 2^e
+        ([1.0000001, -3.0], [0.25, -0.75], 4.0),
+        ([1.0, 2.5 / 1024, 3.5 / 1024, -0.5 / 1024, 0.51 / 1024], [1.0, 2 / 1024, 4 / 1024, 0.0, 1 / 1024], 1.0),
+        ([0.0, -0.0], [0.0, 0.0], 2.0**-126),
+        ([2.0**-149, 2.0**-127], [0.0, 0.5], 2.0**-126),  # below the least power: subnormals, to a coarser grid
+        ([1e-38, 2.0**126], [0.0, 1.0], 2.0**126),
+        ([1.0, 2.0**126 * 1.0000002], [NAN, NAN], NAN),
+        ([1.0, INF], [NAN, NAN], NAN),
+        ([-INF, NAN], [NAN, NAN], NAN),
+    ],
+    ids=str,
+)
+def test_fp16_coefs(coefs, want, power):
+    got, up = reference.fp16_coefs(torch.tensor(coefs))
+    torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(up, torch.tensor(power), rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp16_sums_are_rounded_once():
+    """fp32 holds what a fused multiply-add rounds: patterns and coefs are multiples of 2^-9 and 2^-10, sums below 32.
+    And so the reference's sums are those of one rounding, made here from fp64, which holds them in any case."""
+    every = torch.arange(1 << 16)
+    b = reference._half_patterns((every, every, every, every), 0x8F708F70, 0x30003000)
+    assert (b * 512 == (b * 512).round()).all()
+    h = np.float16(0)
+    for _ in range(reference.FP16_BLOCK):
+        h = np.float16(np.float64(h) + float(b.max()))  # with c' = 1
+    assert 29 < h < 32
+    coefs, power = reference.fp16_coefs(torch.randn(40, generator=torch.Generator().manual_seed(0)))
+    q, hashes = torch.arange(256), reference.hash_seeds(torch.arange(40))
+    acc = torch.zeros(16, 256)
+    for k in range(40):
+        if k % reference.FP16_BLOCK == 0:
+            h = np.zeros((16, 256), np.float16)
+        terms = float(coefs[k]) * reference.column_noise("hadamard-fp16", q, 3, hashes[k]).double().numpy()
+        h = (h + terms).astype(np.float16)
+        if k % reference.FP16_BLOCK == reference.FP16_BLOCK - 1 or k == 39:
+            acc += torch.from_numpy(h).float()
+    got = reference.noise_sum("hadamard-fp16", q, 3, hashes, coefs * power, 0.5)
+    want = reference.fwht16(acc) * (torch.tensor(reference.HADAMARD_SCALE * 0.5, dtype=torch.float32) * power)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("spread", [0, 12])
+@pytest.mark.parametrize("K", [2, 14, 16, 17, 40, 1000])
+def test_fp16_sums_are_near_and_unbiased(K, spread):
+    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most, and 16 steps of a block by the roots of their squares' sum,
+    below 2^-10 sqrt(16/12) of the sum; a coefficient is off by delta. spread: of the coefs, in powers of two. The first
+    pattern of a block has 128 values, in pairs of signs, so its errors average over 64 only."""
+    g = torch.Generator().manual_seed(K)
+    coefs = torch.randn(K, generator=g) * torch.exp2(-spread * torch.rand(K, generator=g))
+    n = 1 << 13
+    x = torch.zeros(n)
+    reference.add_noise_(x, list(range(K)), coefs, 1, noise="hadamard-fp16")
+    scaled, power = reference.fp16_coefs(coefs)
+    delta = (scaled * power).double() - coefs.double()
+    assert delta.abs().max() <= power * 2.0**-11
+    want, of_coefs = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for k in range(K):
+        z = reference.noise((n,), k, 1).double()
+        want += coefs[k].double() * z
+        of_coefs += delta[k] * z
+    error, size = x.double() - want, want.square().mean().sqrt()
+    rounding = error - of_coefs
+    bound = 2.0**-10 * math.sqrt(16 / 12)
+    assert 1e-4 * size < rounding.square().mean().sqrt() < bound * size
+    assert error.square().mean().sqrt() < (bound + 1.05 * delta.norm() / coefs.norm()) * size
+    deviation = 5 * rounding.std() / math.sqrt(n)  # of a mean of independent errors
+    assert abs(rounding.mean()) < deviation
+    first = 5 * 2.0**-10 / math.sqrt(12 * 64)
+    assert abs((rounding * want).mean()) < (deviation + first * size) * size  # neither shrunk nor stretched
+
+
 def test_transform_is_orthogonal_and_linear():
     """FWHT16 of the identity is a Hadamard matrix, so sum_k c_k z_k = FWHT16(sum_k c_k b_k) up to rounding."""
     h = reference.fwht16(torch.eye(16))
@@ -63,7 +167,7 @@ def test_transform_is_orthogonal_and_linear():
     torch.testing.assert_close(x.double(), want, rtol=0, atol=16 * 2.0**-24 * 8)  # sums of 48 terms below 8 in fp32
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", KINDS)
 def test_moments_and_distribution(noise):
     """Bounds are 5 standard errors of N samples; KS at the 1e-6 level, plus the known distance of hadamard, 4e-4."""
     z = reference.noise((N,), 2024, 5, noise=noise).double()
@@ -79,7 +183,7 @@ def test_moments_and_distribution(noise):
         assert z.abs().max() < 5.8
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", KINDS)
 def test_no_correlation_between_seeds_streams_and_neighbours(noise):
     """|r| < 5 / sqrt(N) for independent samples. Seeds and streams that differ in a bit are the hard ones."""
     z = {(s, t): reference.noise((N // 4,), s, t, noise=noise) for s in (0, 1, 2**32) for t in (0, 1)}

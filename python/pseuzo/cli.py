@@ -247,7 +247,8 @@ HOW = options(
            help="Rows of old batches are paired with those of the same label, of the same row (as published), or all."),
     option("--directions", type=click.IntRange(min=1), default=1, help="Perturbations a step of mezo."),
     option("--two-sided/--one-sided", "two_sided", default=None, help="Default: mezo two-sided, pseuzo one-sided."),
-    option("--noise", type=click.Choice(["hadamard", "rademacher", "normal"]), default="hadamard"),
+    option("--noise", type=click.Choice(["hadamard", "hadamard-fp16", "rademacher", "normal"]), default="hadamard",
+           help="hadamard-fp16: sums over the window in half precision, faster on a GPU."),
     option("--noise-on", multiple=True, default=["all"], metavar="PATTERN[=SCALE]",
            help="Names or globs of parameters, attention-out, last-half, all; or auto: chosen by a short probe. "
            "lr and eps not given are scaled to it. fo-*: what is trained, at SCALE^2 times the lr."),
@@ -639,7 +640,7 @@ def info() -> None:
     click.echo(f"GPU: {', '.join(gpus) or 'none'}")
     failed = False
     for device in ["cpu", *(["cuda"] if gpus else [])]:
-        for noise in ("hadamard", "rademacher"):
+        for noise in ("hadamard", "hadamard-fp16", "rademacher"):
             x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)
             got = x.to(device)
             for api, y in ((pk, got), (reference, x)):

@@ -75,7 +75,7 @@ class PseuZOTrainingArguments(TrainingArguments):
     schedule: str = field(default="constant", metadata={"help": f"Of lambda: {', '.join(SCHEDULES)}."})
     directions: int = field(default=1, metadata={"help": "Perturbations a step of mezo (q)."})
     two_sided: bool | None = field(default=None, metadata={"help": "Default: mezo two-sided, pseuzo one-sided."})
-    noise: str = field(default="hadamard", metadata={"help": "hadamard, rademacher or normal."})
+    noise: str = field(default="hadamard", metadata={"help": "hadamard, hadamard-fp16, rademacher or normal."})
     rounding: str = field(default="stochastic", metadata={"help": "Of 16-bit weights: stochastic or nearest."})
     groups: str = field(
         default="label", metadata={"help": "Which rows PseuZO's window pairs: label, row (as published), none (all)."}
