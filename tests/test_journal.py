@@ -2,7 +2,6 @@
 
 import copy
 import json
-import zlib
 from itertools import pairwise
 
 import pytest
@@ -125,7 +124,7 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
             Journal(path, MAKERS["pseuzo"](fresh))
     assert path.read_bytes() == whole
     # without a record: gone on with by the run that began it, and by no other
-    empty = whole[: 16 + int.from_bytes(whole[8:12], "little")]
+    empty = whole[: 20 + int.from_bytes(whole[8:12], "little")]
     for tail in (b"", whole[len(empty) : len(empty) + 20]):
         path.write_bytes(empty + tail)
         other = copy.deepcopy(base)
@@ -144,7 +143,7 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
 @pytest.mark.parametrize("header, sentence", [
     (b"\xff{", "the header cannot be read"), (b'{"version": 1', "the header cannot be read"),
     (b"[1]", "the header cannot be read"), (b"{}", "the header cannot be read"),
-    (b'{"version": 1}', "the header lacks 'noise'"),
+    (b'{"version": 2}', "the header lacks 'noise'"),
 ])  # fmt: skip
 def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
     path = tmp_path / "x.pzj"
@@ -172,11 +171,9 @@ def test_what_is_refused(tmp_path):
     for at in (len(whole) - 20, len(whole) - 200):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         unchanged_after(lambda: replay(path, base), base, JournalError, "damaged")
-    header = whole.index(b'"version": 1')
     length = int.from_bytes(whole[8:12], "little")
-    payload = whole[16 : 16 + length].replace(b'"version": 1', b'"version": 9')
-    assert header > 0
-    path.write_bytes(whole[:12] + zlib.crc32(payload).to_bytes(4, "little") + payload + whole[16 + length :])
+    payload = whole[20 : 20 + length].replace(b'"version": 2', b'"version": 9')
+    path.write_bytes(whole[:8] + journal._part(payload) + whole[20 + length :])
     unchanged_after(lambda: replay(path, base), base, JournalError, "has version 9")
     path.write_bytes(whole)
     other = MAKERS["mezo"](causal_lm("opt"))
@@ -194,6 +191,46 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bare fp32 parameters"):
         Journal(tmp_path / "new", MeZO(base.parameters()))
     assert path.read_bytes() == whole and not (tmp_path / "new").exists()
+
+
+def test_a_damaged_length_is_no_torn_tail(tmp_path):
+    """A bit flipped in any byte of a length and its checksums: of the header, a record in the middle, the last one."""
+    path, base, _, _ = journal_of(tmp_path)
+    whole, starts = path.read_bytes(), [8]
+    while starts[-1] < len(whole):
+        starts.append(starts[-1] + 12 + int.from_bytes(whole[starts[-1] : starts[-1] + 4], "little"))
+    assert len(starts) == 1 + 4 + 1 and starts[-1] == len(whole)
+    for start in (starts[0], starts[2], starts[4]):
+        for at in range(start, start + 12):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+            unchanged_after(lambda: replay(path, base), base, JournalError, "damaged")
+
+
+@pytest.mark.parametrize("where", ["a frozen layer", "an untied head"])
+def test_other_frozen_weights_are_another_base(where, tmp_path):
+    """They are no part of the updates, but without them the model is another one."""
+    model = causal_lm("llama")
+    if where == "a frozen layer":
+        frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    else:
+        frozen = model.lm_head.weight
+    base = copy.deepcopy(model)
+    opt = PseuZO([p for p in model.parameters() if p is not frozen], 1e-3, 1e-2, 3, model=model)
+    with Journal(tmp_path / "run.pzj", opt):
+        train(opt, model, range(2))
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        dict(other.named_parameters())[next(n for n, p in model.named_parameters() if p is frozen)][0, 0] += 1
+    unchanged_after(
+        lambda: replay(tmp_path / "run.pzj", other), other, JournalError, "weights that the run did not train are not"
+    )
+    with torch.no_grad():
+        frozen[0, 0] += 1
+    with pytest.raises(JournalError, match="another model or of other settings"):
+        Journal(tmp_path / "run.pzj", opt)
+    assert replay(tmp_path / "run.pzj", base) == 2
+    frozen.data[0, 0] -= 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True) if p is not frozen)
 
 
 def test_records_are_small_and_in_the_file_after_each_step(tmp_path):
@@ -220,6 +257,20 @@ def test_replay_on_the_command_line(tmp_path):
     rebuilt = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), rebuilt.parameters(), strict=True))
     assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".json", ".safetensors"}
+    whole = path.read_bytes()
+    for damaged, sentence in (
+        (b"PK" + whole, "is not a journal of pseuzo"),
+        (whole[:-30] + b"?" + whole[-29:], "is damaged"),
+        (whole[:8] + bytes([whole[8] ^ 64]) + whole[9:], "is damaged"),
+    ):
+        path.write_bytes(damaged)
+        result = run("new", "--base", str(tmp_path / "base"))
+        assert result.exit_code == 2 and sentence in result.output, result.output
+    path.write_bytes(whole[:-30])
+    with pytest.warns(UserWarning, match="run.pzj: the last record is cut short"):
+        result = run("cut", "--base", str(tmp_path / "base"))
+    assert result.exit_code == 0 and "3 steps replayed" in result.output
+    path.write_bytes(whole)
     for out, base_folder, sentence in (
         ("out", "base", "is not empty"),
         ("new", "wrong", "not those that the run began with"),

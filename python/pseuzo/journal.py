@@ -8,16 +8,18 @@
 Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is the smallest checkpoint there is. With
 noise "normal" that holds on one backend; others agree to a few ulp of the noise.
 
-The file: a magic number, a JSON header, then records; each part carries its length and CRC-32. A record is in the file
-before the next step ends, so a crash loses at most the last one; a torn tail is recognised, and cut off on reopening.
+The file: a magic number, a JSON header, then records; each part carries its length, its CRC-32, and one of these two,
+so that a wrong length is not taken for a torn tail. A record is in the file before the next step ends, so a crash loses
+at most the last one; a torn tail is recognised, and cut off on reopening.
 """
 
 import hashlib
 import json
 import os
 import struct
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,10 +29,10 @@ from torch import Tensor, nn
 
 from pseuzo.optimizer import ZeroOrder
 
-MAGIC, VERSION = b"PSEUZOJ\n", 1
+MAGIC, VERSION = b"PSEUZOJ\n", 2
 STEPS_AT_ONCE = 64  # that a replay makes in a pass over the weights
-_HEADER = ("version", "noise", "rounding", "groups", "params", "first_step", "base_sha256")
-_PART = struct.Struct("<II")  # length, CRC-32
+_HEADER = ("version", "noise", "rounding", "groups", "params", "dtype", "frozen_sha256", "first_step", "base_sha256")
+_LENGTH, _CRC = struct.Struct("<II"), struct.Struct("<I")  # length and CRC-32 of a part; CRC-32 of these
 _STEP = struct.Struct("<qqBHHI")  # step, rounding seed, skipped, K, groups, unused weights
 _GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
 
@@ -84,16 +86,25 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _frozen(model: nn.Module, trained: Iterable[Tensor]) -> str:
+    """fingerprint of the model's weights and buffers that are not trained: the outputs depend on them as well."""
+    ids, state = {id(p) for p in trained}, model.state_dict(keep_vars=True)
+    return fingerprint({name: x for name, x in state.items() if isinstance(x, Tensor) and id(x) not in ids})
+
+
 def _part(payload: bytes) -> bytes:
-    return _PART.pack(len(payload), zlib.crc32(payload)) + payload
+    head = _LENGTH.pack(len(payload), zlib.crc32(payload))
+    return head + _CRC.pack(zlib.crc32(head)) + payload
 
 
 def _read_part(file: BinaryIO) -> bytes | None:
     """The next part; None at the end of the file or at a torn tail, where the part is cut short."""
-    head = file.read(_PART.size)
-    if len(head) < _PART.size:
+    at, head, check = file.tell(), file.read(_LENGTH.size), file.read(_CRC.size)
+    if len(check) < _CRC.size:
         return None
-    length, crc = _PART.unpack(head)
+    if zlib.crc32(head) != _CRC.unpack(check)[0]:
+        raise JournalError(f"{file.name}: what begins at byte {at} is damaged (the checksum of its length is wrong)")
+    length, crc = _LENGTH.unpack(head)
     payload = file.read(length)
     if len(payload) < length:
         return None
@@ -136,9 +147,12 @@ def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], Iterator[Reco
 
     def records() -> Iterator[Record]:
         with open(path, "rb") as file:
-            file.seek(start)
-            for record, _ in _records(file):
+            end = file.seek(start)
+            for record, after in _records(file):
+                end = after
                 yield record
+            if end < file.seek(0, os.SEEK_END):
+                warnings.warn(f"{path}: the last record is cut short, as by a crash; it is left out", stacklevel=2)
 
     return header, records()
 
@@ -171,6 +185,9 @@ class Journal:
                  "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
                 for i, (g, p) in enumerate(trained)
             ],
+            # of the model at large: adapters may be kept in another dtype than the weights they adapt
+            "dtype": str(next(iter(names), trained[0][1]).dtype).removeprefix("torch."),
+            "frozen_sha256": None if optimizer.model is None else _frozen(optimizer.model, self._position),
         }  # fmt: skip
         self._pending: tuple[Record, Any] | None = None
         if self.path.exists() and self.path.stat().st_size:
@@ -276,7 +293,8 @@ def replay(
     missing = [entry["name"] for entry in header["params"] if entry["name"] not in have]
     if missing:
         raise JournalError(f"the base model lacks {missing[0]!r} and {len(missing) - 1} more weights of the journal's")
-    params = [have[entry["name"]].detach() for entry in header["params"]]
+    trained = [have[entry["name"]] for entry in header["params"]]
+    params = [p.detach() for p in trained]
     for entry, p in zip(header["params"], params, strict=True):
         dtype = str(p.dtype).removeprefix("torch.")
         if list(p.shape) != entry["shape"] or dtype != entry["dtype"]:
@@ -287,6 +305,9 @@ def replay(
     named = {entry["name"]: p for entry, p in zip(header["params"], params, strict=True)}
     if fingerprint(named) != header["base_sha256"]:
         raise JournalError("the base model's weights are not those that the run began with")
+    frozen = header["frozen_sha256"]  # None: of bare parameters
+    if frozen is not None and isinstance(model, nn.Module) and _frozen(model, trained) != frozen:
+        raise JournalError("the base model's weights that the run did not train are not those of the run")
     step = header["first_step"]
     checked = list(records)  # all of it is read before anything is written
     for record in checked:
