@@ -82,8 +82,9 @@ def rows_of(chip: Chip, model: str, update_costs: dict[str, float], perturb_cost
     entry = ROWS * MODELS[model][3]  # one position with a loss
     window = add("window", chip.ms(bytes_moved=entry * (3 * 2 + 4 * WINDOW)), K=WINDOW)
     forwards = {length: add("forward", forward(chip, model, length), tokens=ROWS * length) for length in LENGTHS}
-    for noise, (loop, around) in update_costs.items():
+    for noise in update_costs:
         for K in (1, WINDOW):
+            loop, around = update_costs["hadamard" if K == 1 else noise]  # one term needs no sum
             update = add("update", chip.ms(n * (K * loop + around), 4 * n), noise=noise, K=K)
             beyond = perturb + update + window
             add("beyond two forwards", (beyond, ""), noise=noise, K=K)

@@ -41,9 +41,6 @@ inline float round17(float c) {
   return c;
 }
 
-// "hadamard-fp16" sums so many seeds in half precision.
-constexpr int kFp16Block = 16;
-
 // Of "hadamard-fp16": makes c' of K coefs, in place, and returns 2^e. NaN if the largest is above 2^126 or not finite.
 inline float fp16_coefs(float* coefs, int64_t K) {
   uint32_t largest = 0;  // as an integer: NaN counts as larger than infinity

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("noise", ["hadamard", "rademacher"])
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
     sizes = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 300_000)

@@ -181,6 +181,11 @@ class ZeroOrder(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return self.param_groups[0]["params"][0].device
 
+    @property
+    def _shift_noise(self) -> str:
+        """The noise that bare parameters are shifted by: the same z, but sums in half precision would not restore x."""
+        return self.noise.removesuffix("-fp16")
+
     def _places(self) -> dict[nn.Parameter, tuple[int, float]]:
         """The stream and noise scale of each parameter that may take noise."""
         return {
@@ -246,7 +251,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._shift_seed, self._offset = seed, to
         for group, params in self._trained():
             for device in {p.device for p in params}:
-                rest = (1.0, group["noise_scale"], self.noise, False, 0, None)
+                rest = (1.0, group["noise_scale"], self._shift_noise, False, 0, None)
                 fp32 = [p for p in params if p.device == device and p.dtype is torch.float32]
                 self._add(fp32, None, *_terms(terms, device), *rest)
                 half = [p for p in params if p.device == device and p.dtype is not torch.float32]
@@ -332,7 +337,8 @@ class ZeroOrder(torch.optim.Optimizer):
                 s, c = torch.cat([s, s.new_full((1,), self._shift_seed)]), torch.cat([c, shift])
             self._add(
                 [p for _, p in members], self._originals if copied else None, s, c, keeps,
-                [g["noise_scale"] for g, _ in members], self.noise, self.rounding == "stochastic", rounding_seed, skip,
+                [g["noise_scale"] for g, _ in members], self.noise if back is None else self._shift_noise,
+                self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
         self._descend(gradients, found_inf, rounding_seed)
         self._last = coefs, {p: g["lr"] * g["noise_scale"] for members in launches.values() for g, p in members}
