@@ -265,6 +265,11 @@ def test_eval_shots_and_output(tmp_path):
     assert json.loads((tmp_path / "eval.json").read_text()) == zero and zero["shots"] == 0
     few = _last_json(pseuzo("eval", *common, "--shots", 3))
     assert few["shots"] == 3 and few["test"]["loss"] != zero["test"]["loss"]
+    assert few["shots_mean"] == 3 == few["shots_least"] and few["cut_prompts"] == 0
+    text = pseuzo("eval", *common, "--shots", 20, "--train-size", 12, "--dev-size", 12)
+    many = _last_json(text)
+    assert many["shots"] == 20 and 3 <= many["shots_least"] <= many["shots_mean"] < 12
+    assert f"{many['shots_least']} at least: there are 12 training rows, 128 tokens" in text
 
 
 def test_plot_overlays_runs(tmp_path):
@@ -407,10 +412,18 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
     (tmp_path / "task.yaml").write_text(OWN)
     rows = [row | {"text": "long " * 300 + row["text"]} for row in ROWS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pseuzo("train", *SMALL[:2], "--task", tmp_path / "task.yaml", "--train-size", 20, "--dev-size", 10, "--test-size",
-           30, "--device", "cpu", "--quiet", "--steps", 2, "--method", "mezo", "--output",
-           tmp_path / "run")  # fmt: skip
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["examples"] == 24  # two fifths at most
+    text = pseuzo("train", *SMALL[:2], "--task", tmp_path / "task.yaml", "--train-size", 20, "--dev-size", 10,
+                  "--test-size", 30, "--device", "cpu", "--quiet", "--steps", 2, "--method", "mezo", "--output",
+                  tmp_path / "run")  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["examples"] == 24  # two fifths at most
+    assert results["cut_prompts"] == {"train": 20, "dev": 10, "test": 24}
+    assert "20 of 20 prompts of the train split were too long for 128 tokens and lost their beginning" in text
+    text = pseuzo("eval", "--model", tmp_path / "run" / "model", "--task", tmp_path / "task.yaml", "--test-size", 5,
+                  "--device", "cpu", "--quiet", "--shots", 2)  # fmt: skip
+    figures = _last_json(text)
+    assert (figures["cut_prompts"], figures["shots"], figures["shots_mean"], figures["shots_least"]) == (5, 2, 0, 0)
+    assert "5 of 5 prompts of the test split" in text and "of 2 shots, before a prompt were 0.0 on average" in text
 
 
 def test_generation_is_trained_and_scored_by_f1(tmp_path):

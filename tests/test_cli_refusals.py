@@ -159,6 +159,7 @@ def test_option_without_use(tmp_path, settings, option):
 
 def test_defaults_and_used_options_pass(tmp_path, settings):
     for args in (
+        ["--method", "fo-adam", "--report_to", "wandb", "--report-to", "tensorboard"],
         ["--method", "fo-sgd", "--momentum", "0.5", "--groups", "label", "--directions", "1", "--noise-on", "v_proj"],
         ["--method", "fo-adam", "--noise-on", "all=2", "--eps", "1e-2", "--noise", "normal", "--clip-examples", "2"],
         ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
@@ -166,6 +167,7 @@ def test_defaults_and_used_options_pass(tmp_path, settings):
     ):
         invoke("train", *BASE, *args, "--output", tmp_path / "run")
         assert settings["method"] == args[1]
+        assert settings["report_to"] == (("wandb", "tensorboard") if "--report_to" in args else ())
 
 
 def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_path, settings):
@@ -199,6 +201,8 @@ COMBINATIONS = {
     "nan eps": (["--eps", "nan"], "not a finite number"),
     "nan decay": (["--weight-decay", "nan"], "not a finite number"),
     "inf lr": (["--lr", "inf"], "not a finite number"),
+    "fo-adam on fp16": (["--method", "fo-adam", "--dtype", "fp16"], "use --dtype bf16 or fp32"),
+    "its head on fp16": (["--method", "fo-adam", "--dtype", "fp16", "--mode", "head"], "its eps of 1e-8 is 0"),
     "no folder for the journal": (["--journal", "no/such/folder/j.pzj"], "there is no folder no/such/folder"),
 }
 
@@ -219,8 +223,12 @@ def test_journal(tmp_path, settings):
     assert "--until" not in invoke(*args, journal, "--steps", 12)
     journal.write_bytes(b"records")
     assert "exists already" in refused(*args, journal)
-    invoke(*args, journal, "--resume")
+    assert "exists already" in refused(*args, journal, "--resume")  # there is no run to go on with
+    assert "are the same" in refused(*args, out) and not out.exists()
     invoke(*args, out / "inside.pzj")  # its folder will be made
+    out.mkdir()
+    (out / "config.yaml").touch()
+    invoke(*args, journal, "--resume")
 
 
 # what becomes a sentence
@@ -343,6 +351,111 @@ def test_compare_reads_values_and_gives_each_method_its_options(tmp_path, compar
     assert yaml.safe_load(yaml.safe_dump(compared)) == compared, "plain values only"
     assert "--directions is for mezo" in refused("compare", *BASE, "--methods", "fo-sgd", "--methods", "pseuzo",
                                                  "--directions", 2, "--output", tmp_path / "out")  # fmt: skip
+
+
+def test_compare_refuses_capture_without_a_gpu_before_its_folder_is_made(tmp_path, compared):
+    args = ("--device", "cpu", "--methods", "fo-sgd", "--methods", "mezo", "--capture", "--output", tmp_path / "out")
+    assert "mezo: --capture: capture needs a CUDA GPU" in refused("compare", *BASE, *args)
+    assert not compared and not (tmp_path / "out").exists()
+
+
+def test_compare_prints_whole_names_of_methods(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    title = "mezo:lr=4e-4,noise_on=attention-out,clip_examples=2,directions=4"
+    row = {"lr": 4e-4, "test_mean": 0.7, "test_std": 0.01, "dev_mean": 0.7, "dev_at_equal_time": 0.7, "seconds": 10,
+           "equal_seconds": 10, "peak_memory_mib": 650}  # fmt: skip
+    summary = {"metric": "accuracy", "forwards": 12, "seeds": 1, "hardware": "cpu", "methods": {title: row}}
+    cli._print_comparison(summary, tmp_path)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "".join(cells[1].strip() for cells in rows) == title
+
+
+@pytest.mark.parametrize("there", [
+    ("thesis.txt",), ("start/thesis.txt",), ("lr.json",), ("noise_on.json",), ("config.yaml",), ("table.md",),
+    ("compare.json", "runs/mine.txt"), ("model/thesis.txt",), ("summary.json", "metrics.jsonl"), (".pseuzo",),
+])  # fmt: skip
+def test_no_command_fills_a_folder_of_other_files(tmp_path, there):
+    out = tmp_path / "out"
+    for name in there:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    before = sorted(out.rglob("*"))
+    for command in (["train", *BASE, "--output", out], ["train", *BASE, "--resume", "--output", out],
+                    ["compare", *BASE, "--output", out], ["demo", "--steps", 1, "--out", out]):  # fmt: skip
+        assert "is not empty, and not the folder of" in refused(*command)
+        assert sorted(out.rglob("*")) == before and all((out / name).read_text() == "{}" for name in there)
+
+
+def test_a_folder_is_of_one_command(tmp_path):
+    runs.claim(tmp_path / "out", "demo")
+    runs.claim(tmp_path / "out", "demo")
+    with pytest.raises(ValueError, match="not the folder of a run of pseuzo compare"):
+        runs.claim(tmp_path / "out", "compare")
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
+    out = tmp_path / "out"
+    args = ("train", *BASE, "--output", out, "--resume")
+    assert f"{out}/checkpoint-3: that is no checkpoint of a run in {out}" in refused(*args, out / "checkpoint-3")
+    (tmp_path / "checkpoint-3").mkdir()
+    assert "that is no checkpoint of a run in" in refused(*args, tmp_path / "checkpoint-3")  # but of another one
+    assert not out.exists()
+
+
+SMALL = [*BASE, "--train-size", 48, "--dev-size", 24, "--test-size", 24, "--batch-size", 6, "--device", "cpu",
+         "--quiet", "--method", "mezo"]  # fmt: skip
+
+
+def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch):
+    """Whatever failed: the next try may need other settings, and its journal."""
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, "--mode", "head", "--steps", 2, "--journal", journal, "--output", out]
+    with monkeypatch.context() as patched:
+        patched.setattr(MeZO, "step", raising(torch.OutOfMemoryError("CUDA out of memory")))
+        assert "out of memory" in refused(*args)
+    assert not journal.exists() and not list(out.iterdir())
+    assert "matches 'no_such'" in refused(*args, "--noise-on", "no_such") and not list(out.iterdir())
+    assert "auto is for noise_on, where it stands alone" in refused(*args, "--noise-on", "auto=2")
+    journal.mkdir()
+    assert "is a directory" in refused(*args)
+    journal.rmdir()
+    invoke(*args, "--batch-size", 3)
+    assert (out / "results.json").exists() and journal.stat().st_size > 0
+
+
+def test_what_is_scaled_to_the_noise_is_said(tmp_path):
+    args = ["train", *SMALL, "--steps", 1, "--noise-on", "attention-out", "--output"]
+    for name, own, scaled in (("mezo", [], {"lr", "eps"}), ("eps given", ["--eps", "1e-3"], {"lr"}),
+                              ("fo-sgd", ["--method", "fo-sgd"], {"lr"})):  # fmt: skip
+        text = invoke(*args, tmp_path / name, *own)
+        assert {word for word in ("lr", "eps") if f"; {word} times " in text} == scaled
+
+
+def test_a_run_that_diverged_says_so(tmp_path):
+    args = ["train", *SMALL, "--steps", 2, "--eval-every", 0, "--keep", "last", "--output"]
+    text = invoke(*args, tmp_path / "far", "--lr", "1e30")
+    assert "the run diverged: the loss on the test rows is nan" in text
+    assert "the run diverged" not in invoke(*args, tmp_path / "near", "--lr", "1e-5")
+
+
+def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    args = ["train", *SMALL, "--lr", "auto", "--steps", 20, "--output"]
+    whole = invoke(*args, tmp_path / "whole")
+    real, made = runs.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        made.append(1)
+        if len(made) == 4:  # after the start and two trials
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "evaluate", interrupted)
+        invoke(*args, tmp_path / "run", code=130)
+    text = invoke(*args, tmp_path / "run", "--resume")
+    assert "2 trials are done already" in text and text.count("dev loss") == whole.count("dev loss") - 2
+    found, expected = (json.loads((tmp_path / of / "lr.json").read_text()) for of in ("run", "whole"))
+    assert found | {"request": None} == expected | {"request": None}
 
 
 def test_eval_takes_the_rows_that_train_takes(monkeypatch):

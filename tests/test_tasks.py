@@ -593,6 +593,9 @@ def test_prompts_are_cut_on_the_left(tokenizer):
     assert tokenizer.decode(words[3]["tokens"][0].tokens).endswith("# kind:")
     free = Task(name="g", kind="generation", prompt="{{ q }}\nAnswer:", answers="a", max_new_tokens=6)
     data = TaskData(free.examples([{"q": "one two three " * 9, "a": "x"}]), free, tokenizer, max_length=20)
+    assert (data.fit()["cut_prompts"], whole.fit()["cut_prompts"], words.fit()["cut_prompts"]) == (1, 0, 4)
+    lengths = [len(row[0].tokens) for row in (whole.token_rows(i, "options") for i in range(4))]
+    assert cut.fit()["cut_prompts"] == sum(length > 14 for length in lengths)
     assert len(data.token_rows(0, "prompt")[0].tokens) == 14 and len(data.token_rows(0, "answer")[0].tokens) == 20
     with pytest.raises(
         ValueError, match=r"task long: an answer of . tokens, beginning ' a piece of code', leaves no room"
@@ -616,6 +619,9 @@ def test_shots(tokenizer):
     short = TaskData([example], CODE, tokenizer, max_length=n, shots=shots)[0]["tokens"][0]
     assert tokenizer.decode(short.tokens) == "</s>" + "\n\n".join(parts[1:])
     assert data[0] == TaskData([example], CODE, tokenizer, max_length=n + 1, shots=shots)[0]
+    some = TaskData(examples_of(CODE), CODE, tokenizer, max_length=n, shots=shots)
+    used = [some[i]["tokens"][0].shots for i in range(4)]
+    assert some.fit() == {"cut_prompts": 0, "shots_mean": sum(used) / 4, "shots_least": 2} and used[3] == 2
     none = TaskData([example], CODE, tokenizer, max_length=25, shots=shots)[0]
     assert none == TaskData([example], CODE, tokenizer, max_length=25)[0]
     lines = TaskData(load_task("rte").examples([ROWS["rte"][1][0]]), load_task("rte"), tokenizer, max_length=120,

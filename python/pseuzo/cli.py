@@ -213,7 +213,7 @@ def option(*names: str, **settings: Any) -> Callable:
 WHAT = options(
     option("--model", required=True, help="A causal LM: a name on the hub, a folder, or demo, the embedded one."),
     option("--task", required=True,
-           help="sst2 rte cb boolq wsc wic multirc copa record squad drop demo, or the path of a .yaml."),
+           help="sst2 rte cb boolq wsc wic multirc copa record squad drop demo, or the path of a .yaml or .jsonl."),
     option("--data", type=click.Path(exists=True, path_type=Path), help="Local folder, .jsonl or .parquet in the "
            "task's columns. Default: the public data set on the hub."),
     option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Of the weights."),
@@ -274,7 +274,8 @@ HOW = options(
     option("--journal", type=FILE, help="Record every update here, for pseuzo replay."),
     option("--capture", is_flag=True, help="Record the passes as CUDA graphs: faster where launches are the "
            "limit (small models, few tokens). Batches are padded to multiples of 64 tokens."),
-    option("--report-to", multiple=True, metavar="NAME", help="tensorboard, wandb, ...; see Transformers."),
+    option("--report-to", "--report_to", multiple=True, metavar="NAME",
+           help="tensorboard, wandb, ...; see Transformers."),
 )  # fmt: skip
 
 
@@ -302,7 +303,8 @@ def train(**settings: Any) -> None:
     pseuzo train --config examples/opt-1.3b-sst2.yaml --output run
 
     Writes config.yaml, results.json, curves.png, checkpoints and model/ into --output. Does the run not converge? Try
-    --lr auto, --noise-on attention-out, --clip-examples 2.
+    --lr auto, --noise-on attention-out, --clip-examples 2. Where the loss on the test rows is not finite in the end, a
+    line on stderr says that the run diverged.
     """
     _leave_out_unused(settings)
     _check_combination(settings)
@@ -364,6 +366,9 @@ def _check_combination(settings: Mapping[str, Any]) -> None:
         if settings["lr"] == "auto":
             raise ValueError("--lr auto searches by the curvature of the loss, and --objective metric has none; "
                              "give --lr")  # fmt: skip
+    if settings["method"] == "fo-adam" and settings["dtype"] == "fp16" and settings["mode"] in ("full", "head"):
+        raise ValueError("--method fo-adam cannot train fp16 weights, in which its eps of 1e-8 is 0: use --dtype bf16 "
+                         "or fp32")  # fmt: skip
 
 
 def _check_journal(settings: Mapping[str, Any]) -> None:
@@ -373,7 +378,10 @@ def _check_journal(settings: Mapping[str, Any]) -> None:
         return
     if not journal.parent.is_dir() and journal.parent.resolve() != output.resolve():  # that one will be made
         raise ValueError(f"--journal {journal}: there is no folder {journal.parent}")
-    if not settings["resume"] and journal.exists() and journal.stat().st_size:
+    if journal.resolve() == output.resolve():
+        raise ValueError(f"--journal and --output are the same, {output}; the journal is a file, in there or elsewhere")
+    goes_on = settings["resume"] and (output / "config.yaml").exists()
+    if not goes_on and journal.exists() and journal.stat().st_size:
         raise ValueError(f"--journal {journal} exists already; choose another file, or --resume to go on with its run")
 
 
@@ -452,7 +460,6 @@ def compare(methods: tuple[str, ...], seeds: int, forwards: int, output: Path, *
 
     common = {k: v for k, v in plain(settings).items() if v is not None}
     chosen = {title: plain(own) for title, own in chosen.items()}
-    output.mkdir(parents=True, exist_ok=True)
     summary = run_compare(common, chosen, output, seeds=seeds, forwards=forwards, progress=click.echo)
     _print_comparison(summary, output)
 
@@ -487,6 +494,11 @@ def _method(text: str) -> tuple[str, dict[str, Any]]:
 def _share(settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]]) -> None:
     """Options given for all methods go to those that they are for. ValueError for one that is for none of them, and for
     methods that cannot be run."""
+    import torch
+
+    from pseuzo.capture import check_device
+
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
     defaults, left_out = _defaults(), []
     for title, own in chosen.items():
         unused = _unused(defaults | settings | own)
@@ -496,7 +508,10 @@ def _share(settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]]) ->
         left_out.append(unused)
         own |= {name: defaults[name] for name in unused}
         try:
-            _check_combination(defaults | settings | own)
+            given = defaults | settings | own
+            _check_combination(given)
+            if given["capture"]:
+                check_device("--capture", torch.device(given["device"] or usual))
         except ValueError as error:
             raise ValueError(f"{title}: {error}") from None
     for name, (_, sentence) in left_out[0].items():
@@ -522,7 +537,7 @@ def _print_comparison(summary: dict, output: Path) -> None:
     least = min(row["equal_seconds"] for row in rows.values())
     table = Table(title=f"{summary['forwards']} forward passes, {summary['seeds']} seed(s), {summary['hardware']}")
     for column in ("method", "lr", f"test {metric}", f"dev {metric}", f"dev after {least:.0f} s", "seconds", "memory"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     for title, row in rows.items():
         table.add_row(*cells(title, row))
     console = Console()
@@ -559,8 +574,6 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
         where = usable_device(device)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if out.exists() and not out.is_dir():
-        raise click.UsageError(f"{out} is a file, not a folder")
     summary = demo_run.run(out, list(methods) or known, steps, batch_size, seed, where)
     _print_demo(summary, out)
 
@@ -593,9 +606,7 @@ def replay(base: str, journal: Path, output: Path, until: int | None, device: st
     header, records = read_journal(journal)
     total = sum(1 for _ in records)
     dtypes = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-    model, tokenizer = load_model(
-        model_path(base), dtype=dtypes[header["params"][0]["dtype"]], device=device, need_tokenizer=False
-    )
+    model, tokenizer = load_model(model_path(base), dtype=dtypes[header["dtype"]], device=device, need_tokenizer=False)
     steps = total if until is None else min(total, max(until - header["first_step"], 0))
     with tqdm(total=steps, desc="replay", unit="step") as bar:
         step = replay_journal(journal, model, until=until, progress=lambda record: bar.update())
@@ -639,6 +650,13 @@ def info() -> None:
     )
     click.echo(f"GPU: {', '.join(gpus) or 'none'}")
     failed = False
+
+    def near(what: str, got: torch.Tensor, want: torch.Tensor, atol: float) -> None:
+        nonlocal failed
+        same = bool(((got.cpu() - want).abs() <= atol * want.abs().clamp(min=1)).all())
+        failed |= not same
+        click.echo(f"self-test, {what}: {'as the reference, but for rounding' if same else 'DIFFERS'}")
+
     for device in ["cpu", *(["cuda"] if gpus else [])]:
         for noise in ("hadamard", "hadamard-fp16", "rademacher"):
             x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)
@@ -648,6 +666,13 @@ def info() -> None:
             same = torch.equal(got.cpu(), x)
             failed |= not same
             click.echo(f"self-test, {noise} on {device}: {'same bits as the reference' if same else 'DIFFERS'}")
+        normal = [api.noise(50_000, 1, 0, noise="normal", device=d) for api, d in ((pk, device), (reference, "cpu"))]
+        near(f"normal on {device}", *normal, 2**-21 if device == "cpu" else 5e-5)
+        outputs = torch.linspace(0, 1, 72_000).square().view(3, 3, 4, 2, 1000)  # o0, o1, grad of three steps
+        windows = pk.EmaWindow(2, momentum=0.9, eps=1.0), reference.EmaWindow(2, momentum=0.9, eps=1.0)
+        for seed, step in enumerate(outputs):
+            coefs = [w.step(seed, *step.to(d), [0, 1, 0, 1])[1] for w, d in zip(windows, (device, "cpu"), strict=True)]
+        near(f"window on {device}", *coefs, 1e-5)
     if failed:
         raise Failure("the kernels disagree with the reference on this machine; please report it")
 

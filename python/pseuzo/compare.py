@@ -17,6 +17,7 @@ import yaml
 from pseuzo.files import differing, read_json, read_yaml, write_atomically, write_json
 from pseuzo.methods import forwards_per_step
 from pseuzo.plots import curve, plot_runs, read_results
+from pseuzo.runs import claim
 
 
 def compare(
@@ -33,8 +34,10 @@ def compare(
 
     common: settings of `pseuzo train` that all share. methods: title -> settings of its own. Where lr is "auto" it is
     searched for with the first seed and kept for the others. Writes compare.json, table.md and compare.png into output.
-    ValueError with the end of a run's log if one fails, or if output has a run of that name with other settings.
+    ValueError with the end of a run's log if one fails, if output has a run of that name with other settings, or if
+    files are in it that no comparison wrote.
     """
+    claim(output, "compare")
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
         settings = common | own

@@ -133,6 +133,8 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
         else:
             found = [p for name, ps in groups.items() if fnmatchcase(name, what) for p in ps]
             found += [p for name, p in named.items() if fnmatchcase(name, what) or fnmatchcase(name, f"*.{what}")]
+        if not found and what == "auto":
+            raise ValueError("place: auto is for noise_on, where it stands alone: no scale, no other pattern beside it")
         if not found:
             raise ValueError(f"place: no parameter that is trained matches {what!r}{_hint(what, named, groups)}")
         scales.update(dict.fromkeys(found, scale))
@@ -282,7 +284,7 @@ def choose(rows: Iterable[Row]) -> list[str]:
 
 
 class Scaled(NamedTuple):
-    """lr and eps for another placement of the noise, and a sentence that says how they were found."""
+    """lr and eps for another placement of the noise, and a sentence that says by what they were scaled."""
 
     lr: float
     eps: float
@@ -306,4 +308,4 @@ def equal_change(lr: float, eps: float, everywhere: Row, here: Row) -> Scaled:
             f"the curvature along the noise could not be measured ({part:.3g} +- {part_error:.2g}, on all parameters "
             f"{whole:.3g} +- {whole_error:.2g}); by the share of the parameters, {1 / ratio:.3g}"
         )
-    return Scaled(lr * ratio, eps * math.sqrt(ratio), f"{how}: lr times {ratio:.3g}, eps times {math.sqrt(ratio):.3g}")
+    return Scaled(lr * ratio, eps * math.sqrt(ratio), how)

@@ -2,13 +2,14 @@
 
 A run's folder: config.yaml (every setting, as resolved), results.json (figures and history), curves.png, model/
 (what Transformers or peft loads), checkpoint-N/ (to resume from); noise_on.json and lr.json where those were
-searched for; and start/, a mode's first weights, where there is a journal.
+searched for; start/, a mode's first weights, where there is a journal; and .pseuzo, which says that it is ours.
 """
 
 import gc
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Run:
         if not self.data:
             self.longest = max_length(model, c["max_length"])
             self.data = {split: self.part(split) for split in self.examples}
+            self.cut = {split: cut_prompts(data, split)["cut_prompts"] for split, data in self.data.items()}
         return model
 
     def part(self, split: str, most: int | None = None) -> TaskData:
@@ -111,6 +113,15 @@ class Run:
         if c["quiet"]:
             trainer.remove_callback(PrinterCallback)
         return trainer
+
+
+def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
+    """data.fit of what is trained on or measured, and a line on stderr if prompts lost their beginning."""
+    fit = data.fit(data.train_on if split == "train" else None)
+    if fit["cut_prompts"]:
+        many = f"{fit['cut_prompts']} of {len(data)} prompts of the {split} split were too long"
+        print(f"{many} for {data.max_length} tokens and lost their beginning", file=sys.stderr, flush=True)
+    return fit
 
 
 def max_length(model: torch.nn.Module, wanted: int) -> int:
@@ -159,28 +170,54 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
 DECISIONS = ("lr.json", PLACEMENT_FILE, "start")  # what a run writes before it begins
 MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
               "device", "output"}  # fmt: skip
+MARKER = ".pseuzo"  # in every folder that a command fills: which one
+
+
+def claim(folder: Path, command: str) -> None:
+    """Make a folder for the files of `pseuzo command`: a new or empty one, or its own of an earlier time. ValueError,
+    and nothing is touched, where other files are."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder")
+    marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
+    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text() == mark):
+        raise ValueError(
+            f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(mark)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def start_folder(output: Path, resume: str | None) -> str | None:
     """Make the folder of a run: new or empty, or that of a run to resume. Returns resume, or None where there is
     nothing to go on with yet."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file, not a folder")
-    there = {f.name for f in output.iterdir()} if output.exists() else set()
-    if "config.yaml" in there and not resume:
+    begun = (output / "config.yaml").exists()
+    if resume not in (None, "auto") and not (begun and Path(resume).is_dir()):
+        raise ValueError(f"--resume {resume}: that is no checkpoint of a run in {output}")
+    claim(output, "train")
+    if begun and not resume:
         raise ValueError(f"{output} is not empty; choose another folder, or --resume to go on with the run in it")
-    if "config.yaml" not in there and there - set(DECISIONS):
-        raise ValueError(f"{output} is not empty, and not the folder of a run; choose another folder")
-    if resume and "config.yaml" not in there:
+    if begun:
+        return resume
+    if resume:
         print(f"{output} holds no run to resume: beginning a new one", flush=True)
-        resume = None
-    for name in DECISIONS if not resume else ():  # of a try that did not get to its first step
-        if name == "start":
-            shutil.rmtree(output / name, ignore_errors=True)
-        else:
-            (output / name).unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    return resume
+    # of a try that did not get to its first step; the trials of a search for lr are gone on with
+    _remove(*(output / name for name in DECISIONS if not (resume and name == "lr.json")))
+    return None
+
+
+def _undo(output: Path, journal: Path | None) -> None:
+    """Leave nothing of a new run that failed before its first step, so that nothing is in the way of the next try."""
+    _remove(*(output / name for name in ("config.yaml", *DECISIONS)), *([journal] if journal else []))
+    if list(output.iterdir()) == [output / MARKER]:
+        _remove(output / MARKER)
 
 
 def _same_run(c: dict[str, Any], output: Path) -> None:
@@ -197,6 +234,7 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo train` with settings c; its results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
+    new = not (output / "config.yaml").exists()
     c["resume"] = resume = start_folder(output, c["resume"])
     searched = output / "lr.json"
     if resume and c["lr"] == "auto" and searched.exists():
@@ -209,28 +247,41 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
             print(f"{output} has no checkpoint yet: beginning anew", flush=True)
             if c["journal"]:
                 Path(c["journal"]).unlink(missing_ok=True)
-    run = Run(c)
-    if c["lr"] == "auto":
-        found = search_lr(run, output)
-        write_json(searched, found)
-        c |= found["chosen"] | {"scale_lr": False, "scale_eps": False}
-    model = run.model()
-    if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
-        save_model(model, run.tokenizer, output / "start")
-    trainer = run.trainer(model, output)
-    trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
-    write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
-    reset_peak(c["device"])
-    outcome = trainer.train(resume_from_checkpoint=resume)
+    journal = Path(c["journal"]) if c["journal"] else None
+    if journal and journal.exists() and journal.stat().st_size:
+        journal = None  # not this try's own
+    trainer = None
+    try:
+        run = Run(c)
+        if c["lr"] == "auto":
+            found = search_lr(run, output)
+            write_json(searched, found)
+            c |= found["chosen"] | {"scale_lr": False, "scale_eps": False}
+        model = run.model()
+        if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
+            save_model(model, run.tokenizer, output / "start")
+        trainer = run.trainer(model, output)
+        trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
+        write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+        reset_peak(c["device"])
+        outcome = trainer.train(resume_from_checkpoint=resume)
+    except Exception:
+        if new and not (trainer and trainer.state.global_step):
+            _undo(output, journal)
+        raise
     peak = peak_memory(c["device"])  # of the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
     history = trainer.state.log_history
     last = [row for row in history if "train_seconds" in row]
+    if not math.isfinite(figures["loss"]):
+        print(f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller --lr, or --lr auto, "
+              "or another --dtype", file=sys.stderr)  # fmt: skip
     results = {
         "task": run.task.name, "metric": run.task.metric, "model": c["model"], "method": c["method"], "mode": c["mode"],
         "test": figures, "steps": outcome.global_step, "forwards": trainer.forwards(outcome.global_step),
         "train_seconds": last[-1]["train_seconds"] if last else None, "lr": trainer.optimizer.defaults["lr"],
         "eps": trainer.zero_order.eps if trainer.zero_order else None,
+        "cut_prompts": run.cut,
         "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
         "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
         "skipped_steps": trainer.zero_order.skipped_steps if trainer.zero_order else 0, "history": history,
@@ -270,7 +321,12 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     dev = run.part("dev", EVALUATED)
     start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
     del model
+    file, request = output / "lr.json", plain(c) | chosen
+    before = read_json(file) if file.exists() else {}
     trials: dict[float, float] = {}
+    if before.get("request") == request:  # of a search that was killed
+        trials = {float(lr): math.inf if loss is None else loss for lr, loss in before["trials"].items()}
+        print(f"{file}: {len(trials)} trials are done already", flush=True)
 
     def survives(lr: float) -> bool:
         lr = _rounded(lr)
@@ -282,6 +338,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
             ).train()  # fmt: skip
             loss = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
             trials[lr] = loss if math.isfinite(loss) else math.inf  # null in the file
+            write_json(file, {"request": request, "trials": trials})
             print(f"lr {lr:.2g}: dev loss {loss:.4f} after {steps} steps, {start:.4f} before", flush=True)
         return trials[lr] < 1.05 * start
 
@@ -302,7 +359,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     chosen |= {"lr": best}
     if "noise_on" in chosen:
         write_json(output / PLACEMENT_FILE, found | chosen)
-    return {"steps": steps, "start": start, "trials": trials, "chosen": chosen}
+    return {"request": request, "steps": steps, "start": start, "trials": trials, "chosen": chosen}
 
 
 def _rounded(lr: float) -> float:
@@ -317,10 +374,15 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         seed=c["seed"] if c["data_seed"] is None else c["data_seed"],
     )  # fmt: skip
     model, tokenizer = load_model(model_path(c["model"]), dtype=c["dtype"], device=c["device"])
-    shots = tuple(examples["train"][: c["shots"]])
+    shots = examples["train"][: c["shots"]]
     data = TaskData(examples["test"], task, tokenizer, max_length=max_length(model, c["max_length"]), shots=shots)
+    fit = cut_prompts(data, "test")
+    if fit["shots_least"] < c["shots"]:
+        used = f"{fit['shots_mean']:.1f} on average, {fit['shots_least']} at least"
+        room = f"{len(examples['train'])} training rows, {data.max_length} tokens"
+        print(f"of {c['shots']} shots, before a prompt were {used}: there are {room}", file=sys.stderr, flush=True)
     return {
-        "task": task.name, "metric": task.metric, "model": c["model"], "shots": len(shots), "seed": c["seed"],
+        "task": task.name, "metric": task.metric, "model": c["model"], "shots": c["shots"], **fit, "seed": c["seed"],
         "test": evaluate(model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"]),
     }  # fmt: skip
 

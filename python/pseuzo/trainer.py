@@ -4,7 +4,8 @@
     PseuZOTrainer(model, args, train_dataset=data["train"], eval_dataset=data["dev"]).train()
 
 Hooks only: its loop, logging, callbacks, checkpoints and best-model selection are Transformers' own. A training step is
-the passes of optimizer.estimate(...); the Trainer's optimizer.step() applies the update.
+the passes of optimizer.estimate(...); the Trainer's optimizer.step() applies the update. The logged loss of a two-sided
+MeZO step is the mean of its perturbed passes' losses: it never sees the one at the weights themselves, evaluations do.
 """
 
 import json
@@ -334,8 +335,12 @@ class PseuZOTrainer(Trainer):
         found = {row.name: row for row in self._probe(both, max(args.probe_forwards // 3, 10), "probing the curvature")}
         if len(found) == 2 and (args.scale_lr or args.scale_eps):
             scaled = placement.equal_change(lr, eps, found["everywhere"], found["here"])
-            lr, eps, how = scaled.lr if args.scale_lr else lr, scaled.eps if args.scale_eps else eps, scaled.how
-            print(f"noise on {', '.join(where)}: {how}; lr {lr:.3g}, eps {eps:.3g}", flush=True)
+            how = scaled.how
+            if args.scale_lr:
+                lr, how = scaled.lr, f"{how}; lr times {scaled.lr / lr:.3g} is {scaled.lr:.3g}"
+            if args.scale_eps:
+                eps, how = scaled.eps, f"{how}; eps times {scaled.eps / eps:.3g} is {scaled.eps:.3g}"
+            print(f"noise on {', '.join(where)}: {how}", flush=True)
         return {"noise_on": where, "lr": lr, "eps": eps, "how": how, "curvature": found["here"].cost[0],
                 "table": table}  # fmt: skip
 

@@ -24,6 +24,7 @@ from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
 from pseuzo.placement import place
+from pseuzo.runs import claim
 from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"
@@ -159,8 +160,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
-    """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary."""
-    out.mkdir(parents=True, exist_ok=True)
+    """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary. ValueError if
+    files are in it that no demo wrote."""
+    claim(out, "demo")
     demo = load()
     pretrained = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
     start = {part: evaluate(pretrained, getattr(demo, part), batch_size=100)["accuracy"] for part in ("val", "test")}

@@ -31,10 +31,12 @@ SHOT_SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens of a prompt, and those after it that are scored, if any."""
+    """The tokens of a prompt, and those after it that are scored, if any; what of it fits into max_length."""
 
     prompt: list[int]
     answer: list[int]
+    shots: int  # that are put before it
+    lost: int  # tokens of its beginning
 
     @property
     def tokens(self) -> list[int]:
@@ -107,6 +109,17 @@ class TaskData(Dataset):
         if (i, what) not in self._rows:
             self._rows[i, what] = self._encode(self.examples[i], what)
         return self._rows[i, what]
+
+    def fit(self, what: str | None = None) -> dict[str, float]:
+        """What of the examples fits into max_length, in rows of what (None: those that the metric is computed from):
+        cut_prompts, how many prompts lost their beginning; shots_mean and shots_least, the shots before a prompt."""
+        if what is None:
+            labels = "label-words" if self.options is not None else "options"
+            what = "prompt" if self.task.kind == "generation" else labels
+        rows = [self.token_rows(i, what) for i in range(len(self))]
+        shots = [some[0].shots for some in rows]
+        cut = sum(any(row.lost for row in some) for some in rows)
+        return {"cut_prompts": cut, "shots_mean": sum(shots) / len(shots), "shots_least": min(shots)}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of these items, see the module."""
@@ -196,13 +209,14 @@ class TaskData(Dataset):
                     f"max_length, {self.max_length} tokens"
                 )
             tokens = self._before + prompt[-left:]
+            lost = max(0, len(prompt) - left)
             if not tokens:
                 raise ValueError(
                     f"task {self.task.name}: a prompt is empty, so that nothing predicts the first token of its answer"
                 )
             if rows and rows[-1].prompt == tokens:
                 tokens = rows[-1].prompt  # kept once, not for each option
-            rows.append(Row(tokens, option))
+            rows.append(Row(tokens, option, len(self.shots) - dropped, lost))
         return rows
 
     def _find_label_words(self) -> str | None:
