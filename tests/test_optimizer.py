@@ -484,7 +484,7 @@ def test_a_mezo_step_empties_the_window():
     (dict(eps=float("inf")), "eps must be finite"),
     (dict(weight_decay=-0.1), "PseuZO: weight_decay must be"),
     (dict(noise_scale=-1.0), "PseuZO: noise_scale must be"),
-    (dict(noise="gauss"), "unknown noise 'gauss'; known: 'hadamard', 'normal', 'rademacher'"),
+    (dict(noise="gauss"), "unknown noise 'gauss'; known: 'hadamard', 'hadamard-fp16', 'normal', 'rademacher'"),
     (dict(rounding="up"), "unknown rounding 'up'; known: 'nearest', 'stochastic'"),
     (dict(window=0), "capacity must be an int of at least 1"),
     (dict(momentum=1.5), "must be in 0 .. 1"),
