@@ -231,7 +231,7 @@ def test_trainer(method, train_on, tapes, monkeypatch, tmp_path):
 
     def train(folder):
         model, tokenizer = load_model(model_path("demo"))
-        data = TaskData(examples, task, tokenizer, max_length=max_length(model, 2048), train_on=train_on)
+        data = TaskData(examples, task, tokenizer, max_length=max_length(model), train_on=train_on)
         args = PseuZOTrainingArguments(
             str(tmp_path / folder), method=method, max_steps=8, per_device_train_batch_size=5, learning_rate=2e-4,
             clip_examples=2.0, capture=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,

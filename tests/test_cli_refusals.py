@@ -505,3 +505,13 @@ def test_the_compare_example_is_accepted(monkeypatch, tmp_path):
     listed = yaml.safe_load((EXAMPLES / "compare-demo.yaml").read_text())
     assert list(seen["methods"]) == listed["methods"] and seen["forwards"] == 600 and seen["seeds"] == 3
     assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_sequences_longer_than_the_model(command, tmp_path):
+    """Asked for, they are refused; the default is what the model has."""
+    sizes = ["--train-size", 4, "--dev-size", 4, "--test-size", 4, "--device", "cpu", "--max-length", 129]
+    output = ["--output", tmp_path / "run"] if command == "train" else []
+    text = refused(command, *BASE, *sizes, *output)
+    assert "--max-length 129 is more than the model has positions for, 128" in text
+    assert not any(tmp_path.glob("run/*"))

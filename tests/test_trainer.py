@@ -24,7 +24,7 @@ def demo():
     task = load_task("demo")
     examples = task.load(None, train=50, dev=20, test=20, seed=0)
     model, tokenizer = load_model(model_path("demo"))
-    data = {k: TaskData(e, task, tokenizer, max_length=max_length(model, 2048)) for k, e in examples.items()}
+    data = {k: TaskData(e, task, tokenizer, max_length=max_length(model)) for k, e in examples.items()}
     return data, tokenizer
 
 

@@ -218,7 +218,8 @@ WHAT = options(
            "task's columns. Default: the public data set on the hub."),
     option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Of the weights."),
     option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one."),
-    option("--max-length", type=click.IntRange(min=8), default=2048, help="Tokens; prompts are cut on the left."),
+    option("--max-length", type=click.IntRange(min=8), help="Tokens; prompts are cut on the left. "
+           "Default: 2048, or what the model has positions for."),
     option("--train-size", type=click.IntRange(min=1), default=1000, help="Rows of the train split."),
     option("--dev-size", type=click.IntRange(min=1), default=500, help="Rows of the dev split, taken from train's."),
     option("--test-size", type=click.IntRange(min=1), default=1000, help="Rows of the test split."),

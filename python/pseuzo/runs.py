@@ -124,12 +124,16 @@ def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
     return fit
 
 
-def max_length(model: torch.nn.Module, wanted: int) -> int:
-    """Tokens of a sequence: wanted, or what the model has positions for, less those of a learned prefix."""
+def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
+    """Tokens of a sequence: wanted, or 2048 at most. ValueError if the model has not so many positions, less those of a
+    learned prefix."""
     adapter = getattr(model, "active_peft_config", None)
     reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    return min(wanted, positions - reserved) if positions else wanted
+    most = positions - reserved if positions else None
+    if wanted and most and wanted > most:
+        raise ValueError(f"--max-length {wanted} is more than the model has positions for, {most}")
+    return wanted or min(2048, most or 2048)
 
 
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
