@@ -58,7 +58,8 @@ def test_instructions_per_normal(costs):
 
 def test_registers(costs):
     """128: four blocks a multiprocessor. Not for more than 16 seeds in half precision, where both sums are held, nor
-    for stochastic rounding to fp16, a long calculation on 8 planes at once."""
+    for stochastic rounding to fp16, a long calculation on 8 planes at once. 168, three blocks, for the steps of a
+    replay, which hold x beside the sums: 123 with Triton 3.9, 152 with 3.6."""
     for c in costs:
         if not any(word in c["kernel"] for word in ("blocks", " fp16 stochastic")):
-            assert c["registers"] <= 128, c
+            assert c["registers"] <= (168 if "steps" in c["kernel"] else 128), c
