@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from pseuzo import cli, compare, runs
+from pseuzo import cli, compare, files, runs
 from pseuzo.cli import main
 from pseuzo.optimizer import MeZO
 from pseuzo.plots import mean_and_spread
@@ -387,10 +387,10 @@ def test_no_command_fills_a_folder_of_other_files(tmp_path, there):
 
 
 def test_a_folder_is_of_one_command(tmp_path):
-    runs.claim(tmp_path / "out", "demo")
-    runs.claim(tmp_path / "out", "demo")
+    files.claim(tmp_path / "out", "demo")
+    files.claim(tmp_path / "out", "demo")
     with pytest.raises(ValueError, match="not the folder of a run of pseuzo compare"):
-        runs.claim(tmp_path / "out", "compare")
+        files.claim(tmp_path / "out", "compare")
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):

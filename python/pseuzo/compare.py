@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pseuzo.files import differing, read_json, read_yaml, write_atomically, write_json
+from pseuzo.files import claim, differing, read_json, read_yaml, write_atomically, write_json
 from pseuzo.methods import forwards_per_step
 from pseuzo.plots import curve, plot_runs, read_results
-from pseuzo.runs import claim
 
 
 def compare(

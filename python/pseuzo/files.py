@@ -11,6 +11,22 @@ from typing import Any
 import yaml
 from torch import nn
 
+MARKER = ".pseuzo"  # in every folder that a command fills: which one
+
+
+def claim(folder: Path, command: str) -> None:
+    """Make a folder for the files of `pseuzo command`: a new or empty one, or its own of an earlier time. ValueError,
+    and nothing is touched, where other files are."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder")
+    marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
+    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text() == mark):
+        raise ValueError(
+            f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(mark)
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Either the old file or the whole new one is there, whenever it is looked at."""

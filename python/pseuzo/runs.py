@@ -18,7 +18,7 @@ import yaml
 from transformers import PrinterCallback
 
 from pseuzo.capture import check_device
-from pseuzo.files import differing, read_json, read_yaml, save_model, write_atomically, write_json
+from pseuzo.files import MARKER, claim, differing, read_json, read_yaml, save_model, write_atomically, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.plots import plot_runs
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
@@ -174,21 +174,6 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
 DECISIONS = ("lr.json", PLACEMENT_FILE, "start")  # what a run writes before it begins
 MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
               "device", "output"}  # fmt: skip
-MARKER = ".pseuzo"  # in every folder that a command fills: which one
-
-
-def claim(folder: Path, command: str) -> None:
-    """Make a folder for the files of `pseuzo command`: a new or empty one, or its own of an earlier time. ValueError,
-    and nothing is touched, where other files are."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder")
-    marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
-    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text() == mark):
-        raise ValueError(
-            f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(mark)
 
 
 def _remove(*paths: Path) -> None:

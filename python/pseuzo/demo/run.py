@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pseuzo.files import save_model, write_atomically
+from pseuzo.files import claim, save_model, write_atomically
 from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
 from pseuzo.placement import place
-from pseuzo.runs import claim
 from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"
