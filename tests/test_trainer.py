@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from models import VOCAB, batch_of, causal_lm
 from pseuzo import CausalLMObjective, MeZO, PseuZO
 from pseuzo.cli import main
+from pseuzo.machine import Fetched
 from pseuzo.placement import param_groups, place
 from pseuzo.runs import max_length, model_path
 from pseuzo.tasks import TaskData, load_task
@@ -172,6 +173,65 @@ def test_logs_what_a_run_is_judged_by(tmp_path, demo):
     assert all(row["update_ulps_float32"] > 0 and row["tokens_per_second"] > 0 < row["peak_memory_mib"] for row in rows)
     assert [row["forwards"] for row in rows] == [2, 4, 6, 8, 10]
     assert "grad_norm" not in rows[0]
+
+
+class Late(Fetched):
+    """As on a GPU that is far behind: nothing is here before it is waited for. Copies, blind to later writes."""
+
+    waits = 0
+
+    def __init__(self, *tensors):
+        super().__init__(*(t.clone() for t in tensors))
+
+    def here(self):
+        return False
+
+    def get(self):
+        Late.waits += 1
+        return super().get()
+
+
+@pytest.mark.parametrize("method", ["pseuzo", "mezo"])
+def test_logs_that_are_late_are_the_same_rows_in_the_same_order(tmp_path, demo, method, monkeypatch):
+    data, _ = demo
+    behind = []
+
+    class Behind(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            behind.append(state.global_step - max((r["step"] for r in state.log_history if "loss" in r), default=0))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            assert state.log_history[-1]["step"] == state.global_step
+
+    settings = dict(method=method, window=3, max_steps=12, logging_steps=2, eval_strategy="steps", eval_steps=6,
+                    save_strategy="steps", save_steps=8, include_num_input_tokens_seen="all")  # fmt: skip
+
+    def run(name: str) -> tuple[list[dict], float]:
+        args = arguments(tmp_path / name, **settings)
+        trainer = PseuZOTrainer(fresh(), args, None, data["train"], data["dev"], callbacks=[Behind()])
+        result = trainer.train()
+        return trainer.state.log_history, result.training_loss
+
+    want, want_mean = run("at once")
+    assert max(behind) == 2
+    behind.clear()
+    monkeypatch.setattr("pseuzo.trainer.Fetched", Late)
+    monkeypatch.setattr(Late, "waits", 0)
+    got, got_mean = run("late")
+    assert behind == [1, 2, 3, 4, 3, 4, 1, 2, 1, 2, 3, 4], (
+        "evaluating (6) and saving (8) wait, and so does the next row"
+    )
+    assert Late.waits == 6
+
+    def timeless(rows: list[dict]) -> list[dict]:
+        return [{k: v for k, v in r.items() if not k.endswith(("seconds", "second", "runtime", "mib"))} for r in rows]
+
+    assert timeless(got) == timeless(want) and got_mean == want_mean
+    assert [r["step"] for r in got if "loss" in r] == [2, 4, 6, 8, 10, 12]
+    losses = [r["loss"] for r in got if "loss" in r]
+    assert want_mean == pytest.approx(sum(losses) / 6, abs=2e-6)
+    saved = json.loads((tmp_path / "late" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [r["step"] for r in saved["log_history"]] == [2, 4, 6, 6, 8]
 
 
 def test_callbacks_best_model_and_tensorboard(tmp_path, demo):

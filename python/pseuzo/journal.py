@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from pseuzo.machine import Fetched
 from pseuzo.optimizer import ZeroOrder
 
 MAGIC, VERSION = b"PSEUZOJ\n", 2
@@ -189,7 +190,7 @@ class Journal:
             "dtype": str(next(iter(names), trained[0][1]).dtype).removeprefix("torch."),
             "frozen_sha256": None if optimizer.model is None else _frozen(optimizer.model, self._position),
         }  # fmt: skip
-        self._pending: tuple[Record, Any] | None = None
+        self._pending: tuple[Record, Fetched] | None = None
         if self.path.exists() and self.path.stat().st_size:
             self._reopen(layout)
         else:
@@ -239,24 +240,18 @@ class Journal:
         if len(self.optimizer.param_groups) != self._groups:
             raise RuntimeError("Journal: parameter groups were added since it was opened; open a new one")
         self._write_pending()
-        host, event = [seeds, coefs, found_inf], None
-        if coefs.is_cuda:
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in host]
-            host = [to.copy_(t, non_blocking=True) for to, t in zip(pinned, host, strict=True)]
-            event = torch.cuda.Event()
-            event.record()
         groups = [(g["lr"], g["weight_decay"], g["noise_scale"], g["maximize"]) for g in self.optimizer.param_groups]
         positions = sorted(self._position[p] for p in unused)
-        self._pending = (Record(step, rounding_seed, False, groups, positions, host[0], host[1]), (host[2], event))
-        if event is None:
+        record = Record(step, rounding_seed, False, groups, positions, seeds, coefs)
+        self._pending = record, Fetched(seeds, coefs, found_inf)
+        if not coefs.is_cuda:
             self._write_pending()
 
     def _write_pending(self) -> None:
         if self._pending is None:
             return
-        record, (found_inf, event) = self._pending
-        if event is not None:
-            event.synchronize()  # of the step before: long past
+        record, fetched = self._pending
+        record.seeds, record.coefs, found_inf = fetched.get()  # of the step before: long here
         record.skipped = bool(found_inf)
         self._pending = None
         self._file.write(_part(record.pack()))

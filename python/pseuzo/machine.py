@@ -1,10 +1,11 @@
-"""What a run ran on, and the most memory it held."""
+"""What a run ran on, the most memory it held, and tensors fetched from it."""
 
 import platform
 import resource
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
@@ -52,3 +53,27 @@ def peak_memory(device: torch.device | str) -> float:
         return int(status.split("VmHWM:")[1].split()[0]) / 2**10
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class Fetched:
+    """Tensors as they are now, on their way from a GPU to the host: whoever asks when they are here does not wait.
+
+    Tensors of a CPU are not copied.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self._host, self._event = tensors, None
+        if tensors[0].is_cuda:
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in tensors]
+            self._host = tuple(to.copy_(t, non_blocking=True) for to, t in zip(pinned, tensors, strict=True))
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def here(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def get(self) -> tuple[Tensor, ...]:
+        """Waits for them if they are not here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.capture import Graphs, check_device
+from pseuzo.machine import Fetched
 from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
@@ -56,8 +57,7 @@ class _Skips:
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
-        self._host: Tensor | None = None
-        self._event: Any = None
+        self._news: Fetched | None = None
         self._told = 0
 
     def add(self, found_inf: Tensor) -> None:
@@ -65,21 +65,17 @@ class _Skips:
         if self.count is None:
             self.count = torch.zeros(1, dtype=torch.int64, device=found_inf.device)
         self.count += found_inf.long()
-        if found_inf.is_cuda and self._event is None and not torch.cuda.is_current_stream_capturing():
-            if self._host is None:
-                self._host = torch.zeros(1, dtype=torch.int64, pin_memory=True, device="cpu")
-            self._host.copy_(self.count, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        elif not found_inf.is_cuda:
-            self._host = self.count
+        if not found_inf.is_cuda:
+            self._news = Fetched(self.count)
             self.tell()
+        elif self._news is None and not torch.cuda.is_current_stream_capturing():
+            self._news = Fetched(self.count)
 
     def tell(self) -> None:
-        if self._host is None or (self._event is not None and not self._event.query()):
+        if self._news is None or not self._news.here():
             return
-        self._event = None
-        total = int(self._host)
+        total = int(self._news.get()[0])
+        self._news = None
         if total > self._told:
             warnings.warn(
                 f"{total - self._told} step(s) skipped, {total} in all: the loss or the projected gradient was NaN or "
@@ -318,6 +314,7 @@ class ZeroOrder(torch.optim.Optimizer):
                     "model in it (not a copy, and not a scripted or exported one), or give the optimizer its parameters"
                 )
         self._skips.add(found_inf)
+        self.stats["skipped_steps"] = self._skips.count
         launches: dict[tuple, list[tuple[dict, Tensor]]] = {}
         for group, params in self._trained():
             step = group["lr"] if group["maximize"] else -group["lr"]

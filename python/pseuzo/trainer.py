@@ -12,10 +12,11 @@ import json
 import math
 import shutil
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from pseuzo import placement
 from pseuzo.capture import MOST
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
-from pseuzo.machine import peak_memory
+from pseuzo.machine import Fetched, peak_memory
 from pseuzo.methods import METHODS, forwards_per_step
 from pseuzo.objective import NOT_INPUTS, CausalLMObjective, padded, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
@@ -44,6 +45,7 @@ from pseuzo.tuning import head_parameters
 
 SHAPES = 64, 8  # with capture, lengths are padded to multiples of the one, loss positions of the other
 SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
+LOGGED_STATE = ("global_step", "epoch", "num_input_tokens_seen")  # that a row of the log is told with
 PLACEMENT_FILE = "noise_on.json"
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
 
@@ -223,6 +225,7 @@ class PseuZOTrainer(Trainer):
         self._journal: Journal | None = None
         self._tokens, self._losses = torch.zeros((), dtype=torch.int64), torch.zeros(2)  # sum and number of the finite
         self._began, self._logged = time.perf_counter(), 0.0
+        self._untold: deque[tuple[Fetched, Callable[[list], None]]] = deque()  # rows of the log, on their way
         self.add_callback(_Watcher(self))
 
     # the optimizer
@@ -370,6 +373,7 @@ class PseuZOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:  # and the Trainer's optimizer.step() applies what is estimated here
+        self._tell()
         inputs = self._prepare_inputs(inputs)
         self._count(inputs)
         if not self.args.zeroth_order:
@@ -469,6 +473,7 @@ class PseuZOTrainer(Trainer):
     @contextmanager
     def _not_training(self) -> Iterator[None]:
         """Time spent in here is not counted as time of training."""
+        self._tell(wait=True)
         if self.args.device.type == "cuda":
             torch.cuda.synchronize(self.args.device)
         started = time.perf_counter()
@@ -484,35 +489,64 @@ class PseuZOTrainer(Trainer):
             self._tokens = self._tokens.to(tokens.device)
         self._tokens += tokens  # on the device: nobody waits
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            if self.args.zeroth_order:
-                logs.pop("grad_norm", None)  # there is no gradient
-                total, count = self._losses.tolist()  # waits for the device
-                logs["loss"] = round(total / count, 6) if count else math.nan
-                self._losses.zero_()
-                logs |= self._figures()
-            tokens, spent = int(self._tokens), self._spent(time.perf_counter())  # waits for the device
-            logs |= spent
-            logs["tokens_per_second"] = round(tokens / max(spent["train_seconds"] - self._logged, 1e-9), 1)
-            self._logged = spent["train_seconds"]
-            self._tokens.zero_()
-            logs["peak_memory_mib"] = round(peak_memory(self.args.device), 1)
-        super().log(logs, *args, **kwargs)
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.args.zeroth_order:  # it would wait for this loss; log() has its own, and there is no gradient
+            tr_loss, grad_norm = torch.zeros(()), None
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _figures(self) -> dict[str, float]:
-        """Of the last step; reading them waits for the device, at logging steps only."""
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Transformers'. What a training step logs is fetched from the device while the next steps run, and told to
+        callbacks and log_history then, under the step that it is of."""
+        if "loss" not in logs:
+            self._tell(wait=True)  # in their order
+            return super().log(logs, *args, **kwargs)
+        figures = {"tokens": self._tokens}
+        if self.args.zeroth_order:
+            total, count = self._losses
+            figures |= {"loss": total / count} | self._figures()
+        tensors = {name: x for name, x in figures.items() if isinstance(x, Tensor)}
+        fetched = Fetched(torch.stack([x.to(self._tokens.device).double().reshape(()) for x in tensors.values()]))
+        state = {name: getattr(self.state, name) for name in LOGGED_STATE}
+        self._untold.append((fetched, partial(self._tell_row, logs | figures, list(tensors), state, args, kwargs)))
+        self._tokens.zero_()
+        self._losses.zero_()
+        self._tell()
+
+    def _tell(self, wait: bool = False) -> None:
+        """Log what is here. Of two rows the older is waited for: the host must not run ahead of the device for ever."""
+        while self._untold and (wait or len(self._untold) > 1 or self._untold[0][0].here()):
+            fetched, tell = self._untold.popleft()
+            tell(fetched.get()[0].tolist())
+
+    def _tell_row(self, logs: dict, names: list[str], state: dict, args: tuple, kwargs: dict, values: list) -> None:
+        logs |= zip(names, values, strict=True)
+        logs["loss"] = round(logs["loss"], 6)
+        if "skipped_steps" in logs:
+            logs["skipped_steps"] = int(logs["skipped_steps"])
+        now = {name: getattr(self.state, name) for name in state}
+        vars(self.state).update(state)
+        try:
+            logs |= self._spent(time.perf_counter())
+            seconds = max(logs["train_seconds"] - self._logged, 1e-9)
+            logs["tokens_per_second"] = round(logs.pop("tokens") / seconds, 1)
+            self._logged = logs["train_seconds"]
+            logs["peak_memory_mib"] = round(peak_memory(self.args.device), 1)
+            super().log(logs, *args, **kwargs)
+        finally:
+            vars(self.state).update(now)
+
+    def _figures(self) -> dict[str, Any]:
+        """Of the last step: numbers, and tensors of one element on the device."""
         stats = self.zero_order.stats
         if not stats:
             return {}
-        found = stats["projected_grad"]
+        found = stats["projected_grad"].float()
         figures = {
-            "projected_grad": float(found.float().pow(2).mean().sqrt() if found.numel() > 1 else found),
-            "momentum": float(stats["momentum"]), "window": int(stats["window"]),
-            "skipped_steps": self.zero_order.skipped_steps,
+            "projected_grad": found.square().mean().sqrt() if found.numel() > 1 else found,
+            "momentum": stats["momentum"], "window": stats["window"], "skipped_steps": stats["skipped_steps"],
         }  # fmt: skip
         for dtype, ulps in self.zero_order.update_rms().items():  # below 1, rounding to nearest would lose it
-            figures[f"update_ulps_{dtype}"] = float(ulps)
+            figures[f"update_ulps_{dtype}"] = ulps
         return figures
 
     # journal, checkpoints
@@ -522,6 +556,7 @@ class PseuZOTrainer(Trainer):
         self._began, self._logged = time.perf_counter() - before, before
         self._tokens.zero_()
         self._losses.zero_()
+        self._untold.clear()
         if self.args.journal and self.zero_order is not None:
             self._journal = Journal(self.args.journal, self.zero_order)
 
