@@ -85,6 +85,7 @@ def split(rows: Rows) -> str:
     for (model, dtype, batch, tokens), case in cases_of(rows).items():
         floor = case.ms("inference", "two forwards")
         line = {"model": model, "batch": f"{batch} x {tokens}", "dtype": dtype, "two forwards, ms": floor}
+        line["one of twice the rows"] = case.ms("inference", "one forward of twice the rows")
         line |= {part: case.ms(OURS[0], part) for part in ("perturb", "head", "window", "update")}
         for impl in OURS:
             ours, beyond, memory = case.ms(impl, "step"), case.beyond(impl), case.memory(impl)
