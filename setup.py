@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 try:
     import torch
@@ -49,19 +49,22 @@ def extension(mode: str):
         names += ["window.cu", "window_cuda.cpp"]
     settings = {
         "name": "pseuzo_kernels._C",
-        "sources": [f"csrc/{name}" for name in names if (ROOT / "csrc" / name).exists()],
+        "sources": [f"csrc/{name}" for name in names],
         "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),
         "extra_link_args": ["-fopenmp"],
     }
     if mode == "cpu":
-        return cpp_extension.CppExtension(extra_compile_args={"cxx": FLAGS}, **settings)
-    if not torch.cuda.is_available():  # else torch compiles for the GPUs that it sees
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    return cpp_extension.CUDAExtension(
-        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-fmad=false"]},
-        define_macros=[("PSEUZO_WITH_CUDA", None)],
-        **settings,
-    )
+        built = cpp_extension.CppExtension(extra_compile_args={"cxx": FLAGS}, **settings)
+    else:
+        if not torch.cuda.is_available():  # else torch compiles for the GPUs that it sees
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        built = cpp_extension.CUDAExtension(
+            extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-fmad=false"]},
+            define_macros=[("PSEUZO_WITH_CUDA", None)],
+            **settings,
+        )
+    built.pseuzo_mode = mode
+    return built
 
 
 SLOWER = {
@@ -108,33 +111,22 @@ class BuildExtension(cpp_extension.BuildExtension):
     def _replace_extension(self, mode: str) -> None:
         """In place: the distribution and the commands around this one hold the same list."""
         old = self.extensions[0]
-        self.extensions[:] = [] if mode == "none" else [with_mode(mode)]
+        self.extensions[:] = [] if mode == "none" else [extension(mode)]
         for new in self.extensions:  # what finalize_options had set
             new._full_name, new._links_to_dynamic, new._needs_stub = old._full_name, False, False
             new._file_name = old._file_name
             self.ext_map[new.name] = self.ext_map[new._full_name] = new
 
 
-def with_mode(mode: str):
-    built = extension(mode)
-    built.pseuzo_mode = mode
-    return built
-
-
 mode = best_mode()
 setup(
-    packages=[
-        *find_packages(".", include=["pseuzo_kernels", "pseuzo_kernels.*"]),
-        "pseuzo",
-        *(f"pseuzo.{name}" for name in find_packages("python/pseuzo")),
-    ],
+    packages=["pseuzo_kernels", "pseuzo", "pseuzo.demo", "pseuzo.tasks"],
     package_dir={"pseuzo": "python/pseuzo"},
     package_data={
-        "pseuzo": ["demo/assets/**/*", "tasks/builtin/*.yaml"],
         "pseuzo.demo": ["assets/**/*"],
         "pseuzo.tasks": ["builtin/*.yaml"],
     },
     include_package_data=False,
-    ext_modules=[] if mode == "none" else [with_mode(mode)],
+    ext_modules=[] if mode == "none" else [extension(mode)],
     cmdclass={"build_ext": BuildExtension},
 )

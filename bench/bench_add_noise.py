@@ -34,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import importlib
 
     kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
-    OPS = api.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton, kernels.add_noise_rows_triton)
+    OPS = api.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton)
 
 
 def coefs_of(K: int) -> list[float]:

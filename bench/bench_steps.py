@@ -3,12 +3,13 @@
 python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16] [--dtype bfloat16] [--device cuda|cpu]
 
 "two forwards" is the floor: inference, and nothing else; "captured" is with the passes recorded as CUDA graphs, the
-floor too. "one forward of twice the rows" is what running the clean and the perturbed pass as one could save at best. pseuzo's step is also timed in parts, of which "perturb" is all perturbed weights made, one module after the
-other as in a pass, and no forward. The published ways are written here after what that code does: MeZO makes three
-passes over the weights to perturb and restore them and one to update, each with torch.normal after a reseed, and
-rebinds the weights; PseuZO perturbs, restores and makes one pass per entry of its window, with a number fetched from
-the device for each (weight decay left out, and the output head runs once, where that code runs it twice). FO: backward
-through the model. peak_gb: what torch allocated on the GPU at most during a call. ops: operations in a call that
+floor too. "one forward of twice the rows" is the least that the clean and the perturbed pass could cost if they ran as
+one. pseuzo's step is also timed in parts, of which "perturb" is all perturbed weights made, one module after the other
+as in a pass, and no forward. The published ways are written here after what that code does: MeZO makes three passes
+over the weights to perturb and restore them and one to update, each with torch.normal after a reseed, and rebinds the
+weights; PseuZO perturbs, restores and makes one pass per entry of its window, with a number fetched from the device for
+each (weight decay left out, and the output head runs once, where that code runs it twice). FO: backward through the
+model. peak_gb: what torch allocated on the GPU at most during a call. ops: operations in a call that
 compute something, about the launches; syncs: numbers that Python waits for (two of ours on a CPU are from pinned
 memory on a GPU, and wait for nothing; two are of Transformers' mask code).
 """
@@ -18,16 +19,13 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from harness import MODELS, QUANTILES, Table, floor_of, parser
+from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from transformers import OPTConfig, OPTForCausalLM
 
 from pseuzo_kernels import EmaWindow, perturb_, reference, update_

@@ -2,7 +2,6 @@
 
 Of repeated measurements the last counts. Nothing is measured or predicted here; targets are checked on rows of the GPUs
 that they name, never on rows of a CPU. --add DIR takes in the rows of other folders first, as a GPU machine sends them.
-If README.md has the lines of MARKS, what is between them becomes the short form: targets, steps, or else predictions.
 """
 
 import argparse
@@ -14,14 +13,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from harness import COMMON, HERE, RESULTS, append, fits, floor_of, read
+from harness import COMMON, RESULTS, append, fits, floor_of, read
 
 KEYS = {
     "add_noise": ("op", "impl", "dtype", "n", "K", "shape"),
     "steps": ("model", "dtype", "rows", "tokens", "impl", "part"),
     "growth": ("against", "x", "what"),
 }
-MARKS = ("<!-- bench/report.py -->", "<!-- end of bench/report.py -->")
 OURS = ("pseuzo PseuZO", "pseuzo PseuZO, captured")
 PUBLISHED = "PseuZO as published"
 Rows = list[dict[str, str]]
@@ -245,14 +243,6 @@ def predictions() -> str:
     return f"{text.read_text().strip()}\n\n![predicted](predicted.png)"
 
 
-def write_readme(text: str) -> None:
-    readme = HERE.parent / "README.md"
-    old, (begin, end) = readme.read_text(), MARKS
-    if RESULTS.resolve() == (HERE / "results").resolve() and begin in old and end in old:
-        before, after = old.split(begin)[0], old.split(end)[1]
-        readme.write_text(f"{before}{begin}\n{text.replace('](', '](bench/results/')}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", metavar="DIR", type=Path, nargs="*", default=[], help="take in the rows of these too")
@@ -265,7 +255,7 @@ def main() -> None:
                 append(RESULTS / f"{name}.csv", new)
             print(f"{folder / name}.csv: {len(new)} new rows")
 
-    parts, short = [], []
+    parts, judged = [], False
     for name in KEYS:
         for device, rows in rows_of(name).items():
             file = f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
@@ -281,7 +271,7 @@ def main() -> None:
                     text = f"**Targets**, {device}\n\n| target | measured | |\n| --- | --- | --- |\n{lines}"
                     print(text)
                     parts.insert(0, text)
-                    short += [text, f"**Steps**, ms, {device} ({commands})\n\n{split(rows)}\n\n![steps]({file})"]
+                    judged = True
             else:
                 bars = [(f"{r['op']} {r['dtype']} K={r['K']} {r.get('shape', '')}: {r['impl']}", r) for r in rows]
                 bars = {"": [(label, {"ms": float(r["ms_p50"])}) for label, r in bars]}
@@ -289,12 +279,10 @@ def main() -> None:
                 parts.append(f"{head}\n\n{table(rows)}")
     if predicted := predictions():
         parts.append(f"## Predictions\n\n{predicted}")
-    if not short:
+    if not judged:
         parts.insert(0, "No target has been checked: they are for an H100 or H200, and there are no rows of one here.")
-        short = [parts[0], predicted]
     title = "# Measurements\n\nMade by `python bench/report.py` from the CSV files here."
     (RESULTS / "tables.md").write_text("\n\n".join([title, *parts]) + "\n")
-    write_readme("\n\n".join(text for text in short if text))
     print(f"{RESULTS / 'tables.md'} and {len(list(RESULTS.glob('*.png')))} plots")
 
 

@@ -16,13 +16,11 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; this must precede the import of triton
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import triton
 from triton.backends.compiler import GPUTarget

@@ -321,24 +321,17 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     task.stream = static_cast<uint32_t>(streams[t]);
     task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
     task.scale = terms.scale_for(0, scales[t]);
-    Piece piece = {nullptr, nullptr, y.numel(), {task}};
+    char* const dst = static_cast<char*>(y.mutable_data_ptr());
+    const char* src = in_place ? dst : nullptr;
     if (!in_place && !xs.empty()) {
       check_dense(op, "x", xs[t]);
-      TORCH_CHECK(xs[t].numel() == piece.n && xs[t].scalar_type() == y.scalar_type(), op, ": out must be like x, ",
+      TORCH_CHECK(xs[t].numel() == y.numel() && xs[t].scalar_type() == y.scalar_type(), op, ": out must be like x, ",
                   xs[t].sizes(), " ", xs[t].scalar_type(), ", got ", y.sizes(), " ", y.scalar_type());
-      piece.src = static_cast<const char*>(xs[t].const_data_ptr());
+      src = static_cast<const char*>(xs[t].const_data_ptr());
     }
-    pieces.push_back(piece);
+    pieces.push_back({src, dst, y.numel(), {task}});
   }
-  // Nothing is written before all arguments are known to be good.
-  size_t i = 0;
-  for (size_t t = 0; t < out.size(); t++) {
-    if (in_place && scales[t] == 0) continue;
-    pieces[i].dst = static_cast<char*>(out[t].mutable_data_ptr());
-    if (in_place) pieces[i].src = pieces[i].dst;
-    i++;
-  }
-  add_noise_pieces(pieces, terms);
+  add_noise_pieces(pieces, terms);  // nothing is written before all arguments are known to be good
 }
 
 void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
@@ -381,7 +374,8 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
     task.dtype = dtype_of(op, xs[t]);
     task.stochastic = stochastic;
     task.stream = static_cast<uint32_t>(streams[t]);
-    pieces.push_back({nullptr, nullptr, xs[t].numel(), {}});
+    char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
+    pieces.push_back({x, x, xs[t].numel(), {}});
     for (size_t s = 0; s < steps; s++, task.first_term += task.K) {
       const size_t i = s * xs.size() + t;
       task.K = counts[s];
@@ -391,10 +385,6 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
       task.scale = terms.scale_for(s, scales[i]);
       pieces.back().tasks.push_back(task);
     }
-  }
-  for (size_t t = 0; t < xs.size(); t++) {
-    pieces[t].dst = static_cast<char*>(xs[t].mutable_data_ptr());
-    pieces[t].src = pieces[t].dst;
   }
   add_noise_pieces(pieces, terms);
 }

@@ -14,22 +14,10 @@ namespace {
 
 pybind11::dict build_info() {
   pybind11::dict info;
-#if defined(__clang__)
-  info["compiler"] = std::string(__VERSION__);
-#elif defined(__GNUC__)
-  info["compiler"] = "GCC " + std::string(__VERSION__);
-#else
-  info["compiler"] = "unknown";
-#endif
 #ifdef PSEUZO_WITH_CUDA
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 #else
   info["cuda"] = pybind11::none();
-#endif
-#ifdef _OPENMP
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
 #endif
   info["isas"] = cpu_isas();
   return info;
@@ -41,6 +29,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA implementations of the pseuzo ops";
   m.def("cpu_isa", &pseuzo::cpu_isa, "The instruction set in use; the environment variable PSEUZO_CPU_ISA chooses.");
-  m.def("build_info", &pseuzo::build_info, "compiler, cuda (version or None), openmp, isas (compiled in).");
+  m.def("build_info", &pseuzo::build_info, "cuda (version or None), isas (compiled in).");
   m.def("_set_cpu_isa", &pseuzo::set_cpu_isa, "Change the instruction set, for tests.");
 }

@@ -160,10 +160,7 @@ if triton is not None:
     ):
         lane = tl.arange(0, COUNTERS)
         offs = lane // 128 * 2048 + lane % 128
-        if HAS_X:
-            zero = _zeros_laid_out_as(_load(x_ptr, offs, lo, hi, 0, FULL, PLANES), ASM)
-        else:
-            zero = _zeros_laid_out_as(_load(out_ptr, offs, lo, hi, 0, FULL, PLANES), ASM)
+        zero = _zeros_laid_out_as(_load(x_ptr, offs, lo, hi, 0, FULL, PLANES), ASM)
         q = q + lane.to(tl.uint32) + zero
 
         acc = _sums(q, stream, seeds_ptr, coefs_ptr, 0, K, zero, NOISE, HASH, ASM)
@@ -216,7 +213,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["n", "stream", "K", "rounding_hash"])  # Triton would make the value 1 a constant
     def _add_noise_kernel(
         out_ptr,  # [n] fp32 | bf16 | fp16
-        x_ptr,  # [n], same dtype; out_ptr itself in place
+        x_ptr,  # [n], same dtype; out_ptr itself in place, or without x
         n: tl.int64,
         stream: tl.int64,
         seeds_ptr,  # [K] int64, hashed unless HASH
@@ -631,6 +628,6 @@ torch.library.register_fake(
 )
 
 _ops = torch.ops.pseuzo
-noise_api = api.NoiseApi(_ops.add_noise_list_.default, _ops.add_noise_list_out.default, _ops.add_noise_rows.default)
-noise, add_noise_, add_noise = noise_api.noise, noise_api.add_noise_, noise_api.add_noise
-perturb_, restore_, update_ = noise_api.perturb_, noise_api.restore_, noise_api.update_
+_api = api.NoiseApi(_ops.add_noise_list_.default, _ops.add_noise_list_out.default)
+noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
+perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_

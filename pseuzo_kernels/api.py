@@ -131,10 +131,10 @@ def _bump_versions(xs: Sequence[Tensor]) -> None:
 
 
 class NoiseApi:
-    """The public noise functions over three list ops; see `pseuzo_kernels.reference` for what those compute."""
+    """The public noise functions over two list ops; see `pseuzo_kernels.reference` for what those compute."""
 
-    def __init__(self, add_noise_list_: Callable, add_noise_list_out: Callable, add_noise_rows: Callable):
-        self._in_place, self._out, self._rows = add_noise_list_, add_noise_list_out, add_noise_rows
+    def __init__(self, add_noise_list_: Callable, add_noise_list_out: Callable):
+        self._in_place, self._out = add_noise_list_, add_noise_list_out
 
     def noise(
         self,
@@ -243,7 +243,7 @@ class NoiseApi:
         Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
         """
         scale = check_not_negative("perturb_", "scale", scale)
-        self._list_op("perturb_", params, seed, scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed)
+        self._list_op("perturb_", params, seed, scale, streams, noise_scale, noise, rounding, rounding_seed)
 
     def restore_(
         self,
@@ -259,7 +259,7 @@ class NoiseApi:
     ) -> None:
         """x <- x - scale * noise_scale * z(seed): takes back perturb_ with the same arguments, up to rounding."""
         scale = check_not_negative("restore_", "scale", scale)
-        self._list_op("restore_", params, seed, -scale, streams, 1.0, noise_scale, noise, rounding, rounding_seed)
+        self._list_op("restore_", params, seed, -scale, streams, noise_scale, noise, rounding, rounding_seed)
 
     def update_(
         self,
@@ -281,14 +281,13 @@ class NoiseApi:
         """
         lr = check_not_negative("update_", "lr", lr)
         self._list_op(
-            "update_", params, seeds, coefs, streams, None, noise_scale, noise, rounding, rounding_seed,
+            "update_", params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed,
             lr=lr, weight_decay=weight_decay,
         )  # fmt: skip
 
     def _list_op(
-        self, op, params, seeds, coefs, streams, keep, noise_scale, noise, rounding, rounding_seed,
-        lr=None, weight_decay=0.0,
-    ) -> None:  # fmt: skip
+        self, op, params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, lr=None, weight_decay=0.0
+    ) -> None:
         xs = [params] if isinstance(params, Tensor) else list(params)
         check_tensors(op, xs, "params")
         streams = list(range(len(xs))) if streams is None else list(streams)
@@ -350,6 +349,7 @@ class EmaWindow:
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"EmaWindow: eps must be finite and positive, got {eps}")
         self.capacity, self.momentum, self.eps = capacity, float(momentum), float(eps)
+        self._ring: dict[str, Tensor] | None = None
         self.clear()
         self._skipped: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -361,8 +361,6 @@ class EmaWindow:
     def clear(self) -> None:
         """Drop all entries; memory and the count of skipped steps stay."""
         self._slot, self._used, self._grouped = -1, 0, None
-        if getattr(self, "_ring", None) is None:
-            self._ring: dict[str, Tensor] | None = None
 
     @property
     def skipped(self) -> int:

@@ -317,7 +317,7 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     return seeds[(slot - ages) % capacity], coefs, (~ok).float().view(1)
 
 
-_api = api.NoiseApi(add_noise_list_, add_noise_list_out, add_noise_rows)
+_api = api.NoiseApi(add_noise_list_, add_noise_list_out)
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from pseuzo.methods import METHODS
+from pseuzo.methods import GROUPS, HEADS, METHODS, MODES, OBJECTIVES, SCHEDULES, ZEROTH_ORDER
 
 ONLY = (  # options that do something under some values of another one only
     ("method", ("mezo", "mezo-momentum"), ("directions", "objective")),
-    ("method", METHODS[:3], ("two_sided", "eps", "noise", "rounding", "journal", "capture")),
+    ("method", ZEROTH_ORDER, ("two_sided", "eps", "noise", "rounding", "journal", "capture")),
     ("method", ("pseuzo", "mezo-momentum"), ("window",)),
     ("method", ("pseuzo",), ("schedule", "groups", "head", "head_lr")),
     ("method", ("pseuzo", "mezo-momentum", "fo-sgd"), ("momentum",)),
@@ -231,7 +231,7 @@ WHAT = options(
 
 HOW = options(
     option("--method", type=click.Choice(METHODS), default="pseuzo", help="fo-*: with backpropagation, to compare."),
-    option("--mode", type=click.Choice(["full", "lora", "prefix", "head"]), default="full", help="What is trained."),
+    option("--mode", type=click.Choice(MODES), default="full", help="What is trained."),
     option("--steps", type=click.IntRange(min=1), default=10_000),
     option("--batch-size", type=click.IntRange(min=1), default=16),
     option("--lr", type=LearningRate(), help="Learning rate, or auto: a search by short trials on the dev loss. "
@@ -242,9 +242,9 @@ HOW = options(
     option("--weight-decay", type=Number(min=0), default=0.0, help="Not on biases and norms."),
     option("--window", type=click.IntRange(min=1), default=14, help="Entries of the window (pseuzo, mezo-momentum)."),
     option("--momentum", type=Number(0, 1), help="pseuzo: lambda, 1; mezo-momentum: 0.9; fo-sgd: 0."),
-    option("--schedule", type=click.Choice(["constant", "linear", "cyclic-hyperbola"]), default="constant",
+    option("--schedule", type=click.Choice(SCHEDULES), default="constant",
            help="Of lambda; the last one is the published one."),
-    option("--groups", type=click.Choice(["label", "row", "none"]), default="label",
+    option("--groups", type=click.Choice(GROUPS), default="label",
            help="Rows of old batches are paired with those of the same label, of the same row (as published), or all."),
     option("--directions", type=click.IntRange(min=1), default=1, help="Perturbations a step of mezo."),
     option("--two-sided/--one-sided", "two_sided", default=None, help="Default: mezo two-sided, pseuzo one-sided."),
@@ -257,10 +257,10 @@ HOW = options(
            help="Limit each example's projected gradient (fo-*: its gradient's norm at the head's input) to this "
            "multiple of the batch's median."),
     option("--rounding", type=click.Choice(["stochastic", "nearest"]), default="stochastic", help="Of 16-bit weights."),
-    option("--head", type=click.Choice(["frozen", "exact"]), default="frozen",
+    option("--head", type=click.Choice(HEADS), default="frozen",
            help="An untied output head under pseuzo: frozen, or trained by its exact gradient."),
     option("--head-lr", type=POSITIVE, help="Of --head exact. Default: 1000 lr."),
-    option("--objective", type=click.Choice(["loss", "metric"]), default="loss",
+    option("--objective", type=click.Choice(OBJECTIVES), default="loss",
            help="metric: 1 - the task's metric, which needs no derivative (mezo)."),
     option("--train-on", type=click.Choice(["auto", "options", "label-words"]), default="auto",
            help="Classification: options' length-normalised likelihood, or the label words alone."),
@@ -402,14 +402,14 @@ def evaluate(**settings: Any) -> None:
     import json
 
     from pseuzo import runs
-    from pseuzo.files import write_atomically
+    from pseuzo.files import write_json
 
     if settings["quiet"]:
         _hush()
     figures = runs.evaluate_run(settings)
     if settings["output"]:
         settings["output"].parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings["output"], json.dumps(figures, indent=1) + "\n")
+        write_json(settings["output"], figures)
     click.echo(json.dumps(figures))
 
 
@@ -532,14 +532,12 @@ def _print_comparison(summary: dict, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pseuzo.compare import cells
+    from pseuzo.compare import cells, columns
 
-    metric, rows = summary["metric"], summary["methods"]
-    least = min(row["equal_seconds"] for row in rows.values())
     table = Table(title=f"{summary['forwards']} forward passes, {summary['seeds']} seed(s), {summary['hardware']}")
-    for column in ("method", "lr", f"test {metric}", f"dev {metric}", f"dev after {least:.0f} s", "seconds", "memory"):
+    for column in columns(summary):
         table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    for title, row in rows.items():
+    for title, row in summary["methods"].items():
         table.add_row(*cells(title, row))
     console = Console()
     console.print(table)
@@ -547,15 +545,14 @@ def _print_comparison(summary: dict, output: Path) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="pseuzo-demo", show_default=True,
-              help="Folder for summary.json, metrics.jsonl, curves.png and model/.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True,
-              help="Steps of each method; a step is two forward passes.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=2), default=16, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the batches and of the perturbations.")
-@click.option("--method", "methods", multiple=True, metavar="NAME",
-              help="Only this method; may be given several times. Default: all four.")  # fmt: skip
-@click.option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one.")
+@option("--output", "--out", "out", type=FOLDER, default="pseuzo-demo",
+        help="Folder for summary.json, metrics.jsonl, curves.png and model/.")  # fmt: skip
+@option("--steps", type=click.IntRange(min=1), default=300, help="Steps of each method; a step is two forward passes.")
+@option("--batch-size", type=click.IntRange(min=2), default=16)
+@option("--seed", type=int, default=0, help="Of the batches and of the perturbations.")
+@option("--method", "methods", multiple=True, metavar="NAME",
+        help="Only this method; may be given several times. Default: all four.")  # fmt: skip
+@option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one.")
 @plainly
 def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, ...], device: str | None) -> None:
     """Fine-tune an embedded OPT of a million parameters in about a minute.
@@ -579,15 +576,37 @@ def demo(out: Path, steps: int, batch_size: int, seed: int, methods: tuple[str, 
     _print_demo(summary, out)
 
 
+def _print_demo(summary: dict, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{summary['steps']} steps of 2 forward passes, batch {summary['batch_size']}, {summary['hardware']}"
+    )
+    for column in ("method", "test before", "test after", "steps/s", "peak memory"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for figures in summary["methods"].values():
+        table.add_row(
+            figures["title"], f"{figures['test_accuracy_before']:.3f}", f"{figures['test_accuracy_after']:.3f}",
+            f"{figures['steps_per_s']:.1f}", f"{figures['peak_memory_mib']:.0f} MiB",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Best on the validation lines: {summary['saved_model']}, saved in {out}/model. "
+        f"Curves: {out}/curves.png. Figures: {out}/summary.json, {out}/metrics.jsonl",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 @main.command()
-@click.option("--base", required=True, help="The model the run began with: a folder, or a name on the hub.")
-@click.option("--journal", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="What the run wrote (pseuzo.Journal).")  # fmt: skip
-@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder for the model; must be empty or not there.")  # fmt: skip
-@click.option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
-@click.option("--device", type=Device(), default="cpu", show_default=True,
-              help="Where to compute; the same bits anywhere (noise normal: on the same backend).")  # fmt: skip
+@option("--base", required=True, help="The model the run began with: a folder, or a name on the hub.")
+@option("--journal", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="What the run wrote (pseuzo.Journal).")  # fmt: skip
+@option("--output", required=True, type=FOLDER, help="Folder for the model; must be empty or not there.")
+@option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
+@option("--device", type=Device(), default="cpu",
+        help="Where to compute; the same bits anywhere (noise normal: on the same backend).")  # fmt: skip
 @plainly
 def replay(base: str, journal: Path, output: Path, until: int | None, device: str) -> None:
     """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit.
@@ -625,7 +644,7 @@ def info() -> None:
     import transformers
 
     import pseuzo_kernels as pk
-    from pseuzo_kernels import reference
+    from pseuzo.selftest import checks
 
     try:
         import triton
@@ -651,55 +670,8 @@ def info() -> None:
     )
     click.echo(f"GPU: {', '.join(gpus) or 'none'}")
     failed = False
-
-    def near(what: str, got: torch.Tensor, want: torch.Tensor, atol: float) -> None:
-        nonlocal failed
-        same = bool(((got.cpu() - want).abs() <= atol * want.abs().clamp(min=1)).all())
-        failed |= not same
-        click.echo(f"self-test, {what}: {'as the reference, but for rounding' if same else 'DIFFERS'}")
-
-    for device in ["cpu", *(["cuda"] if gpus else [])]:
-        for noise in ("hadamard", "hadamard-fp16", "rademacher"):
-            x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)
-            got = x.to(device)
-            for api, y in ((pk, got), (reference, x)):
-                api.update_(y, [1, 2, 3], [0.1, -0.2, 0.3], lr=0.1, noise=noise, rounding="stochastic")
-            same = torch.equal(got.cpu(), x)
-            failed |= not same
-            click.echo(f"self-test, {noise} on {device}: {'same bits as the reference' if same else 'DIFFERS'}")
-        normal = [api.noise(50_000, 1, 0, noise="normal", device=d) for api, d in ((pk, device), (reference, "cpu"))]
-        near(f"normal on {device}", *normal, 2**-21 if device == "cpu" else 5e-5)
-        outputs = torch.linspace(0, 1, 72_000).square().view(3, 3, 4, 2, 1000)  # o0, o1, grad of three steps
-        windows = pk.EmaWindow(2, momentum=0.9, eps=1.0), reference.EmaWindow(2, momentum=0.9, eps=1.0)
-        for seed, step in enumerate(outputs):
-            coefs = [w.step(seed, *step.to(d), [0, 1, 0, 1])[1] for w, d in zip(windows, (device, "cpu"), strict=True)]
-        near(f"window on {device}", *coefs, 1e-5)
+    for what, agrees, passed in checks(["cpu", *(["cuda"] if gpus else [])]):
+        failed |= not passed
+        click.echo(f"self-test, {what}: {agrees if passed else 'DIFFERS'}")
     if failed:
         raise Failure("the kernels disagree with the reference on this machine; please report it")
-
-
-def _print_demo(summary: dict, out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{summary['steps']} steps of 2 forward passes, batch {summary['batch_size']}, {summary['hardware']}"
-    )
-    for column in ("method", "test before", "test after", "steps/s", "peak memory"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for figures in summary["methods"].values():
-        table.add_row(
-            figures["title"], f"{figures['test_accuracy_before']:.3f}", f"{figures['test_accuracy_after']:.3f}",
-            f"{figures['steps_per_s']:.1f}", f"{figures['peak_memory_mib']:.0f} MiB",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Best on the validation lines: {summary['saved_model']}, saved in {out}/model. "
-        f"Curves: {out}/curves.png. Figures: {out}/summary.json, {out}/metrics.jsonl",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

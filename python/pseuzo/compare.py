@@ -18,6 +18,8 @@ from pseuzo.files import claim, differing, read_json, read_yaml, write_atomicall
 from pseuzo.methods import forwards_per_step
 from pseuzo.plots import curve, plot_runs, read_results
 
+EVALUATIONS = 12  # of a run, about
+
 
 def compare(
     common: dict[str, Any],
@@ -26,7 +28,6 @@ def compare(
     *,
     seeds: int,
     forwards: int,
-    evaluations: int = 12,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run every method for the same number of forward passes with seeds 0 .. seeds - 1.
@@ -47,7 +48,7 @@ def compare(
         chosen: dict[str, Any] = {}
         for seed in range(seeds):
             folder = output / "runs" / f"{_slug(title)}-{seed}"
-            every = max(1, steps // evaluations)
+            every = max(1, steps // EVALUATIONS)
             config = settings | {"steps": steps, "seed": seed, "eval_every": every, "save_every": 0, "keep": "last"}
             config |= {"data_seed": settings.get("data_seed", 0)} | chosen
             if (folder / "results.json").exists():
@@ -128,8 +129,15 @@ def _at(curve: tuple[list[float], list[float]], x: float) -> float:
     return before[-1] if before else ys[0]
 
 
+def columns(summary: dict[str, Any]) -> list[str]:
+    """The head of the table that cells() makes the rows of."""
+    metric, least = summary["metric"], min(row["equal_seconds"] for row in summary["methods"].values())
+    return ["method", "lr", f"test {metric}", f"dev {metric}", f"dev {metric} after {least:.0f} s", "seconds",
+            "peak memory"]  # fmt: skip
+
+
 def cells(title: str, row: dict[str, Any]) -> list[str]:
-    """A row of the summary as it is printed: method, lr, test, dev, dev in equal time, seconds, memory."""
+    """A row of the summary as it is printed."""
     return [
         title, f"{row['lr']:.2g}", f"{row['test_mean']:.3f} ± {row['test_std']:.3f}", f"{row['dev_mean']:.3f}",
         f"{row['dev_at_equal_time']:.3f}", f"{row['seconds']:.0f}", f"{row['peak_memory_mib']:.0f} MiB",
@@ -138,13 +146,6 @@ def cells(title: str, row: dict[str, Any]) -> list[str]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary as a table."""
-    metric, rows = summary["metric"], summary["methods"]
-    least = min(row["equal_seconds"] for row in rows.values())
-    lines = [
-        f"| method | lr | test {metric}, {summary['forwards']} forwards | dev {metric} | "
-        f"dev {metric} after {least:.0f} s | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for title, row in rows.items():
-        lines.append(f"| {' | '.join(cells(title, row))} |")
-    return "\n".join(lines) + "\n"
+    head = columns(summary)
+    lines = [head, ["---"] * len(head), *(cells(title, row) for title, row in summary["methods"].items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,11 +1,18 @@
-"""The methods by name, and what a step of each costs. Imports nothing: the command line lists them before it works."""
+"""The methods and their choices by name, and what a step of each costs. Imports nothing: the command line lists them
+before it works."""
 
-METHODS = ("pseuzo", "mezo", "mezo-momentum", "fo-sgd", "fo-adam")
+ZEROTH_ORDER = ("pseuzo", "mezo", "mezo-momentum")
+METHODS = (*ZEROTH_ORDER, "fo-sgd", "fo-adam")
+MODES = ("full", "lora", "prefix", "head")
+SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
+GROUPS = ("label", "row", "none")
+HEADS = ("frozen", "exact")
+OBJECTIVES = ("loss", "metric")
 
 
 def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
     """Forward passes a step; a backward pass counts as two of them. two_sided None: as is usual for the method."""
-    if method.startswith("fo-"):
+    if method not in ZEROTH_ORDER:
         return 3
     if method == "pseuzo":
         return 3 if two_sided else 2

@@ -295,11 +295,8 @@ class PerturbedForward:
             self._copies.clear()
             self.active = False
 
-    def __deepcopy__(self, memo: dict) -> None:
-        return None  # a copy of the model has other weights: it makes its own
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
+    def __reduce__(self) -> tuple:  # for copy.deepcopy, too
+        return type(None), ()  # a copy of the model has other weights: it makes its own
 
 
 def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PrinterCallback
 from pseuzo.capture import check_device
 from pseuzo.files import MARKER, claim, differing, read_json, read_yaml, save_model, write_atomically, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
+from pseuzo.methods import ZEROTH_ORDER
 from pseuzo.plots import plot_runs
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.trainer import (
@@ -38,11 +39,15 @@ DEFAULT_LR = {
 }
 DEFAULT_EPS = {"full": 1e-3, "head": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
+LR_FILE = "lr.json"
+DECISIONS = (LR_FILE, PLACEMENT_FILE, "start")  # what a run writes before it begins
+MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
+              "device", "output"}  # fmt: skip
 EVALUATED, TRIALS = 200, 10  # of the search for lr: dev examples of a trial, and most rates on the way up or down
 
 
 def default_lr(method: str, mode: str) -> float:
-    return DEFAULT_LR[method if method.startswith("fo-") else "zo"][mode]
+    return DEFAULT_LR["zo" if method in ZEROTH_ORDER else method][mode]
 
 
 def model_path(name: str) -> str:
@@ -139,7 +144,7 @@ def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in. ValueError for those that cannot be."""
     c = dict(c)
-    zeroth = not c["method"].startswith("fo-")
+    zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
         c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], zeroth and placed
@@ -171,11 +176,6 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-DECISIONS = ("lr.json", PLACEMENT_FILE, "start")  # what a run writes before it begins
-MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
-              "device", "output"}  # fmt: skip
-
-
 def _remove(*paths: Path) -> None:
     for path in paths:
         if path.is_dir():
@@ -198,7 +198,7 @@ def start_folder(output: Path, resume: str | None) -> str | None:
     if resume:
         print(f"{output} holds no run to resume: beginning a new one", flush=True)
     # of a try that did not get to its first step; the trials of a search for lr are gone on with
-    _remove(*(output / name for name in DECISIONS if not (resume and name == "lr.json")))
+    _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
     return None
 
 
@@ -219,23 +219,33 @@ def _same_run(c: dict[str, Any], output: Path) -> None:
         )
 
 
+def _resumed(c: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The settings of the run that goes on in output: with the rate that it found, and the checkpoint to begin from."""
+    if c["lr"] == "auto" and (output / LR_FILE).exists():
+        c = c | _found_lr(read_json(output / LR_FILE, "chosen"))
+    _same_run(c, output)
+    if c["resume"] == "auto":
+        c = c | {"resume": last_checkpoint(output)}
+        if c["resume"] is None:  # killed before its first checkpoint: it begins anew, and makes the same steps
+            print(f"{output} has no checkpoint yet: beginning anew", flush=True)
+            if c["journal"]:
+                Path(c["journal"]).unlink(missing_ok=True)
+    return c
+
+
+def _found_lr(found: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a search for lr chose; nothing is scaled any more."""
+    return found["chosen"] | {"scale_lr": False, "scale_eps": False}
+
+
 def train(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo train` with settings c; its results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
     new = not (output / "config.yaml").exists()
-    c["resume"] = resume = start_folder(output, c["resume"])
-    searched = output / "lr.json"
-    if resume and c["lr"] == "auto" and searched.exists():
-        c |= read_json(searched, "chosen")["chosen"] | {"scale_lr": False, "scale_eps": False}
-    if resume:
-        _same_run(c, output)
-    if resume == "auto":
-        c["resume"] = resume = last_checkpoint(output)
-        if resume is None:  # killed before its first checkpoint: it begins anew, and makes the same steps
-            print(f"{output} has no checkpoint yet: beginning anew", flush=True)
-            if c["journal"]:
-                Path(c["journal"]).unlink(missing_ok=True)
+    c["resume"] = start_folder(output, c["resume"])
+    if c["resume"]:
+        c = _resumed(c, output)
     journal = Path(c["journal"]) if c["journal"] else None
     if journal and journal.exists() and journal.stat().st_size:
         journal = None  # not this try's own
@@ -244,8 +254,8 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
         run = Run(c)
         if c["lr"] == "auto":
             found = search_lr(run, output)
-            write_json(searched, found)
-            c |= found["chosen"] | {"scale_lr": False, "scale_eps": False}
+            write_json(output / LR_FILE, found)
+            c |= _found_lr(found)
         model = run.model()
         if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
             save_model(model, run.tokenizer, output / "start")
@@ -253,32 +263,36 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
         trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
         write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
         reset_peak(c["device"])
-        outcome = trainer.train(resume_from_checkpoint=resume)
+        outcome = trainer.train(resume_from_checkpoint=c["resume"])
     except Exception:
         if new and not (trainer and trainer.state.global_step):
             _undo(output, journal)
         raise
     peak = peak_memory(c["device"])  # of the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
-    history = trainer.state.log_history
-    last = [row for row in history if "train_seconds" in row]
     if not math.isfinite(figures["loss"]):
         print(f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller --lr, or --lr auto, "
               "or another --dtype", file=sys.stderr)  # fmt: skip
-    results = {
-        "task": run.task.name, "metric": run.task.metric, "model": c["model"], "method": c["method"], "mode": c["mode"],
-        "test": figures, "steps": outcome.global_step, "forwards": trainer.forwards(outcome.global_step),
-        "train_seconds": last[-1]["train_seconds"] if last else None, "lr": trainer.optimizer.defaults["lr"],
-        "eps": trainer.zero_order.eps if trainer.zero_order else None,
-        "cut_prompts": run.cut,
-        "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
-        "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
-        "skipped_steps": trainer.zero_order.skipped_steps if trainer.zero_order else 0, "history": history,
-    }  # fmt: skip
+    results = _results(run, trainer, outcome.global_step, figures, peak)
     save_model(model, run.tokenizer, output / "model")
     write_json(output / "results.json", results)
-    plot_runs({output.name: read_json(output / "results.json")}, output / "curves.png")
+    written = read_json(output / "results.json")  # what is not finite is null there
+    plot_runs({output.name: written}, output / "curves.png")
     return results
+
+
+def _results(run: Run, trainer: PseuZOTrainer, steps: int, test: dict[str, float], peak: float) -> dict[str, Any]:
+    c, history, optimizer = run.c, trainer.state.log_history, trainer.zero_order
+    seconds = [row["train_seconds"] for row in history if "train_seconds" in row]
+    return {
+        "task": run.task.name, "metric": run.task.metric, "model": c["model"], "method": c["method"], "mode": c["mode"],
+        "test": test, "steps": steps, "forwards": trainer.forwards(steps),
+        "train_seconds": seconds[-1] if seconds else None, "lr": trainer.optimizer.defaults["lr"],
+        "eps": optimizer.eps if optimizer else None, "cut_prompts": run.cut,
+        "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
+        "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
+        "skipped_steps": optimizer.skipped_steps if optimizer else 0, "history": history,
+    }  # fmt: skip
 
 
 def search_lr(run: Run, output: Path) -> dict[str, Any]:
@@ -294,7 +308,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     steps = min(max(20, c["steps"] // 10), 200)
     model = run.model()
     chosen: dict[str, Any] = {}
-    zeroth = not c["method"].startswith("fo-")
+    zeroth = c["method"] in ZEROTH_ORDER
     if zeroth or list(c["noise_on"]) == ["auto"]:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
         chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
@@ -310,7 +324,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     dev = run.part("dev", EVALUATED)
     start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
     del model
-    file, request = output / "lr.json", plain(c) | chosen
+    file, request = output / LR_FILE, plain(c) | chosen
     before = read_json(file) if file.exists() else {}
     trials: dict[float, float] = {}
     if before.get("request") == request:  # of a search that was killed

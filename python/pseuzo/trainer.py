@@ -36,7 +36,7 @@ from pseuzo.capture import MOST
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import Fetched, peak_memory
-from pseuzo.methods import METHODS, forwards_per_step
+from pseuzo.methods import GROUPS, HEADS, METHODS, OBJECTIVES, SCHEDULES, ZEROTH_ORDER, forwards_per_step
 from pseuzo.objective import NOT_INPUTS, CausalLMObjective, padded, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
@@ -44,7 +44,6 @@ from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.tuning import head_parameters
 
 SHAPES = 64, 8  # with capture, lengths are padded to multiples of the one, loss positions of the other
-SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
 LOGGED_STATE = ("global_step", "epoch", "num_input_tokens_seen")  # that a row of the log is told with
 PLACEMENT_FILE = "noise_on.json"
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
@@ -59,8 +58,9 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 class PseuZOTrainingArguments(TrainingArguments):
     """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
 
-    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant". The precision of a run is
-    that of the model's weights: fp16 and bf16 (mixed precision, for backward passes) are refused.
+    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", logging_nan_inf_filter
+    and remove_unused_columns False. The precision of a zeroth-order run is that of the model's weights: fp16 and bf16
+    (mixed precision, for backward passes) are refused.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
@@ -115,9 +115,9 @@ class PseuZOTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
         _choice("schedule", self.schedule, SCHEDULES)
-        _choice("groups", self.groups, ("label", "row", "none"))
-        _choice("head", self.head, ("frozen", "exact"))
-        _choice("objective", self.objective, ("loss", "metric"))
+        _choice("groups", self.groups, GROUPS)
+        _choice("head", self.head, HEADS)
+        _choice("objective", self.objective, OBJECTIVES)
         if self.momentum is None:
             self.momentum = {"pseuzo": 1.0, "mezo-momentum": 0.9}.get(self.method, 0.0)
         if not self.learning_rate > 0:
@@ -134,7 +134,7 @@ class PseuZOTrainingArguments(TrainingArguments):
 
     @property
     def zeroth_order(self) -> bool:
-        return not self.method.startswith("fo-")
+        return self.method in ZEROTH_ORDER
 
     def _refuse(self) -> None:
         """What has no meaning, or another one, without a backward pass."""
@@ -165,16 +165,13 @@ class PseuZOTrainingArguments(TrainingArguments):
 
 
 class _Watcher(TrainerCallback):
-    """Opens the journal when everything is loaded, and closes it."""
+    """Opens the journal when everything is loaded."""
 
     def __init__(self, trainer: "PseuZOTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._start()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._stop()
 
 
 class PseuZOTrainer(Trainer):
@@ -183,7 +180,7 @@ class PseuZOTrainer(Trainer):
     train_dataset, eval_dataset: a pseuzo.tasks.TaskData (batches balanced by class, evaluation by the task's metric),
     or any dataset whose collated batches have input_ids, attention_mask and labels [B, T], -100 where there is no loss.
     objective: a callable batch -> (forward, head) in place of CausalLMObjective, for a loss of your own; with
-    clip_examples or mezo it also gets reduction="none" or "mean".
+    clip_examples it also gets reduction="none", and head returns the loss of each example, [B].
     """
 
     def __init__(

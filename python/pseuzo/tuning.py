@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.machine import usable_device
+from pseuzo.methods import MODES
 from pseuzo.perturbed import frozen_mode
+from pseuzo.placement import ROLES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MODES = ("full", "lora", "prefix", "head")
 
 # where attention makes its queries and values, by the names of the layers; the first pair that a model has is taken
-QUERY_VALUE = (
-    ("q_proj", "v_proj"), ("query_key_value",), ("c_attn",), ("qkv_proj",), ("Wqkv",), ("q_lin", "v_lin"),
-)  # fmt: skip
+QUERY_VALUE = (*zip(ROLES["q"], ROLES["v"], strict=True), *((name,) for name in ROLES["qkv"]))
 
 _log = logging.getLogger(__name__)
 

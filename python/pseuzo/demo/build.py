@@ -19,8 +19,6 @@ is within START: a model that knows the format, with most of the task left to le
 looks at train lines only; the accuracy on val and test is recorded in about.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import io
@@ -42,6 +40,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from pseuzo.data import label_token_ids
 
 TEMPLATE = "{text}\n# kind:"
 LABEL_WORDS = {"code": " code", "prose": " prose"}
@@ -336,34 +336,17 @@ def pretrain(
 
 
 @torch.no_grad()
-def label_margins(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> Tensor:
-    """Return logit(code) - logit(prose) of the token after each row's prompt: [rows] fp32."""
-    code, prose = label_ids(tokenizer)
+def score(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> float:
+    """Return the share of rows whose label's word has the larger logit after the prompt."""
+    code, prose = label_token_ids(tokenizer, list(LABEL_WORDS.values()))
     margins = []
     for i in range(0, len(rows), 100):
         prompts = [TEMPLATE.format(text=row["text"]) for row in rows[i : i + 100]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, -1]
         margins.append(logits[:, code] - logits[:, prose])
-    return torch.cat(margins)
-
-
-def label_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the token ids of the label words, code then prose; raise if one is no single token."""
-    ids = []
-    for label, word in LABEL_WORDS.items():
-        tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(tokens) != 1:
-            raise ValueError(f"label_ids: {label}'s word {word!r} must be one token, got {tokens}")
-        ids += tokens
-    return ids
-
-
-def score(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> float:
-    """Return the share of rows whose margin has the sign of their label."""
-    margins = label_margins(model, tokenizer, rows)
     truth = torch.tensor([row["label"] == "code" for row in rows])
-    return ((margins > 0) == truth).float().mean().item()
+    return ((torch.cat(margins) > 0) == truth).float().mean().item()
 
 
 def build(out: Path, seed: int, steps: int, batch: int) -> dict:
@@ -377,7 +360,7 @@ def build(out: Path, seed: int, steps: int, batch: int) -> dict:
     random_cards = make_cards(library, files, train_lines, RANDOM_CARDS, 0.0, seed + 1)
     # A tenth of the cards is enough to make the label words tokens.
     tokenizer = make_tokenizer(sources + cards[: CARDS // 10])
-    words = dict(zip(LABEL_WORDS, label_ids(tokenizer), strict=True))
+    words = dict(zip(LABEL_WORDS, label_token_ids(tokenizer, list(LABEL_WORDS.values())), strict=True))
     source_rows = pack(tokenizer, sources)
 
     model = make_model(seed)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pseuzo.files import claim, save_model, write_atomically
+from pseuzo.files import claim, save_model, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
@@ -191,5 +191,5 @@ def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, d
                 save_model(model, demo.tokenizer, out / "model")
     summary["saved_model"] = best[1]
     plot(rows, out / "curves.png")
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(out / "summary.json", summary)
     return summary
