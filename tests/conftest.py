@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread each, here and in what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

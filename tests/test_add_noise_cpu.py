@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_same_bits
 
 import pseuzo_kernels
 from pseuzo_kernels import NOISES, reference
@@ -65,14 +66,6 @@ def banded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inside = band[BAND : BAND + x.numel()]
     inside.copy_(x)
     return inside, band
-
-
-def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.dtype is want.dtype and got.shape == want.shape
-    integer = torch.int32 if got.dtype is torch.float32 else torch.int16
-    same = (got.view(integer) == want.view(integer)) | (got.isnan() & want.isnan())
-    wrong = (~same).nonzero().flatten()
-    assert not wrong.numel(), f"{wrong.numel()} differ, first at {wrong[0]}: {got[wrong[0]]} for {want[wrong[0]]}"
 
 
 def mixed_list(k: int) -> tuple[list[torch.Tensor], list[int], list[float], list[float]]:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import assert_same_bits
 
 from pseuzo_kernels import NOISES, reference
 
@@ -33,15 +34,6 @@ def values(n: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
     x[: len(SPECIAL)] = torch.tensor(SPECIAL[:n]).to(dtype)
     return x
-
-
-def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    """NaNs may differ in payload, as the hardware's conversions do; nothing else may differ."""
-    got, want = got.cpu(), want.cpu()
-    assert got.dtype == want.dtype and (got.isnan() == want.isnan()).all()
-    view = {4: torch.int32, 2: torch.int16}[got.element_size()]
-    same = (got.view(view) == want.view(view)) | want.isnan()
-    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, first at {int((~same).nonzero()[0])}"
 
 
 def assert_close_normal(got, want, K):

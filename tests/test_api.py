@@ -7,8 +7,6 @@ from torch import nn
 import pseuzo_kernels as pk
 from pseuzo_kernels import reference
 
-NAMES = ("noise", "add_noise_", "add_noise", "perturb_", "restore_", "update_")
-
 
 @pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
@@ -80,7 +78,6 @@ def test_unsigned_and_signed_seeds_are_the_same():
 def test_bad_input_is_refused_before_anything_is_written(api):
     x, y = torch.ones(4, 6), torch.ones(5)
     ints = torch.ones(3, dtype=torch.int32)
-    huge = torch.empty(1, device="meta").expand((1 << 36) + 1)
     meta = torch.empty(5, device="meta")
     cases = [
         (lambda: api.perturb_([y, x.T], 1, 0.1), ValueError, r"params\[1\] must be contiguous, got strides \(1, 6\)"),
@@ -110,7 +107,6 @@ def test_bad_input_is_refused_before_anything_is_written(api):
         (lambda: api.add_noise_(y, 1, 1.0, 0, keep=float("nan")), ValueError, "keep must be finite"),
         (lambda: api.add_noise_(y, 1, 1.0, -1), ValueError, "stream must be"),
         (lambda: api.add_noise(y, 1, 1.0, 0, out=torch.ones(6)), ValueError, "out must be like x"),
-        (lambda: api.add_noise_(huge, 1, 1.0, 0), ValueError, "must be contiguous|more than the 2"),
         (lambda: api.noise((5,), 1, 0, dtype=torch.int64), TypeError, "must be float32"),
     ]
     for call, error, sentence in cases:
@@ -162,11 +158,3 @@ def test_under_torch_compile(backend):
     got = torch.compile(step, backend=backend, fullgraph=True)(x, w2, seeds, coefs)
     torch.testing.assert_close(got, want)
     assert torch.equal(w, w2)
-
-
-def test_reference_has_the_same_names():
-    import inspect
-
-    for name in NAMES:
-        assert inspect.signature(getattr(pk, name)) == inspect.signature(getattr(reference, name))
-        assert getattr(pk, name).__doc__

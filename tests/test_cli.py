@@ -1,50 +1,19 @@
-"""The command line: what runs write, that they can be resumed and replayed, and what is refused, with exit code 2."""
+"""The command line: what runs write, that they can be replayed, and what is refused, with exit code 2."""
 
+import functools
 import json
-import multiprocessing
-import os
-import signal
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
-from pseuzo.cli import main
-from pseuzo.journal import JournalError, read_journal
+from helpers import PUBLIC, SMALL, ZERO_ORDER, assert_same_weights, last_json, pseuzo, weights, write
 from pseuzo.runs import model_path
-from pseuzo.trainer import last_checkpoint
 from safetensors.torch import load_file
-from test_tasks import ROWS as PUBLIC
-from test_tasks import write
 
-SMALL = ["--model", "demo", "--task", "demo", "--train-size", "48", "--dev-size", "24", "--test-size", "24",
-         "--batch-size", "6", "--eval-batch-size", "24", "--device", "cpu", "--quiet"]  # fmt: skip
-ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
-
-
-def pseuzo(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    if result.exit_code != code:
-        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
-    return result.output
-
-
-def _last_json(output: str) -> dict:
-    return json.loads(output.strip().splitlines()[-1])  # after what was warned of
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-
+import pseuzo_kernels
 
 METHODS = {
     "pseuzo": ["--groups", "label"],
@@ -102,138 +71,9 @@ def test_modes_train_replay_and_load_again(tmp_path, mode, method):
     start, end, again = (load_file(d / name) for d in (out / "start", out / "model", tmp_path / "replayed"))
     assert any(not torch.equal(start[k], end[k]) for k in start)
     assert all(torch.equal(again[k], end[k]) for k in end)
-    figures = _last_json(pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet"))
+    figures = last_json(pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet"))
     results = json.loads((out / "results.json").read_text())
     assert figures["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
-
-
-def _start(args: list[str]) -> None:
-    torch.set_num_threads(1)
-    main(args, standalone_mode=True)
-
-
-def _killed(args: list[str], when) -> None:
-    """Runs the command in a process that is killed as soon as when() is true."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pseuzo.runs"])
-    process = context.Process(target=_start, args=(args,))
-    process.start()
-    until = time.monotonic() + 120
-    while not when():
-        assert process.is_alive(), "the run ended before it could be killed"
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
-def _run(args: list[str]) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pseuzo.runs"])
-    process = context.Process(target=_start, args=(args,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-
-
-@pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
-def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
-    base = ["train", *SMALL, *ZERO_ORDER, "--method", method, "--steps", "30", "--keep", "last", "--eval-every", "0",
-            "--save-every", "4", "--dtype", "bf16", "--window", "5", "--lr-scheduler", "linear"]  # fmt: skip
-    whole, journal = tmp_path / "whole", tmp_path / "whole.pzj"
-    _run([*base, "--output", str(whole), "--journal", str(journal)])
-    out, again = tmp_path / "killed", tmp_path / "killed.pzj"
-    args = [*base, "--output", str(out), "--journal", str(again)]
-
-    def made(steps: int):
-        def there() -> bool:
-            try:
-                return sum(1 for _ in read_journal(again)[1]) >= steps
-            except (OSError, JournalError):  # not there yet, or only in part
-                return False
-
-        return there
-
-    def writing(step: int):  # in the middle of a checkpoint
-        folder = out / f"checkpoint-{step}"
-        return lambda: (folder / "model.safetensors").exists() and not (folder / "trainer_state.json").exists()
-
-    _killed(args, made(9))
-    for when in (made(18), writing(24)):
-        assert last_checkpoint(out) is not None
-        _killed([*args, "--resume"], when)
-    _run([*args, "--resume"])
-    assert_same_weights(whole / "model", out / "model")
-    assert again.read_bytes() == journal.read_bytes()
-
-
-@pytest.mark.parametrize("damage", ["state cut", "weights cut", "optimizer cut", "optimizer gone"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
-    out = tmp_path / "run"
-    pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 6, "--eval-every", 0, "--save-every", 2, "--keep", "last",
-           "--output", out)  # fmt: skip
-    assert last_checkpoint(out).endswith("checkpoint-6")
-    file = {"state": "trainer_state.json", "weights": "model.safetensors", "optimizer": "optimizer.pt"}[
-        damage.split()[0]
-    ]
-    whole = (out / "checkpoint-6" / file).read_bytes()
-    (out / "checkpoint-6" / file).unlink()
-    if damage.endswith("cut"):
-        (out / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
-    assert last_checkpoint(out).endswith("checkpoint-4")
-
-
-def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
-    out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 5, "--save-every", 5, "--keep", "last", "--journal", journal,
-            "--lr-scheduler", "linear", "--output", out]  # fmt: skip
-    pseuzo(*args)
-    before, recorded = weights(out / "model"), journal.read_bytes()
-    results = json.loads((out / "results.json").read_text())
-    assert results["lr"] == 2e-4, "the rate it began with"
-    (out / "results.json").unlink()  # killed while the test rows were evaluated
-    pseuzo(*args, "--resume")
-    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
-    assert journal.read_bytes() == recorded
-    again = json.loads((out / "results.json").read_text())
-    assert again["steps"] == 5 and again["test"] == results["test"] and again["lr"] == 2e-4
-
-
-def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
-    out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 0, "--keep", "last", "--journal", journal,
-            "--output", out]  # fmt: skip
-    pseuzo(*args)
-    before, recorded = weights(out / "model"), journal.read_bytes()
-    assert "no checkpoint yet" in pseuzo(*args, "--resume")
-    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
-    assert journal.read_bytes() == recorded
-
-
-def test_resuming_with_other_settings_is_refused(tmp_path):
-    out = tmp_path / "run"
-    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 2, "--keep", "last", "--output", out]
-    pseuzo(*args)
-    config = (out / "config.yaml").read_text()
-    for other in (["--lr", "1e-4"], ["--batch-size", "4"], ["--method", "mezo"], ["--window", "3"], ["--seed", "7"],
-                  ["--noise-on", "last-half"]):  # fmt: skip
-        text = pseuzo(*args, *other, "--resume", code=2)
-        assert other[0].strip("-").replace("-", "_") in text.splitlines()[-1] and "own settings" in text
-    assert (out / "config.yaml").read_text() == config
-    pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
-    assert json.loads((out / "results.json").read_text())["steps"] == 6
-
-
-def test_a_refused_try_does_not_block_the_next(tmp_path):
-    out = tmp_path / "run"
-    args = ["train", *SMALL, "--steps", 2, "--output", out, "--method", "mezo"]
-    pseuzo(*args, "--noise-on", "no_such_layer", code=2)
-    text = pseuzo(*args, "--noise-on", "attention-out", "--resume")
-    assert "no run to resume" in text
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    assert "not the folder of a run" in pseuzo(*args[:-4], "--output", tmp_path / "mine", "--resume", code=2)
 
 
 def test_a_step_that_is_skipped_does_not_spoil_the_curves(tmp_path):
@@ -255,19 +95,19 @@ def test_prefix_adapters_are_evaluated_at_the_length_that_is_left(tmp_path):
     sizes = ["--train-size", 20, "--dev-size", 10, "--test-size", 30, "--quiet"]
     common = ["--task", tmp_path / "task.yaml", *sizes]
     pseuzo("train", "--model", "demo", *common, "--steps", 1, "--mode", "prefix", "--output", tmp_path / "run")
-    scored = _last_json(pseuzo("eval", "--model", tmp_path / "run" / "model", *common))
+    scored = last_json(pseuzo("eval", "--model", tmp_path / "run" / "model", *common))
     assert scored["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"], "the same rows"
 
 
 def test_eval_shots_and_output(tmp_path):
     common = [*SMALL[:4], "--test-size", 24, "--device", "cpu", "--quiet"]
-    zero = _last_json(pseuzo("eval", *common, "--output", tmp_path / "eval.json"))
+    zero = last_json(pseuzo("eval", *common, "--output", tmp_path / "eval.json"))
     assert json.loads((tmp_path / "eval.json").read_text()) == zero and zero["shots"] == 0
-    few = _last_json(pseuzo("eval", *common, "--shots", 3))
+    few = last_json(pseuzo("eval", *common, "--shots", 3))
     assert few["shots"] == 3 and few["test"]["loss"] != zero["test"]["loss"]
     assert few["shots_mean"] == 3 == few["shots_least"] and few["cut_prompts"] == 0
     text = pseuzo("eval", *common, "--shots", 20, "--train-size", 12, "--dev-size", 12)
-    many = _last_json(text)
+    many = last_json(text)
     assert many["shots"] == 20 and 3 <= many["shots_least"] <= many["shots_mean"] < 12
     assert f"{many['shots_least']} at least: there are 12 training rows, 128 tokens" in text
 
@@ -421,7 +261,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
     assert "20 of 20 prompts of the train split were too long for 128 tokens and lost their beginning" in text
     text = pseuzo("eval", "--model", tmp_path / "run" / "model", "--task", tmp_path / "task.yaml", "--test-size", 5,
                   "--device", "cpu", "--quiet", "--shots", 2)  # fmt: skip
-    figures = _last_json(text)
+    figures = last_json(text)
     assert (figures["cut_prompts"], figures["shots"], figures["shots_mean"], figures["shots_least"]) == (5, 2, 0, 0)
     assert "5 of 5 prompts of the test split" in text and "of 2 shots, before a prompt were 0.0 on average" in text
 
@@ -455,3 +295,85 @@ def test_every_builtin_task_trains_and_scores(tmp_path, name):
     assert results["metric"] in results["test"] and results["test"]["examples"] == 1
     logged = next(row["loss"] for row in results["history"] if "loss" in row)
     assert logged > 0 and results["test"]["loss"] > 0
+
+
+QUESTIONS = [(f"line {i} has the number", str(i % 3), [str(i % 3), f"not {i % 3}"]) for i in range(40)]
+PLAIN = {
+    "classification": [{"prompt": q, "options": ["0", "1", "2"], "answer": int(a)} for q, a, _ in QUESTIONS],
+    "choice": [{"prompt": q, "options": options, "answer": a} for q, a, options in QUESTIONS],
+    "generation": [{"prompt": q, "answers": [a]} for q, a, _ in QUESTIONS],
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_task_of_plain_rows_trains_and_scores_with_shots(tmp_path, kind):
+    task = tmp_path / "rows.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in PLAIN[kind]))
+    common = ["--task", task, "--train-size", 16, "--dev-size", 8, "--test-size", 8, "--device", "cpu", "--quiet"]
+    out = tmp_path / "run"
+    pseuzo("train", "--model", "demo", *common, *ZERO_ORDER, "--steps", 2, "--batch-size", 4, "--output", out)
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] == ("f1" if kind == "generation" else "accuracy") and results["task"] == "rows"
+    zero, few = (
+        last_json(pseuzo("eval", "--model", out / "model", *common, "--shots", shots, "--seed", 0)) for shots in (0, 3)
+    )
+    assert zero["test"] == pytest.approx(results["test"], rel=1e-4) and zero["shots_mean"] == 0
+    assert few["shots_mean"] == 3 == few["shots_least"] and few["test"]["loss"] != zero["test"]["loss"]
+
+
+def test_reports_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 3, "--report-to", "tensorboard", "--output", tmp_path / "run")
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    log = EventAccumulator(str(events)).Reload()
+    losses = [e.value for e in log.Scalars("train/loss")]
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    assert losses == pytest.approx([row["loss"] for row in history if "loss" in row]) and len(losses) == 3
+    assert "train/projected_grad" in log.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("kind", ["opt", "unheard-of"])
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, kind):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    for file in Path(model_path("demo")).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": auto}))
+    (folder / "custom.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import OPTConfig as Config, OPTForCausalLM as Model\n"
+    )
+    known = kind == "opt"  # then Transformers' own code is used
+    text = pseuzo("eval", *SMALL[2:4], "--model", folder, "--test-size", 8, "--quiet", code=0 if known else 2)
+    assert not ran.exists()
+    assert known or text.strip().splitlines()[-1].startswith("Error: ")
+
+
+def test_info():
+    text = pseuzo("info")
+    assert "DIFFERS" not in text and "self-test, hadamard on cpu: same bits as the reference" in text
+    assert "normal on cpu: as the reference" in text and "window on cpu: as the reference" in text
+
+
+ALL_BITS = ["hadamard", "hadamard-fp16", "rademacher"]
+BROKEN = {  # the op that is wrong, what it does instead, and the lines that tell
+    "noise": ("noise", lambda op, *args, **k: op(*args, **k) * (1 + 1e-5), ["normal"]),
+    "window": ("EmaWindow", lambda op, *args, momentum, **k: op(*args, momentum=momentum * (1 - 1e-4), **k),
+               ["window"]),
+    "last seed": ("update_", lambda op, x, seeds, coefs, **k: op(x, seeds[:-1], coefs[:-1], **k), ALL_BITS),
+    "rounding": ("update_", lambda op, *args, rounding, **k: op(*args, **k), ALL_BITS),
+    "one noise": ("update_", lambda op, *args, noise, **k: op(*args, noise=noise.removesuffix("-fp16"), **k),
+                  ["hadamard-fp16"]),
+    "nothing": ("update_", lambda *args, **k: None, ALL_BITS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_info_notices_an_op_that_is_wrong(monkeypatch, what):
+    name, wrong, lines = BROKEN[what]
+    monkeypatch.setattr(pseuzo_kernels, name, functools.partial(wrong, getattr(pseuzo_kernels, name)))
+    text = pseuzo("info", code=2)
+    assert re.findall("self-test, (.*) on cpu: DIFFERS", text) == lines and "disagree with the reference" in text

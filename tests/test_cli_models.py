@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_weights, pseuzo, weights
 from models import ALL_KINDS, VOCAB, batch_of, causal_lm
 from peft import PeftModel
 from pseuzo import CausalLMObjective, PseuZO, runs
@@ -22,7 +23,6 @@ from pseuzo.journal import read_journal
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.tuning import load_model
 from safetensors.torch import load_file
-from test_cli import assert_same_weights, pseuzo, weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from helpers import SMALL, pseuzo
 from pseuzo import cli, compare, files, runs
 from pseuzo.cli import main
 from pseuzo.optimizer import MeZO
@@ -32,16 +33,9 @@ def settings(monkeypatch):
     return seen
 
 
-def invoke(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    if result.exit_code != code:
-        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
-    return result.output
-
-
 def refused(*args: object) -> str:
     """The one sentence."""
-    text = invoke(*args, code=2)
+    text = pseuzo(*args, code=2)
     assert "Traceback" not in text
     *_, last = text.strip().splitlines()
     assert last.startswith("Error: ")
@@ -94,7 +88,7 @@ def test_config_path_that_is_not_there(tmp_path, settings):
     file.write_text("data: 5\n")
     args = ("train", *BASE, "--config", file, "--output", tmp_path / "run")
     assert "'--data': Path '5' does not exist" in refused(*args)
-    invoke(*args, "--data", tmp_path)
+    pseuzo(*args, "--data", tmp_path)
     assert settings["data"] == tmp_path
 
 
@@ -104,13 +98,13 @@ def test_config_values_are_read_as_on_the_command_line(tmp_path, settings):
         "lr: 4e-4\neps: 1.0e-3\nclip_examples: 2\ntwo_sided: true\nnoise-on: v_proj\nquiet: no\nresume: true\n"
         "report_to: []\nmomentum: null\ndata_seed:\nmodel: demo\ntask: demo\noutput: 2024-01-01\nwindow: 5\n"
     )
-    invoke("train", "--config", file, "--window", 7)
+    pseuzo("train", "--config", file, "--window", 7)
     expected = {"lr": 4e-4, "eps": 1e-3, "clip_examples": 2.0, "two_sided": True, "noise_on": ("v_proj",),
                 "quiet": False, "resume": "auto", "report_to": (), "momentum": None, "data_seed": None,
                 "output": Path("2024-01-01"), "window": 7}  # fmt: skip
     assert {k: settings[k] for k in expected} == expected
     file.write_text("resume: false\n")
-    invoke("train", *BASE, "--config", file, "--output", tmp_path / "run")
+    pseuzo("train", *BASE, "--config", file, "--output", tmp_path / "run")
     assert settings["resume"] is None
 
 
@@ -119,11 +113,11 @@ def test_config_values_are_read_as_on_the_command_line(tmp_path, settings):
     ["--method", "fo-sgd", "--noise-on", "auto", "--eps", "1e-2", "--noise", "normal", "--clip-examples", "2"],
 ])  # fmt: skip
 def test_resolved_settings_are_taken_again(tmp_path, settings, args):
-    invoke("train", *BASE, *args, "--output", tmp_path / "run")
+    pseuzo("train", *BASE, *args, "--output", tmp_path / "run")
     first = runs.resolve(dict(settings))
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(runs.plain(first)))
-    invoke("train", "--config", file)
+    pseuzo("train", "--config", file)
     again = dict(settings)
     assert runs.plain(runs.resolve(again)) == runs.plain(first)
 
@@ -165,14 +159,14 @@ def test_defaults_and_used_options_pass(tmp_path, settings):
         ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
         ["--method", "mezo-momentum", "--directions", "2", "--one-sided", "--objective", "metric", "--eps", "1"],
     ):
-        invoke("train", *BASE, *args, "--output", tmp_path / "run")
+        pseuzo("train", *BASE, *args, "--output", tmp_path / "run")
         assert settings["method"] == args[1]
         assert settings["report_to"] == (("wandb", "tensorboard") if "--report_to" in args else ())
 
 
 def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_path, settings):
     def resolved(*args: object) -> dict:
-        invoke("train", *BASE, "--method", "fo-sgd", *args, "--output", tmp_path / "run")
+        pseuzo("train", *BASE, "--method", "fo-sgd", *args, "--output", tmp_path / "run")
         found = runs.resolve(dict(settings))
         return {key: found[key] for key in ("eps", "scale_lr", "scale_eps")}
 
@@ -184,7 +178,7 @@ def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_p
 def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings):
     """Examples hold PseuZO's own options; --method mezo on the command line is the baseline to them."""
     file = EXAMPLES / "opt-1.3b-sst2.yaml"
-    text = invoke("train", "--config", file, "--method", "mezo", "--output", tmp_path / "run")
+    text = pseuzo("train", "--config", file, "--method", "mezo", "--output", tmp_path / "run")
     assert "--groups is for pseuzo, not for mezo: that of --config is left out" in text
     assert (settings["groups"], settings["schedule"], settings["momentum"]) == ("label", "constant", None)
     assert "--groups" in refused("train", "--config", file, "--method", "mezo", "--groups", "row", "--output",
@@ -217,18 +211,18 @@ def test_refused_at_once(tmp_path, settings, what):
 def test_journal(tmp_path, settings):
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ("train", *BASE, "--output", out, "--journal")
-    text = invoke(*args, journal, "--steps", 10)
+    text = pseuzo(*args, journal, "--steps", 10)
     assert "model/ is step 8" in text and "--until 8" in text
-    assert "--until" not in invoke(*args, journal, "--steps", 10, "--keep", "last")
-    assert "--until" not in invoke(*args, journal, "--steps", 12)
+    assert "--until" not in pseuzo(*args, journal, "--steps", 10, "--keep", "last")
+    assert "--until" not in pseuzo(*args, journal, "--steps", 12)
     journal.write_bytes(b"records")
     assert "exists already" in refused(*args, journal)
     assert "exists already" in refused(*args, journal, "--resume")  # there is no run to go on with
     assert "are the same" in refused(*args, out) and not out.exists()
-    invoke(*args, out / "inside.pzj")  # its folder will be made
+    pseuzo(*args, out / "inside.pzj")  # its folder will be made
     out.mkdir()
     (out / "config.yaml").touch()
-    invoke(*args, journal, "--resume")
+    pseuzo(*args, journal, "--resume")
 
 
 # what becomes a sentence
@@ -289,15 +283,15 @@ def test_interruptions(tmp_path, monkeypatch):
     for module, name in ((runs, "train"), (runs, "evaluate_run"), (demo, "run"), (compare, "compare")):
         monkeypatch.setattr(module, name, raising(KeyboardInterrupt()))
     said = {
-        "train": invoke("train", *BASE, "--output", tmp_path / "run", code=130),
-        "eval": invoke("eval", *BASE, code=130),
-        "demo": invoke("demo", "--out", tmp_path / "demo", code=130),
-        "compare": invoke("compare", *BASE, "--output", tmp_path / "compared", code=130),
+        "train": pseuzo("train", *BASE, "--output", tmp_path / "run", code=130),
+        "eval": pseuzo("eval", *BASE, code=130),
+        "demo": pseuzo("demo", "--out", tmp_path / "demo", code=130),
+        "compare": pseuzo("compare", *BASE, "--output", tmp_path / "compared", code=130),
     }
     assert "--resume" in said["train"] and "the same command" in said["compare"]
     assert said["eval"] == said["demo"] == "interrupted\n"
     monkeypatch.setattr(runs, "train", during_import)
-    invoke("train", *BASE, "--output", tmp_path / "run", code=130)
+    pseuzo("train", *BASE, "--output", tmp_path / "run", code=130)
 
 
 # compare, eval, plot
@@ -402,14 +396,13 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
     assert not out.exists()
 
 
-SMALL = [*BASE, "--train-size", 48, "--dev-size", 24, "--test-size", 24, "--batch-size", 6, "--device", "cpu",
-         "--quiet", "--method", "mezo"]  # fmt: skip
+MEZO = [*SMALL, "--method", "mezo"]
 
 
 def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch):
     """Whatever failed: the next try may need other settings, and its journal."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    args = ["train", *SMALL, "--mode", "head", "--steps", 2, "--journal", journal, "--output", out]
+    args = ["train", *MEZO, "--mode", "head", "--steps", 2, "--journal", journal, "--output", out]
     with monkeypatch.context() as patched:
         patched.setattr(MeZO, "step", raising(torch.OutOfMemoryError("CUDA out of memory")))
         assert "out of memory" in refused(*args)
@@ -419,28 +412,28 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
     journal.mkdir()
     assert "is a directory" in refused(*args)
     journal.rmdir()
-    invoke(*args, "--batch-size", 3)
+    pseuzo(*args, "--batch-size", 3)
     assert (out / "results.json").exists() and journal.stat().st_size > 0
 
 
 def test_what_is_scaled_to_the_noise_is_said(tmp_path):
-    args = ["train", *SMALL, "--steps", 1, "--noise-on", "attention-out", "--output"]
+    args = ["train", *MEZO, "--steps", 1, "--noise-on", "attention-out", "--output"]
     for name, own, scaled in (("mezo", [], {"lr", "eps"}), ("eps given", ["--eps", "1e-3"], {"lr"}),
                               ("fo-sgd", ["--method", "fo-sgd"], {"lr"})):  # fmt: skip
-        text = invoke(*args, tmp_path / name, *own)
+        text = pseuzo(*args, tmp_path / name, *own)
         assert {word for word in ("lr", "eps") if f"; {word} times " in text} == scaled
 
 
 def test_a_run_that_diverged_says_so(tmp_path):
-    args = ["train", *SMALL, "--steps", 2, "--eval-every", 0, "--keep", "last", "--output"]
-    text = invoke(*args, tmp_path / "far", "--lr", "1e30")
+    args = ["train", *MEZO, "--steps", 2, "--eval-every", 0, "--keep", "last", "--output"]
+    text = pseuzo(*args, tmp_path / "far", "--lr", "1e30")
     assert "the run diverged: the loss on the test rows is nan" in text
-    assert "the run diverged" not in invoke(*args, tmp_path / "near", "--lr", "1e-5")
+    assert "the run diverged" not in pseuzo(*args, tmp_path / "near", "--lr", "1e-5")
 
 
 def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-    args = ["train", *SMALL, "--lr", "auto", "--steps", 20, "--output"]
-    whole = invoke(*args, tmp_path / "whole")
+    args = ["train", *MEZO, "--lr", "auto", "--steps", 20, "--output"]
+    whole = pseuzo(*args, tmp_path / "whole")
     real, made = runs.evaluate, []
 
     def interrupted(*args, **kwargs):
@@ -451,8 +444,8 @@ def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(runs, "evaluate", interrupted)
-        invoke(*args, tmp_path / "run", code=130)
-    text = invoke(*args, tmp_path / "run", "--resume")
+        pseuzo(*args, tmp_path / "run", code=130)
+    text = pseuzo(*args, tmp_path / "run", "--resume")
     assert "2 trials are done already" in text and text.count("dev loss") == whole.count("dev loss") - 2
     found, expected = (json.loads((tmp_path / of / "lr.json").read_text()) for of in ("run", "whole"))
     assert found | {"request": None} == expected | {"request": None}
@@ -461,9 +454,9 @@ def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
 def test_eval_takes_the_rows_that_train_takes(monkeypatch):
     seen = {}
     monkeypatch.setattr(runs, "evaluate_run", lambda given: seen.update(given) or {})
-    invoke("eval", *BASE)
+    pseuzo("eval", *BASE)
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (1000, 500, None)
-    invoke("eval", *BASE, "--train-size", 7, "--dev-size", 8, "--data-seed", 9)
+    pseuzo("eval", *BASE, "--train-size", 7, "--dev-size", 8, "--data-seed", 9)
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (7, 8, 9)
 
 

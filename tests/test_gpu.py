@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers import LABELS, MAKERS, run_steps
 from models import Tied, batch_of, causal_lm
 from pseuzo import CausalLMObjective, Journal, MeZO, PseuZO, perturbed, replay
-from test_capture import MAKERS, run
 
 import pseuzo_kernels as pk
 from pseuzo_kernels import reference
@@ -48,7 +48,6 @@ def test_large_tensor_beyond_32_bit_offsets():
     x = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
     pk.perturb_(x, 1, 1.0)
     assert (x[-5000:] != 0).float().mean() > 0.99
-    want = torch.zeros(5000)
     chunk = n // 2048 * 2048
     q, elements = reference._columns(n // 2048, n // 2048 + 1, torch.device("cpu"))
     z = reference.noise_sum("hadamard", q, 0, reference.hash_seeds(torch.tensor([1])), torch.ones(1), 1.0)
@@ -74,7 +73,7 @@ def test_perturbed_forward_equals_perturbed_weights(dtype):
 def steps(opt, objective, device, n):
     losses = []
     for t in range(n):
-        batch = {k: v.to(device) for k, v in {**batch_of(seed=t), "labels": torch.tensor([0, 1, 1, 0])}.items()}
+        batch = {k: v.to(device) for k, v in {**batch_of(seed=t), "labels": LABELS}.items()}
         forward, head = objective(batch)
         if isinstance(opt, PseuZO):
             losses.append(opt.step(forward, head, groups=batch["labels"]))
@@ -131,9 +130,9 @@ def test_a_step_does_not_wait_for_the_device():
 def test_cuda_graphs_give_the_same_bits(make):
     model = causal_lm("opt").to(torch.bfloat16).cuda().eval()
     twin = copy.deepcopy(model)
-    want = run(make(model), model, 10, (12, 9))
+    want = run_steps(make(model), model, 10, (12, 9))
     opt = make(twin, capture=True)
-    got = run(opt, twin, 10, (12, 9))
+    got = run_steps(opt, twin, 10, (12, 9))
     assert any(not isinstance(known, int) for known in opt._graphs._passes.values()), "nothing was recorded"
     assert torch.equal(got, want)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

@@ -281,12 +281,6 @@ def test_replay_on_the_command_line(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_info():
-    result = CliRunner().invoke(main, ["info"])
-    assert result.exit_code == 0, result.output
-    assert "self-test, hadamard on cpu: same bits as the reference" in result.output
-
-
 def test_the_header_says_what_is_needed(tmp_path):
     path, base, _, _ = journal_of(tmp_path)
     header, records = read_journal(path)

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers import Waits
 from models import ALL_KINDS, KINDS, VOCAB, batch_of, causal_lm
 from pseuzo import CausalLMObjective, PseuZO, perturbed
 from pseuzo.objective import loss_positions, rows_of_options, with_positions
 from pseuzo.tuning import tune
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM
 
 OPTIONS = [17, 4, 900]
@@ -241,20 +241,6 @@ def test_the_model_gets_its_inputs_alone():
     assert torch.equal(with_them, head(forward()))
     handle.remove()
     assert set().union(*seen) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts ops that make the host wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "bincount", "equal", "masked_select", "unique"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_planned_batch_makes_nothing_wait():

@@ -4,21 +4,10 @@ import copy
 
 import pytest
 import torch
+from helpers import perturbed_copy
 from models import KINDS, Tied, batch_of, causal_lm
 from pseuzo import perturbed
 from torch import nn
-
-from pseuzo_kernels import reference
-
-
-def perturbed_copy(model, seed, eps, noise="hadamard"):
-    """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for i, p in enumerate(other.parameters()):
-            if p.requires_grad:
-                p.copy_(reference.add_noise(p, seed, eps, i, noise=noise))
-    return other
 
 
 def snapshot(model):

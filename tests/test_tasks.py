@@ -7,6 +7,7 @@ from pathlib import Path
 import pseuzo
 import pytest
 import torch
+from helpers import PUBLIC, write
 from pseuzo import CausalLMObjective
 from pseuzo.tasks import BUILTIN, Example, StratifiedSampler, Task, TaskData, load_task
 from pseuzo.tasks.task import PARTS
@@ -34,119 +35,32 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-# name: (row, prompt, options, answer, golds), by hand from the public schemas
-ROWS = {
-    "sst2": [
-        ({"sentence": "a moving film ", "label": 1, "idx": 4},
-         "a moving film All in all, it was", ("terrible", "great"), 1, ("great",)),
-        ({"sentence": "dull", "label": 0, "idx": 5},
-         "dull All in all, it was", ("terrible", "great"), 0, ("terrible",)),
-    ],
-    "rte": [
-        ({"premise": "It rained all day.", "hypothesis": "It was wet.", "idx": 0, "label": 0},
-         'It rained all day.\nCan one conclude from this that "It was wet." is true? Yes or No?\n', ("Yes", "No"), 0,
-         ("Yes",)),
-        ({"premise": "A cat sat.", "hypothesis": "A dog sat.", "idx": 1, "label": 1},
-         'A cat sat.\nCan one conclude from this that "A dog sat." is true? Yes or No?\n', ("Yes", "No"), 1, ("No",)),
-    ],
-    "cb": [
-        ({"premise": "I doubt he came.", "hypothesis": "he came", "idx": 0, "label": 2},
-         'Given that I doubt he came. May we conclude that "he came"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2,
-         ("Maybe",)),
-    ],
-    "boolq": [
-        ({"question": "is ice cold", "passage": "Ice -- Ice is frozen water.", "idx": 0, "label": 1},
-         "Ice -- Ice is frozen water. Is ice cold?\n", ("No", "Yes"), 1, ("Yes",)),
-    ],
-    "wsc": [
-        ({"text": "Mark told Pete that he won.", "span1_index": 0, "span2_index": 4, "span1_text": "Mark",
-          "span2_text": "he", "idx": 0, "label": 0},
-         'Mark told Pete that he won.\nIn the text above, does the word "he" stand for Mark? Yes or No?\n',
-         ("No", "Yes"), 0, ("No",)),
-    ],
-    "wic": [
-        ({"word": "bank", "sentence1": "The bank lent it.", "sentence2": "A river bank.", "start1": 4, "start2": 8,
-          "end1": 8, "end2": 12, "idx": 0, "label": 0},
-         'Is the word "bank" used in the same sense in both of these sentences? Yes or No?\nThe bank lent it.\n'
-         "A river bank.\n", ("No", "Yes"), 0, ("No",)),
-    ],
-    "multirc": [
-        ({"paragraph": "Ann ate two pears.", "question": "How many pears?", "answer": "Two", "label": 1,
-          "idx": {"paragraph": 0, "question": 0, "answer": 0}},
-         'Ann ate two pears.\nQuestion: How many pears?\nSomebody answered "Two". Is this right? Yes or No?\n',
-         ("No", "Yes"), 1, ("Yes",)),
-    ],
-    "copa": [
-        ({"premise": "The ice melted.", "choice1": "The sun shone.", "choice2": "I'm cold.", "question": "cause",
-          "idx": 0, "label": 0},
-         "The ice melted because", ("the sun shone.", "I'm cold."), 0, ("the sun shone.",)),
-        ({"premise": "It rained.", "choice1": "It was dry.", "choice2": "I got wet.", "question": "effect", "idx": 1,
-          "label": 1}, "It rained so", ("it was dry.", "I got wet."), 1, ("I got wet.",)),
-    ],
-    "record": [
-        ({"passage": "Rome fell.\n@highlight\nThe Goths came", "query": "@placeholder was sacked",
-          "entities": ["Goths", "Rome", "The Goths"], "entity_spans": {"text": ["Rome"], "start": [0], "end": [4]},
-          "answers": ["Rome", "Roma"], "idx": {"passage": 0, "query": 0}},
-         'Rome fell.\n- The Goths came\n@placeholder was sacked\nQuestion: Who or what is "@placeholder"?\nAnswer:',
-         ("Goths", "Rome", "The Goths"), 1, ("Rome",)),
-        ({"passage": "Goths, the Goths.", "query": "It was @placeholder", "entities": ["Rome", "Goths", "The Goths"],
-          "entity_spans": {"text": ["Goths"], "start": [0], "end": [5]}, "answers": ["The Goths", "Goths"],
-          "idx": {"passage": 1, "query": 0}},
-         'Goths, the Goths.\nIt was @placeholder\nQuestion: Who or what is "@placeholder"?\nAnswer:',
-         ("Rome", "Goths", "The Goths"), 2, ("The Goths", "Goths")),
-    ],
-    "squad": [
-        ({"id": "5", "title": "Nile_River", "context": "The Nile is long.", "question": "What is long? ",
-          "answers": {"text": ["The Nile", "Nile", "Nile"], "answer_start": [0, 4, 4]}},
-         "Title: Nile River\nPassage: The Nile is long.\nQuestion: What is long?\nAnswer:", (), None,
-         ("The Nile", "Nile")),
-    ],
-    "drop": [
-        ({"section_id": "nfl_1", "query_id": "q", "passage": "They won 21-7.", "question": "By how many points?",
-          "answers_spans": {"spans": ["14"], "types": ["number"]}},
-         "Passage: They won 21-7.\nQuestion: By how many points?\nAnswer:", (), None, ("14",)),
-    ],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_builtin_prompts(name, suffix, tmp_path):
     """Through files laid out as the hub's are: training rows, and test rows from the validation split."""
-    rows = [row for row, *_ in ROWS[name]]
+    rows = [row for row, *_ in PUBLIC[name]]
     folder = tmp_path / name
     write(folder / f"train-00000-of-00001{suffix}", rows * 2)
     write(folder / f"validation-00000-of-00001{suffix}", rows)
     write(folder / f"test-00000-of-00001{suffix}", [row | {"label": -1} for row in rows])
     task = load_task(name)
     parts = task.load(folder, train=len(rows), dev=len(rows), test=len(rows))
-    want = {Example(*expected) for _, *expected in ROWS[name]}
+    want = {Example(*expected) for _, *expected in PUBLIC[name]}
     assert set(parts["test"]) == want and len(parts["test"]) == len(rows)
     assert len(parts["train"]) == len(parts["dev"]) == len(rows) and set(parts["train"] + parts["dev"]) == want
     assert task.metric == ("f1" if name in ("squad", "drop") else "accuracy")
 
 
 def test_all_builtin_tasks_are_tested_and_described():
-    assert set(BUILTIN) == {*ROWS, "demo"}
+    assert set(BUILTIN) == {*PUBLIC, "demo"}
     for name in BUILTIN:
         task = load_task(name)
         assert task.name == name and task.description and (task.dataset or name == "demo")
 
 
 def test_squad_without_titles(tmp_path):
-    row = {k: v for k, v in ROWS["squad"][0][0].items() if k != "title"}
+    row = {k: v for k, v in PUBLIC["squad"][0][0].items() if k != "title"}
     (example,) = load_task("squad").load(write(tmp_path / "x.jsonl", [row]), train=0, dev=0, test=1)["test"]
     assert example.prompt == "Passage: The Nile is long.\nQuestion: What is long?\nAnswer:"
 
@@ -287,7 +201,7 @@ def test_the_hub_is_asked_for_what_the_task_names(monkeypatch):
 
     def load_dataset(path, config, split, **more):
         asked.append((path, config, split, more))
-        return datasets.Dataset.from_list([ROWS["rte"][0][0]] * 9)
+        return datasets.Dataset.from_list([PUBLIC["rte"][0][0]] * 9)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     parts = load_task("rte").load(train=4, dev=5, test=3)
@@ -624,8 +538,8 @@ def test_shots(tokenizer):
     assert some.fit() == {"cut_prompts": 0, "shots_mean": sum(used) / 4, "shots_least": 2} and used[3] == 2
     none = TaskData([example], CODE, tokenizer, max_length=25, shots=shots)[0]
     assert none == TaskData([example], CODE, tokenizer, max_length=25)[0]
-    lines = TaskData(load_task("rte").examples([ROWS["rte"][1][0]]), load_task("rte"), tokenizer, max_length=120,
-                     shots=load_task("rte").examples([ROWS["rte"][0][0]]))  # fmt: skip
+    lines = TaskData(load_task("rte").examples([PUBLIC["rte"][1][0]]), load_task("rte"), tokenizer, max_length=120,
+                     shots=load_task("rte").examples([PUBLIC["rte"][0][0]]))  # fmt: skip
     assert "is true? Yes or No?\nYes\n\nA cat sat.\n" in tokenizer.decode(lines[0]["tokens"][0].tokens)
 
 

@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from helpers import perturbed_copy
 from models import ALL_KINDS, VOCAB, batch_of, causal_lm
 from peft import PeftModel
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
@@ -53,16 +54,6 @@ def tuned(kind, mode, tied=None, **options):
             if "lora_B" in name:
                 p.copy_(0.05 * torch.randn(p.shape, generator=g))
     return model
-
-
-def perturbed_copy(model, seed, eps):
-    """Every weight that requires grad really perturbed, its stream being its position among the parameters."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for i, p in enumerate(other.parameters()):
-            if p.requires_grad:
-                p.copy_(reference.add_noise(p, seed, eps, i))
-    return other
 
 
 def small_tokenizer(**special):

@@ -1,0 +1,256 @@
+"""What several test files share; the models are in models.py."""
+
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from pseuzo import CausalLMObjective, MeZO, PseuZO
+from pseuzo.schedule import Schedule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pseuzo_kernels import reference
+
+
+def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    """NaNs may differ in payload, as the hardware's conversions do; nothing else may differ."""
+    got, want = got.cpu(), want.cpu()
+    assert got.dtype is want.dtype and got.shape == want.shape
+    integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
+    same = (got.view(integer) == want.view(integer)) | (got.isnan() & want.isnan())
+    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, first {got[~same][0]} for {want[~same][0]}"
+
+
+def perturbed_copy(model, seed, eps, noise="hadamard"):
+    """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            if p.requires_grad:
+                p.copy_(reference.add_noise(p, seed, eps, i, noise=noise))
+    return other
+
+
+class Waits(TorchDispatchMode):
+    """Counts ops whose result's value or size the host has to wait for."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "unique", "_unique2", "masked_select", "equal", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if masks or name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+# the command line
+
+SMALL = ["--model", "demo", "--task", "demo", "--train-size", "48", "--dev-size", "24", "--test-size", "24",
+         "--batch-size", "6", "--eval-batch-size", "24", "--device", "cpu", "--quiet"]  # fmt: skip
+ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
+
+
+def pseuzo(*args: object, code: int = 0) -> str:
+    from click.testing import CliRunner
+    from pseuzo.cli import main
+
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    if result.exit_code != code:
+        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
+    return result.output
+
+
+def last_json(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])  # after what was warned of
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def start(args: list[str]) -> None:
+    from pseuzo.cli import main
+
+    torch.set_num_threads(1)
+    main(args, standalone_mode=True)
+
+
+def _started(args: list[str]) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pseuzo.runs"])
+    process = context.Process(target=start, args=(args,))
+    process.start()
+    return process
+
+
+def killed(args: list[str], when) -> None:
+    """Runs the command in a process that is killed as soon as when() is true."""
+    process = _started(args)
+    until = time.monotonic() + 120
+    while not when():
+        assert process.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def run(args: list[str]) -> None:
+    process = _started(args)
+    process.join()
+    assert process.exitcode == 0
+
+
+# optimizers whose passes are recorded
+
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def run_steps(opt, model, steps=7, lengths=(12,), lrs=None):
+    """Steps on batches of changing content; functions and memory are those of a length's first batch."""
+    from models import batch_of
+
+    objective, functions, losses = CausalLMObjective(model, [17, 4]), {}, []
+    device = next(model.parameters()).device
+    for t in range(steps):
+        length = lengths[t % len(lengths)]
+        batch = {**batch_of(length=length, seed=t), "labels": LABELS}
+        plan = objective.plan({k: v.to(device) for k, v in batch.items()})
+        if length not in functions:
+            static = {k: v.clone() for k, v in plan.items()}
+            forward, head = objective.functions(static, reduction="none")
+            functions[length] = static, forward, head, lambda f=forward, h=head: h(f())
+        static, forward, head, closure = functions[length]
+        for name, x in static.items():
+            x.copy_(plan[name])
+        for group in opt.param_groups if lrs else ():
+            group["lr"] = lrs[t]
+        losses.append(opt.step(forward, head, groups=LABELS) if isinstance(opt, PseuZO) else opt.step(closure))
+    return torch.stack(losses)
+
+
+class OffEveryThird(Schedule):
+    def __call__(self, step: int) -> float:
+        return float(step % 3 != 2)
+
+
+MAKERS = {
+    "pseuzo": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2, **k),
+    "pseuzo two-sided, clipped": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, two_sided=True, clip_examples=1.5, **k),
+    "pseuzo scheduled": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, OffEveryThird(), **k),
+    "mezo": lambda m, **k: MeZO(m, 1e-3, 1e-2, directions=2, momentum=0.5, window=2, **k),
+    "mezo one-sided": lambda m, **k: MeZO(m, 1e-3, 1e-2, two_sided=False, **k),
+    "parameters": lambda m, **k: PseuZO(m.parameters(), 1e-3, 1e-2, 3, **k),
+    "parameters, mezo": lambda m, **k: MeZO(m.parameters(), 1e-3, 1e-2, **k),
+}
+
+
+# tasks
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# name: (row, prompt, options, answer, golds), by hand from the public schemas
+PUBLIC = {
+    "sst2": [
+        ({"sentence": "a moving film ", "label": 1, "idx": 4},
+         "a moving film All in all, it was", ("terrible", "great"), 1, ("great",)),
+        ({"sentence": "dull", "label": 0, "idx": 5},
+         "dull All in all, it was", ("terrible", "great"), 0, ("terrible",)),
+    ],
+    "rte": [
+        ({"premise": "It rained all day.", "hypothesis": "It was wet.", "idx": 0, "label": 0},
+         'It rained all day.\nCan one conclude from this that "It was wet." is true? Yes or No?\n', ("Yes", "No"), 0,
+         ("Yes",)),
+        ({"premise": "A cat sat.", "hypothesis": "A dog sat.", "idx": 1, "label": 1},
+         'A cat sat.\nCan one conclude from this that "A dog sat." is true? Yes or No?\n', ("Yes", "No"), 1, ("No",)),
+    ],
+    "cb": [
+        ({"premise": "I doubt he came.", "hypothesis": "he came", "idx": 0, "label": 2},
+         'Given that I doubt he came. May we conclude that "he came"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2,
+         ("Maybe",)),
+    ],
+    "boolq": [
+        ({"question": "is ice cold", "passage": "Ice -- Ice is frozen water.", "idx": 0, "label": 1},
+         "Ice -- Ice is frozen water. Is ice cold?\n", ("No", "Yes"), 1, ("Yes",)),
+    ],
+    "wsc": [
+        ({"text": "Mark told Pete that he won.", "span1_index": 0, "span2_index": 4, "span1_text": "Mark",
+          "span2_text": "he", "idx": 0, "label": 0},
+         'Mark told Pete that he won.\nIn the text above, does the word "he" stand for Mark? Yes or No?\n',
+         ("No", "Yes"), 0, ("No",)),
+    ],
+    "wic": [
+        ({"word": "bank", "sentence1": "The bank lent it.", "sentence2": "A river bank.", "start1": 4, "start2": 8,
+          "end1": 8, "end2": 12, "idx": 0, "label": 0},
+         'Is the word "bank" used in the same sense in both of these sentences? Yes or No?\nThe bank lent it.\n'
+         "A river bank.\n", ("No", "Yes"), 0, ("No",)),
+    ],
+    "multirc": [
+        ({"paragraph": "Ann ate two pears.", "question": "How many pears?", "answer": "Two", "label": 1,
+          "idx": {"paragraph": 0, "question": 0, "answer": 0}},
+         'Ann ate two pears.\nQuestion: How many pears?\nSomebody answered "Two". Is this right? Yes or No?\n',
+         ("No", "Yes"), 1, ("Yes",)),
+    ],
+    "copa": [
+        ({"premise": "The ice melted.", "choice1": "The sun shone.", "choice2": "I'm cold.", "question": "cause",
+          "idx": 0, "label": 0},
+         "The ice melted because", ("the sun shone.", "I'm cold."), 0, ("the sun shone.",)),
+        ({"premise": "It rained.", "choice1": "It was dry.", "choice2": "I got wet.", "question": "effect", "idx": 1,
+          "label": 1}, "It rained so", ("it was dry.", "I got wet."), 1, ("I got wet.",)),
+    ],
+    "record": [
+        ({"passage": "Rome fell.\n@highlight\nThe Goths came", "query": "@placeholder was sacked",
+          "entities": ["Goths", "Rome", "The Goths"], "entity_spans": {"text": ["Rome"], "start": [0], "end": [4]},
+          "answers": ["Rome", "Roma"], "idx": {"passage": 0, "query": 0}},
+         'Rome fell.\n- The Goths came\n@placeholder was sacked\nQuestion: Who or what is "@placeholder"?\nAnswer:',
+         ("Goths", "Rome", "The Goths"), 1, ("Rome",)),
+        ({"passage": "Goths, the Goths.", "query": "It was @placeholder", "entities": ["Rome", "Goths", "The Goths"],
+          "entity_spans": {"text": ["Goths"], "start": [0], "end": [5]}, "answers": ["The Goths", "Goths"],
+          "idx": {"passage": 1, "query": 0}},
+         'Goths, the Goths.\nIt was @placeholder\nQuestion: Who or what is "@placeholder"?\nAnswer:',
+         ("Rome", "Goths", "The Goths"), 2, ("The Goths", "Goths")),
+    ],
+    "squad": [
+        ({"id": "5", "title": "Nile_River", "context": "The Nile is long.", "question": "What is long? ",
+          "answers": {"text": ["The Nile", "Nile", "Nile"], "answer_start": [0, 4, 4]}},
+         "Title: Nile River\nPassage: The Nile is long.\nQuestion: What is long?\nAnswer:", (), None,
+         ("The Nile", "Nile")),
+    ],
+    "drop": [
+        ({"section_id": "nfl_1", "query_id": "q", "passage": "They won 21-7.", "question": "By how many points?",
+          "answers_spans": {"spans": ["14"], "types": ["number"]}},
+         "Passage: They won 21-7.\nQuestion: By how many points?\nAnswer:", (), None, ("14",)),
+    ],
+}  # fmt: skip

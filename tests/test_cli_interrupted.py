@@ -1,0 +1,145 @@
+"""Runs of the command line that were killed or interrupted, or are over: what goes on from where, to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
+from pseuzo.journal import JournalError, read_journal
+from pseuzo.trainer import last_checkpoint
+
+
+@pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
+    base = ["train", *SMALL, *ZERO_ORDER, "--method", method, "--steps", "30", "--keep", "last", "--eval-every", "0",
+            "--save-every", "4", "--dtype", "bf16", "--window", "5", "--lr-scheduler", "linear"]  # fmt: skip
+    whole, journal = tmp_path / "whole", tmp_path / "whole.pzj"
+    run([*base, "--output", str(whole), "--journal", str(journal)])
+    out, again = tmp_path / "killed", tmp_path / "killed.pzj"
+    args = [*base, "--output", str(out), "--journal", str(again)]
+
+    def made(steps: int):
+        def there() -> bool:
+            try:
+                return sum(1 for _ in read_journal(again)[1]) >= steps
+            except (OSError, JournalError):  # not there yet, or only in part
+                return False
+
+        return there
+
+    def writing(step: int):  # in the middle of a checkpoint
+        folder = out / f"checkpoint-{step}"
+        return lambda: (folder / "model.safetensors").exists() and not (folder / "trainer_state.json").exists()
+
+    killed(args, made(9))
+    for when in (made(18), writing(24)):
+        assert last_checkpoint(out) is not None
+        killed([*args, "--resume"], when)
+    run([*args, "--resume"])
+    assert_same_weights(whole / "model", out / "model")
+    assert again.read_bytes() == journal.read_bytes()
+
+
+def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
+    base = ["train", *SMALL, "--method", "fo-adam", "--lr", "1e-3", "--noise-on", "auto", "--clip-examples", "2",
+            "--steps", "24", "--keep", "last", "--eval-every", "0", "--save-every", "4"]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    run([*base, "--output", str(whole)])
+    args = [*base, "--output", str(out)]
+    killed(args, lambda: last_checkpoint(out) is not None)
+    decided = (out / "noise_on.json").read_text()
+    run([*args, "--resume"])
+    assert (out / "noise_on.json").read_text() == decided, "it is not decided again"
+    assert_same_weights(whole / "model", out / "model")
+
+
+def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", "100000", "--eval-every", "0", "--save-every", "5", "--keep",
+            "last", "--output", str(out)]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "pseuzo", *args], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while not (out.exists() and last_checkpoint(out)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "interrupted; the run goes on from its last checkpoint" in errors
+    assert "Traceback" not in errors and last_checkpoint(out) is not None
+
+
+@pytest.mark.parametrize("damage", ["state cut", "weights cut", "optimizer cut", "optimizer gone"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
+    out = tmp_path / "run"
+    pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 6, "--eval-every", 0, "--save-every", 2, "--keep", "last",
+           "--output", out)  # fmt: skip
+    assert last_checkpoint(out).endswith("checkpoint-6")
+    file = {"state": "trainer_state.json", "weights": "model.safetensors", "optimizer": "optimizer.pt"}[
+        damage.split()[0]
+    ]
+    whole = (out / "checkpoint-6" / file).read_bytes()
+    (out / "checkpoint-6" / file).unlink()
+    if damage.endswith("cut"):
+        (out / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
+    assert last_checkpoint(out).endswith("checkpoint-4")
+
+
+def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 5, "--save-every", 5, "--keep", "last", "--journal", journal,
+            "--lr-scheduler", "linear", "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    results = json.loads((out / "results.json").read_text())
+    assert results["lr"] == 2e-4, "the rate it began with"
+    (out / "results.json").unlink()  # killed while the test rows were evaluated
+    pseuzo(*args, "--resume")
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert journal.read_bytes() == recorded
+    again = json.loads((out / "results.json").read_text())
+    assert again["steps"] == 5 and again["test"] == results["test"] and again["lr"] == 2e-4
+
+
+def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 0, "--keep", "last", "--journal", journal,
+            "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    assert "no checkpoint yet" in pseuzo(*args, "--resume")
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert journal.read_bytes() == recorded
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 2, "--keep", "last", "--output", out]
+    pseuzo(*args)
+    config = (out / "config.yaml").read_text()
+    for other in (["--lr", "1e-4"], ["--batch-size", "4"], ["--method", "mezo"], ["--window", "3"], ["--seed", "7"],
+                  ["--noise-on", "last-half"]):  # fmt: skip
+        text = pseuzo(*args, *other, "--resume", code=2)
+        assert other[0].strip("-").replace("-", "_") in text.splitlines()[-1] and "own settings" in text
+    assert (out / "config.yaml").read_text() == config
+    pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+
+
+def test_a_refused_try_does_not_block_the_next(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, "--steps", 2, "--output", out, "--method", "mezo"]
+    pseuzo(*args, "--noise-on", "no_such_layer", code=2)
+    text = pseuzo(*args, "--noise-on", "attention-out", "--resume")
+    assert "no run to resume" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "not the folder of a run" in pseuzo(*args[:-4], "--output", tmp_path / "mine", "--resume", code=2)
