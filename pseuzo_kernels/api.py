@@ -92,7 +92,7 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
             raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{op}: mixed devices, {name} is on {value.device} and x on {device}")
-        return value.detach().reshape(-1).to(dtype)
+        return value.detach().reshape(-1).to(dtype).contiguous()
     values = list(value) if isinstance(value, Iterable) else [value]
     if dtype is torch.int64:
         values = [signed64(op, v) for v in values]

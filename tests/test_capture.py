@@ -2,25 +2,26 @@
 it knows no Python, only the numbers and the memory that each op had when it was recorded."""
 
 import copy
+import sys
 import warnings
 from functools import partial
 
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import LABELS, MAKERS, run_steps
 from models import Tied, batch_of, causal_lm
 from pseuzo import CausalLMObjective, MeZO, PseuZO, capture
 from pseuzo.cli import main
 from pseuzo.objective import padded
 from pseuzo.runs import max_length, model_path
-from pseuzo.schedule import Schedule
+from pseuzo.schedule import Constant
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.tuning import load_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LABELS = torch.tensor([0, 1, 1, 0])
 STEPS = 7
 
 
@@ -59,51 +60,14 @@ def tapes(monkeypatch):
     return made
 
 
-def run(opt, model, steps=STEPS, lengths=(12,), lrs=None):
-    """Steps on batches of changing content; functions and memory are those of a length's first batch."""
-    objective, functions, losses = CausalLMObjective(model, [17, 4]), {}, []
-    device = next(model.parameters()).device
-    for t in range(steps):
-        length = lengths[t % len(lengths)]
-        batch = {**batch_of(length=length, seed=t), "labels": LABELS}
-        plan = objective.plan({k: v.to(device) for k, v in batch.items()})
-        if length not in functions:
-            static = {k: v.clone() for k, v in plan.items()}
-            forward, head = objective.functions(static, reduction="none")
-            functions[length] = static, forward, head, lambda f=forward, h=head: h(f())
-        static, forward, head, closure = functions[length]
-        for name, x in static.items():
-            x.copy_(plan[name])
-        for group in opt.param_groups if lrs else ():
-            group["lr"] = lrs[t]
-        losses.append(opt.step(forward, head, groups=LABELS) if isinstance(opt, PseuZO) else opt.step(closure))
-    return torch.stack(losses)
-
-
-class OffEveryThird(Schedule):
-    def __call__(self, step: int) -> float:
-        return float(step % 3 != 2)
-
-
-MAKERS = {
-    "pseuzo": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2, **k),
-    "pseuzo two-sided, clipped": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, two_sided=True, clip_examples=1.5, **k),
-    "pseuzo scheduled": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, OffEveryThird(), **k),
-    "mezo": lambda m, **k: MeZO(m, 1e-3, 1e-2, directions=2, momentum=0.5, window=2, **k),
-    "mezo one-sided": lambda m, **k: MeZO(m, 1e-3, 1e-2, two_sided=False, **k),
-    "parameters": lambda m, **k: PseuZO(m.parameters(), 1e-3, 1e-2, 3, **k),
-    "parameters, mezo": lambda m, **k: MeZO(m.parameters(), 1e-3, 1e-2, **k),
-}
-
-
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_recorded_passes_give_the_same_bits(make, tapes):
     model = causal_lm("opt").to(torch.bfloat16).eval()
     twin = copy.deepcopy(model)
     lrs = [1e-3 * (t + 1) for t in range(10)]
-    want = run(make(model), model, 10, (12, 9), lrs)
+    want = run_steps(make(model), model, 10, (12, 9), lrs)
     assert not tapes
-    got = run(make(twin, capture=True), twin, 10, (12, 9), lrs)
+    got = run_steps(make(twin, capture=True), twin, 10, (12, 9), lrs)
     passes = {PseuZO: 2, MeZO: 1}[type(make(model))]  # a clean and a perturbed one; a perturbed one for both signs
     assert len(tapes) >= 2 * passes, "not everything was recorded"
     assert torch.equal(got, want)
@@ -119,7 +83,7 @@ def test_exact_gradient_of_an_untied_head(tapes):
         head = {"params": [m.lm_head.weight], "exact_gradient": True, "lr": 0.5}
         return PseuZO([{"params": rest}, head], 1e-3, 1e-2, 3, model=m, **k)
 
-    assert torch.equal(run(make(model), model), run(make(twin, capture=True), twin))
+    assert torch.equal(run_steps(make(model), model), run_steps(make(twin, capture=True), twin))
     assert tapes and torch.equal(model.lm_head.weight, twin.lm_head.weight)
 
 
@@ -137,18 +101,67 @@ def test_a_weight_used_outside_its_module(keep_view, recorded, tapes):
     assert len(tapes) == recorded and torch.equal(*losses) and losses[0].isfinite().all()
 
 
+def test_passes_whose_outputs_are_compared_are_recorded_together(tapes):
+    """A recorded pass may choose other kernels: beside one that is run, what they differ by would pass for a change of
+    the output. Here the perturbed pass needs the watch, and so is never recorded."""
+    model, twin = Tied(keep_view=True).eval(), Tied(keep_view=True).eval()
+    ids = torch.randint(0, 300, (4, 5))
+    losses = []
+    for m, captured in ((model, False), (twin, True)):
+        opt = PseuZO(m, 1e-6, 1e-3, 3, capture=captured)
+        forward, head = lambda m=m: m(ids), lambda o: o.square().mean()
+        losses.append(torch.stack([opt.step(forward, head) for _ in range(STEPS)]))
+    assert not tapes and torch.equal(*losses)
+
+
+def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
+    """With lambda 0 the tied head runs too, the largest weight: scratch grows, and what was recorded before is void."""
+    model = causal_lm("qwen2").eval()
+    twin = copy.deepcopy(model)
+    ids = batch_of()["input_ids"]
+    labels = ids.clone()
+    record, replays = capture._record, []
+
+    def recorded(call, stream, pool):
+        outputs, replay = record(call, stream, pool)
+        then = twin._pseuzo_forward.replaced
+
+        def checked() -> None:
+            assert twin._pseuzo_forward.replaced == then, "it writes to memory that was freed"
+            replays.append(then)
+            replay()
+
+        return outputs, checked
+
+    monkeypatch.setattr(capture, "_record", recorded)
+    # else all weights of so small a model have memory of their own
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "SMALL", 200)
+
+    class Now(Constant):
+        def __call__(self, step: int) -> float:
+            return 0.0 if step in (9, 10) else 1.0
+
+    results = []
+    for m, captured in ((model, False), (twin, True)):
+        opt = PseuZO(m, 1e-3, 1e-2, 3, momentum=Now(1.0), capture=captured)
+        forward, head = CausalLMObjective(m)({"input_ids": ids, "labels": labels})
+        results.append(torch.stack([opt.step(forward, head) for _ in range(18)]))
+    assert torch.equal(*results)
+    assert len(set(replays)) == 2, "graphs of before and of after the scratch grew"
+
+
 def test_other_weights_are_recorded_anew(tapes):
     """A resumed run, and a weight that was replaced: graphs of what was there before would read freed memory."""
     model = causal_lm("opt").eval()
     twin = copy.deepcopy(model)
     plain, captured = PseuZO(model, 1e-3, 1e-2, 3), PseuZO(twin, 1e-3, 1e-2, 3, capture=True)
     for m, opt in ((model, plain), (twin, captured)):
-        run(opt, m, 5)
+        run_steps(opt, m, 5)
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         weight = m.model.decoder.layers[0].fc1.weight
         weight.data = weight.data.clone()
     before = len(tapes)
-    assert torch.equal(run(plain, model), run(captured, twin))
+    assert torch.equal(run_steps(plain, model), run_steps(captured, twin))
     assert len(tapes) > before
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
@@ -156,9 +169,9 @@ def test_other_weights_are_recorded_anew(tapes):
 def test_losses_that_were_returned_stay(tapes):
     model = causal_lm("opt").eval()
     opt = PseuZO(model, 1e-2, 1e-2, 3, capture=True)
-    losses = run(opt, model, 6)
+    losses = run_steps(opt, model, 6)
     kept = losses.clone()
-    run(opt, model, 2)
+    run_steps(opt, model, 2)
     assert torch.equal(losses, kept) and len(set(losses.tolist())) == 6
 
 
@@ -194,7 +207,7 @@ def test_functions_that_are_new_each_time_are_warned_of(tapes, monkeypatch):
             opt.step(lambda f=forward, h=head: h(f()))
     assert not tapes
     assert sum("every step brings new functions" in str(w.message) for w in caught) == 1
-    assert len(opt._graphs._passes) <= capture.MOST, "a long run would keep every batch"
+    assert len(opt._graphs._steps) <= capture.MOST, "a long run would keep every batch"
 
 
 def test_needs_a_gpu():

@@ -1,20 +1,23 @@
-"""Passes recorded as CUDA graphs: what was hundreds of launches from Python becomes one, with the same bits.
+"""Passes recorded as CUDA graphs: what was hundreds of launches from Python becomes one.
 
 A graph holds addresses and no Python: it reads its batch, its seed and its eps from tensors that are written before
-each replay. What differs from step to step on the host (the window's slot, the lr) stays outside: a few launches.
+each replay. What differs from step to step on the host (the window's slot, the lr) stays outside: a few launches. The
+bits are those of the same kernels run one by one. Transformers chooses another attention kernel while it is recorded
+where no row of a batch is padded; so the passes of a step, whose outputs are compared, are recorded together.
 """
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-WARM_UP = 2  # runs before a pass is recorded: they compile kernels, choose algorithms and make what is kept
-MOST = 64  # passes kept, the ones used last: a graph is small, but a long run may see many shapes
+WARM_UP = 2  # steps before the passes of one are recorded: they compile kernels and make what is kept
+MOST = 64  # kinds of step kept, the ones used last: a graph is small, but a long run may see many shapes
 
 
 def check_device(name: str, device: torch.device) -> None:
@@ -25,13 +28,14 @@ def check_device(name: str, device: torch.device) -> None:
 def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
     """What call() returned while it was recorded, and the replay that writes it anew. Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # relaxed: some kernels are first needed, and loaded, in here
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"):
         outputs = call()
     return outputs, graph.replay
 
 
 class Graphs:
-    """Runs passes, each named by a key: at first as they are, later as the graph of the same key.
+    """Runs the passes of steps: at first as they are, in one step while they are recorded, and from then on as graphs.
 
     All graphs share one pool of memory, so that of one pass serves the next: they must not run at the same time, and
     outputs are handed out as copies.
@@ -39,30 +43,45 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._passes: OrderedDict[Hashable, tuple[Any, Callable[[], None]] | int] = OrderedDict()
+        # by what makes a step's passes: how often it was run, or its graphs by the name of the pass
+        self._steps: OrderedDict[Hashable, int | dict[str, tuple[Any, Callable[[], None]]]] = OrderedDict()
+        self._graphs: dict[str, tuple[Any, Callable[[], None]]] | None = None  # of the step that runs
+        self._recording = False
         self._stream = self._pool = None
-        self._lost = 0  # passes that were forgotten before they were recorded, one after another
+        self._lost = 0  # kinds of step that were forgotten before they were recorded, one after another
 
     def clear(self) -> None:
         """Forget all graphs: the tensors that they read or write are no longer those of the model."""
-        self._passes.clear()
+        self._steps.clear()
 
-    def run(self, key: Hashable, call: Callable[[], Any], ready: bool) -> Any:
-        """call(), a tensor or a tuple of them. ready: False while its run still does things on the host."""
-        known = self._passes.get(key, 0)
-        if not isinstance(known, int):
-            self._passes.move_to_end(key)
-            known[1]()
-            return tree_map(Tensor.clone, known[0])
-        if known < WARM_UP or not ready:
+    @contextmanager
+    def step(self, key: Hashable, ready: bool) -> Iterator[None]:
+        """A step whose passes run() runs inside. key: all that says which passes they are, and of what. ready: False
+        while one of them still does things on the host."""
+        known = self._steps.get(key, 0)
+        self._recording = known == WARM_UP and ready
+        self._graphs = {} if self._recording else None if isinstance(known, int) else known
+        try:
+            yield
+            self._keep(key, min(known + 1, WARM_UP) if self._graphs is None else self._graphs)
+        finally:
+            self._recording, self._graphs = False, None
+
+    def run(self, name: str, call: Callable[[], Any]) -> Any:
+        """call(), a tensor or a tuple of them. name: passes of a step that are the same have the same."""
+        if self._graphs is None:
             outputs = call()
             if not all(isinstance(x, Tensor) for x in tree_leaves(outputs)):
                 raise TypeError("capture: a pass must return tensors, not numbers; without .item(), or capture off")
-            self._keep(key, known + 1)
             return outputs
-        outputs = self._on_its_stream(call)  # this run's result; recording computes none
+        if not self._recording:
+            outputs, replay = self._graphs[name]
+            replay()
+            return tree_map(Tensor.clone, outputs)
+        outputs = self._on_its_stream(call)  # this step's result; recording computes none
         try:
-            self._keep(key, _record(call, self._stream, self._pool))
+            if name not in self._graphs:
+                self._graphs[name] = _record(call, self._stream, self._pool)
         except Exception as error:
             raise RuntimeError(
                 "capture: a pass does what a CUDA graph cannot hold, such as waiting for the device "
@@ -84,12 +103,12 @@ class Graphs:
         return tree_map(Tensor.clone, outputs)  # memory of the stream that uses it from here on
 
     def _keep(self, key: Hashable, what: Any) -> None:
-        self._passes[key] = what
-        self._passes.move_to_end(key)
+        self._steps[key] = what
+        self._steps.move_to_end(key)
         if not isinstance(what, int):
             self._lost = 0
-        if len(self._passes) > MOST:
-            self._lost += isinstance(self._passes.popitem(last=False)[1], int)
+        if len(self._steps) > MOST:
+            self._lost += isinstance(self._steps.popitem(last=False)[1], int)
             if self._lost == MOST:
                 warnings.warn(
                     "capture: every step brings new functions, so nothing is recorded; give the same ones each time, "

@@ -67,7 +67,7 @@ class Fetched:
             pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in tensors]
             self._host = tuple(to.copy_(t, non_blocking=True) for to, t in zip(pinned, tensors, strict=True))
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(tensors[0].device))
 
     def here(self) -> bool:
         return self._event is None or self._event.query()

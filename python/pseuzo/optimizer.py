@@ -13,7 +13,7 @@ Sources: PseuZO (NeurIPS 2025); MeZO, Malladi et al., "Fine-tuning language mode
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,7 @@ class ZeroOrder(torch.optim.Optimizer):
         if capture:
             check_device(name, self._device)
         self._graphs = Graphs(self._device) if capture else None
+        self._memory: tuple | None = None  # that the graphs were recorded of
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; new parameters get the next streams (with a model: their position in model.parameters())."""
@@ -199,8 +200,9 @@ class ZeroOrder(torch.optim.Optimizer):
         ]
 
     @contextmanager
-    def _passes(self) -> Iterator[None]:
-        """The passes of a step: without autograd and dropout; on an error, bare parameters are put back."""
+    def _passes(self, kind: str, key: tuple) -> Iterator[None]:
+        """The passes of a step: without autograd and dropout; on an error, bare parameters are put back. kind: of the
+        perturbed ones; key: what they are made of. They are recorded under both."""
         self._pending = None  # an estimate that was not applied is forgotten
         self._trained()  # bad groups are refused before anything is written
         if self.model is not None:
@@ -208,32 +210,37 @@ class ZeroOrder(torch.optim.Optimizer):
             if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less
                 forward.note_used(self._used_so_far())
                 self._forward = forward
-                if self._graphs is not None:
-                    self._graphs.clear()
-        with self._put_back_on_error(), torch.no_grad(), frozen_mode(self.model):
+        graphs = nullcontext()
+        if self._graphs is not None:
+            memory = (self._forward, self._forward and self._forward.replaced)
+            if memory != self._memory:  # graphs would read or write what is not there any more
+                self._memory = memory
+                self._graphs.clear()
+            graphs = self._graphs.step((kind, *key), self._forward is None or self._forward.settled(kind))
+        with self._put_back_on_error(), torch.no_grad(), frozen_mode(self.model), graphs:
             yield
 
     def _used_so_far(self) -> dict[str, list[int]]:
         """The streams of the weights that each kind of pass has used."""
         return self._used if self._forward is None else self._forward.used()
 
-    def _run(self, key: tuple, run: Callable[[], Any], ready: bool = True) -> Any:
-        """run(), or the graph that was recorded of an earlier run of the same key: what it is made of, and a name."""
-        return run() if self._graphs is None else self._graphs.run(key, run, ready)
+    def _run(self, name: str, run: Callable[[], Any]) -> Any:
+        """run(), or the graph that was recorded of the pass of this name in an earlier step like this one."""
+        return run() if self._graphs is None else self._graphs.run(name, run)
 
-    def _at(self, seed: int, sign: int, kind: str, key: tuple, run: Callable[[], Any]) -> Any:
+    def _at(self, seed: int, sign: int, kind: str, run: Callable[[], Any]) -> Any:
         """run() at x + sign * eps * z(seed): exactly with a model; bare parameters are shifted, and stay so."""
         forward = self._forward
         if forward is None:
             self._shift(seed, sign * self.eps)
-            return self._run((*key, kind), run)
+            return self._run(kind, run)
         forward.aim(seed, sign * self.eps)
 
         def perturbed_run() -> Any:
             with forward.passing(kind):
                 return run()
 
-        return self._run((*key, kind), perturbed_run, forward.settled(kind))
+        return self._run(kind, perturbed_run)
 
     def _shift(self, seed: int, to: float) -> None:
         """Bare parameters from x + offset * z(shift_seed) to x + to * z(seed), in place: fp32 through the op, to
@@ -364,11 +371,11 @@ class ZeroOrder(torch.optim.Optimizer):
         update is the mean of c_j z_j."""
         seeds = [direction_seed(self.seed, self._step, j) for j in range(directions)]
         losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=self._device)
-        with self._passes():
-            clean = None if two_sided else self._losses(self._run((*key, "clean loss"), loss_of))
+        with self._passes("loss", (two_sided, *key)):
+            clean = None if two_sided else self._losses(self._run("clean", loss_of))
             for seed in seeds:
-                plus = self._losses(self._at(seed, 1, "loss", key, loss_of))
-                minus = self._losses(self._at(seed, -1, "loss", key, loss_of)) if two_sided else clean
+                plus = self._losses(self._at(seed, 1, "loss", loss_of))
+                minus = self._losses(self._at(seed, -1, "loss", loss_of)) if two_sided else clean
                 if plus.shape != minus.shape:
                     raise ValueError(
                         f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
@@ -492,10 +499,11 @@ class MeZO(ZeroOrder):
     clip_examples: r; the projected gradient of each example is clamped to r times the batch's median size (not where
     that is 0). The closure must then return per-example losses, [B].
     The passes of a step run with the module in eval mode; with bare parameters that is the caller's business.
-    capture: record the passes as CUDA graphs, from the third step with the same closure on, and replay them: the same
-    bits, hundreds of launches fewer. The closure must then be the same object at every step (or one of a few), read its
-    batch from tensors that you write before the step (tensor.copy_(...)), and never wait for the device. lr, weight
-    decay and eps may change; weights and what else the closure reads must stay where they are in memory.
+    capture: record the passes as CUDA graphs, from the third step with the same closure on, and replay them:
+    hundreds of launches fewer (bits: see pseuzo.capture). The closure must then be the same object at every step
+    (or one of a few), read its batch from tensors that you write before the step (tensor.copy_(...)), and never
+    wait for the device. lr, weight decay and eps may change; weights and what else the closure reads must stay
+    where they are in memory.
     Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
@@ -690,13 +698,13 @@ class PseuZO(ZeroOrder):
             o = _output(forward())
             return o, *_gradient(head, o, exact)
 
-        with self._passes():
-            o0, loss, e, *gradients = self._run((forward, head, "clean", *exact), clean)
+        with self._passes("output", (forward, head, *exact)):
+            o0, loss, e, *gradients = self._run("clean", clean)
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got {len(groups)}")
 
             def output_at(sign: int) -> Tensor:
-                return _output(self._at(seed, sign, "output", (forward, head), forward), like=o0)
+                return _output(self._at(seed, sign, "output", forward), like=o0)
 
             o1, base = output_at(1), o0
             if self.two_sided:

@@ -33,12 +33,13 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}
+        self.replaced = 0  # buffers: graphs that were recorded of them are of no use any more
 
     def take(self, depth: int, like: list[Tensor]) -> list[Tensor]:
         key = (depth, like[0].dtype, like[0].device)
         sizes = [-(-x.numel() // ALIGN) * ALIGN for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
-            self._buffers.pop(key, None)  # freed before the larger one is made
+            self.replaced += self._buffers.pop(key, None) is not None  # freed before the larger one is made
             self._buffers[key] = torch.empty(sum(sizes), dtype=key[1], device=key[2])
         parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
         return [part[: x.numel()].view(x.shape) for part, x in zip(parts, like, strict=False)]
@@ -235,6 +236,11 @@ class PerturbedForward:
         """Forwards of the model inside see x + eps * scale * z(seed). eps may be negative. kind: see passing."""
         self.aim(seed, eps)
         return self.passing(kind)
+
+    @property
+    def replaced(self) -> int:
+        """How often memory that passes work in was replaced: graphs recorded before that must not run any more."""
+        return self._scratch.replaced
 
     def aim(self, seed: int, eps: float) -> None:
         """Says what the passes from here on see. Written in place: a recorded pass reads it when it is replayed."""
