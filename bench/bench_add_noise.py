@@ -2,11 +2,12 @@
 
 python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--check]
 
-pct_of_copy: GB/s over those of copy_ in the same run, of the bytes that the way at hand has to move. pct_of_rate (GPU):
-normals/s over what the instructions of the loop over seeds allow: multiprocessors x 128 lanes x highest clock /
-instructions a normal, as counted by sass_cost.py. All that is compared is checked first: ours to the bit of the
-reference; ways with noise of another kind, that they add noise of the same mean and variance. --check does only that;
-under TRITON_INTERPRET=1, it does so with the Triton kernels, on a CPU in Triton's interpreter.
+On a GPU the rows of our own ops are of the GPU alone, recorded as CUDA graphs, and the weight is 16 times as large, so
+that it fits no cache. pct_of_copy: GB/s over those of copy_ in the same run, of the bytes that the way at hand has to
+move. pct_of_rate (GPU): normals/s over what the instructions of the loop over seeds allow: multiprocessors x 128 lanes
+x highest clock / instructions a normal, as counted by sass_cost.py. All that is compared is checked first: ours to the
+bit of the reference; ways with noise of another kind, that they add noise of the same mean and variance. --check does
+only that; under TRITON_INTERPRET=1, it does so with the Triton kernels, on a CPU in Triton's interpreter.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from pseuzo_kernels import NOISES, EmaWindow, add_noise, api, noise, perturb_, reference, update_
 
 N = 8192 * 2048
+SEVERAL = {"cpu": 14, "cuda": 64}  # the most seeds that ways with a pass per seed are timed with: more takes minutes
 LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
 WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
@@ -143,7 +145,7 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
     size, copied = x.element_size(), None
 
     def row(op, impl, call, K, passes, kind=None):  # passes over x, of reading or writing; kind of our noise
-        ms = table.time(call)
+        ms = table.time(call, kernel=impl.startswith("pseuzo"))
         rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6, gnormals_per_s=K * n / ms["ms_p50"] / 1e6)
         if copied:
             rates["pct_of_copy"] = 100 * rates["gb_per_s"] / copied
@@ -164,13 +166,14 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
     check_compiled(dtype, n, device)
     for K in Ks:
         seeds, coefs, took = list(range(K)), coefs_of(K), {}
+        on_device = torch.tensor(seeds, device=device), torch.tensor(coefs, device=device)
         for kind in UPDATE_NOISES:
             impl = "pseuzo" if kind == "hadamard" else f"pseuzo {kind}"
-            call = partial(OPS.update_, x, seeds, coefs, lr=LR, noise=kind, rounding=rounding_of(x))
+            call = partial(OPS.update_, x, *on_device, lr=LR, noise=kind, rounding=rounding_of(x))
             took[impl] = row("update", impl, call, K, 2, kind)
         for impl, (loop, passes) in LOOPS.items():
-            if device.type == "cpu" and K > (1 if loop is compiled_loop else 14):
-                continue  # minutes
+            if K > SEVERAL[device.type] or (device.type == "cpu" and loop is compiled_loop and K > 1):
+                continue
             check_law(loop, K, dtype, n, device)
             kind = "hadamard" if loop is pass_per_seed else None
             took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K, kind)
@@ -185,8 +188,9 @@ def check_window(shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups
     for seed in range(K + 2):
         o0, o1, e = (torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
         seeds, coefs = got.step(seed, o0.to(device), o1.to(device), e.to(device), groups)
-        want_seeds, want_coefs = want.step(seed, o0, o1, e, groups)
-        size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), groups)[1]
+        on_cpu = groups if groups is None else groups.cpu()
+        want_seeds, want_coefs = want.step(seed, o0, o1, e, on_cpu)
+        size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), on_cpu)[1]
         assert torch.equal(seeds.cpu(), want_seeds), "the window's seeds differ from the reference's"
         # a thread adds 4 columns of each row, then rows; an old entry is a mean of rows; product, result
         far = (coefs.cpu() - want_coefs).abs() > (5 * shape[0] + 41) * 2**-24 * size
@@ -198,7 +202,7 @@ def measure_window(table: Table, dtype: torch.dtype, K: int = 14) -> None:
     for shape in WINDOW_SHAPES:
         n, rows = shape[0] * shape[1] * shape[2], shape[0]
         o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
-        for impl, groups in (("rows", None), ("labels", torch.arange(rows) % 2)):
+        for impl, groups in (("rows", None), ("labels", torch.arange(rows, device=table.device) % 2)):
             check_window(shape, dtype, K, groups, table.device)
             window = EmaWindow(K, eps=EPS)
             for seed in range(K):
@@ -206,8 +210,8 @@ def measure_window(table: Table, dtype: torch.dtype, K: int = 14) -> None:
             kept = n if groups is None else n * 2 // rows  # floats of an entry; K - 1 are read and one is written
             moved = 3 * n * o0.element_size() + 4 * K * kept
             a, b = (torch.empty(moved // 2, dtype=torch.uint8, device=table.device) for _ in range(2))
-            copy = table.time(lambda a=a, b=b: b.copy_(a))
-            ms = table.time(partial(window.step, K, o0, o1, e, groups))
+            copy = table.time(lambda a=a, b=b: b.copy_(a), kernel=True)
+            ms = table.time(partial(window.step, K, o0, o1, e, groups), kernel=True)
             common = dict(op="window", dtype=str(dtype)[6:], n=n, K=K, shape="x".join(map(str, shape)))
             of = f"torch copy_ of the bytes of {impl}"
             table.add(**common, impl=of, **copy, gb_per_s=moved / copy["ms_p50"] / 1e6)
@@ -241,7 +245,7 @@ def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) ->
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    p.add_argument("--n", type=int, default=N)
+    p.add_argument("--n", type=int, help="elements; default: those of fc1, on a GPU 16 times as many")
     p.add_argument("--K", type=int, nargs="*", help="default: 1 4 14 64; on a GPU also 1000")
     p.add_argument("--check", action="store_true", help="check that all agree, and time nothing")
     args = p.parse_args()
@@ -249,19 +253,20 @@ def main() -> None:
     if isinstance(OPS, api.NoiseApi) and not args.check:
         p.error("Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET")
     Ks = args.K or [1, 4, 14, 64, *[1000] * (device.type == "cuda")]
+    n = args.n or N * (16 if device.type == "cuda" else 1)
     dtypes = [getattr(torch, name) for name in args.dtype]
     for dtype in dtypes:
-        check(dtype, Ks, device, min(args.n, 20000))
+        check(dtype, Ks, device, min(n, 20000))
     if args.check:
         print(f"{'the Triton kernels' if isinstance(OPS, api.NoiseApi) else 'the ops'} agree with the reference")
         return
     table = Table("add_noise", args, COLUMNS)
     for dtype in dtypes:
-        measure(table, dtype, args.n, Ks)
+        measure(table, dtype, n, Ks)
         measure_window(table, dtype)
         for K in Ks:
             if K <= 14:
-                replay(table, dtype, args.n, K)
+                replay(table, dtype, n, K)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16] [--dtype bfloat16] [--device cuda|cpu]
 
+Parts whose work is ours are timed on the GPU alone; steps and forwards as they are, with their Python.
 "two forwards" is the floor: inference, and nothing else; "captured" is with the passes recorded as CUDA graphs, the
 floor too. "one forward of twice the rows" is the least that the clean and the perturbed pass could cost if they ran as
 one. pseuzo's step is also timed in parts, of which "perturb" is all perturbed weights made, one module after the other
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import MODELS, QUANTILES, Table, floor_of, parser
+from harness import MODELS, QUANTILES, Table, captured, floor_of, parser
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,27 +64,16 @@ def make_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
 class Count(TorchDispatchMode):
     """Counts the operations that compute something, and those that wait for a number."""
 
-    ops = syncs = 0
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.ops, self.syncs = device, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         self.ops += not view and "empty" not in func.__name__
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.syncs += args[0].is_cuda or not torch.cuda.is_available()
+            self.syncs += args[0].device.type == self.device.type
         return func(*args, **(kwargs or {}))
-
-
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """call recorded as a CUDA graph, after what it does for the first time only."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(), call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 class PublishedMeZO:
@@ -240,7 +230,7 @@ def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str,
         window = EmaWindow(WINDOW, eps=EPS)
         for seed in range(WINDOW):
             seeds, coefs = window.step(seed, o, o, o, groups)
-        yield "window", lambda: window.step(1, o, o, o, groups)
+        yield "window", lambda: window.step(1, o, o, o, labels)
         yield "update", lambda: update_(params, seeds, coefs, lr=LR, rounding="stochastic")
 
     def mezo(**options) -> Parts:
@@ -312,15 +302,15 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                     call()
                     peak, counts = "", {}
                     if part in ("step", "two forwards") and "captured" not in impl and "FO" not in impl:
-                        with Count() as count:
+                        with Count(table.device) as count:
                             call()
                         counts = dict(ops=count.ops, syncs=count.syncs)
-                    if gpu:
+                    if gpu and "captured" not in impl:  # a graph allocates when it is recorded
                         torch.cuda.synchronize()
                         torch.cuda.reset_peak_memory_stats()
                         call()
                         peak = torch.cuda.max_memory_allocated() / 1e9
-                    ms = table.time(call)
+                    ms = table.time(call, kernel=part in ("perturb", "window", "update"))
                     table.add(**common, tokens=tokens, impl=impl, part=part, **ms, peak_gb=peak, **counts)
                     step = ms["ms_p50"]
                     if part == "two forwards":

@@ -28,7 +28,7 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
 HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
-PLANS = 16  # launch tables kept; a training step uses two or three
+PLANS = 64  # launch tables kept; a training step uses a few, and one for each module of several large weights
 
 if triton is not None:
     from pseuzo_kernels import philox as px
@@ -405,7 +405,7 @@ def _prepared(
     seeds: Tensor, coefs: Tensor, noise: str, hash_in_kernel: int = HASH_IN_KERNEL
 ) -> tuple[Tensor, Tensor, dict]:
     """seeds and coefs as the kernels take them, and the kernels' options; their NOISE says how they sum."""
-    K = seeds.numel()
+    seeds, coefs, K = seeds.contiguous(), coefs.contiguous(), seeds.numel()
     fp16 = noise == "hadamard-fp16" and K > 1
     if fp16:
         noise += " blocks" * (K > reference.FP16_BLOCK)
@@ -425,6 +425,11 @@ def _prepared(
         )
         seeds, coefs = hashes, rounded
     return seeds, coefs, options
+
+
+def _rows(*columns: tuple) -> list[list]:
+    """Rows of a table that all begin on a multiple of 16 bytes: Triton compiles apart for addresses that do not."""
+    return [[*column, *[0] * (-len(column) % 4)] for column in columns]
 
 
 def _to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -476,13 +481,13 @@ def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_has
     )
 
     def table() -> tuple[Tensor, Tensor]:
-        return _blocks(columns[2], 16 * COUNTERS, device), _to_device(columns, torch.int64, device)
+        return _blocks(columns[2], 16 * COUNTERS, device), _to_device(_rows(*columns), torch.int64, device)
 
     # a table belongs to the stream on which it was copied to the device
     place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
     capturing, numbers = _capturing(device), (tuple(keeps), tuple(scales))
     plan = _plan((place, columns), table, capturing)
-    more = _plan((place, numbers), lambda: (_to_device(numbers, torch.float32, device),), capturing)
+    more = _plan((place, numbers), lambda: (_to_device(_rows(*numbers), torch.float32, device),), capturing)
     if plan is None or more is None:
         return False
     (programs, ints), (floats,) = plan, more
@@ -571,7 +576,7 @@ def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, no
             if not ts:
                 continue
             sizes = tuple(xs[t].numel() for t in ts)
-            columns = table_of([[xs[t].data_ptr() for t in ts], sizes, [streams[t] for t in ts]], torch.int64)
+            columns = table_of(_rows([xs[t].data_ptr() for t in ts], sizes, [streams[t] for t in ts]), torch.int64)
             programs = _blocks(sizes, 16 * COUNTERS_STEPS, device)
             _add_noise_steps_kernel[(len(programs),)](
                 xs[ts[0]], columns[0], columns[1], columns[2], programs, table_of(keeps[:, ts], torch.float32),

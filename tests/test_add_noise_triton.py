@@ -19,6 +19,7 @@ from pseuzo_kernels.add_noise import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 8192 * 2 + 5)
 SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 1e-8, -6e-5, 3e-39, 65504.0, -65519.0, 3.38e38)
@@ -77,6 +78,17 @@ def test_many_seeds(K, noise):
     add_noise_list_triton_([got], seeds, coefs, *args)
     reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), *args)
     assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("K, noise", [(3, "hadamard"), (9, "hadamard"), (9, "hadamard-fp16")])
+def test_strided_seeds_and_coefs(K, noise):
+    seeds, coefs = seeds_coefs(2 * K)
+    for s, c in ((seeds[::2], coefs[1::2]), (seeds[:1].expand(K), coefs[:1].expand(K))):
+        want, got = torch.ones(300), torch.ones(300, device=DEVICE)
+        args = ([7], [1.0], [0.5], noise, False, 3)
+        add_noise_list_triton_([got], s, c, *args)
+        reference.add_noise_list_([want], s.cpu(), c.cpu(), *args)
+        assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])

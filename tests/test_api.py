@@ -74,6 +74,14 @@ def test_unsigned_and_signed_seeds_are_the_same():
     assert torch.equal(pk.noise((9,), 2**64 - 1, 0), pk.noise((9,), -1, 0))
 
 
+def test_seeds_and_coefs_may_be_strided():
+    seeds, coefs = torch.arange(6), torch.linspace(-1, 2, 6)
+    got, want = torch.ones(300), torch.ones(300)
+    pk.update_(got, seeds[::2], coefs[:1].expand(3), lr=0.1)
+    pk.update_(want, [0, 2, 4], [-1.0] * 3, lr=0.1)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
 def test_bad_input_is_refused_before_anything_is_written(api):
     x, y = torch.ones(4, 6), torch.ones(5)

@@ -30,8 +30,7 @@ def demo_model():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """What datasets writes when it reads Parquet goes to the test's own folder."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
