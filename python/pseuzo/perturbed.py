@@ -14,6 +14,7 @@ pass. The watch stands down after a pass in which it had nothing to do and in wh
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +29,54 @@ SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together 
 ALIGN = 2048  # elements between tensors in scratch, so that each begins on an address the kernels can read widely
 
 
+class _Group:
+    """Weights of one dtype and device, as the op takes them: what a pass does again and again is prepared once."""
+
+    def __init__(self, owner: "PerturbedForward", named: list[tuple[str, nn.Parameter]]):
+        self.names, self.params = zip(*named, strict=True)
+        self.reals = [owner.real[p] for p in self.params]
+        streams, scales = zip(*(owner.params[p] for p in self.params), strict=True)
+        self.settings = list(streams), [1.0] * len(named), list(scales), owner.noise, False, 0, None
+        self.device = self.params[0].device
+
+    @classmethod
+    def of(cls, owner: "PerturbedForward", named: list[tuple[str, nn.Parameter]]) -> list["_Group"]:
+        kinds: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+        for name, p in named:
+            kinds.setdefault((p.dtype, p.device), []).append((name, p))
+        return [cls(owner, part) for part in kinds.values()]
+
+
 class _Scratch:
     """One buffer per nesting depth, grown to the largest module that ran there, and then reused by every module."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}
+        self._views: WeakKeyDictionary[_Group, dict[int, list[Tensor]]] = WeakKeyDictionary()  # by depth
+        self._addresses: set[int] = set()  # of the buffers
         self.replaced = 0  # buffers: graphs that were recorded of them are of no use any more
 
-    def take(self, depth: int, like: list[Tensor]) -> list[Tensor]:
+    def take(self, depth: int, group: _Group) -> list[Tensor]:
+        """Memory for copies of the group."""
+        views = self._views.get(group, {}).get(depth)
+        if views is None:
+            views = self._cut(depth, group.reals)
+            self._views.setdefault(group, {})[depth] = views
+        return views
+
+    def _cut(self, depth: int, like: list[Tensor]) -> list[Tensor]:
         key = (depth, like[0].dtype, like[0].device)
         sizes = [-(-x.numel() // ALIGN) * ALIGN for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
-            self.replaced += self._buffers.pop(key, None) is not None  # freed before the larger one is made
+            self._views.clear()  # they hold the memory, which is freed before the larger one is made
+            self.replaced += self._buffers.pop(key, None) is not None
             self._buffers[key] = torch.empty(sum(sizes), dtype=key[1], device=key[2])
+            self._addresses = {buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()}
         parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
         return [part[: x.numel()].view(x.shape) for part, x in zip(parts, like, strict=False)]
 
-    def holds(self, x: Tensor) -> bool:
-        ptr = x.untyped_storage().data_ptr()
-        return any(ptr == buffer.untyped_storage().data_ptr() for buffer in self._buffers.values())
+    def holds(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._addresses
 
 
 class _RowsOfEmbedding(TorchFunctionMode):
@@ -112,8 +142,11 @@ class PerturbedForward:
         self._copies: dict[nn.Parameter, Tensor] = {}  # of the pass that runs
         self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
         self._kept_by_storage: dict[int, nn.Parameter] = {}
-        self._owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}  # large weights, by the module that has them
-        self._depth = 0  # of the stack, below the modules that run
+        # made by _plan: what is copied for a whole pass, where it is, and the large weights by the module that has them
+        self._whole_pass: list[tuple[_Group, list[Tensor]]] = []
+        self._whole_places: list[tuple[nn.Module, str, Tensor]] = []
+        self._owned: dict[nn.Module, tuple[list[tuple[str, nn.Parameter]], list[_Group]]] = {}
+        self._planned_for = -1  # weights outside
         self._stack: list[tuple[nn.Module, list[tuple[str, Tensor]], TorchFunctionMode | None]] = []
         self._seeds: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.active = False
@@ -141,15 +174,22 @@ class PerturbedForward:
         self._reached = {kind: {of[i] for i in streams if i in of} for kind, streams in used.items()}
         self._settled.clear()
 
-    def _make(self, params: list[nn.Parameter], outs: list[Tensor]) -> None:
-        """outs <- params + eps * scale * z, one launch per device."""
-        for device in {p.device for p in params}:
-            here = [i for i, p in enumerate(params) if p.device == device]
-            streams, scales = zip(*(self.params[params[i]] for i in here), strict=True)
-            torch.ops.pseuzo.add_noise_list_out(
-                [self.real[params[i]] for i in here], *self._seeds[device], list(streams), [1.0] * len(here),
-                list(scales), self.noise, False, 0, None, out=[outs[i] for i in here],
-            )  # fmt: skip
+    def _plan(self) -> None:
+        """Which weights are copied for a whole pass, and which when their module runs."""
+        whole = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
+        groups = _Group.of(self, [("", p) for p in whole])
+        self._whole_pass = [(group, [self._memory_for(p) for p in group.params]) for group in groups]
+        self._whole_places = [(module, name, self._kept[p]) for p in whole for module, name in self.places[p]]
+        owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+        for p, places in self.places.items():
+            for module, name in places if p.numel() > SMALL and p not in self._outside else ():
+                owned.setdefault(module, []).append((name, p))
+        self._owned = {module: (named, _Group.of(self, named)) for module, named in owned.items()}
+        self._planned_for = len(self._outside)
+
+    def _make(self, group: _Group, outs: list[Tensor]) -> None:
+        """outs <- params + eps * scale * z, in one launch."""
+        torch.ops.pseuzo.add_noise_list_out.default(group.reals, *self._seeds[group.device], *group.settings, out=outs)
         torch.autograd.graph.increment_version(outs)  # a backward that kept what was there before must fail
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
@@ -164,7 +204,7 @@ class PerturbedForward:
         """The perturbed weight, for the rest of the pass."""
         if param not in self._copies:
             self._copies[param] = self._memory_for(param)
-            self._make([param], [self._copies[param]])
+            self._make(_Group(self, [("", param)]), [self._copies[param]])
         return self._copies[param]
 
     def _memory_for(self, param: nn.Parameter) -> Tensor:
@@ -192,8 +232,7 @@ class PerturbedForward:
     def _swap(self, module: nn.Module, copies: list[tuple[str, Tensor]], mode: TorchFunctionMode | None = None) -> None:
         before = [(name, module._parameters[name]) for name, _ in copies]
         self._stack.append((module, before, mode))
-        for name, copy in copies:
-            module._parameters[name] = copy
+        module._parameters.update(copies)
         if mode is not None:
             mode.__enter__()
 
@@ -201,34 +240,32 @@ class PerturbedForward:
         module, before, mode = self._stack.pop()
         if mode is not None:
             mode.__exit__(None, None, None)
-        for name, p in before:
-            module._parameters[name] = p
+        module._parameters.update(before)
 
     def _note_module(self, module: nn.Module, args: tuple) -> None:
         self._reached[self._kind].update(p for p, places in self.places.items() if any(m is module for m, _ in places))
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        named = [(name, p) for name, p in self._owned[module] if module._parameters[name] is p]
+        named, groups = self._owned[module]
+        if any(module._parameters[name] is not p for name, p in named):  # it runs within itself, perturbed already
+            named = [(name, p) for name, p in named if module._parameters[name] is p]
+            groups = _Group.of(self, named)
         self._reached[self._kind].update(p for _, p in named)
         if isinstance(module, nn.Embedding) and len(named) == 1:
             self._swap(module, [], _RowsOfEmbedding(self, named[0][1]))
             return
-        by_dtype: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
-        for name, p in named:
-            by_dtype.setdefault((p.dtype, p.device), []).append((name, p))
-        copies = []
-        for group in by_dtype.values():
-            params = [p for _, p in group]
-            outs = self._scratch.take(len(self._stack) - self._depth, params)
-            self._make(params, outs)
-            copies += [(name, out) for (name, _), out in zip(group, outs, strict=True)]
+        copies: list[tuple[str, Tensor]] = []
+        for group in groups:
+            outs = self._scratch.take(len(self._stack), group)
+            self._make(group, outs)
+            copies += zip(group.names, outs, strict=True)
         self._swap(module, copies)
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
         """Scratch goes to the next module: an output that is a view of it, a weight's rows say, is copied first."""
         if self._stack and self._stack[-1][0] is module:
             self._unswap()
-        if any(isinstance(x, Tensor) and self._scratch.holds(x) for x in tree_leaves(output)):
+        if any(map(self._scratch.holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
             return tree_map_only(Tensor, lambda x: x.clone() if self._scratch.holds(x) else x, output)
         return None
 
@@ -264,27 +301,23 @@ class PerturbedForward:
         kind: a name for passes that take the same way through the model; what the watch learns is kept by kind. A way
         that is taken only later, as some data makes it, is not watched.
         """
+        if self._planned_for != len(self._outside):
+            self._plan()
         self.active = True
-        handles = []
+        handles, before = [], [module._parameters[name] for module, name, _ in self._whole_places]
         try:
             self._kind, self._met = kind, False
             reached = self._reached.setdefault(kind, set())
             known = len(reached)
-            whole_pass = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
-            self._make(whole_pass, [self._memory_for(p) for p in whole_pass])
-            for p in whole_pass:
-                self._copies[p] = self._kept[p]
-                for module, name in self.places[p]:
-                    self._swap(module, [(name, self._kept[p])])
-            self._depth = len(self._stack)
-            self._owned = {}
-            for p, places in self.places.items():
-                for module, name in places if p not in self._copies else ():
-                    self._owned.setdefault(module, []).append((name, p))
+            for group, copies in self._whole_pass:
+                self._make(group, copies)
+                self._copies.update(zip(group.params, copies, strict=True))
+            for module, name, copy in self._whole_places:
+                module._parameters[name] = copy
             for module in self._owned:
                 handles.append(module.register_forward_pre_hook(self._enter_module))
                 handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-            for module in {m for p in whole_pass if p not in reached for m, _ in self.places[p]}:
+            for module in {m for p in self._copies if p not in reached for m, _ in self.places[p]}:
                 handles.append(module.register_forward_pre_hook(self._note_module))
             if self.settled(kind):
                 yield
@@ -296,8 +329,10 @@ class PerturbedForward:
         finally:
             for handle in handles:
                 handle.remove()
-            while self._stack:  # what an interrupted module left, then the whole-pass copies
+            while self._stack:  # what an interrupted module left
                 self._unswap()
+            for (module, name, _), p in zip(self._whole_places, before, strict=True):
+                module._parameters[name] = p
             self._copies.clear()
             self.active = False
 
