@@ -2,7 +2,9 @@
 
 import copy
 import math
+import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -426,8 +428,79 @@ def test_non_finite_steps_change_nothing_and_are_counted(poison):
             opt.step(lambda bad=bad: forward(bad), lambda o, bad=bad: head(o, bad))
         unchanged = [torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True)]
         assert all(unchanged) if t == 2 else not any(unchanged)
-        assert [str(w.message)[:25] for w in caught] == (["1 step(s) skipped, 1 in a"] if t == 2 else [])
+        assert [str(w.message)[:24] for w in caught] == (["1 step(s) skipped so far"] if t == 2 else [])
     assert opt.skipped_steps == 1 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_diverged_run_is_warned_of_ten_times_less_often_each_time():
+    x = torch.ones(4)
+    opt = MeZO([x], 1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(101):
+            opt.step(lambda: x.sum() * float("nan"))
+    assert [str(w.message).split()[0] for w in caught] == ["1", "10", "100"]
+    assert opt.skipped_steps == 101 and torch.allclose(x, torch.ones(4), atol=1e-5)  # shifted in place, to rounding
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("method", [MeZO, PseuZO])
+def test_frozen_parameters_are_left_alone(method, bare, tmp_path):
+    """As by torch's optimizers, when all are given as a list; and the same weights are trained again once they thaw."""
+    model = small_model()
+    frozen = next(model.parameters()).requires_grad_(False)
+    other = nn.Parameter(torch.arange(3), requires_grad=False)  # quantised, say
+    x, y = data(0)
+    given = [*model.parameters(), other] if bare else list(model.parameters())
+    opt = method(given, 0.1, 1e-2, weight_decay=0.1, **({} if bare else {"model": model}))
+    step = (lambda: opt.step(lambda: model(x), head_for(y))) if method is PseuZO else (
+        lambda: opt.step(lambda: head_for(y)(model(x))))  # fmt: skip
+    before = [p.detach().clone() for p in model.parameters()]
+    base = copy.deepcopy(model)
+    with Journal(tmp_path / "a.pzj", opt) if not bare else nullcontext():
+        step()
+    changed = [not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True)]
+    assert changed == [p is not frozen for p in model.parameters()] and torch.equal(other, torch.arange(3))
+    if not bare:
+        replay(tmp_path / "a.pzj", base)
+        assert all(torch.equal(p, q) for p, q in zip(base.parameters(), model.parameters(), strict=True))
+    frozen.requires_grad_(True)
+    step()
+    assert not torch.equal(frozen, before[0])
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires grad"):
+        method(list(model.parameters()), 0.1)
+
+
+def test_groups_and_weights_that_cannot_be_meant_are_refused():
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="no option 'noise_scal'; did you mean 'noise_scale'"):
+        MeZO([{"params": [w], "noise_scal": 0.0}], 0.1)
+    with pytest.raises(ValueError, match="eps is one for all groups"):
+        MeZO([{"params": [w], "eps": 0.1}], 0.1)
+    MeZO([{"params": [w], "name": "all", "initial_lr": 0.1}], 0.1)
+    with pytest.raises(ValueError, match="on the meta device"):
+        MeZO([nn.Parameter(torch.ones(3, device="meta"))], 0.1)
+    opt = MeZO([w], 0.1)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="make a new MeZO of the other weights, and give it state_dict"):
+            copied(opt)
+
+
+@pytest.mark.parametrize("method", [MeZO, PseuZO])
+def test_steps_in_inference_mode_and_outside_are_the_same(method):
+    model, twin = small_model(), small_model()
+    x, y = data(0)
+    for m, mode in ((model, torch.inference_mode), (twin, nullcontext)):
+        opt = method(m, 0.1, 1e-2)
+        for t in range(4):
+            with mode() if t < 2 else nullcontext():
+                if method is PseuZO:
+                    opt.step(lambda m=m: m(x), head_for(y))
+                else:
+                    opt.step(lambda m=m: head_for(y)(m(x)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_published_schedule():

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -52,8 +53,16 @@ class _Estimate:
     gradients: dict[Tensor, Tensor]  # of the parameters of exact_gradient groups
 
 
+@contextmanager
+def _normal_mode() -> Iterator[None]:
+    """Without autograd, but not in inference mode either: what a step keeps must be of use outside of that, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class _Skips:
-    """Counts skipped steps on the device, and says so when the news reaches the host, without waiting for it."""
+    """Counts skipped steps on the device, and says so when the news reaches the host, without waiting for it: of the
+    first, and whenever there are ten times as many."""
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
@@ -76,13 +85,18 @@ class _Skips:
             return
         total = int(self._news.get()[0])
         self._news = None
-        if total > self._told:
+        if total > self._told and total >= 10 * self._told:  # a run that diverged would say it at every step
             warnings.warn(
-                f"{total - self._told} step(s) skipped, {total} in all: the loss or the projected gradient was NaN or "
-                "infinite; the weights were left as they are. Lower lr or eps, or use float32, if this goes on",
+                f"{total} step(s) skipped so far: the loss or the projected gradient was NaN or infinite; the weights "
+                "were left as they are. Lower lr or eps, or use float32, if this goes on",
                 stacklevel=4,
             )
             self._told = total
+
+
+def _frozen(p: Tensor) -> bool:
+    """Parameters that require no grad are left alone, as torch's optimizers do; plain tensors need not require it."""
+    return isinstance(p, nn.Parameter) and not p.requires_grad
 
 
 class ZeroOrder(torch.optim.Optimizer):
@@ -141,6 +155,8 @@ class ZeroOrder(torch.optim.Optimizer):
             params,
             dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize, exact_gradient=False),
         )
+        if all(_frozen(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"{name}: no parameter requires grad; there is nothing to train")
         if capture:
             check_device(name, self._device)
         self._graphs = Graphs(self._device) if capture else None
@@ -156,8 +172,15 @@ class ZeroOrder(torch.optim.Optimizer):
                 check_not_negative(name, key, group[key])
             if group["exact_gradient"] and not self._has_gradient:
                 raise ValueError(f"{name}: exact_gradient=True needs the head that PseuZO differentiates; use PseuZO")
+            if "eps" in param_group:
+                raise ValueError(f"{name}: eps is one for all groups; give it to {name}, or a group a noise_scale")
+            for key in param_group.keys() - self.defaults.keys():
+                if meant := get_close_matches(key, self.defaults, n=1, cutoff=0.8):
+                    raise ValueError(f"{name}: a group has no option {key!r}; did you mean {meant[0]!r}?")
             for device in {p.device for p in group["params"]}:
-                check_tensors(name, [p for p in group["params"] if p.device == device], "parameter")
+                if device.type == "meta":
+                    raise ValueError(f"{name}: a parameter is on the meta device (offloaded?); load the weights first")
+                check_tensors(name, [p for p in group["params"] if p.device == device and not _frozen(p)], "parameter")
             for p in group["params"]:
                 if self._model_streams is None:
                     self._streams[p] = len(self._streams)
@@ -168,6 +191,11 @@ class ZeroOrder(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be copied or pickled, as it belongs to its weights; make a new {name} of the "
+                        "other weights, and give it state_dict()")  # fmt: skip
 
     @property
     def skipped_steps(self) -> int:
@@ -187,7 +215,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """The stream and noise scale of each parameter that may take noise."""
         return {
             p: (self._streams[p], g["noise_scale"])
-            for g in self.param_groups if not g["exact_gradient"] for p in g["params"]
+            for g in self.param_groups if not g["exact_gradient"] for p in g["params"] if not _frozen(p)
         }  # fmt: skip
 
     def _trained(self) -> list[tuple[dict, list[Tensor]]]:
@@ -196,8 +224,9 @@ class ZeroOrder(torch.optim.Optimizer):
             for key in ("lr", "weight_decay", "noise_scale"):  # schedulers and users write them
                 check_not_negative(f"{type(self).__name__}.step", key, group[key])
         return [
-            (g, g["params"]) for g in self.param_groups if g["noise_scale"] and g["params"] and not g["exact_gradient"]
-        ]
+            (g, [p for p in g["params"] if not _frozen(p)])
+            for g in self.param_groups if g["noise_scale"] and not g["exact_gradient"]
+        ]  # fmt: skip
 
     @contextmanager
     def _passes(self, kind: str, key: tuple) -> Iterator[None]:
@@ -217,7 +246,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 self._memory = memory
                 self._graphs.clear()
             graphs = self._graphs.step((kind, *key), self._forward is None or self._forward.settled(kind))
-        with self._put_back_on_error(), torch.no_grad(), frozen_mode(self.model), graphs:
+        with self._put_back_on_error(), _normal_mode(), frozen_mode(self.model), graphs:
             yield
 
     def _used_so_far(self) -> dict[str, list[int]]:
@@ -305,7 +334,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 "what estimate takes"
             )
         pending, self._pending = self._pending, None
-        with self._put_back_on_error(), torch.no_grad():
+        with self._put_back_on_error(), _normal_mode():
             self._update(pending.kind, *pending.coefficients(), pending.gradients)
 
     def _update(self, kind: str, seeds: Tensor, coefs: Tensor, found_inf: Tensor, gradients: dict) -> None:
@@ -349,13 +378,16 @@ class ZeroOrder(torch.optim.Optimizer):
         self._offset = 0.0
         self._step += 1
         if self.journal is not None:
-            self.journal.record(self._step - 1, rounding_seed, unused, seeds, coefs, found_inf)
+            frozen = {p for group in self.param_groups for p in group["params"] if _frozen(p)}
+            self.journal.record(self._step - 1, rounding_seed, unused | frozen, seeds, coefs, found_inf)
 
     def _descend(self, gradients: dict[Tensor, Tensor], found_inf: Tensor, rounding_seed: int) -> None:
         """x <- (1 - lr * weight decay) x - lr * gradient, rounded like every update; not where found_inf is 1."""
         for group in self.param_groups if gradients else ():
             step = group["lr"] if group["maximize"] else -group["lr"]
-            for p in group["params"] if group["exact_gradient"] else ():
+            for p in group["params"]:
+                if p not in gradients:
+                    continue
                 generator = torch.Generator(p.device).manual_seed(hash_seed(rounding_seed + self._streams[p]))
                 parts = zip(p.view(-1).split(AT_ONCE), gradients[p].reshape(-1).split(AT_ONCE), strict=True)
                 for x, gradient in parts:
@@ -692,7 +724,7 @@ class PseuZO(ZeroOrder):
             self._pending.coefficients = lambda: (self.window.clear(), mezo())[1]
             return loss
         seed = step_seed(self.seed, self._step)
-        exact = [p for g in self.param_groups if g["exact_gradient"] for p in g["params"]]
+        exact = [p for g in self.param_groups if g["exact_gradient"] for p in g["params"] if not _frozen(p)]
 
         def clean() -> tuple[Tensor, ...]:
             o = _output(forward())

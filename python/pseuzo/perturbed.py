@@ -377,7 +377,8 @@ def forward_of(model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]
 def perturbed(model: nn.Module, seed: int, eps: float, *, sign: int = 1, noise: str = "hadamard") -> Iterator[None]:
     """Inside, forwards of model see x + sign * eps * z(seed) in place of every weight x that requires grad.
 
-    The weights themselves are not touched, whatever happens inside. The stream of a weight is its position in
+    The weights themselves are not touched, whatever happens inside; but read or save them outside, as inside the small
+    ones of the model are perturbed copies. The stream of a weight is its position in
     model.parameters(). Gradients do not flow to the weights inside. eps >= 0; sign is 1 or -1.
     """
     if not (math.isfinite(eps) and eps >= 0):
