@@ -378,11 +378,11 @@ def perturbed(model: nn.Module, seed: int, eps: float, *, sign: int = 1, noise: 
     """Inside, forwards of model see x + sign * eps * z(seed) in place of every weight x that requires grad.
 
     The weights themselves are not touched, whatever happens inside; but read or save them outside, as inside the small
-    ones of the model are perturbed copies. The stream of a weight is its position in
-    model.parameters(). Gradients do not flow to the weights inside. eps >= 0; sign is 1 or -1.
+    ones of the model are perturbed copies. The stream of a weight is its position in model.parameters(). Gradients do
+    not flow to the weights inside. sign is 1 or -1.
     """
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"perturbed: eps must be finite and not negative, got {eps}; sign=-1 is the other side")
+    if not math.isfinite(eps):
+        raise ValueError(f"perturbed: eps must be finite, got {eps}")
     if sign not in (1, -1):
         raise ValueError(f"perturbed: sign must be 1 or -1, got {sign}")
     params = {p: (i, 1.0) for i, p in enumerate(model.parameters()) if p.requires_grad}
