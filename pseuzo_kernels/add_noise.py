@@ -420,7 +420,7 @@ def _prepared(
     )
     if not options["HASH"]:
         hashes, rounded = torch.empty_like(seeds), coefs.new_empty(K + 1)
-        _prepare_kernel[(max(1, triton.cdiv(K, 128)),)](
+        _prepare_kernel[(max(1, -(-K // 128)),)](
             seeds, coefs, hashes, rounded, K, FP16=fp16, BLOCK=128, enable_fp_fusion=False
         )
         seeds, coefs = hashes, rounded
@@ -505,12 +505,12 @@ def add_noise_list_out_triton(
     if sum(y.numel() for y in out) == 0:
         return
     device = out[0].device
-    rounding_hash = reference.hash_seed(rounding_seed)
+    rounding_hash = reference.hash_seed(rounding_seed) if stochastic else 0
     K = seeds.numel()
 
     def launch(t: int) -> None:
         y, x = out[t], xs[t] if xs else out[t]
-        _add_noise_kernel[(triton.cdiv(y.numel(), 16 * COUNTERS),)](
+        _add_noise_kernel[(-(-y.numel() // (16 * COUNTERS)),)](
             y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
             rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
         )  # fmt: skip
