@@ -6,6 +6,7 @@ arithmetic on weights happens here.
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ELEMENTS = 1 << 36  # 2^32 counters of 16 elements
 MAX_STREAM = (1 << 32) - 1
+MAX_FLOAT = torch.finfo(torch.float32).max
 
 Seeds = int | Sequence[int] | Tensor
 Coefs = float | Sequence[float] | Tensor
@@ -34,15 +36,31 @@ def check_rounding(op: str, rounding: str) -> None:
         raise ValueError(f"{op}: unknown rounding {rounding!r}; known: {', '.join(map(repr, ROUNDINGS))}")
 
 
-def check_not_negative(op: str, name: str, value: float) -> float:
-    value = float(value)
-    if not (math.isfinite(value) and value >= 0):
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()  # tensors and arrays of one number
+
+
+def check_finite(op: str, name: str, value: Any) -> float:
+    """value, a number or a 0-d tensor or array, as a float. TypeError if it is neither, ValueError if not finite."""
+    if not isinstance(value, float) and getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, float | numbers.Real):  # float: the other is slow to ask, and a list has hundreds
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not abs(value) <= MAX_FLOAT:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
+    return float(value)
+
+
+def check_not_negative(op: str, name: str, value: Any) -> float:
+    """check_finite, and ValueError if it is negative."""
+    value = check_finite(op, name, value)
+    if value < 0:
         raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
     return value
 
 
 def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
-    """Contiguous fp32, bf16 or fp16 tensors on one device, none of them twice, none too large for the counter."""
+    """Contiguous fp32, bf16 or fp16 tensors on one device that share no memory, none too large for the counter."""
     for i, x in enumerate(xs):
         label = name if len(xs) == 1 else f"{name}[{i}]"
         if not isinstance(x, Tensor):
@@ -62,9 +80,12 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
             )
     if torch.compiler.is_compiling():
         return  # addresses and identities are not known yet
-    addresses = [x.data_ptr() if x.numel() and x.device.type != "meta" else -id(x) for x in xs]
-    if len(set(addresses)) != len(xs):
-        raise ValueError(f"{op}: the same tensor is in the list twice; pass each once")
+    end = -math.inf
+    spans = [(x.data_ptr(), x.nbytes) if x.numel() and not x.is_meta else (-id(x), 1) for x in xs]
+    for start, n_bytes in sorted(spans):
+        if start < end:
+            raise ValueError(f"{op}: the same tensor, or a part of it, is in the list twice; pass each once")
+        end = start + n_bytes
 
 
 def check_stream(op: str, stream: int) -> int:
@@ -93,13 +114,11 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
         if value.device != device:
             raise ValueError(f"{op}: mixed devices, {name} is on {value.device} and x on {device}")
         return value.detach().reshape(-1).to(dtype).contiguous()
-    values = list(value) if isinstance(value, Iterable) else [value]
+    values = list(value) if _is_list(value) else [value]
     if dtype is torch.int64:
         values = [signed64(op, v) for v in values]
     else:
-        values = [float(v) for v in values]
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"{op}: {name} must be finite, got {values}")
+        values = [check_finite(op, f"each of {name}", v) for v in values]
     if len(values) == 1:
         return torch.full((1,), values[0], dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, device=device)
@@ -118,7 +137,9 @@ def seeds_and_coefs(op: str, seeds: Seeds, coefs: Coefs, device: torch.device) -
 
 def per_tensor(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
     """One finite value >= 0 for each of n tensors."""
-    values = [value] * n if isinstance(value, int | float) else list(value)
+    if not _is_list(value):
+        return [check_not_negative(op, name, value)] * n
+    values = list(value)
     if len(values) != n:
         raise ValueError(f"{op}: {name} must be one number or one per tensor ({n}), got {len(values)}")
     return [check_not_negative(op, name, v) for v in values]
@@ -182,8 +203,9 @@ class NoiseApi:
         """
         op = "add_noise_"
         check_tensors(op, [x])
-        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [noise_scale], noise, rounding, rounding_seed)
-        if noise_scale:
+        keep, scale = check_finite(op, "keep", keep), check_not_negative(op, "noise_scale", noise_scale)
+        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed)
+        if scale:
             self._in_place([x.detach()], *args)
             _bump_versions([x])
 
@@ -203,12 +225,13 @@ class NoiseApi:
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
-        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be x. With
-        noise_scale 0 no noise is made.
+        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be x, but share no
+        other memory with it. With noise_scale 0 no noise is made.
         """
         op = "add_noise"
         check_tensors(op, [x])
-        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [noise_scale], noise, rounding, rounding_seed)
+        keep, scale = check_finite(op, "keep", keep), check_not_negative(op, "noise_scale", noise_scale)
+        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed)
         if out is None:
             out = torch.empty_like(x, requires_grad=False)
         check_tensors(op, [out], "out")
@@ -217,7 +240,9 @@ class NoiseApi:
                 f"{op}: out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        if out is x and noise_scale:
+        if not torch.compiler.is_compiling() and 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes:
+            raise ValueError(f"{op}: out must be x itself or share no memory with it, got another part of its memory")
+        if out is x and scale:
             self._in_place([x.detach()], *args)
         else:
             self._out([x.detach()], *args, out=[out.detach()])
@@ -238,11 +263,12 @@ class NoiseApi:
     ) -> None:
         """x <- x + scale * noise_scale * z(seed) for each tensor x of params, in place.
 
-        params: a tensor or a list; streams: a number per tensor, by default its position in the list; noise_scale: a
-        float or one per tensor, 0 skips the tensor. Undone by restore_ up to the rounding of x's dtype.
+        params: a tensor or a list of tensors that share no memory; streams: a number per tensor, by default its
+        position in the list; scale: of either sign; noise_scale: a float or one per tensor, not negative, 0 skips the
+        tensor. Undone by restore_ up to the rounding of x's dtype.
         Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
         """
-        scale = check_not_negative("perturb_", "scale", scale)
+        scale = check_finite("perturb_", "scale", scale)
         self._list_op("perturb_", params, seed, scale, streams, noise_scale, noise, rounding, rounding_seed)
 
     def restore_(
@@ -258,7 +284,7 @@ class NoiseApi:
         noise_scale: float | Sequence[float] = 1.0,
     ) -> None:
         """x <- x - scale * noise_scale * z(seed): takes back perturb_ with the same arguments, up to rounding."""
-        scale = check_not_negative("restore_", "scale", scale)
+        scale = check_finite("restore_", "scale", scale)
         self._list_op("restore_", params, seed, -scale, streams, noise_scale, noise, rounding, rounding_seed)
 
     def update_(
@@ -295,7 +321,9 @@ class NoiseApi:
             raise ValueError(f"{op}: one stream per tensor ({len(xs)}) is needed, got {len(streams)}")
         scales = per_tensor(op, "noise_scale", noise_scale, len(xs))
         decays = per_tensor(op, "weight_decay", weight_decay, len(xs))
-        keeps = [1.0 if lr is None else 1.0 - lr * decay for decay in decays]
+        keeps = (
+            [1.0] * len(xs) if lr is None else [check_finite(op, "1 - lr * weight_decay", 1 - lr * d) for d in decays]
+        )
         if not xs:
             return
         args = self._args(op, xs[0].device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed)
@@ -310,10 +338,6 @@ class NoiseApi:
         check_noise(op, noise)
         check_rounding(op, rounding)
         streams = [check_stream(op, stream) for stream in streams]
-        for keep in keeps:
-            if not math.isfinite(keep):
-                raise ValueError(f"{op}: keep must be finite, got {keep}")
-        scales = per_tensor(op, "noise_scale", scales, len(scales))
         s, c = seeds_and_coefs(op, seeds, coefs, device)
         stochastic = rounding == "stochastic"
         return s, c, streams, keeps, scales, noise, stochastic, signed64(op, rounding_seed), None

@@ -1,5 +1,6 @@
 """The public functions: what they compute, what they refuse, and that the dispatcher and torch.compile know them."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,51 @@ def test_perturb_restore_update_are_add_noise(api, noise):
         # which the transform of 16 inputs of up to 1.86 adds up
         more = 0.2978 * 16 * (2 * 1.86 * 2.0**-13 + 2 * 2.0**-12) if noise == "hadamard-fp16" else 0
         torch.testing.assert_close(x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol + more)
+
+
+@pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+def test_a_scale_may_be_negative(api):
+    """MeZO goes from x + eps z to x - eps z by -2 eps."""
+    start = torch.randn(5000)
+    x, want = start.clone(), start.clone()
+    api.perturb_(x, 5, -0.1)
+    api.restore_(want, 5, 0.1)
+    assert torch.equal(x, want) and not torch.equal(x, start)
+    api.restore_(x, 5, -0.1)
+    api.perturb_(want, 5, 0.1)
+    assert torch.equal(x, want)
+    torch.testing.assert_close(x, start, rtol=0, atol=2.0**-21)  # two roundings of numbers below 8
+
+
+@pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+def test_numbers_may_come_from_numpy_and_torch(api):
+    got, want = [torch.ones(300), torch.ones(9)], [torch.ones(300), torch.ones(9)]
+    half, number = np.float32(0.5), torch.tensor(0.25)
+    api.perturb_(got, np.int64(3), number, noise_scale=half)
+    api.update_(got, np.array([1, 2]), np.array([0.5, 2.0]), lr=np.array(0.25), weight_decay=number, noise_scale=number)
+    api.add_noise_(got[0], 3, half, 0, keep=number, noise_scale=half)
+    api.perturb_(want, 3, 0.25, noise_scale=0.5)
+    api.update_(want, [1, 2], [0.5, 2.0], lr=0.25, weight_decay=0.25, noise_scale=0.25)
+    api.add_noise_(want[0], 3, 0.5, 0, keep=0.25, noise_scale=0.5)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+def test_tensors_of_a_list_share_no_memory(api):
+    x = torch.ones(12)
+    for xs in ([x[:6], x[3:]], [x[3:], x[:6]], [x, x[4:5]], [torch.ones(2), x[6:], x[:7]], [x[:3], x[:6]]):
+        with pytest.raises(ValueError, match="the same tensor, or a part of it, is in the list twice; pass each once"):
+            api.perturb_(xs, 1, 0.1)
+    for out in (x[3:9], x[5:11]):
+        with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
+            api.add_noise(x[4:10], 1, 1.0, 0, out=out)
+    assert (x == 1).all()
+    api.perturb_([x[:6], x[9:], x[6:9], torch.empty(0), x[3:3]], 1, 0.1)  # side by side, in any order
+    assert (x != 1).all()
+    want = api.add_noise(x[:6], 1, 1.0, 0)
+    api.add_noise(x[:6], 1, 1.0, 0, out=x[6:])
+    api.add_noise(x[:6], 1, 1.0, 0, out=x[:6])
+    assert torch.equal(x[6:], want) and torch.equal(x[:6], want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -94,8 +140,18 @@ def test_bad_input_is_refused_before_anything_is_written(api):
         (lambda: api.perturb_([y, None], 1, 0.1), TypeError, "must be a tensor, got NoneType"),
         (lambda: api.perturb_([y, meta], 1, 0.1), ValueError, "mixed devices"),
         (lambda: api.perturb_([y, y], 1, 0.1), ValueError, "in the list twice"),
-        (lambda: api.perturb_(y, 1, -0.1), ValueError, "scale must be finite and not negative, got -0.1"),
-        (lambda: api.restore_(y, 1, float("nan")), ValueError, "scale must be finite"),
+        (lambda: api.perturb_(y, 1, -float("inf")), ValueError, "scale must be finite in float32, got -inf"),
+        (lambda: api.restore_(y, 1, float("nan")), ValueError, "scale must be finite in float32, got nan"),
+        (lambda: api.perturb_(y, 1, 10**400), ValueError, "scale must be finite in float32, got 1000"),
+        (lambda: api.perturb_(y, 1, None), TypeError, "scale must be a number, got NoneType"),
+        (lambda: api.perturb_(y, 1, "0.1"), TypeError, "scale must be a number, got str"),
+        (lambda: api.perturb_(y, 1, 0.1, noise_scale=None), TypeError, "noise_scale must be a number, got NoneType"),
+        (lambda: api.perturb_(y, 1, 0.1, noise_scale=[None]), TypeError, "noise_scale must be a number, got NoneType"),
+        (lambda: api.perturb_(y, 1, 0.1, noise_scale=torch.tensor(1j)), TypeError, "must be a number, got complex"),
+        (lambda: api.update_(y, 1, None, lr=0.1), TypeError, "each of coefs must be a number, got NoneType"),
+        (lambda: api.update_(y, 1, 1e300, lr=0.1), ValueError, r"each of coefs must be finite in float32, got 1e\+300"),
+        (lambda: api.update_(y, 1, 1.0, lr=1e30, weight_decay=1e30), ValueError, r"1 - lr \* weight_decay must be fin"),
+        (lambda: api.add_noise_(y, 1, 1.0, 0, keep=None), TypeError, "keep must be a number, got NoneType"),
         (lambda: api.perturb_(y, 1, 0.1, noise="gauss"), ValueError, "unknown noise 'gauss'; known: 'hadamard'"),
         (lambda: api.perturb_(y, 1, 0.1, rounding="up"), ValueError, "unknown rounding 'up'; known: 'nearest'"),
         (lambda: api.perturb_(y, 1, 0.1, noise_scale=-1.0), ValueError, "noise_scale must be finite"),
@@ -106,7 +162,7 @@ def test_bad_input_is_refused_before_anything_is_written(api):
         (lambda: api.perturb_(y, 1 << 64, 0.1), ValueError, "a seed must fit 64 bits"),
         (lambda: api.update_(y, [1, 2], [0.1], lr=0.1), ValueError, "as many coefs as seeds.* 2 seeds and 1 coefs"),
         (lambda: api.update_(y, [], [], lr=0.1), ValueError, "at least one seed is needed, got K = 0"),
-        (lambda: api.update_(y, [1], [float("inf")], lr=0.1), ValueError, "coefs must be finite"),
+        (lambda: api.update_(y, [1], [float("inf")], lr=0.1), ValueError, "each of coefs must be finite"),
         (lambda: api.update_(y, [1], [1.0], lr=-0.1), ValueError, "lr must be finite and not negative"),
         (lambda: api.update_(y, [1], [1.0], lr=0.1, weight_decay=-1.0), ValueError, "weight_decay must be"),
         (lambda: api.update_(y, torch.ones(1), [1.0], lr=0.1), TypeError, "seeds must be torch.int64"),

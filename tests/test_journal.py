@@ -2,6 +2,9 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import signal
 from itertools import pairwise
 
 import pytest
@@ -114,6 +117,120 @@ def test_going_back_to_a_checkpoint_cuts_what_came_after(tmp_path):
         train(opt, model, [10, 11, 12])  # other batches than before
     assert replay(path, base) == 5
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_going_back_while_the_journal_is_open_cuts_it_as_well(tmp_path):
+    model, path, states = causal_lm("opt"), tmp_path / "run.pzj", []
+    base, opt = copy.deepcopy(model), MAKERS["pseuzo"](model)
+
+    def back_to(step):
+        for part, state in zip((model, opt), states[step], strict=True):
+            part.load_state_dict(state)
+
+    with Journal(path, opt):
+        for t in range(4):
+            states.append(copy.deepcopy((model.state_dict(), opt.state_dict())))
+            train(opt, model, [t])
+        for step in (3, 1):
+            back_to(step)
+            train(opt, model, [10, 11])  # other batches than before
+    assert [r.step for r in read_journal(path)[1]] == [0, 1, 2]
+    rebuilt, whole = copy.deepcopy(base), path.read_bytes()
+    assert replay(path, rebuilt) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), rebuilt.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+
+    later = copy.deepcopy(opt.state_dict())
+    later["state"]["zero_order"]["step"] = 7
+    with Journal(path, opt):  # what reopening refuses is refused here, too
+        opt.load_state_dict(later)
+        unchanged_after(
+            lambda: train(opt, model, [12]), model, JournalError, "ends before step 3, .* goes on with step 7"
+        )
+        back_to(0)
+        unchanged_after(lambda: train(opt, model, [12]), model, JournalError, r"run.pzj holds 3 step\(s\) already")
+        assert opt._step == 0 and path.read_bytes() == whole
+
+
+CHANGES = {
+    "a group": lambda opt: opt.add_param_group({"params": [opt.model.lm_head.weight]}),
+    "exact": lambda opt: opt.param_groups[0].update(exact_gradient=True),
+    "noise": lambda opt: setattr(opt, "noise", "rademacher"),
+    "rounding": lambda opt: setattr(opt, "rounding", "nearest"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_cannot_be_recorded_is_not_made(change, tmp_path):
+    model, path = causal_lm("llama"), tmp_path / "run.pzj"
+    opt = PseuZO([p for n, p in model.named_parameters() if n != "lm_head.weight"], 1e-3, 1e-2, 3, model=model)
+    with Journal(path, opt):
+        train(opt, model, [0])
+        whole, window = path.read_bytes(), opt.window.state_dict()
+        opt.estimate(*CausalLMObjective(model, [17, 4])({**batch_of(), "labels": LABELS}), groups=LABELS)
+        CHANGES[change](opt)
+        unchanged_after(opt.step, model, RuntimeError, "groups, noise or rounding were changed since it was opened")
+    assert opt._step == 1 and path.read_bytes() == whole
+    assert torch.equal(opt.window.state_dict()["seeds"], window["seeds"])
+
+
+def test_bare_parameters_are_put_back_where_a_record_is_refused(tmp_path):
+    x = torch.nn.Parameter(torch.randn(50).bfloat16())
+    opt = MeZO([x], 1e-2, 1e-2)
+    before = x.detach().clone()
+    with Journal(tmp_path / "run.pzj", opt):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3).bfloat16())]})
+        with pytest.raises(RuntimeError, match="groups, noise or rounding were changed"):
+            opt.step(lambda: x.float().square().sum())
+    assert torch.equal(x, before)
+
+
+def hold(path, opened):
+    with Journal(path, MAKERS["mezo"](causal_lm("opt"))) as journal:
+        train(journal.optimizer, journal.optimizer.model, [0])
+        opened.set()
+        signal.pause()
+
+
+def test_one_optimizer_and_one_file_have_one_journal(tmp_path):
+    path, base, model, opt = journal_of(tmp_path)
+    with Journal(path, opt) as first:
+        whole = path.read_bytes()
+        with pytest.raises(ValueError, match=r"the optimizer writes .*run.pzj already; close"):
+            Journal(tmp_path / "second.pzj", opt)
+        other = MAKERS["pseuzo"](copy.deepcopy(model))
+        other.load_state_dict(opt.state_dict())
+        with pytest.raises(JournalError, match=r"run.pzj is in use by another run; choose a new file, or"):
+            Journal(path, other)
+        assert opt.journal is first and other.journal is None
+        assert path.read_bytes() == whole and not (tmp_path / "second.pzj").exists()
+        assert replay(path, copy.deepcopy(base)) == 4, "readers are let in"
+        inherited = os.dup(first._file.fileno())  # as a forked data loader has it
+    with Journal(path, other) as second:
+        first.close()
+        assert other.journal is second and opt.journal is None
+        train(other, other.model, [4])
+    os.close(inherited)
+    assert replay(path, base) == 5
+
+
+def test_a_journal_is_free_again_after_a_crash(tmp_path):
+    path, context = tmp_path / "run.pzj", multiprocessing.get_context("spawn")
+    opened = context.Event()
+    process = context.Process(target=hold, args=(path, opened))
+    process.start()
+    assert opened.wait(120)
+    model = causal_lm("opt")
+    opt = MAKERS["mezo"](model)
+    with pytest.raises(JournalError, match="in use by another run"):
+        Journal(path, opt)
+    assert replay(path, copy.deepcopy(model)) == 1
+    process.kill()
+    process.join()
+    train(opt, model, [0])
+    with Journal(path, opt):
+        train(opt, model, [1])
+    assert replay(path, causal_lm("opt")) == 2
 
 
 def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):

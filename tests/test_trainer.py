@@ -17,7 +17,7 @@ from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.tuning import load_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import OPTConfig, OPTForSequenceClassification, TrainerCallback
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +414,76 @@ def test_nothing_is_clipped_where_the_median_is_zero_or_all_are_alike(tmp_path, 
     assert all(torch.equal(p, clipped[n]) and p.isfinite().all() for n, p in plain.items())
     with pytest.raises(ValueError, match=r"clip_examples needs the loss of each example, \[B\]"):
         trained(1.0, each=False)
+
+
+class Regression(torch.nn.Module):
+    """No Transformers model at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = torch.nn.Linear(5, 40), torch.nn.Linear(40, 1)
+
+    def forward(self, x):
+        return self.out(self.body(x).tanh())[:, 0]
+
+
+def of_a_regression():
+    torch.manual_seed(0)
+    model, x = Regression(), torch.randn(8, 5)
+    rows = [{"x": row, "y": row.sum()} for row in x]
+
+    def objective(batch):
+        return lambda: model.body(batch["x"]).tanh(), lambda o: F.mse_loss(model.out(o)[:, 0], batch["y"])
+
+    return model, rows, objective, {"body.weight", "body.bias"}
+
+
+def of_a_classifier():
+    torch.manual_seed(0)
+    model = OPTForSequenceClassification(
+        OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
+                  max_position_embeddings=64)
+    )  # fmt: skip
+    batch = batch_of(rows=8)
+    rows = [{"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(i % 2)}
+            for i, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True))]  # fmt: skip
+
+    def objective(batch):
+        def forward():
+            return model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, -1]
+
+        return forward, lambda o: F.cross_entropy(model.score(o), batch["labels"])
+
+    return model, rows, objective, {n for n, _ in model.named_parameters() if n != "score.weight"}
+
+
+@pytest.mark.parametrize("more", [dict(groups="label"), dict(groups="none"), dict(method="mezo"),
+                                  dict(method="fo-sgd")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("make", [of_a_regression, of_a_classifier])
+def test_own_objective_on_any_module(tmp_path, make, more):
+    """And pseuzo's window pairs every row with every other where groups is none."""
+    (model, rows, objective, before_the_head), (twin, _, of_twin, _) = make(), make()
+    args = arguments(tmp_path, **dict(method="pseuzo", window=3, max_steps=3, per_device_train_batch_size=8) | more,
+                     weight_decay=0.0, label_names=["labels" if "labels" in rows[0] else "y"])  # fmt: skip
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batch = torch.utils.data.default_collate(rows)
+    trainer = PseuZOTrainer(model, args, lambda items: dict(batch), rows, rows, objective=objective)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 3 and all(math.isfinite(row["loss"]) for row in logged)
+    assert all(("tokens_per_second" in row) == ("input_ids" in rows[0]) for row in logged)
+    with torch.no_grad():
+        forward, head = objective(batch)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(head(forward())), rel=1e-5)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    if args.method != "pseuzo":
+        return
+    assert moved == before_the_head
+    opt = PseuZO(twin, lr=2e-4, window=3, seed=3)
+    groups = torch.zeros(8, dtype=torch.int64) if args.groups == "none" else None
+    for _ in range(3):
+        opt.step(*of_twin(batch), groups=groups)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_first_order_in_mixed_precision(tmp_path):

@@ -20,9 +20,15 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import torch
 from torch import Tensor, nn
@@ -158,29 +164,55 @@ def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], Iterator[Reco
     return header, records()
 
 
+def _lock(file: BinaryIO) -> None:
+    """Keep other journals out of the file until _unlock, or until the system closes it with the process. Readers are
+    let in. Systems and disks without such locks go without."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"{file.name} is in use by another run; choose a new file, or end that one (close() its journal) first"
+        ) from None
+    except OSError:
+        pass
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the file open as well."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
 class Journal:
     """Appends a record for every step of optimizer, from now on until close().
 
     A new file begins with the weights as they are now: keep those (the base model). An existing one is gone on with if
     it is this optimizer's: records of steps that the optimizer has not made, as after going back to a checkpoint, and a
     torn tail are cut off. But never all records: raises JournalError if the optimizer has made no step and the file has
-    any, or began with other weights, and if the file is another's. ValueError for an optimizer over bare fp32
-    parameters, whose weights also carry the rounding of their perturbations (give it `model=`), or with an
-    exact_gradient group, whose updates are no sum of seeds.
+    any, or began with other weights, and if the file is another's, or in use by another journal. The same holds for a
+    state that the optimizer loads while the journal is open: its next step cuts the file, or raises with nothing
+    changed. ValueError for an optimizer that has an open journal, over bare fp32 parameters, whose weights also carry
+    the rounding of their perturbations (give it `model=`), or with an exact_gradient group, whose updates are no sum of
+    seeds.
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder):
         self.path, self.optimizer = Path(path), optimizer
+        if optimizer.journal is not None:
+            raise ValueError(f"Journal: the optimizer writes {optimizer.journal.path} already; close() that one first")
         trained = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
         if optimizer.model is None and any(p.dtype is torch.float32 for _, p in trained):
             raise ValueError("Journal: bare fp32 parameters are perturbed in place; give the optimizer model=")
         if any(group["exact_gradient"] for group in optimizer.param_groups):
             raise ValueError("Journal: updates by exact_gradient are no seeds; leave out that or the journal")
         names = {p: n for n, p in optimizer.model.named_parameters()} if optimizer.model is not None else {}
-        self._groups = len(optimizer.param_groups)
         self._position = {p: i for i, (_, p) in enumerate(trained)}
         layout = {
-            "version": VERSION, "noise": optimizer.noise, "rounding": optimizer.rounding, "groups": self._groups,
+            "version": VERSION, "noise": optimizer.noise, "rounding": optimizer.rounding,
+            "groups": len(optimizer.param_groups),
             "params": [
                 {"name": names.get(p, f"parameter {i}"), "group": g, "stream": optimizer._streams[p],
                  "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
@@ -190,24 +222,34 @@ class Journal:
             "dtype": str(next(iter(names), trained[0][1]).dtype).removeprefix("torch."),
             "frozen_sha256": None if optimizer.model is None else _frozen(optimizer.model, self._position),
         }  # fmt: skip
+        self._layout = layout
         self._pending: tuple[Record, Fetched] | None = None
-        if self.path.exists() and self.path.stat().st_size:
-            self._reopen(layout)
-        else:
-            self._file = open(self.path, "wb")
-            header = layout | {"first_step": optimizer._step, "base_sha256": self._fingerprint(layout)}
-            self._file.write(MAGIC + _part(json.dumps(header).encode()))
-            self._file.flush()
+        self._next = optimizer._step
+        self._file = open(self.path, "ab")
+        try:
+            _lock(self._file)
+            if os.fstat(self._file.fileno()).st_size:
+                self._go_on()
+            else:
+                header = layout | {"first_step": self._next, "base_sha256": self._fingerprint()}
+                self._file.write(MAGIC + _part(json.dumps(header).encode()))
+                self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
         optimizer.journal = self
 
-    def _fingerprint(self, layout: dict[str, Any]) -> str:
-        return fingerprint({entry["name"]: p for entry, p in zip(layout["params"], self._position, strict=True)})
+    def _fingerprint(self) -> str:
+        params = zip(self._layout["params"], self._position, strict=True)
+        return fingerprint({entry["name"]: p for entry, p in params})
 
-    def _reopen(self, layout: dict[str, Any]) -> None:
+    def _go_on(self) -> None:
+        """Go on where the optimizer does: cut off what the file holds of later steps. Raises JournalError if it is not
+        this optimizer's file."""
         step = self.optimizer._step
         with open(self.path, "rb") as file:
             header, end = _read_header(file), file.tell()
-            if any(header[key] != value for key, value in layout.items()):
+            if any(header[key] != value for key, value in self._layout.items()):
                 raise JournalError(
                     f"{self.path} is the journal of another model or of other settings; choose a new file"
                 )
@@ -218,7 +260,7 @@ class Journal:
                         f"{self.path} holds {n} step(s) already, which a run from its beginning would overwrite; "
                         "choose a new file, delete this one, or resume its run from a checkpoint"
                     )
-                if self._fingerprint(layout) != header["base_sha256"]:
+                if self._fingerprint() != header["base_sha256"]:
                     raise JournalError(f"{self.path} is the journal of a run from other weights; choose a new file")
                 file.seek(end)  # a torn first record may follow
             for record, after in _records(file):
@@ -228,17 +270,29 @@ class Journal:
         if made != step:
             ends = "ends before" if made < step else "begins with"
             raise JournalError(f"{self.path} {ends} step {made}, the optimizer goes on with step {step}")
-        self._file = open(self.path, "r+b")
         self._file.truncate(end)
-        self._file.seek(end)
+        self._next = step
+
+    def prepare(self) -> None:
+        """Called by the optimizer before it writes an update: raises if that could not be recorded."""
+        optimizer = self.optimizer
+        now = {"noise": optimizer.noise, "rounding": optimizer.rounding, "groups": len(optimizer.param_groups)}
+        exact = any(group["exact_gradient"] for group in optimizer.param_groups)
+        if exact or any(self._layout[key] != value for key, value in now.items()):
+            raise RuntimeError(
+                "Journal: the optimizer's groups, noise or rounding were changed since it was opened; close it and "
+                "open a new one"
+            )
+        if optimizer._step != self._next:  # a state was loaded
+            self._write_pending()
+            self._go_on()
 
     def record(
         self, step: int, rounding_seed: int, unused: set, seeds: Tensor, coefs: Tensor, found_inf: Tensor
     ) -> None:
         """Called by the optimizer after an update. On a GPU the numbers are fetched without waiting, and written when
         the next step calls, or close()."""
-        if len(self.optimizer.param_groups) != self._groups:
-            raise RuntimeError("Journal: parameter groups were added since it was opened; open a new one")
+        self._next = step + 1
         self._write_pending()
         groups = [(g["lr"], g["weight_decay"], g["noise_scale"], g["maximize"]) for g in self.optimizer.param_groups]
         positions = sorted(self._position[p] for p in unused)
@@ -261,10 +315,14 @@ class Journal:
         """Write what is left to the disk, and leave the optimizer."""
         if self._file.closed:
             return
-        self._write_pending()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.optimizer.journal = None
+        try:
+            self._write_pending()
+            os.fsync(self._file.fileno())
+        finally:
+            if self.optimizer.journal is self:
+                self.optimizer.journal = None
+            _unlock(self._file)
+            self._file.close()
 
     def __enter__(self) -> "Journal":
         return self

@@ -335,6 +335,8 @@ class ZeroOrder(torch.optim.Optimizer):
             )
         pending, self._pending = self._pending, None
         with self._put_back_on_error(), _normal_mode():
+            if self.journal is not None:
+                self.journal.prepare()  # what cannot be recorded is not made
             self._update(pending.kind, *pending.coefficients(), pending.gradients)
 
     def _update(self, kind: str, seeds: Tensor, coefs: Tensor, found_inf: Tensor, gradients: dict) -> None:

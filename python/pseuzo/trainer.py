@@ -180,7 +180,9 @@ class PseuZOTrainer(Trainer):
     train_dataset, eval_dataset: a pseuzo.tasks.TaskData (batches balanced by class, evaluation by the task's metric),
     or any dataset whose collated batches have input_ids, attention_mask and labels [B, T], -100 where there is no loss.
     objective: a callable batch -> (forward, head) in place of CausalLMObjective, for a loss of your own; with
-    clip_examples it also gets reduction="none", and head returns the loss of each example, [B].
+    clip_examples it also gets reduction="none", and head returns the loss of each example, [B]. The model may then be
+    any module, and a batch a dict of any tensors, with a row for each of forward's output; evaluation knows the labels
+    among them by args.label_names.
     """
 
     def __init__(
@@ -220,7 +222,8 @@ class PseuZOTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made by the objective
         self._journal: Journal | None = None
-        self._tokens, self._losses = torch.zeros((), dtype=torch.int64), torch.zeros(2)  # sum and number of the finite
+        self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._losses = torch.zeros(2)  # sum and number of the finite
         self._began, self._logged = time.perf_counter(), 0.0
         self._untold: deque[tuple[Fetched, Callable[[list], None]]] = deque()  # rows of the log, on their way
         self.add_callback(_Watcher(self))
@@ -383,7 +386,10 @@ class PseuZOTrainer(Trainer):
         forward, head = self._to_record(inputs, each)[:2] if args.capture else self._split(inputs, each)
         groups = inputs.get("groups") if args.groups == "label" else None
         if args.groups == "none":
-            groups = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64, device=inputs["input_ids"].device)
+            rows = next(
+                len(x) for x in (inputs.get("input_ids"), *inputs.values()) if isinstance(x, Tensor) and x.dim()
+            )
+            groups = torch.zeros(rows, dtype=torch.int64, device=args.device)
         return self._logged_loss(optimizer.estimate(forward, head, groups=groups, examples=inputs.get("examples")))
 
     def _logged_loss(self, loss: Tensor) -> Tensor:
@@ -480,11 +486,11 @@ class PseuZOTrainer(Trainer):
             self._began += time.perf_counter() - started
 
     def _count(self, inputs: dict[str, Any]) -> None:
-        mask = inputs.get("attention_mask")
-        tokens = mask.sum() if mask is not None else inputs["input_ids"].numel()
-        if isinstance(tokens, Tensor) and self._tokens.device != tokens.device:
-            self._tokens = self._tokens.to(tokens.device)
-        self._tokens += tokens  # on the device: nobody waits
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if mask is not None:
+            self._tokens += mask.sum()  # on the device: nobody waits
+        elif ids is not None:
+            self._tokens += ids.numel()
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self.args.zeroth_order:  # it would wait for this loss; log() has its own, and there is no gradient
@@ -525,7 +531,8 @@ class PseuZOTrainer(Trainer):
         try:
             logs |= self._spent(time.perf_counter())
             seconds = max(logs["train_seconds"] - self._logged, 1e-9)
-            logs["tokens_per_second"] = round(logs.pop("tokens") / seconds, 1)
+            if tokens := logs.pop("tokens"):  # batches of a loss of one's own need not have any
+                logs["tokens_per_second"] = round(tokens / seconds, 1)
             self._logged = logs["train_seconds"]
             logs["peak_memory_mib"] = round(peak_memory(self.args.device), 1)
             super().log(logs, *args, **kwargs)
