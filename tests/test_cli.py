@@ -322,6 +322,37 @@ def test_a_task_of_plain_rows_trains_and_scores_with_shots(tmp_path, kind):
     assert few["shots_mean"] == 3 == few["shots_least"] and few["test"]["loss"] != zero["test"]["loss"]
 
 
+def test_eval_of_a_run_takes_its_rows(tmp_path):
+    """Of one file: another seed, or more test rows, would draw rows that the run was trained on."""
+    task, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    task.write_text("".join(json.dumps(row) + "\n" for row in PLAIN["classification"]))
+    sizes = ["--train-size", 24, "--dev-size", 4, "--test-size", 12]
+    pseuzo("train", "--model", "demo", "--task", task, *sizes, *ZERO_ORDER, "--seed", 5, "--steps", 2, "--keep",
+           "last", "--batch-size", 4, "--save-every", 2, "--device", "cpu", "--quiet", "--output", out)  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    common = ["eval", "--task", task, "--device", "cpu", "--quiet", "--model"]
+    said = f"rows as in {out}/config.yaml: --data-seed 5 --train-size 24 --dev-size 4 --test-size 12\n"
+    for folder in ("model", "checkpoint-2"):
+        text = pseuzo(*common, out / folder)
+        assert said in text and last_json(text)["test"] == pytest.approx(results["test"], rel=1e-4)
+    text = pseuzo(*common, out / "model", "--data-seed", 0, "--test-size", 11)
+    assert "--train-size 24 --dev-size 4\n" in text and last_json(text)["test"]["examples"] == 11
+    assert last_json(text)["test"]["loss"] != pytest.approx(results["test"]["loss"], rel=1e-3)
+    assert "rows as in" not in pseuzo(*common, out / "model", *sizes, "--seed", 5)  # as they would be anyway
+    assert "rows as in" not in pseuzo(*common, out / "model", "--task", "demo", "--test-size", 8)  # of another task
+    (out / "model").rename(tmp_path / "model")
+    assert "rows as in" not in pseuzo(*common, tmp_path / "model", "--test-size", 8)
+
+
+def test_eval_of_the_folder_of_a_run_says_where_its_model_is(tmp_path):
+    out = tmp_path / "run"
+    (out / "model").mkdir(parents=True)
+    asked = ["eval", "--model", out, "--task", "demo"]
+    assert "did you mean" not in pseuzo(*asked, code=2)
+    (out / "model" / "config.json").touch()
+    assert f"did you mean {out}/model?" in pseuzo(*asked, code=2)
+
+
 def test_reports_to_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

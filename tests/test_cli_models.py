@@ -199,6 +199,34 @@ def test_adapters_of_other_families_replay_and_load_by_peft(tmp_path, folder, ta
         assert not torch.equal(load(base)(**batch_of()).logits, want)
 
 
+@pytest.mark.parametrize("mode", ["lora", "prefix"])
+def test_an_adapter_loads_in_any_directory(tmp_path, monkeypatch, folder, task, mode):
+    base, out, journal = folder("opt"), tmp_path / "run", tmp_path / "run.pzj"
+    monkeypatch.chdir(base.parent)
+    train(base.name, task(), out, "--mode", mode, "--method", "mezo", "--journal", journal, "--save-every", 3)
+    monkeypatch.chdir(tmp_path)
+    pseuzo(*replay("run/start", journal, tmp_path / "replayed"))
+    end = load_file(out / "model" / "adapter_model.safetensors")
+    for name in (tmp_path / "replayed", "run/model", "run/checkpoint-3"):
+        model, _ = load_model(name, device="cpu")
+        found = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        assert len(found) == len(end) and all(any(torch.equal(p, q) for q in end.values()) for p in found.values())
+
+
+def test_checkpoints_are_models_with_their_tokenizer(tmp_path, folder, task):
+    """And with the config of the model as it was: the tokenizer's special tokens are not written into it."""
+    base, out = folder("gpt2"), tmp_path / "run"
+    train(base, task(), out, "--save-every", 3)
+    model, tokens = load_model(out / "checkpoint-3", device="cpu")
+    assert same(dict(model.named_parameters()), dict(load_model(out / "model", device="cpu")[0].named_parameters()))
+    assert tokens("bravo delta").input_ids == tokenizer()("bravo delta").input_ids
+    before, after = (json.loads((d / "config.json").read_text()) for d in (base, out / "checkpoint-3"))
+    assert before["bos_token_id"] != tokens.bos_token_id
+    assert {k: v for k, v in after.items() if k.endswith("_token_id")} == {
+        k: v for k, v in before.items() if k.endswith("_token_id")
+    }
+
+
 def test_replay_until_a_step_is_the_run_up_to_it(tmp_path, folder, task):
     base, out, journal = folder("qwen2"), tmp_path / "run", tmp_path / "run.pzj"
     args = ["--dtype", "bf16", "--weight-decay", 0.1, "--lr", 3e-3]

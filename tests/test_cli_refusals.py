@@ -1,6 +1,10 @@
 """What the command line refuses before anything runs, what becomes one sentence, and what does not."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from pseuzo import cli, compare, files, runs
 from pseuzo.cli import main
 from pseuzo.optimizer import MeZO
 from pseuzo.plots import mean_and_spread
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 BASE = ["--model", "demo", "--task", "demo"]
@@ -244,12 +249,31 @@ def damaged(folder):
     (MemoryError(), "out of memory"),
     (yaml.YAMLError("a colon too many"), "a colon too many"),
     (ValueError("two\nlines"), "two lines"),
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "the disk is full, or a limit on files was hit"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "make room"),
 ])  # fmt: skip
 def test_one_sentence(tmp_path, monkeypatch, error, words):
     monkeypatch.setattr(runs, "train", raising(error))
     assert words in refused("train", *BASE, "--output", tmp_path / "run")
     monkeypatch.setattr(runs, "evaluate_run", raising(error))
     assert "--batch-size" not in refused("eval", *BASE)
+
+
+def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
+    """Neither in the middle of a checkpoint's weights, 4.3 MB, nor of Adam's state, 8.6 MB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (1_000_000, 6_000_000):
+        out = tmp_path / str(most)
+        args = ["train", *SMALL, "--method", "fo-adam", "--steps", 2, "--save-every", 1, "--output", out]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            text = refused(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert text.startswith("the disk is full, or a limit on files was hit") and "--resume goes on" in text
+        pseuzo(*args, "--resume")
+        assert json.loads((out / "results.json").read_text())["steps"] == 2
 
 
 def test_errors_of_our_own_and_of_safetensors_are_sentences(tmp_path, monkeypatch):
@@ -381,10 +405,72 @@ def test_no_command_fills_a_folder_of_other_files(tmp_path, there):
 
 
 def test_a_folder_is_of_one_command(tmp_path):
-    files.claim(tmp_path / "out", "demo")
-    files.claim(tmp_path / "out", "demo")
+    for _ in range(2):
+        with files.claim(tmp_path / "out", "demo"):
+            assert [f.name for f in (tmp_path / "out").iterdir()] == [files.MARKER]
     with pytest.raises(ValueError, match="not the folder of a run of pseuzo compare"):
-        files.claim(tmp_path / "out", "compare")
+        with files.claim(tmp_path / "out", "compare"):
+            pass
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "demo"])
+def test_a_folder_at_work_is_left_alone(tmp_path, command):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    journal = out / "run.pzj"
+    args = {"train": [*MEZO, "--noise-on", "no_such", "--journal", journal], "compare": BASE, "demo": ["--steps", 1]}
+    with files.claim(out, command):
+        for name in ("lr.json", "start/adapter_model.safetensors", "metrics.jsonl", "run.pzj"):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_bytes(b"" if name == "run.pzj" else b"{}")
+        before = contents(out)
+        for more in ([], ["--resume"]) if command == "train" else ([],):
+            assert "is in use by another pseuzo process" in refused(command, *args[command], *more, "--output", out)
+        if command == "train":  # of a comparison that was killed, and left its run at work
+            with pytest.raises(ValueError, match="is in use by another pseuzo process"):
+                compare._train({}, out)
+        assert contents(out) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pseuzo.files import claim
+with claim(Path(sys.argv[1]), "train"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path):
+    pytest.importorskip("fcntl")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is in use by another pseuzo process"):
+            with files.claim(tmp_path / "out", "train"):
+                pass
+    finally:
+        process.kill()
+        process.communicate()
+    with files.claim(tmp_path / "out", "train"):
+        pass
+
+
+def test_a_try_that_fails_leaves_what_was_there(tmp_path):
+    """The trials of a search that was killed, and a journal that another run has begun in the meantime."""
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    with files.claim(out, "train"):
+        (out / "lr.json").write_text("{}")
+    journal.touch()
+    before = contents(tmp_path)
+    args = ["train", *MEZO, "--mode", "head", "--noise-on", "no_such", "--journal", journal, "--resume"]
+    assert "matches 'no_such'" in refused(*args, "--output", out)
+    assert contents(tmp_path) == before
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
@@ -414,6 +500,15 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
     journal.rmdir()
     pseuzo(*args, "--batch-size", 3)
     assert (out / "results.json").exists() and journal.stat().st_size > 0
+
+
+def test_the_step_that_is_kept_is_said(tmp_path, settings):
+    args = ["train", *BASE, "--method", "mezo", "--steps"]  # 10 steps are made, of those 2 less than asked for kept
+    assert "model/ is step 5, the best on the dev rows\n" in pseuzo(*args, 7, "--output", tmp_path / "run")
+    text = pseuzo(*args, 7, "--journal", tmp_path / "run.pzj", "--output", tmp_path / "run")
+    assert "model/ is step 5, the best on the dev rows: pseuzo replay --until 5 makes it" in text
+    assert "model/ is step" not in pseuzo(*args, 12, "--output", tmp_path / "run")
+    assert "model/ is step" not in pseuzo(*args, 7, "--keep", "last", "--output", tmp_path / "run")
 
 
 def test_what_is_scaled_to_the_noise_is_said(tmp_path):

@@ -3,10 +3,11 @@
 Exit codes: 0 done; 2 what was asked for cannot be done, one sentence on stderr says why; 130 interrupted; 1 a bug.
 """
 
+import errno
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ ONLY = (  # options that do something under some values of another one only
 PROBES = ("eps", "noise")  # these do something under every method whose --noise-on is not all: they are its probe's
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+FULL = (  # what errors of writing say, in the system's words, which safetensors has too, or torch's
+    *(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
+    "PytorchStreamWriter failed writing", "iostream error",
+)  # fmt: skip
 
 
 class Failure(click.ClickException):
@@ -56,13 +61,16 @@ def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
 
 def _was_interruption(error: BaseException | None) -> bool:
     """Or came of one: Transformers makes an ImportError of a Ctrl-C during its imports."""
+    return any(isinstance(e, KeyboardInterrupt) for e in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it came of."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _sentence(error: BaseException) -> str | None:
@@ -71,9 +79,12 @@ def _sentence(error: BaseException) -> str | None:
     from safetensors import SafetensorError
 
     text = " ".join(str(error).split()) or type(error).__name__
+    has = {p.name for p in click.get_current_context().command.params}
+    if full := next((str(e) for e in _chain(error) if any(words in str(e) for words in FULL)), None):
+        then = "; then --resume goes on with the run" if "resume" in has else ""
+        return f"the disk is full, or a limit on files was hit ({' '.join(full.split())}): make room{then}"
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in text.lower() for m in memory)):
-        has = {p.name for p in click.get_current_context().command.params}
         ways = {"batch_size": "a smaller --batch-size", "eval_batch_size": "a smaller --eval-batch-size",
                 "max_length": "a smaller --max-length", "dtype": "a 16-bit --dtype"}  # fmt: skip
         ways = [way for name, way in ways.items() if name in has] or ["a smaller model"]
@@ -319,8 +330,9 @@ def train(**settings: Any) -> None:
     click.echo(f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the model is in "
                f"{settings['output']}/model")  # fmt: skip
     best = results.get("best_step")
-    if settings["journal"] and settings["keep"] == "best" and best and best != results["steps"]:
-        click.echo(f"model/ is step {best}, the best on the dev rows: pseuzo replay --until {best} makes it")
+    if settings["keep"] == "best" and best and best != results["steps"]:
+        replay = f": pseuzo replay --until {best} makes it" if settings["journal"] else ""
+        click.echo(f"model/ is step {best}, the best on the dev rows{replay}")
 
 
 def _defaults() -> dict[str, Any]:
@@ -398,6 +410,8 @@ def evaluate(**settings: Any) -> None:
     \b
     pseuzo eval --model run/model --task sst2
     pseuzo eval --model facebook/opt-1.3b --task sst2 --shots 32
+
+    A model in the folder of its run is evaluated on that run's test rows, unless sizes or --data-seed are given.
     """
     import json
 
@@ -406,11 +420,30 @@ def evaluate(**settings: Any) -> None:
 
     if settings["quiet"]:
         _hush()
+    _take_rows_of_run(settings)
     figures = runs.evaluate_run(settings)
     if settings["output"]:
         settings["output"].parent.mkdir(parents=True, exist_ok=True)
         write_json(settings["output"], figures)
     click.echo(json.dumps(figures))
+
+
+def _take_rows_of_run(settings: dict[str, Any]) -> None:
+    """Of a task in one file, other options would draw test rows that the run was trained on: its own are the defaults,
+    and a line says so."""
+    from pseuzo.runs import rows_of_run
+
+    found = rows_of_run(settings["model"], settings["task"], settings["data"])
+    if found is None:
+        return
+    run, own = found
+    source, default = click.get_current_context().get_parameter_source, click.core.ParameterSource.DEFAULT
+    before = settings | {"data_seed": settings["seed"]}
+    taken = {name: value for name, value in own.items() if source(name) == default and value != before[name]}
+    if taken:
+        settings |= taken
+        options = " ".join(f"{_flag(name)} {value}" for name, value in taken.items())
+        click.echo(f"rows as in {run / 'config.yaml'}: {options}", err=True)
 
 
 @main.command()

@@ -37,7 +37,27 @@ def compare(
     ValueError with the end of a run's log if one fails, if output has a run of that name with other settings, or if
     files are in it that no comparison wrote.
     """
-    claim(output, "compare")
+    with claim(output, "compare"):
+        runs = _run(common, methods, output, seeds, forwards, progress)
+        summary = {
+            "forwards": forwards, "seeds": seeds, "hardware": next(iter(runs.values()))[0]["hardware"],
+            "metric": next(iter(runs.values()))[0]["metric"], "methods": summarise(runs),
+        }  # fmt: skip
+        write_json(output / "compare.json", summary)
+        write_atomically(output / "table.md", markdown(summary))
+        plot_runs(runs, output / "compare.png")
+    return summary
+
+
+def _run(
+    common: dict[str, Any],
+    methods: Mapping[str, dict[str, Any]],
+    output: Path,
+    seeds: int,
+    forwards: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """title -> the results of its runs, one a seed."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
         settings = common | own
@@ -62,14 +82,7 @@ def compare(
                 decided = read_json(folder / "noise_on.json", "noise_on", "lr", "eps")
                 chosen = {key: decided[key] for key in ("noise_on", "lr", "eps")}
             runs.setdefault(title, []).append(read_results(folder))
-    summary = {
-        "forwards": forwards, "seeds": seeds, "hardware": next(iter(runs.values()))[0]["hardware"],
-        "metric": next(iter(runs.values()))[0]["metric"], "methods": summarise(runs),
-    }  # fmt: skip
-    write_json(output / "compare.json", summary)
-    write_atomically(output / "table.md", markdown(summary))
-    plot_runs(runs, output / "compare.png")
-    return summary
+    return runs
 
 
 def _slug(title: str) -> str:
@@ -87,6 +100,8 @@ def _same_settings(config: dict[str, Any], folder: Path) -> None:
 def _train(config: dict[str, Any], folder: Path) -> None:
     """`pseuzo train` in a process of its own. What a killed one left behind is removed first."""
     if folder.exists():
+        with claim(folder, "train"):  # refused if it is at work still, as where the comparison alone was killed
+            pass
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".yaml")

@@ -1,12 +1,18 @@
-"""Writing results so that a crash leaves the old or the new, never half."""
+"""Writing results so that a crash leaves the old or the new, never half, and two processes do not mix theirs."""
 
 import json
 import math
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import yaml
 from torch import nn
@@ -14,9 +20,10 @@ from torch import nn
 MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
 
-def claim(folder: Path, command: str) -> None:
-    """Make a folder for the files of `pseuzo command`: a new or empty one, or its own of an earlier time. ValueError,
-    and nothing is touched, where other files are."""
+@contextmanager
+def claim(folder: Path, command: str) -> Iterator[None]:
+    """Make a folder for the files of `pseuzo command`, ours alone in here: a new or empty one, or its own of an earlier
+    time. ValueError, and nothing is touched, where other files are, or where another process is at work."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
@@ -25,7 +32,39 @@ def claim(folder: Path, command: str) -> None:
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(mark)
+    with open(marker, "a") as file:
+        if not lock(file):
+            raise ValueError(
+                f"{folder} is in use by another pseuzo process; wait for its end, or choose another folder"
+            )
+        if not file.tell():
+            file.write(mark)
+            file.flush()
+        try:
+            yield
+        finally:
+            unlock(file)
+
+
+def lock(file: IO) -> bool:
+    """Keep others who lock it out of an open file, until unlock or the end of the process, whatever that is. False if
+    one of them has it. Readers are let in; systems and disks without such locks go without."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def unlock(file: IO) -> None:
+    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the file open as well."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -20,19 +20,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 import torch
 from torch import Tensor, nn
 
+from pseuzo.files import lock, unlock
 from pseuzo.machine import Fetched
 from pseuzo.optimizer import ZeroOrder
 
@@ -164,28 +159,6 @@ def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], Iterator[Reco
     return header, records()
 
 
-def _lock(file: BinaryIO) -> None:
-    """Keep other journals out of the file until _unlock, or until the system closes it with the process. Readers are
-    let in. Systems and disks without such locks go without."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalError(
-            f"{file.name} is in use by another run; choose a new file, or end that one (close() its journal) first"
-        ) from None
-    except OSError:
-        pass
-
-
-def _unlock(file: BinaryIO) -> None:
-    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the file open as well."""
-    if fcntl is not None:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
 class Journal:
     """Appends a record for every step of optimizer, from now on until close().
 
@@ -227,7 +200,10 @@ class Journal:
         self._next = optimizer._step
         self._file = open(self.path, "ab")
         try:
-            _lock(self._file)
+            if not lock(self._file):
+                raise JournalError(
+                    f"{self.path} is in use by another run; choose a new file, or end that one (close() its journal) first"
+                )
             if os.fstat(self._file.fileno()).st_size:
                 self._go_on()
             else:
@@ -321,7 +297,7 @@ class Journal:
         finally:
             if self.optimizer.journal is self:
                 self.optimizer.journal = None
-            _unlock(self._file)
+            unlock(self._file)
             self._file.close()
 
     def __enter__(self) -> "Journal":

@@ -1,8 +1,8 @@
 """A training run from its settings: model, task, data, trainer, results. What `pseuzo train` and `pseuzo eval` do.
 
 A run's folder: config.yaml (every setting, as resolved), results.json (figures and history), curves.png, model/
-(what Transformers or peft loads), checkpoint-N/ (to resume from); noise_on.json and lr.json where those were
-searched for; start/, a mode's first weights, where there is a journal; and .pseuzo, which says that it is ours.
+(what Transformers or peft loads), checkpoint-N/ (likewise, and to resume from); noise_on.json and lr.json where those
+were searched for; start/, a mode's first weights, where there is a journal; and .pseuzo, which says that it is ours.
 """
 
 import gc
@@ -10,6 +10,9 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ DEFAULT_LR = {
 DEFAULT_EPS = {"full": 1e-3, "head": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
 LR_FILE = "lr.json"
+ROWS = ("data_seed", "train_size", "dev_size", "test_size")  # decide which rows are drawn
 DECISIONS = (LR_FILE, PLACEMENT_FILE, "start")  # what a run writes before it begins
 MAY_CHANGE = {"steps", "eval_every", "save_every", "log_every", "eval_batch_size", "test_size", "quiet", "report_to",
               "device", "output"}  # fmt: skip
@@ -114,7 +118,11 @@ class Run:
             metric_for_best_model=f"eval_{self.task.metric}" if every else None, greater_is_better=True,
             report_to=list(c["report_to"]), disable_tqdm=c["quiet"], dataloader_pin_memory=c["device"] != "cpu",
         )  # fmt: skip
-        trainer = PseuZOTrainer(model, args, train_dataset=self.data["train"], eval_dataset=self.data["dev"])
+        # the Trainer saves a collator's tokenizer with each checkpoint; as processing_class it would also write the
+        # tokenizer's special tokens into the model's config
+        collate = partial(self.data["train"].collate)
+        collate.tokenizer = self.tokenizer
+        trainer = PseuZOTrainer(model, args, collate, self.data["train"], self.data["dev"])
         if c["quiet"]:
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -184,27 +192,41 @@ def _remove(*paths: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def start_folder(output: Path, resume: str | None) -> str | None:
-    """Make the folder of a run: new or empty, or that of a run to resume. Returns resume, or None where there is
-    nothing to go on with yet."""
-    begun = (output / "config.yaml").exists()
-    if resume not in (None, "auto") and not (begun and Path(resume).is_dir()):
+@contextmanager
+def start_folder(output: Path, resume: str | None) -> Iterator[str | None]:
+    """Make the folder of a run, and keep it to ourselves: new or empty, or that of a run to resume. Gives resume, or
+    None where there is nothing to go on with yet."""
+    config = output / "config.yaml"
+    if resume not in (None, "auto") and not (config.exists() and Path(resume).is_dir()):
         raise ValueError(f"--resume {resume}: that is no checkpoint of a run in {output}")
-    claim(output, "train")
-    if begun and not resume:
-        raise ValueError(f"{output} is not empty; choose another folder, or --resume to go on with the run in it")
-    if begun:
-        return resume
-    if resume:
-        print(f"{output} holds no run to resume: beginning a new one", flush=True)
-    # of a try that did not get to its first step; the trials of a search for lr are gone on with
-    _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
-    return None
+    with claim(output, "train"):
+        begun = config.exists()
+        if begun and not resume:
+            raise ValueError(f"{output} is not empty; choose another folder, or --resume to go on with the run in it")
+        if not begun:
+            if resume:
+                print(f"{output} holds no run to resume: beginning a new one", flush=True)
+            # of a try that did not get to its first step; the trials of a search for lr are gone on with
+            _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
+        yield resume if begun else None
 
 
-def _undo(output: Path, journal: Path | None) -> None:
+def _to_make(output: Path, journal: str | None) -> list[Path]:
+    """What a new run will make before its first step. Its journal is made here, empty: nobody else may take it for
+    theirs meanwhile."""
+    made = [output / name for name in ("config.yaml", *DECISIONS) if not (output / name).exists()]
+    if journal:
+        try:
+            open(journal, "xb").close()
+            made.append(Path(journal))
+        except FileExistsError:
+            pass
+    return made
+
+
+def _undo(output: Path, made: list[Path]) -> None:
     """Leave nothing of a new run that failed before its first step, so that nothing is in the way of the next try."""
-    _remove(*(output / name for name in ("config.yaml", *DECISIONS)), *([journal] if journal else []))
+    _remove(*made)
     if list(output.iterdir()) == [output / MARKER]:
         _remove(output / MARKER)
 
@@ -242,13 +264,15 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo train` with settings c; its results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
-    new = not (output / "config.yaml").exists()
-    c["resume"] = start_folder(output, c["resume"])
+    with start_folder(output, c["resume"]) as resume:
+        return _train(c | {"resume": resume}, output)
+
+
+def _train(c: dict[str, Any], output: Path) -> dict[str, Any]:
+    new = not c["resume"]
     if c["resume"]:
         c = _resumed(c, output)
-    journal = Path(c["journal"]) if c["journal"] else None
-    if journal and journal.exists() and journal.stat().st_size:
-        journal = None  # not this try's own
+    made = _to_make(output, c["journal"]) if new else []
     trainer = None
     try:
         run = Run(c)
@@ -266,7 +290,7 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
         outcome = trainer.train(resume_from_checkpoint=c["resume"])
     except Exception:
         if new and not (trainer and trainer.state.global_step):
-            _undo(output, journal)
+            _undo(output, made)
         raise
     peak = peak_memory(c["device"])  # of the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
@@ -367,6 +391,19 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
 
 def _rounded(lr: float) -> float:
     return float(f"{lr:.2g}")
+
+
+def rows_of_run(model: str, task: str, data: Any) -> tuple[Path, dict[str, int]] | None:
+    """The run in whose folder the model is, with the settings that decided which rows it was trained on; None if there
+    is none, or if it was of another task or other data."""
+    run = Path(model).expanduser().resolve().parent
+    if not (run / MARKER).is_file() or not (run / "config.yaml").is_file():
+        return None
+    config = read_yaml(run / "config.yaml")
+    # by name: either path may be relative, to another directory
+    if [Path(str(x)).name for x in (task, data)] != [Path(str(config.get(key))).name for key in ("task", "data")]:
+        return None
+    return run, {key: config[key] for key in ROWS if isinstance(config.get(key), int)}
 
 
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,14 @@ def load_model(
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"load_model: {adapter} does not say which model the adapter is for") from None
-        model, tokenizer = load_model(base, dtype=dtype, device=where, need_tokenizer=need_tokenizer)
+        try:
+            model, tokenizer = load_model(base, dtype=dtype, device=where, need_tokenizer=need_tokenizer)
+        except ValueError as error:
+            reason = str(error).removeprefix("load_model: ")
+            raise ValueError(
+                f"load_model: {name} is an adapter for the model {base}, and {reason} (base_model_name_or_path in "
+                f"{adapter} says where that is)"
+            ) from None
         model = _load_adapter(model, name, folder)
         return model, _load_tokenizer(name, model) if any(folder.glob("tokenizer*")) else tokenizer
     model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
@@ -106,13 +113,17 @@ def tune(
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the output head that the model uses nowhere else; [] if they are the embedding's.
+    """The weights of the output head that the model uses nowhere else; [] if they are the embedding's, or if it is no
+    Transformers model with a head of logits over tokens.
 
     PseuZO's perturbed passes end before the head: these can only be frozen, or trained by the exact gradient that the
     head's backward gives.
     """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return []
     shared = set(model.get_input_embeddings().parameters())
-    return [p for p in model.get_output_embeddings().parameters() if p not in shared]
+    return [p for p in head.parameters() if p not in shared]
 
 
 def _tune_head(model: nn.Module) -> nn.Module:
@@ -266,8 +277,10 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if folder and not (folder / "config.json").is_file():
-        raise ValueError(f"load_model: {name} has no config.json; it is not the folder of a Transformers model")
-    source = folder or name
+        inside = folder / "model"  # of a run
+        hint = f"; did you mean {inside}?" if any(inside.glob("*config.json")) else ""
+        raise ValueError(f"load_model: {name} has no config.json; it is not the folder of a Transformers model{hint}")
+    source = folder.resolve() if folder else name  # adapters are saved with it, and loaded in other directories
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -161,7 +161,11 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
     """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary. ValueError if
     files are in it that no demo wrote."""
-    claim(out, "demo")
+    with claim(out, "demo"):
+        return _run(out, methods, steps, batch_size, seed, device)
+
+
+def _run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
     demo = load()
     pretrained = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
     start = {part: evaluate(pretrained, getattr(demo, part), batch_size=100)["accuracy"] for part in ("val", "test")}
