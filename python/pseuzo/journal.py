@@ -202,7 +202,7 @@ class Journal:
         try:
             if not lock(self._file):
                 raise JournalError(
-                    f"{self.path} is in use by another run; choose a new file, or end that one (close() its journal) first"
+                    f"{self.path} is in use by another run; choose a new file, or close() the other journal first"
                 )
             if os.fstat(self._file.fileno()).st_size:
                 self._go_on()
