@@ -166,6 +166,23 @@ def test_other_weights_are_recorded_anew(tapes):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def test_a_state_that_is_loaded_forgets_which_weights_were_used(tapes):
+    """Replayed passes would not tell it again."""
+    model = causal_lm("opt").eval()
+    twin = copy.deepcopy(model)
+    results = []
+    for m, captured in ((model, {}), (twin, {"capture": True})):
+        opt = PseuZO(m, 1e-3, 1e-2, 3, **captured)
+        objective = CausalLMObjective(m, [17, 4])
+        forward, head = objective({**batch_of(), "labels": LABELS})
+        start = copy.deepcopy(opt.state_dict())
+        for _ in range(6):
+            opt.step(forward, head)
+        opt.load_state_dict(start)
+        results.append(torch.stack([opt.step(forward, head) for _ in range(6)]))
+    assert torch.equal(*results) and len(tapes) == 4
+
+
 def test_losses_that_were_returned_stay(tapes):
     model = causal_lm("opt").eval()
     opt = PseuZO(model, 1e-2, 1e-2, 3, capture=True)

@@ -322,7 +322,7 @@ def test_a_task_of_plain_rows_trains_and_scores_with_shots(tmp_path, kind):
     assert few["shots_mean"] == 3 == few["shots_least"] and few["test"]["loss"] != zero["test"]["loss"]
 
 
-def test_eval_of_a_run_takes_its_rows(tmp_path):
+def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
     """Of one file: another seed, or more test rows, would draw rows that the run was trained on."""
     task, out = tmp_path / "rows.jsonl", tmp_path / "run"
     task.write_text("".join(json.dumps(row) + "\n" for row in PLAIN["classification"]))
@@ -340,6 +340,8 @@ def test_eval_of_a_run_takes_its_rows(tmp_path):
     assert last_json(text)["test"]["loss"] != pytest.approx(results["test"]["loss"], rel=1e-3)
     assert "rows as in" not in pseuzo(*common, out / "model", *sizes, "--seed", 5)  # as they would be anyway
     assert "rows as in" not in pseuzo(*common, out / "model", "--task", "demo", "--test-size", 8)  # of another task
+    monkeypatch.chdir(out)  # a name is no model in this folder
+    assert "rows as in" not in pseuzo(*common, "demo", "--test-size", 8)
     (out / "model").rename(tmp_path / "model")
     assert "rows as in" not in pseuzo(*common, tmp_path / "model", "--test-size", 8)
 

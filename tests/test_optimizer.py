@@ -471,6 +471,8 @@ def test_frozen_parameters_are_left_alone(method, bare, tmp_path):
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires grad"):
         method(list(model.parameters()), 0.1)
+    with pytest.raises(ValueError, match="no parameter requires grad"):
+        step()
 
 
 def test_groups_and_weights_that_cannot_be_meant_are_refused():
@@ -480,6 +482,8 @@ def test_groups_and_weights_that_cannot_be_meant_are_refused():
     with pytest.raises(ValueError, match="eps is one for all groups"):
         MeZO([{"params": [w], "eps": 0.1}], 0.1)
     MeZO([{"params": [w], "name": "all", "initial_lr": 0.1}], 0.1)
+    offloaded = nn.Parameter(torch.ones(3, device="meta"), requires_grad=False)
+    MeZO([offloaded, w], 0.1).step(lambda: w.sum())
     with pytest.raises(ValueError, match="on the meta device"):
         MeZO([nn.Parameter(torch.ones(3, device="meta"))], 0.1)
     opt = MeZO([w], 0.1)

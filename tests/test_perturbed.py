@@ -218,5 +218,13 @@ def test_bad_arguments():
         pass
     with perturbed(model, 2**64 - 1, 0.1):  # a refused one leaves nothing behind
         pass
+    with perturbed(model, 0, 0.1):
+        pass
+    bias = model._parameters.pop("bias")
+    with pytest.raises(KeyError), model._pseuzo_forward(0, 0.1):
+        pass
+    model._parameters["bias"] = bias
+    with perturbed(model, 0, 0.1):  # nor does one that could not begin
+        pass
     with pytest.raises(RuntimeError, match="do not nest"), perturbed(model, 0, 0.1), perturbed(model, 1, 0.1):
         pass

@@ -177,10 +177,11 @@ class ZeroOrder(torch.optim.Optimizer):
             for key in param_group.keys() - self.defaults.keys():
                 if meant := get_close_matches(key, self.defaults, n=1, cutoff=0.8):
                     raise ValueError(f"{name}: a group has no option {key!r}; did you mean {meant[0]!r}?")
-            for device in {p.device for p in group["params"]}:
+            used = [p for p in group["params"] if not _frozen(p)]
+            for device in {p.device for p in used}:
                 if device.type == "meta":
                     raise ValueError(f"{name}: a parameter is on the meta device (offloaded?); load the weights first")
-                check_tensors(name, [p for p in group["params"] if p.device == device and not _frozen(p)], "parameter")
+                check_tensors(name, [p for p in used if p.device == device], "parameter")
             for p in group["params"]:
                 if self._model_streams is None:
                     self._streams[p] = len(self._streams)
@@ -204,7 +205,8 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        return self.param_groups[0]["params"][0].device
+        params = [p for group in self.param_groups for p in group["params"]]
+        return next((p for p in params if not _frozen(p)), params[0]).device
 
     @property
     def _shift_noise(self) -> str:
@@ -234,11 +236,13 @@ class ZeroOrder(torch.optim.Optimizer):
         perturbed ones; key: what they are made of. They are recorded under both."""
         self._pending = None  # an estimate that was not applied is forgotten
         self._trained()  # bad groups are refused before anything is written
+        if all(_frozen(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"{type(self).__name__}.step: no parameter requires grad; there is nothing to train")
         if self.model is not None:
             forward = forward_of(self.model, self._places(), self.noise)
             if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less
                 forward.note_used(self._used_so_far())
-                self._forward = forward
+                self._forward, self._memory = forward, None
         graphs = nullcontext()
         if self._graphs is not None:
             memory = (self._forward, self._forward and self._forward.replaced)
@@ -346,7 +350,7 @@ class ZeroOrder(torch.optim.Optimizer):
         unused: set[nn.Parameter] = set()
         if self._forward is not None:
             unused = self._forward.unused(kind)
-            if unused == self._forward.params.keys():
+            if self._forward.params and unused == self._forward.params.keys():
                 raise RuntimeError(
                     f"{type(self).__name__}.step: the pass used no weight of the model that is trained; run that very "
                     "model in it (not a copy, and not a scripted or exported one), or give the optimizer its parameters"

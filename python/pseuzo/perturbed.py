@@ -303,8 +303,8 @@ class PerturbedForward:
         """
         if self._planned_for != len(self._outside):
             self._plan()
-        self.active = True
         handles, before = [], [module._parameters[name] for module, name, _ in self._whole_places]
+        self.active = True
         try:
             self._kind, self._met = kind, False
             reached = self._reached.setdefault(kind, set())

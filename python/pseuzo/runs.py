@@ -396,7 +396,10 @@ def _rounded(lr: float) -> float:
 def rows_of_run(model: str, task: str, data: Any) -> tuple[Path, dict[str, int]] | None:
     """The run in whose folder the model is, with the settings that decided which rows it was trained on; None if there
     is none, or if it was of another task or other data."""
-    run = Path(model).expanduser().resolve().parent
+    folder = Path(model).expanduser()
+    if model == EMBEDDED or not folder.is_dir():
+        return None
+    run = folder.resolve().parent
     if not (run / MARKER).is_file() or not (run / "config.yaml").is_file():
         return None
     config = read_yaml(run / "config.yaml")
