@@ -155,8 +155,7 @@ class ZeroOrder(torch.optim.Optimizer):
             params,
             dict(lr=lr, weight_decay=weight_decay, noise_scale=noise_scale, maximize=maximize, exact_gradient=False),
         )
-        if all(_frozen(p) for group in self.param_groups for p in group["params"]):
-            raise ValueError(f"{name}: no parameter requires grad; there is nothing to train")
+        self._check_trains(name)
         if capture:
             check_device(name, self._device)
         self._graphs = Graphs(self._device) if capture else None
@@ -205,8 +204,12 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        params = [p for group in self.param_groups for p in group["params"]]
-        return next((p for p in params if not _frozen(p)), params[0]).device
+        trained = (p for group in self.param_groups for p in group["params"] if not _frozen(p))
+        return next(trained, self.param_groups[0]["params"][0]).device
+
+    def _check_trains(self, op: str) -> None:
+        if all(_frozen(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"{op}: no parameter requires grad; there is nothing to train")
 
     @property
     def _shift_noise(self) -> str:
@@ -236,8 +239,7 @@ class ZeroOrder(torch.optim.Optimizer):
         perturbed ones; key: what they are made of. They are recorded under both."""
         self._pending = None  # an estimate that was not applied is forgotten
         self._trained()  # bad groups are refused before anything is written
-        if all(_frozen(p) for group in self.param_groups for p in group["params"]):
-            raise ValueError(f"{type(self).__name__}.step: no parameter requires grad; there is nothing to train")
+        self._check_trains(f"{type(self).__name__}.step")
         if self.model is not None:
             forward = forward_of(self.model, self._places(), self.noise)
             if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less

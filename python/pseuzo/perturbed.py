@@ -176,13 +176,13 @@ class PerturbedForward:
 
     def _plan(self) -> None:
         """Which weights are copied for a whole pass, and which when their module runs."""
-        whole = [p for p in self.params if p.numel() <= SMALL or p in self._outside]
+        whole = dict.fromkeys(p for p in self.params if p.numel() <= SMALL or p in self._outside)  # a set, in order
         groups = _Group.of(self, [("", p) for p in whole])
         self._whole_pass = [(group, [self._memory_for(p) for p in group.params]) for group in groups]
         self._whole_places = [(module, name, self._kept[p]) for p in whole for module, name in self.places[p]]
         owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
         for p, places in self.places.items():
-            for module, name in places if p.numel() > SMALL and p not in self._outside else ():
+            for module, name in places if p not in whole else ():
                 owned.setdefault(module, []).append((name, p))
         self._owned = {module: (named, _Group.of(self, named)) for module, named in owned.items()}
         self._planned_for = len(self._outside)
