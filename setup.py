@@ -5,7 +5,9 @@ slower without the rest; the others fail if they cannot be had.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +29,21 @@ ROOT = Path(__file__).parent
 
 def say(line: str) -> None:
     print(f"pseuzo: {line}", file=sys.stderr, flush=True)
+
+
+def cuda_home() -> str | None:
+    """Where the CUDA toolkit is. torch takes nvcc's folder for it, which holds no headers where that nvcc is a script
+    that calls another (of ccache, of a package manager): then nvcc is asked where it is at home."""
+    home = cpp_extension.CUDA_HOME
+    if home is None or Path(home, "include", "cuda_runtime.h").exists() or not Path(home, "bin", "nvcc").exists():
+        return home
+    command = [str(Path(home, "bin", "nvcc")), "--dryrun", "-x", "cu", os.devnull]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        return home
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top and Path(top[1], "include", "cuda_runtime.h").exists() else home
 
 
 def missing_for_cuda() -> str | None:
@@ -118,6 +135,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.ext_map[new.name] = self.ext_map[new._full_name] = new
 
 
+cpp_extension.CUDA_HOME = cuda_home()
 mode = best_mode()
 setup(
     packages=["pseuzo_kernels", "pseuzo", "pseuzo.demo", "pseuzo.tasks"],

@@ -316,7 +316,7 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                     if part == "two forwards":
                         floors[impl], memory = step, memory or peak
                     elif floor := part == "step" and floors.get(floor_of(impl)):
-                        more = f", {peak / memory:.3f} times their memory" if memory else ""
+                        more = f", {peak / memory:.3f} times their memory" if memory and peak else ""
                         print(f"    -> {step - floor:.3f} ms beyond two forwards, {step / floor:.2f} times them{more}")
             except torch.cuda.OutOfMemoryError:
                 does_not_fit(tokens, impl, part)

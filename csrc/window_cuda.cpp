@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cuda(
   // The kernel takes one type for both outputs; a model's two forwards have one, so this copies next to never.
   const bool mixed = o0 && o0->scalar_type() != o1.scalar_type();
   const at::Tensor perturbed = mixed ? o1.to(at::kFloat) : o1;
-  const std::optional<at::Tensor> clean = mixed ? o0->to(at::kFloat) : o0;
+  const at::Tensor clean = mixed ? o0->to(at::kFloat) : o0.value_or(at::Tensor());
 
   at::Tensor seeds_out = at::empty({used}, seeds.options());
   at::Tensor coefs = at::empty({used}, values.options());
@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cuda(
   step.groups = groups.mutable_data_ptr<int64_t>();
   step.counts = counts.mutable_data_ptr<int32_t>();
   step.skipped = skipped.mutable_data_ptr<int64_t>();
-  step.o0 = clean ? clean->const_data_ptr() : nullptr;
+  step.o0 = clean.defined() ? clean.const_data_ptr() : nullptr;
   step.o1 = perturbed.const_data_ptr();
   step.grad = grad.const_data_ptr();
   step.group = group ? group->const_data_ptr<int64_t>() : nullptr;

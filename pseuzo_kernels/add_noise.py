@@ -11,11 +11,15 @@ every access narrow; x is loaded after the sum, 8 planes at a time, as 16 would 
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pseuzo_kernels import api, reference
 
@@ -28,7 +32,7 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
 HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
-PLANS = 64  # launch tables kept; a training step uses a few, and one for each module of several large weights
+PLANS = 1 << 27  # bytes of launch tables that are kept; those of a list take 8 for every 8192 elements
 
 if triton is not None:
     from pseuzo_kernels import philox as px
@@ -398,7 +402,8 @@ def _scale_of(noise: str, scale):
 
 def _on(device: torch.device):
     """Triton launches on the current device; the interpreter, on tensors of the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(device)
 
 
 def _prepared(
@@ -439,15 +444,31 @@ def _to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) 
     return t.to(device)
 
 
-_plans: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
-_captured: dict[tuple, tuple[Tensor, ...]] = {}  # kept for good: graphs hold their addresses
+class _Plans(OrderedDict):
+    """Launch tables by what they are for, the ones used last at the end."""
+
+    _bytes = 0
+
+    @staticmethod
+    def _size(plan: Any) -> int:
+        return 4096 + sum(x.nbytes for x in tree_leaves(plan) if isinstance(x, Tensor))
+
+    def keep(self, key: tuple, plan: Any) -> None:
+        self[key] = plan
+        self._bytes += self._size(plan)
+        while self._bytes > PLANS and len(self) > 1:
+            self._bytes -= self._size(self.popitem(last=False)[1])
+
+
+_plans = _Plans()
+_captured: dict[tuple, Any] = {}  # kept for good: graphs hold the addresses of their tables
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _plan(key: tuple, build, capturing: bool) -> tuple[Tensor, ...] | None:
+def _plan(key: tuple, build: Callable[[], Any], capturing: bool) -> Any:
     """build(), or what it returned for the same key: a training step launches over the same tensors again and again.
     None if it is not there while a graph is captured: the graph would copy it at each replay, from memory long gone."""
     if key in _plans:
@@ -455,15 +476,13 @@ def _plan(key: tuple, build, capturing: bool) -> tuple[Tensor, ...] | None:
     elif capturing:
         return None
     else:
-        _plans[key] = build()
-        if len(_plans) > PLANS:
-            _plans.popitem(last=False)
+        _plans.keep(key, build())
     if capturing:
         _captured[key] = _plans[key]
     return _plans[key]
 
 
-def _blocks(sizes: tuple[int, ...], elements: int, device: torch.device) -> Tensor:
+def _blocks(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor:
     """[programs, 2] int32: the tensor and the block of that many elements that a program works on."""
     blocks = torch.tensor([-(-n // elements) for n in sizes], device="cpu")
     tensor_of = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), blocks)
@@ -471,88 +490,98 @@ def _blocks(sizes: tuple[int, ...], elements: int, device: torch.device) -> Tens
     return _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device)
 
 
-def _launch_many(outs, xs, streams, keeps, scales, seeds, coefs, K, rounding_hash, found_inf, device, options) -> bool:
-    """One launch for all of them, unless it has no table."""
-    columns = (
-        tuple(y.data_ptr() for y in outs),
-        tuple(x.data_ptr() for x in xs),
-        tuple(y.numel() for y in outs),
-        tuple(streams),
-    )
+class _Together(NamedTuple):
+    """Tensors of one dtype that are done in one launch, and the tables of that."""
 
-    def table() -> tuple[Tensor, Tensor]:
-        return _blocks(columns[2], 16 * COUNTERS, device), _to_device(_rows(*columns), torch.int64, device)
+    ts: list[int]
+    programs: Tensor
+    ints: Tensor  # addresses of out and x, sizes, streams
+    scales: Tensor
 
-    # a table belongs to the stream on which it was copied to the device
-    place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    capturing, numbers = _capturing(device), (tuple(keeps), tuple(scales))
-    plan = _plan((place, columns), table, capturing)
-    more = _plan((place, numbers), lambda: (_to_device(_rows(*numbers), torch.float32, device),), capturing)
-    if plan is None or more is None:
-        return False
-    (programs, ints), (floats,) = plan, more
-    _add_noise_many_kernel[(len(programs),)](
-        outs[0], ints[0], ints[1], ints[2], ints[3], floats[0], floats[1], programs, seeds, coefs, K,
-        rounding_hash, found_inf, **options,
-    )  # fmt: skip
-    return True
+
+class _Launches(NamedTuple):
+    """How the tensors of a list are done."""
+
+    still: list[int]  # no noise to make: keep * x is all
+    alone: list[int]
+    together: list[_Together]
+
+
+def _launches(columns: tuple, noise: str, device: torch.device, tables: bool) -> _Launches:
+    """columns: addresses of outs and of xs, sizes, streams, scales, dtypes. tables: they may be made."""
+    to, of, sizes, _, scales, dtypes = columns
+    ts = [t for t, n in enumerate(sizes) if n]
+    still = [t for t in ts if scales[t] == 0]
+    many: dict[torch.dtype, list[int]] = {}
+    for t in ts:
+        if tables and scales[t] and to[t] % 16 == of[t] % 16 == 0:
+            many.setdefault(dtypes[t], []).append(t)
+    together = []
+    for group in many.values():
+        ints = _rows(*([column[t] for t in group] for column in columns[:4]))
+        together.append(_Together(
+            group, _blocks([sizes[t] for t in group], 16 * COUNTERS, device), _to_device(ints, torch.int64, device),
+            _to_device([_scale_of(noise, scales[t]) for t in group], torch.float32, device),
+        ))  # fmt: skip
+    done = set(still).union(*many.values())
+    return _Launches(still, [t for t in ts if t not in done], together)
 
 
 def add_noise_list_out_triton(
     xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
 ):
     """reference.add_noise_list_out: one launch per dtype, and one per tensor that is not aligned to 16 bytes."""
-    if sum(y.numel() for y in out) == 0:
+    sizes = tuple(map(Tensor.numel, out))
+    if not any(sizes):
         return
-    device = out[0].device
+    device, inputs = out[0].device, xs or out
     rounding_hash = reference.hash_seed(rounding_seed) if stochastic else 0
     K = seeds.numel()
-
-    def launch(t: int) -> None:
-        y, x = out[t], xs[t] if xs else out[t]
-        _add_noise_kernel[(-(-y.numel() // (16 * COUNTERS)),)](
-            y, x, y.numel(), streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
-            rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
-        )  # fmt: skip
-
+    addresses = tuple(map(Tensor.data_ptr, out))
+    columns = (
+        addresses, tuple(map(Tensor.data_ptr, xs)) if xs else addresses, sizes, tuple(streams), tuple(scales),
+        tuple(y.dtype for y in out),
+    )  # fmt: skip
+    launches = partial(_launches, columns, noise, device)
     with _on(device):
+        plan, kept = None, []  # keeps of the tensors that are done together: they change with the learning rate
+        if len(out) > 1:
+            # a table belongs to the stream on which it was copied to the device
+            place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+            capturing = _capturing(device)
+            plan = _plan((place, noise, columns), partial(launches, tables=True), capturing)
+            for group in plan.together if plan is not None else ():
+                values = [keeps[t] for t in group.ts]
+                kept.append(_plan((place, *values), partial(_to_device, values, torch.float32, device), capturing))
+        if plan is None or any(keep is None for keep in kept):
+            plan, kept = launches(tables=False), []
+        for t in plan.still:
+            zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
+            reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[out[t]])
         seeds, coefs, options = _prepared(seeds, coefs, noise)
         options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
-        many: dict[torch.dtype, list[int]] = {}
-        for t, y in enumerate(out):
-            x = xs[t] if xs else y
-            if y.numel() == 0:
-                continue
-            if scales[t] == 0:  # no noise to make: keep * x is all
-                zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
-                reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[y])
-                continue
-            if len(out) > 1 and y.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0:
-                many.setdefault(y.dtype, []).append(t)
-            else:
-                launch(t)
-        for dtype, ts in many.items():
-            together = _launch_many(
-                [out[t] for t in ts],
-                [(xs or out)[t] for t in ts],
-                [streams[t] for t in ts],
-                [keeps[t] for t in ts],
-                [_scale_of(noise, scales[t]) for t in ts],
-                seeds, coefs, K, rounding_hash, found_inf, device,
-                options | dict(STOCHASTIC=stochastic and dtype is not torch.float32),
+        for t in plan.alone:
+            y = out[t]
+            _add_noise_kernel[(-(-sizes[t] // (16 * COUNTERS)),)](
+                y, inputs[t], sizes[t], streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
+                rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
             )  # fmt: skip
-            for t in ts if not together else ():
-                launch(t)
+        for group, keep in zip(plan.together, kept, strict=True):
+            y, ints, programs = out[group.ts[0]], group.ints, group.programs
+            _add_noise_many_kernel[(len(programs),)](
+                y, ints[0], ints[1], ints[2], ints[3], keep, group.scales, programs, seeds, coefs, K,
+                rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
+            )  # fmt: skip
 
 
 def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
     """reference.add_noise_list_."""
-    ts = [t for t, scale in enumerate(scales) if scale]
-    ys = [xs[t] for t in ts]
+    if not all(scales):
+        ts = [t for t, scale in enumerate(scales) if scale]
+        xs, streams, keeps, scales = ([values[t] for t in ts] for values in (xs, streams, keeps, scales))
     add_noise_list_out_triton(
-        ys, seeds, coefs, [streams[t] for t in ts], [keeps[t] for t in ts], [scales[t] for t in ts],
-        noise, stochastic, rounding_seed, found_inf, out=ys,
-    )  # fmt: skip
+        xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf, out=xs
+    )
 
 
 def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds):

@@ -134,8 +134,9 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
         return outputs, checked
 
     monkeypatch.setattr(capture, "_record", recorded)
-    # else all weights of so small a model have memory of their own
+    # else all weights of so small a model have memory of their own, or are made together
     monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "SMALL", 200)
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", 0)
 
     class Now(Constant):
         def __call__(self, step: int) -> float:

@@ -1,6 +1,7 @@
 """What only a GPU can show: the public functions and the optimizers on CUDA tensors, the same bits as on the CPU."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -126,6 +127,27 @@ def test_a_step_does_not_wait_for_the_device():
         assert torch.cuda.memory_allocated() <= memory + 4096, "memory grows with the steps"
 
 
+@pytest.mark.parametrize("make", [PseuZO, MeZO])
+def test_a_recorded_step_of_a_transformer_does_not_wait_for_the_device(make):
+    model = causal_lm("opt").cuda().eval()
+    labels = LABELS.cuda()
+    batch = {k: v.cuda() for k, v in batch_of().items()}
+    forward, head = CausalLMObjective(model, [17, 4])({**batch, "labels": labels})
+    closure = lambda: head(forward())  # noqa: E731
+    opt = make(model, 1e-4, 1e-2, capture=True)
+    step = partial(opt.step, forward, head, groups=labels) if make is PseuZO else partial(opt.step, closure)
+    for _ in range(6):
+        step()
+    assert not any(isinstance(known, int) for known in opt._graphs._steps.values()), "it was not recorded"
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_cuda_graphs_give_the_same_bits(make):
     model = causal_lm("opt").to(torch.bfloat16).cuda().eval()
@@ -133,7 +155,7 @@ def test_cuda_graphs_give_the_same_bits(make):
     want = run_steps(make(model), model, 10, (12, 9))
     opt = make(twin, capture=True)
     got = run_steps(opt, twin, 10, (12, 9))
-    assert any(not isinstance(known, int) for known in opt._graphs._passes.values()), "nothing was recorded"
+    assert any(not isinstance(known, int) for known in opt._graphs._steps.values()), "nothing was recorded"
     assert torch.equal(got, want)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 

@@ -1,6 +1,7 @@
 """The perturbed forward sees x + eps z exactly, and never writes x."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import perturbed_copy
 from models import KINDS, Tied, batch_of, causal_lm
 from pseuzo import perturbed
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def snapshot(model):
@@ -126,8 +128,154 @@ def test_interrupt_inside_a_large_module():
     assert_untouched(model, before)
 
 
+def test_inference_mode_first():
+    """What is kept from passes in inference mode is of use outside of it."""
+    model, x = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 700)), torch.randn(2, 300)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        for seed in range(4):
+            with mode(), perturbed(model, seed, 0.1):
+                got = model(x)
+            with torch.no_grad():
+                assert torch.equal(got, perturbed_copy(model, seed, 0.1)(x))
+
+
+class Layer(nn.Module):
+    """Two large weights and a third that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.twice = (nn.Linear(300, 300) for _ in range(3))
+        self.error = None
+
+    def forward(self, x):
+        x = self.twice(self.twice(self.b(self.a(x))).relu())
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+class Layers(nn.Module):
+    """Layers one after another; the last one's b also runs outside of it, before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(300, 700, bias=False)
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = layer(x)
+        return self.head(self.layers[2](self.layers[2].b(x)))
+
+
+def calls_of_a_pass(model, seed, x) -> tuple[torch.Tensor, list[int]]:
+    """The output of a perturbed pass, and how many weights each launch made."""
+    made = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "pseuzo":
+                made.append(len(kwargs["out"]))
+            return func(*args, **(kwargs or {}))
+
+    with Calls(), perturbed(model, seed, 0.1):
+        return model(x), made
+
+
 @torch.no_grad()
-def test_memory_is_that_of_the_largest_module():
+@pytest.mark.parametrize("together, blocks", [(0, [1] * 14), (3 * 90112, [3, 3] + [1] * 6), (1 << 24, [10])], ids=str)
+def test_weights_of_a_block_are_made_together(together, blocks, monkeypatch):
+    """As many as fit, and none that also runs outside of the block. (The nine biases are copied for a whole pass.)"""
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", together)
+    model = Layers()
+    before, x = snapshot(model), torch.randn(2, 300)
+    launches = []
+    for seed in range(4):
+        got, made = calls_of_a_pass(model, seed, x)
+        assert torch.equal(got, perturbed_copy(model, seed, 0.1)(x))
+        launches.append(made)
+    assert launches[0] == launches[1] == [9] + [1] * 14  # while it is watched
+    assert launches[2] == launches[3] == [9, *blocks]
+    model.layers[1].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), perturbed(model, 5, 0.1):
+        model(x)
+    model.layers[1].error = None
+    assert_untouched(model, before)
+    got, made = calls_of_a_pass(model, 6, x)
+    assert torch.equal(got, perturbed_copy(model, 6, 0.1)(x)) and made == launches[3]
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer.b(self.layer.a(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("together", [3 * 90112, 1 << 24], ids=["layers", "all"])
+def test_another_way_through_a_model_that_is_settled(together, monkeypatch):
+    """Modules that run outside of the block that they ran inside of until then; and back again."""
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", together)
+    model = nn.Sequential(Layer(), Layer(), nn.Linear(300, 700))
+    x = torch.randn(2, 300)
+
+    def caught(m):
+        m[0].error = ValueError("no")
+        with pytest.raises(ValueError, match="no"):
+            m[0](x)
+        m[0].error = None
+        return m[2](m[0].twice(x))
+
+    ways = (
+        lambda m: m(x), lambda m: m[2](m[1](m[0](x))), lambda m: m[1].b(m[0].a(x)), lambda m: m[0](m[0].b(m[0](x))),
+        caught,
+    )  # fmt: skip
+    before = snapshot(model)
+    for seed, way in enumerate([*ways[:1] * 4, *ways[1:], *ways, *ways[:1] * 2]):
+        with perturbed(model, seed, 0.1):
+            got = way(model)
+        assert torch.equal(got, way(perturbed_copy(model, seed, 0.1))), seed
+        assert_untouched(model, before)
+    assert not any(p.numel() > 1 << 16 for p in model._pseuzo_forward._kept), "memory of weights that ran elsewhere"
+    _, made = calls_of_a_pass(model, 9, x)
+    assert made[0] == 7 and sum(made[1:]) == 9, made
+    first = model[0]
+    model[0] = Wrapped(first)
+    want = perturbed_copy(model, 3, 0.1)(x)
+    for _ in range(3):
+        with perturbed(model, 3, 0.1):
+            assert torch.equal(model(x), want)
+
+
+@torch.no_grad()
+def test_blocks_in_an_embedding_and_modules_that_are_made_late(monkeypatch):
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", 3 * 90112)
+
+    class Table(nn.Embedding):
+        def __init__(self):
+            super().__init__(700, 300)
+            self.a, self.b = nn.Linear(300, 300), nn.Linear(300, 300)
+
+        def forward(self, ids):
+            if not hasattr(self, "late"):
+                self.late = nn.Identity()
+            return self.late(self.b(self.a(super().forward(ids))))
+
+    model, ids = nn.Sequential(Table(), nn.Linear(300, 700), nn.Linear(700, 300)), torch.tensor([[3, 699, 3]])
+    for seed in range(5):
+        with perturbed(model, seed, 0.1):
+            got = model(ids)
+        assert torch.equal(got, perturbed_copy(model, seed, 0.1)(ids))
+
+
+@torch.no_grad()
+def test_memory_is_that_of_the_largest_module(monkeypatch):
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", 0)
     model = nn.Sequential(*(nn.Linear(300, 300 + 100 * (i == 2), bias=False) for i in range(2)), nn.Linear(300, 400))
     for seed in range(3):
         with perturbed(model, seed, 0.1):

@@ -586,6 +586,13 @@ def test_refuses_at_the_door(tmp_path, what):
         arguments(tmp_path, **changes)
 
 
+def test_the_exact_gradient_of_a_tied_head_is_refused(tmp_path, demo):
+    data, _ = demo
+    trainer = PseuZOTrainer(fresh(), arguments(tmp_path, method="pseuzo", head="exact"), train_dataset=data["train"])
+    with pytest.raises(ValueError, match=r"head=exact.*tied.*head=frozen"):
+        trainer.create_optimizer()
+
+
 def test_a_probe_for_other_settings_is_refused(tmp_path, demo):
     data, _ = demo
     settings = dict(method="mezo", noise_on=["attention-out"], scale_lr=True, probe_forwards=10)

@@ -95,8 +95,9 @@ class CausalLMObjective:
     more after its head than the soft caps and scales known here: RuntimeError then. verify False leaves that out.
 
     Positions are counted from the first token with attention, so that padding on the left changes nothing. Transformers
-    may read an attention_mask in every forward, to see whether anything is padded, and waits for the device: a batch
-    without padding can leave it out. (Some models, such as Llama, then read their positions instead.)
+    may read the attention mask in every forward, to see whether anything is padded, and waits for the device. A batch
+    without padding can leave the mask out, which helps some models; OPT then makes one, and Llama reads its positions.
+    Recorded passes (capture=True) read nothing.
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None = None, *, verify: bool = True):

@@ -12,7 +12,7 @@ Sources: PseuZO (NeurIPS 2025); MeZO, Malladi et al., "Fine-tuning language mode
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -434,7 +434,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
         def coefficients() -> tuple[Tensor, Tensor, Tensor]:
             self.stats = {"projected_grad": c, "momentum": 0.0, "window": 0}
-            return _terms([(seed, 0.0) for seed in seeds], self._device)[0], c / directions, (~ok).float().view(1)
+            return _filled(seeds, torch.int64, self._device), c / directions, (~ok).float().view(1)
 
         self._pending = _Estimate("loss", coefficients, {})
         return torch.stack(losses).mean()
@@ -778,14 +778,16 @@ class PseuZO(ZeroOrder):
         self.window.load_state_dict(moved)
 
 
+def _filled(values: Sequence[int | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a few numbers, each filled in by a kernel: a copy from pageable memory would wait."""
+    parts = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _terms(terms: list[tuple[int, float]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seeds and coefficients as the ops take them. A copy from pageable memory is staged by the driver at once: not
-    waiting for it is safe."""
+    """Seeds and coefficients as the ops take them."""
     seeds, coefs = zip(*terms, strict=True)
-    return (
-        torch.tensor(seeds, dtype=torch.int64, device="cpu").to(device, non_blocking=True),
-        torch.tensor(coefs, dtype=torch.float32, device="cpu").to(device, non_blocking=True),
-    )
+    return _filled(seeds, torch.int64, device), _filled(coefs, torch.float32, device)
 
 
 def _limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Tensor:
@@ -850,7 +852,8 @@ def _gradient(head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor])
         loss = loss.mean() if loss.numel() > 1 else loss.reshape(())
         if not loss.requires_grad:
             raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
-        e, *gradients = torch.autograd.grad(loss, [o, *exact], allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):  # another thread would need its own cuBLAS workspace
+            e, *gradients = torch.autograd.grad(loss, [o, *exact], allow_unused=True)
     if e is None:
         raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
     for p, gradient in zip(exact, gradients, strict=True):

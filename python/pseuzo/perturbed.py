@@ -1,9 +1,9 @@
 """Exact perturbed forward: a module runs as if its weights were x + eps * z(seed), and the weights are never written.
 
 Small weights are copied, perturbed, in one launch for the whole pass. A large one is made in scratch when its module
-runs and forgotten when it returns, so the memory is that of the largest module. An embedding is perturbed at the rows
-it looks up. Nothing has to be restored, so nothing drifts, and an exception in the forward leaves the weights as they
-were.
+runs and forgotten when it returns, so the memory is that of the largest module; those of a block (an attention, a layer
+of a small model) are made together. An embedding is perturbed at the rows it looks up. Nothing has to be restored, so
+nothing drifts, and an exception in the forward leaves the weights as they were.
 
 A weight that the forward uses outside its module (a functional call on another module's weight, a view kept since long)
 would be missed. The first passes of a model therefore run under a watch that sees every op: a real weight that reaches
@@ -12,8 +12,9 @@ pass. The watch stands down after a pass in which it had nothing to do and in wh
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,31 +27,64 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pseuzo_kernels.api import check_noise, check_tensors, signed64
 
 SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together are a small part of it
+# The most elements that are made in one launch, if they are of one block, as a launch costs the host more than making
+# a small weight costs a GPU: 32 MB of scratch in half precision, which stay in a GPU's cache (H100: 50 MB), and less
+# of a model that is not much larger: a 16th of it, or 8 MB.
+TOGETHER, SMALL_TOGETHER, PART = 1 << 24, 1 << 22, 16
 ALIGN = 2048  # elements between tensors in scratch, so that each begins on an address the kernels can read widely
+
+
+class _Place(NamedTuple):
+    """Where a module has a weight."""
+
+    module: nn.Module
+    name: str
+    param: nn.Parameter
 
 
 class _Group:
     """Weights of one dtype and device, as the op takes them: what a pass does again and again is prepared once."""
 
-    def __init__(self, owner: "PerturbedForward", named: list[tuple[str, nn.Parameter]]):
-        self.names, self.params = zip(*named, strict=True)
-        self.reals = [owner.real[p] for p in self.params]
-        streams, scales = zip(*(owner.params[p] for p in self.params), strict=True)
-        self.settings = list(streams), [1.0] * len(named), list(scales), owner.noise, False, 0, None
-        self.device = self.params[0].device
+    def __init__(self, owner: "PerturbedForward", params: list[nn.Parameter]):
+        self.params = params
+        self.reals = [owner.real[p] for p in params]
+        streams, scales = zip(*(owner.params[p] for p in params), strict=True)
+        self.settings = list(streams), [1.0] * len(params), list(scales), owner.noise, False, 0, None
+        self.device = params[0].device
 
     @classmethod
-    def of(cls, owner: "PerturbedForward", named: list[tuple[str, nn.Parameter]]) -> list["_Group"]:
-        kinds: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
-        for name, p in named:
-            kinds.setdefault((p.dtype, p.device), []).append((name, p))
+    def of(cls, owner: "PerturbedForward", params: Iterable[nn.Parameter]) -> list["_Group"]:
+        kinds: dict[tuple, list[nn.Parameter]] = {}
+        for p in dict.fromkeys(params):  # each once
+            kinds.setdefault((p.dtype, p.device), []).append(p)
         return [cls(owner, part) for part in kinds.values()]
 
 
-class _Scratch:
-    """One buffer per nesting depth, grown to the largest module that ran there, and then reused by every module."""
+class _Block(NamedTuple):
+    """Weights that are made when one module runs."""
 
-    def __init__(self) -> None:
+    places: list[_Place]
+    groups: list[_Group]
+
+    @property
+    def makes_rows(self) -> bool:
+        """Of an embedding, which are made as they are looked up."""
+        return len(self.places) == 1 and isinstance(self.places[0].module, nn.Embedding)
+
+
+def _room(x: Tensor) -> int:
+    """Elements that x takes in scratch."""
+    return -(-x.numel() // ALIGN) * ALIGN
+
+
+class _Scratch:
+    """One buffer per nesting depth, grown to the largest block that ran there, and then reused by every block."""
+
+    def __init__(self, params: Iterable[nn.Parameter], together: int) -> None:
+        self._least: dict[tuple, int] = {}  # room for any block: growing would make graphs void
+        for p in params:
+            kind = p.dtype, p.device
+            self._least[kind] = min(self._least.get(kind, 0) + _room(p), together)
         self._buffers: dict[tuple, Tensor] = {}
         self._views: WeakKeyDictionary[_Group, dict[int, list[Tensor]]] = WeakKeyDictionary()  # by depth
         self._addresses: set[int] = set()  # of the buffers
@@ -64,13 +98,14 @@ class _Scratch:
             self._views.setdefault(group, {})[depth] = views
         return views
 
+    @torch.inference_mode(False)  # what is kept must be of use outside of that mode, too
     def _cut(self, depth: int, like: list[Tensor]) -> list[Tensor]:
         key = (depth, like[0].dtype, like[0].device)
-        sizes = [-(-x.numel() // ALIGN) * ALIGN for x in like]
+        sizes = [_room(x) for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
             self._views.clear()  # they hold the memory, which is freed before the larger one is made
             self.replaced += self._buffers.pop(key, None) is not None
-            self._buffers[key] = torch.empty(sum(sizes), dtype=key[1], device=key[2])
+            self._buffers[key] = torch.empty(max(sum(sizes), self._least[key[1:]]), dtype=key[1], device=key[2])
             self._addresses = {buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()}
         parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
         return [part[: x.numel()].view(x.shape) for part, x in zip(parts, like, strict=False)]
@@ -118,6 +153,7 @@ class PerturbedForward:
     params: the weights to perturb -> (stream, noise scale); others run as they are.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str = "hadamard"):
         check_noise("perturbed", noise)
         self.noise = noise
@@ -125,11 +161,11 @@ class PerturbedForward:
         self.real = {p: p.detach() for p in self.params}  # as the ops take them: no autograd, the same memory
         for device in {p.device for p in self.params}:
             check_tensors("perturbed", [p for p in self.params if p.device == device], "parameter")
-        self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {p: [] for p in self.params}
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is not None and p in self.params:
-                    self.places[p].append((module, name))
+        self.model = model
+        self._places = {
+            module: [_Place(module, name, p) for name, p in module._parameters.items() if p in self.params]
+            for module in model.modules()
+        }
         self._by_storage: dict[int, list[nn.Parameter]] = {}
         for p in self.params:
             self._by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(p)
@@ -137,17 +173,24 @@ class PerturbedForward:
         self._met = False  # the watch met a real weight in this pass
         self._settled: set[str] = set()  # the kinds of pass of which one went by in which it met none
         self._reached: dict[str, set[nn.Parameter]] = {}  # the weights that passes of a kind used so far
+        # by kind of pass: the modules that ran around every call of a module
+        self._within: dict[str, dict[nn.Module, set[nn.Module]]] = {}
+        self._calls: list[nn.Module] = []  # that run, while passes are watched
         self._kind = ""  # of the pass that runs
-        self._scratch = _Scratch()
+        self._together = min(TOGETHER, max(sum(p.numel() for p in self.params) // PART, SMALL_TOGETHER))
+        self._scratch = _Scratch((p for p in self.params if p.numel() > SMALL), self._together)
         self._copies: dict[nn.Parameter, Tensor] = {}  # of the pass that runs
         self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
         self._kept_by_storage: dict[int, nn.Parameter] = {}
-        # made by _plan: what is copied for a whole pass, where it is, and the large weights by the module that has them
+        # made by _plan: what is copied for a whole pass, where it is, and all else by the modules that have it
         self._whole_pass: list[tuple[_Group, list[Tensor]]] = []
-        self._whole_places: list[tuple[nn.Module, str, Tensor]] = []
-        self._owned: dict[nn.Module, tuple[list[tuple[str, nn.Parameter]], list[_Group]]] = {}
+        self._whole_places: list[tuple[_Place, Tensor]] = []
+        self._owned: dict[nn.Module, list[_Place]] = {}
         self._planned_for = -1  # weights outside
-        self._stack: list[tuple[nn.Module, list[tuple[str, Tensor]], TorchFunctionMode | None]] = []
+        self._blocks: dict[str, dict[nn.Module, _Block]] = {}  # by kind, "" while it is watched
+        self._running: dict[nn.Module, _Block] = {}  # of the pass that runs
+        self._stack: list[tuple[nn.Module, list[tuple[_Place, Tensor]], TorchFunctionMode | None]] = []
+        self._strays: list[tuple[_Place, Tensor]] = []  # weights of modules that ran outside of their block
         self._seeds: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.active = False
 
@@ -173,19 +216,57 @@ class PerturbedForward:
         of = {stream: p for p, (stream, _) in self.params.items()}
         self._reached = {kind: {of[i] for i in streams if i in of} for kind, streams in used.items()}
         self._settled.clear()
+        self._blocks.clear()
 
     def _plan(self) -> None:
-        """Which weights are copied for a whole pass, and which when their module runs."""
+        """Which weights are copied for a whole pass, and which when a module runs."""
         whole = dict.fromkeys(p for p in self.params if p.numel() <= SMALL or p in self._outside)  # a set, in order
-        groups = _Group.of(self, [("", p) for p in whole])
+        groups = _Group.of(self, whole)
         self._whole_pass = [(group, [self._memory_for(p) for p in group.params]) for group in groups]
-        self._whole_places = [(module, name, self._kept[p]) for p in whole for module, name in self.places[p]]
-        owned: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
-        for p, places in self.places.items():
-            for module, name in places if p not in whole else ():
-                owned.setdefault(module, []).append((name, p))
-        self._owned = {module: (named, _Group.of(self, named)) for module, named in owned.items()}
+        everywhere = [place for places in self._places.values() for place in places]
+        self._whole_places = [(place, self._kept[place.param]) for place in everywhere if place.param in whole]
+        self._owned = {}
+        for place in everywhere:
+            if place.param not in whole:
+                self._owned.setdefault(place.module, []).append(place)
+        self._blocks.clear()
         self._planned_for = len(self._outside)
+
+    def _block(self, places: list[_Place]) -> _Block:
+        return _Block(places, _Group.of(self, [place.param for place in places]))
+
+    def _blocks_of(self, kind: str) -> dict[nn.Module, _Block]:
+        """What is made when which module runs. While passes are watched each module is a block of its own; from then on
+        it is known which run inside which, and a block is the largest one that may be made together."""
+        settled = self.settled(kind)
+        key = kind if settled else ""
+        if key not in self._blocks:
+            blocks = self._blocks[key] = {}
+            if settled:
+                self._gather(self.model, kind, blocks)
+            else:
+                blocks.update((module, self._block(places)) for module, places in self._owned.items())
+        return self._blocks[key]
+
+    def _gather(self, module: nn.Module, kind: str, blocks: dict[nn.Module, _Block]) -> None:
+        """The blocks of what is inside module. An embedding, of which rows are made, is always its own."""
+        owners = [m for m in module.modules() if m in self._owned]
+        tables = [m for m in owners if isinstance(m, nn.Embedding)]
+        inside = [place for m in owners if m not in tables for place in self._owned[m]]
+        within = self._within[kind]
+        if (
+            len(inside) > 1
+            and module not in tables
+            and sum(map(_room, {place.param for place in inside})) <= self._together
+            and all(p in self._reached[kind] and module in within.get(m, ()) for m, _, p in inside)
+        ):
+            blocks[module] = self._block(inside)
+            blocks.update({m: self._block(self._owned[m]) for m in tables})
+            return
+        if module in self._owned:
+            blocks[module] = self._block(self._owned[module])
+        for child in module.children():
+            self._gather(child, kind, blocks)
 
     def _make(self, group: _Group, outs: list[Tensor]) -> None:
         """outs <- params + eps * scale * z, in one launch."""
@@ -204,9 +285,10 @@ class PerturbedForward:
         """The perturbed weight, for the rest of the pass."""
         if param not in self._copies:
             self._copies[param] = self._memory_for(param)
-            self._make(_Group(self, [("", param)]), [self._copies[param]])
+            self._make(_Group(self, [param]), [self._copies[param]])
         return self._copies[param]
 
+    @torch.inference_mode(False)
     def _memory_for(self, param: nn.Parameter) -> Tensor:
         if param not in self._kept:
             self._kept[param] = torch.empty(param.shape, dtype=param.dtype, device=param.device)
@@ -229,37 +311,54 @@ class PerturbedForward:
             self._reached[self._kind].add(self._kept_by_storage[storage])
         return x
 
-    def _swap(self, module: nn.Module, copies: list[tuple[str, Tensor]], mode: TorchFunctionMode | None = None) -> None:
-        before = [(name, module._parameters[name]) for name, _ in copies]
-        self._stack.append((module, before, mode))
-        module._parameters.update(copies)
+    def _swap(
+        self, module: nn.Module, copies: list[tuple[_Place, Tensor]], mode: TorchFunctionMode | None = None
+    ) -> None:
+        self._stack.append((module, _put(copies), mode))
         if mode is not None:
             mode.__enter__()
 
     def _unswap(self) -> None:
-        module, before, mode = self._stack.pop()
+        _, before, mode = self._stack.pop()
         if mode is not None:
             mode.__exit__(None, None, None)
-        module._parameters.update(before)
+        _put(before)
 
     def _note_module(self, module: nn.Module, args: tuple) -> None:
-        self._reached[self._kind].update(p for p, places in self.places.items() if any(m is module for m, _ in places))
+        self._reached[self._kind].update(place.param for place in self._places.get(module, ()))
+
+    def _begin_call(self, module: nn.Module, args: tuple) -> None:
+        self._calls.append(module)
+        around = self._within[self._kind].setdefault(module, set(self._calls))
+        around.intersection_update(self._calls)
+        self._note_module(module, args)
+
+    def _end_call(self, module: nn.Module, args: tuple, output: object) -> None:
+        if self._calls and self._calls[-1] is module:
+            self._calls.pop()
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        named, groups = self._owned[module]
-        if any(module._parameters[name] is not p for name, p in named):  # it runs within itself, perturbed already
-            named = [(name, p) for name, p in named if module._parameters[name] is p]
-            groups = _Group.of(self, named)
-        self._reached[self._kind].update(p for _, p in named)
-        if isinstance(module, nn.Embedding) and len(named) == 1:
-            self._swap(module, [], _RowsOfEmbedding(self, named[0][1]))
+        block = self._running[module]
+        if any(m._parameters[name] is not p for m, name, p in block.places):  # it runs within itself, perturbed already
+            block = self._block([x for x in block.places if x.module._parameters[x.name] is x.param])
+        if block.makes_rows:
+            self._swap(module, [], _RowsOfEmbedding(self, block.places[0].param))
             return
-        copies: list[tuple[str, Tensor]] = []
-        for group in groups:
+        made: dict[nn.Parameter, Tensor] = {}
+        for group in block.groups:
             outs = self._scratch.take(len(self._stack), group)
             self._make(group, outs)
-            copies += zip(group.names, outs, strict=True)
-        self._swap(module, copies)
+            made.update(zip(group.params, outs, strict=True))
+        self._swap(module, [(place, made[place.param]) for place in block.places])
+
+    def _enter_alone(self, module: nn.Module, args: tuple) -> None:
+        """A module of a block. If it now runs outside of that, its weights are copied for the rest of this pass, and it
+        is a block of its own in the passes to come."""
+        bare = [place for place in self._owned[module] if module._parameters[place.name] is place.param]
+        if bare:
+            self._strays += _put([(place, self.copy_of(place.param)) for place in bare])
+            self._within[self._kind][module].clear()
+            self._blocks.pop(self._kind, None)
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
         """Scratch goes to the next module: an output that is a view of it, a weight's rows say, is copied first."""
@@ -279,6 +378,7 @@ class PerturbedForward:
         """How often memory that passes work in was replaced: graphs recorded before that must not run any more."""
         return self._scratch.replaced
 
+    @torch.inference_mode(False)
     def aim(self, seed: int, eps: float) -> None:
         """Says what the passes from here on see. Written in place: a recorded pass reads it when it is replayed."""
         for device in {p.device for p in self.params}:
@@ -303,7 +403,7 @@ class PerturbedForward:
         """
         if self._planned_for != len(self._outside):
             self._plan()
-        handles, before = [], [module._parameters[name] for module, name, _ in self._whole_places]
+        handles, before = [], []
         self.active = True
         try:
             self._kind, self._met = kind, False
@@ -312,14 +412,24 @@ class PerturbedForward:
             for group, copies in self._whole_pass:
                 self._make(group, copies)
                 self._copies.update(zip(group.params, copies, strict=True))
-            for module, name, copy in self._whole_places:
-                module._parameters[name] = copy
-            for module in self._owned:
+            before = _put(self._whole_places)
+            watched = not self.settled(kind)
+            if watched:
+                self._within.setdefault(kind, {})
+                for module in self.model.modules():
+                    handles.append(module.register_forward_pre_hook(self._begin_call))
+                    handles.append(module.register_forward_hook(self._end_call, always_call=True))
+            else:
+                for module, places in self._places.items() if len(reached) < len(self.params) else ():
+                    if any(place.param not in reached for place in places):
+                        handles.append(module.register_forward_pre_hook(self._note_module))
+            self._running = self._blocks_of(kind)
+            for module in self._owned.keys() - self._running.keys():
+                handles.append(module.register_forward_pre_hook(self._enter_alone))
+            for module in self._running:
                 handles.append(module.register_forward_pre_hook(self._enter_module))
                 handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-            for module in {m for p in self._copies if p not in reached for m, _ in self.places[p]}:
-                handles.append(module.register_forward_pre_hook(self._note_module))
-            if self.settled(kind):
+            if not watched:
                 yield
             else:
                 with _Watch(self):
@@ -331,13 +441,25 @@ class PerturbedForward:
                 handle.remove()
             while self._stack:  # what an interrupted module left
                 self._unswap()
-            for (module, name, _), p in zip(self._whole_places, before, strict=True):
-                module._parameters[name] = p
+            _put(before)
+            _put(self._strays)
+            for place, _ in self._strays:  # memory that is not needed again
+                self._kept_by_storage.pop(self._kept.pop(place.param).untyped_storage().data_ptr())
+            self._strays.clear()
+            self._calls.clear()
             self._copies.clear()
             self.active = False
 
     def __reduce__(self) -> tuple:  # for copy.deepcopy, too
         return type(None), ()  # a copy of the model has other weights: it makes its own
+
+
+def _put(weights: list[tuple[_Place, Tensor]]) -> list[tuple[_Place, Tensor]]:
+    """Puts tensors in the places of weights; returns what was there."""
+    before = [(place, place.module._parameters[place.name]) for place, _ in weights]
+    for (module, name, _), x in weights:
+        module._parameters[name] = x
+    return before
 
 
 def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
