@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         "pseuzo: torch must be importable while pseuzo is built, as its extension is compiled against it; "
-        "pip install torch, then pip install --no-build-isolation -e ."
+        "pip install torch wheel, then pip install --no-build-isolation -e ."
     ) from error
 
 MODES = ("auto", "cuda", "cpu", "none")

@@ -217,11 +217,14 @@ class Wrapped(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("together", [3 * 90112, 1 << 24], ids=["layers", "all"])
-def test_another_way_through_a_model_that_is_settled(together, monkeypatch):
+def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch):
     """Modules that run outside of the block that they ran inside of until then; and back again."""
     monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", together)
     model = nn.Sequential(Layer(), Layer(), nn.Linear(300, 700))
+    if tied:
+        model[1].b.weight = model[0].a.weight
     x = torch.randn(2, 300)
 
     def caught(m):

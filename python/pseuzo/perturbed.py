@@ -443,8 +443,8 @@ class PerturbedForward:
                 self._unswap()
             _put(before)
             _put(self._strays)
-            for place, _ in self._strays:  # memory that is not needed again
-                self._kept_by_storage.pop(self._kept.pop(place.param).untyped_storage().data_ptr())
+            for p in {place.param for place, _ in self._strays}:  # memory that is not needed again
+                self._kept_by_storage.pop(self._kept.pop(p).untyped_storage().data_ptr())
             self._strays.clear()
             self._calls.clear()
             self._copies.clear()
