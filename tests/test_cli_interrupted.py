@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -62,8 +63,10 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
     out = tmp_path / "run"
     args = ["train", *SMALL, *ZERO_ORDER, "--steps", "100000", "--eval-every", "0", "--save-every", "5", "--keep",
             "last", "--output", str(out)]  # fmt: skip
+    # what a shell runs in the background ignores the signal, and so would what the tests start there
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, "-m", "pseuzo", *args], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listens)  # fmt: skip
     try:
         until = time.monotonic() + 120
         while not (out.exists() and last_checkpoint(out)):
