@@ -33,6 +33,7 @@ COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
 HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
 PLANS = 1 << 27  # bytes of launch tables that are kept; those of a list take 8 for every 8192 elements
+PLAN = 1 << 16  # what each counts for beside them: its key, on the host, holds some numbers for every tensor
 
 if triton is not None:
     from pseuzo_kernels import philox as px
@@ -451,7 +452,7 @@ class _Plans(OrderedDict):
 
     @staticmethod
     def _size(plan: Any) -> int:
-        return 4096 + sum(x.nbytes for x in tree_leaves(plan) if isinstance(x, Tensor))
+        return PLAN + sum(x.nbytes for x in tree_leaves(plan) if isinstance(x, Tensor))
 
     def keep(self, key: tuple, plan: Any) -> None:
         self[key] = plan

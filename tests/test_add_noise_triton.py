@@ -166,16 +166,16 @@ def test_tables_of_a_captured_graph(monkeypatch):
 
 def test_tables_are_forgotten_by_size(monkeypatch):
     module = importlib.import_module("pseuzo_kernels.add_noise")
-    monkeypatch.setattr(module, "PLANS", 3 * 4096 + 100)
+    monkeypatch.setattr(module, "PLANS", 3 * module.PLAN + 100)
     plans = module._Plans()
     for t in range(5):
         plans.keep((t,), module._Launches([], [], []))
     assert list(plans) == [(2,), (3,), (4,)]
     large = module._Together(
-        [0], torch.zeros(4096, dtype=torch.int8), torch.zeros(20, dtype=torch.int8), torch.zeros(0)
+        [0], torch.zeros(module.PLAN, dtype=torch.int8), torch.zeros(20, dtype=torch.int8), torch.zeros(0)
     )
     plans.keep(("large",), module._Launches([], [], [large]))
-    assert list(plans) == [(4,), ("large",)] and plans._bytes == 3 * 4096 + 20
+    assert list(plans) == [(4,), ("large",)] and plans._bytes == 3 * module.PLAN + 20
     plans.keep(("too large",), torch.zeros(1 << 20))
     assert list(plans) == [("too large",)], "what is needed now is kept"
 

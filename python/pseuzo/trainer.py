@@ -271,12 +271,12 @@ class PseuZOTrainer(Trainer):
                 "method pseuzo: its perturbed passes end before the output head, and noise_on or the mode leaves "
                 "nothing else to train; use mezo, or fo-sgd or fo-adam for the head's exact gradient"
             )
-        if args.head == "exact" and not head:
-            raise ValueError(
-                "head=exact: there is no output head of its own that is trained: it is tied to the embedding, which "
-                "takes noise, or the mode or noise_on leaves it out; use head=frozen"
-            )
         if args.head == "exact":
+            if not head:
+                raise ValueError(
+                    "head=exact: there is no output head of its own that is trained: it is tied to the embedding, "
+                    "which takes noise, or the mode or noise_on leaves it out; use head=frozen"
+                )
             head_lr = args.head_lr if args.head_lr is not None else 1000 * lr
             groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0, "exact_gradient": True})
         return PseuZO(
