@@ -12,7 +12,7 @@ weights; PseuZO perturbs, restores and makes one pass per entry of its window, w
 each (weight decay left out, and the output head runs once, where that code runs it twice). FO: backward through the
 model. peak_gb: what torch allocated on the GPU at most during a call. ops: operations in a call that
 compute something, about the launches; syncs: numbers that Python waits for (two of ours on a CPU are from pinned
-memory on a GPU, and wait for nothing; two are of Transformers' mask code).
+memory on a GPU, and wait for nothing).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def make_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
 def make_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
     device = model.lm_head.weight.device
     ids = torch.randint(3, model.config.vocab_size, (rows, tokens), device=device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows, device=device) % 2}
+    return {"input_ids": ids, "labels": torch.arange(rows, device=device) % 2}
 
 
 class Count(TorchDispatchMode):
@@ -166,18 +166,17 @@ def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
 def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str, Callable[[], Parts]]:
     """The ways to make a step, by name. Each is gone with all that it holds before the next is made."""
     forward, head = CausalLMObjective(model, LABEL_WORDS)(batch)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    labels, params = batch["labels"], list(model.parameters())
+    ids, labels, params = batch["input_ids"], batch["labels"], list(model.parameters())
     groups = labels.cpu()
 
     def loss() -> Tensor:
         return head(forward())
 
     def published_loss() -> Tensor:  # logits of all tokens, as the published code has them
-        return F.cross_entropy(model(**inputs).logits[:, -1, LABEL_WORDS].float(), labels)
+        return F.cross_entropy(model(ids).logits[:, -1, LABEL_WORDS].float(), labels)
 
     def published_output() -> Tensor:
-        return model.model(**inputs).last_hidden_state
+        return model.model(ids).last_hidden_state
 
     def published_head(o: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(o)[:, -1, LABEL_WORDS].float(), labels)

@@ -127,7 +127,7 @@ def run(args: list[str]) -> None:
 LABELS = torch.tensor([0, 1, 1, 0])
 
 
-def run_steps(opt, model, steps=7, lengths=(12,), lrs=None):
+def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
     """Steps on batches of changing content; functions and memory are those of a length's first batch."""
     from models import batch_of
 
@@ -136,7 +136,7 @@ def run_steps(opt, model, steps=7, lengths=(12,), lrs=None):
     for t in range(steps):
         length = lengths[t % len(lengths)]
         batch = {**batch_of(length=length, seed=t), "labels": LABELS}
-        plan = objective.plan({k: v.to(device) for k, v in batch.items()})
+        plan = objective.plan({k: v.to(device) for k, v in batch.items() if padding or k != "attention_mask"})
         if length not in functions:
             static = {k: v.clone() for k, v in plan.items()}
             forward, head = objective.functions(static, reduction="none")

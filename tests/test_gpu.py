@@ -99,7 +99,6 @@ def test_optimizers_follow_the_cpu(make):
 
 
 def test_a_step_does_not_wait_for_the_device():
-    """With a model that does not wait itself: some of Transformers look at their attention mask."""
     model = Tied().cuda().eval()
     ids = torch.randint(0, 300, (4, 5)).cuda()
     groups = torch.tensor([0, 1, 1, 0]).cuda()
@@ -127,18 +126,22 @@ def test_a_step_does_not_wait_for_the_device():
         assert torch.cuda.memory_allocated() <= memory + 4096, "memory grows with the steps"
 
 
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("make", [PseuZO, MeZO])
-def test_a_recorded_step_of_a_transformer_does_not_wait_for_the_device(make):
-    model = causal_lm("opt").cuda().eval()
+def test_a_step_of_a_transformer_does_not_wait_for_the_device(make, kind, padding, capture):
+    model = causal_lm(kind).cuda().eval()
     labels = LABELS.cuda()
-    batch = {k: v.cuda() for k, v in batch_of().items()}
+    batch = {k: v.cuda() for k, v in batch_of().items() if padding or k != "attention_mask"}
     forward, head = CausalLMObjective(model, [17, 4])({**batch, "labels": labels})
     closure = lambda: head(forward())  # noqa: E731
-    opt = make(model, 1e-4, 1e-2, capture=True)
+    opt = make(model, 1e-4, 1e-2, capture=capture)
     step = partial(opt.step, forward, head, groups=labels) if make is PseuZO else partial(opt.step, closure)
     for _ in range(6):
         step()
-    assert not any(isinstance(known, int) for known in opt._graphs._steps.values()), "it was not recorded"
+    if capture:
+        assert not any(isinstance(known, int) for known in opt._graphs._steps.values()), "it was not recorded"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -148,13 +151,14 @@ def test_a_recorded_step_of_a_transformer_does_not_wait_for_the_device(make):
     assert torch.stack(losses).isfinite().all()
 
 
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_cuda_graphs_give_the_same_bits(make):
+def test_cuda_graphs_give_the_same_bits(make, padding):
     model = causal_lm("opt").to(torch.bfloat16).cuda().eval()
     twin = copy.deepcopy(model)
-    want = run_steps(make(model), model, 10, (12, 9))
+    want = run_steps(make(model), model, 10, (12, 9), padding=padding)
     opt = make(twin, capture=True)
-    got = run_steps(opt, twin, 10, (12, 9))
+    got = run_steps(opt, twin, 10, (12, 9), padding=padding)
     assert any(not isinstance(known, int) for known in opt._graphs._steps.values()), "nothing was recorded"
     assert torch.equal(got, want)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

@@ -11,6 +11,7 @@ from pseuzo.objective import loss_positions, rows_of_options, with_positions
 from pseuzo.tuning import tune
 from torch.nn import functional as F
 from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 OPTIONS = [17, 4, 900]
 
@@ -273,15 +274,71 @@ def test_without_padding_the_mask_may_be_left_out(kind, mode):
         assert torch.equal(objective(batch)[0](), objective(masked)[0]())
 
 
-def test_no_mask_no_wait():
-    """OPT's whole forward, which reads a mask in order to see whether it may do without."""
-    batch = {"input_ids": batch_of()["input_ids"], "labels": torch.tensor([0, 2, 1, 2])}
-    objective = CausalLMObjective(causal_lm("opt").eval(), OPTIONS, verify=False)
-    for mask, waited in (({}, False), ({"attention_mask": torch.ones_like(batch["input_ids"])}, True)):
-        with torch.no_grad(), Waits() as waits:
-            forward, head = objective(batch | mask)
-            head(forward())
-        assert bool(waits.seen) == waited
+@pytest.mark.parametrize("mode", ["full", "lora", "prefix"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_no_forward_waits(kind, mode):
+    """Transformers alone reads the mask, or without one the positions."""
+    model = tune(causal_lm(kind), mode).eval()
+    objective = CausalLMObjective(model, OPTIONS, verify=False)
+    batch = batch_of() | {"labels": torch.tensor([0, 2, 1, 2])}
+    unpadded = {k: v for k, v in batch.items() if k != "attention_mask"}
+    with torch.no_grad():
+        for one in (batch, unpadded, batch | {"attention_mask": torch.ones_like(batch["input_ids"])}):
+            forward, head = objective(one)
+            with Waits() as waits:
+                head(forward())
+            assert waits.seen == []
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "mistral"])
+def test_attention_is_told_of_padding(kind, monkeypatch):
+    """Without a mask torch attends causally by itself, where no window is shorter; with one a mask is made, padding or
+    not: nobody looks. A forward that fails leaves nothing behind in Transformers."""
+    model = causal_lm(kind).eval()
+    objective = CausalLMObjective(model, OPTIONS)
+    masks = []
+
+    def attend(*args, attn_mask=None, is_causal=False, attention=F.scaled_dot_product_attention, **kwargs):
+        masks.append((attn_mask is None, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    with torch.no_grad(), Waits() as waits:
+        model(**batch_of(length=6))
+    assert waits.seen, "Transformers need not be told"
+    for length in (6, 12):
+        ids = batch_of(length=length)["input_ids"]
+        batch = {"input_ids": ids, "labels": torch.tensor([0, 2, 1, 2])}
+        for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
+            objective(batch | mask)  # verified
+            masks.clear()
+            with torch.no_grad():
+                got = objective(batch | mask)[0]()
+            without = not mask and not (kind == "mistral" and length > 8)
+            assert masks == [(without, without)] * 2
+            with torch.no_grad():
+                want = model.base_model(ids, use_cache=False).last_hidden_state[:, -1:]
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    with pytest.raises(IndexError):
+        objective.hidden_states({**objective.plan(batch), "input_ids": torch.full_like(ids, VOCAB + 5)})
+    with torch.no_grad(), Waits() as waits:
+        model(**batch_of(length=6))
+    assert waits.seen, "it was told for ever"
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda **kwargs: masks.append("theirs"))
+    masks.clear()
+    objective(batch)[0]()
+    assert masks[0] == "theirs"
+
+
+def test_rows_of_several_texts():
+    """Their positions say so, which a mask would hide."""
+    model = causal_lm("llama").eval()
+    ids = batch_of()["input_ids"]
+    batch = {"input_ids": ids, "position_ids": torch.arange(6).repeat(4, 2), "labels": torch.tensor([0, 2, 1, 2])}
+    with torch.no_grad():
+        o = CausalLMObjective(model, OPTIONS)(batch)[0]()
+        second = model.model(ids[:, 6:]).last_hidden_state[:, -1:]
+    torch.testing.assert_close(o, second, rtol=0, atol=1e-5)  # as in test_padding_changes_nothing
 
 
 def test_a_collator_with_positions():

@@ -2,8 +2,7 @@
 
 A graph holds addresses and no Python: it reads its batch, its seed and its eps from tensors that are written before
 each replay. What differs from step to step on the host (the window's slot, the lr) stays outside: a few launches. The
-bits are those of the same kernels run one by one. Transformers chooses another attention kernel while it is recorded
-where no row of a batch is padded; so the passes of a step, whose outputs are compared, are recorded together.
+bits are those of the same kernels run one by one.
 """
 
 import warnings

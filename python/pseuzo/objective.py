@@ -6,18 +6,21 @@
 
 o holds the hidden states at the positions that carry a loss, no others: [R, P, D] for the R rows of a batch. The head
 runs on those alone, in the clean pass alone (PseuZO's perturbed pass never calls it), and for a choice between label
-words only its rows for those words. Nothing in Transformers is changed: a hook on the head reads its input and ends the
-forward there.
+words only its rows for those words. No code of Transformers is changed: a hook on the head reads its input and ends the
+forward there, and a function in its registry of attention masks, which does as before elsewhere, is told of padding.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from pseuzo.perturbed import frozen_mode, rows_of
 
@@ -94,10 +97,9 @@ class CausalLMObjective:
     On first use, the logits made from the gathered states are compared once with the model's own, since a model may do
     more after its head than the soft caps and scales known here: RuntimeError then. verify False leaves that out.
 
-    Positions are counted from the first token with attention, so that padding on the left changes nothing. Transformers
-    may read the attention mask in every forward, to see whether anything is padded, and waits for the device. A batch
-    without padding can leave the mask out, which helps some models; OPT then makes one, and Llama reads its positions.
-    Recorded passes (capture=True) read nothing.
+    Positions are counted from the first token with attention, so that padding on the left changes nothing. A batch
+    without padding should leave the attention mask out: it is then attended causally, by torch's fastest kernel. One
+    with a mask counts as padded, and nobody reads the mask to see whether it is, which would wait for the device.
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None = None, *, verify: bool = True):
@@ -118,6 +120,8 @@ class CausalLMObjective:
         self._option_ids: Tensor | None = None
         self._verified = not verify
         self._takes_positions = _takes_positions(model)
+        attention = getattr(getattr(model.config, "text_config", model.config), "_attn_implementation", None)
+        self._reads_no_mask = attention in ("sdpa", "eager")
 
     def __call__(
         self, batch: Mapping[str, Tensor], reduction: str = "mean"
@@ -252,7 +256,8 @@ class CausalLMObjective:
 
         handle = self.lm_head.register_forward_pre_hook(stop, prepend=True)  # before a perturbed pass makes its weight
         try:
-            self.model(**inputs, use_cache=False)
+            with _told_of_padding("attention_mask" in plan):
+                self.model(**inputs, use_cache=False)
         except _HeadReached as reached:
             states = reached.states
         else:
@@ -266,10 +271,15 @@ class CausalLMObjective:
         return states[rows, positions.clamp(min=0)].masked_fill((positions < 0)[..., None], 0)
 
     def _model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """With position_ids: left alone, some models (GPT-2) count positions from the first column, padding or not."""
+        """With position_ids: left alone, some models (GPT-2) count positions from the first column, padding or not. And
+        with a mask: without one, some (Llama) read their positions, to see whether a row holds several texts."""
         inputs = {k: v for k, v in plan.items() if k not in NOT_INPUTS}
         mask = inputs.get("attention_mask")
-        if self._takes_positions and mask is not None and "position_ids" not in inputs:
+        if "position_ids" in inputs:  # which may say that it does
+            return inputs
+        if mask is None and self._reads_no_mask:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if mask is not None and self._takes_positions:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
@@ -302,7 +312,8 @@ class CausalLMObjective:
         places = one["positions"]
         with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one))
-            logits = self.model(**self._model_inputs(one), use_cache=False).logits
+            with _told_of_padding("attention_mask" in plan):
+                logits = self.model(**self._model_inputs(one), use_cache=False).logits
             theirs = logits[0, places[0].clamp(min=0)].float()[None]
         if self.options is not None:
             theirs = theirs[..., self.options]
@@ -340,6 +351,36 @@ def padded(plan: Mapping[str, Tensor], length: int, count: int) -> dict[str, Ten
     if several:
         out["targets"] = F.pad(plan["targets"], (more_positions, 0), value=IGNORED)
     return out
+
+
+# Transformers reads an attention mask to see whether any row is padded, which waits for the device, and if none is, it
+# lets torch attend causally without one. While a CUDA graph is recorded it does not read, and always makes a mask:
+# another kernel, other bits. Told, it does the same in both cases. Its registry of mask functions is made for that.
+
+_forward = threading.local()  # padded: of the batch whose forward runs in this thread
+
+
+def _sdpa_mask(**kwargs: Any) -> Tensor | None:
+    padded, local_size = getattr(_forward, "padded", None), kwargs.get("local_size")
+    if padded is None:
+        return sdpa_mask(**kwargs)
+    causal = kwargs["q_length"] == kwargs["kv_length"] and (local_size is None or kwargs["kv_length"] < local_size)
+    if causal and not padded and kwargs.get("allow_is_causal_skip", True):
+        return None
+    return sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
+
+
+if ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask:
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _sdpa_mask
+
+
+@contextmanager
+def _told_of_padding(padded: bool) -> Iterator[None]:
+    _forward.padded = padded
+    try:
+        yield
+    finally:
+        _forward.padded = None
 
 
 def _takes_positions(model: nn.Module) -> bool:

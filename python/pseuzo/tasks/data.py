@@ -10,7 +10,7 @@ Three kinds of batch, all on the CPU and padded on the left:
 with rows [B], the numbers of the examples in the data; groups for PseuZO's window where examples have classes: of each
 row of the batch, the class (label words, answer) or class * n_options + option (options); and option_rows, positions
 and targets, as the objective would make them from the rest, so that no step has to wait for the device to learn them.
-A batch without any padding has no attention_mask, for the same reason: Transformers would read one to find that out.
+A batch without any padding has no attention_mask: the objective takes one as the sign of padding.
 """
 
 from bisect import bisect_left
