@@ -472,15 +472,15 @@ def _capturing(device: torch.device) -> bool:
 def _plan(key: tuple, build: Callable[[], Any], capturing: bool) -> Any:
     """build(), or what it returned for the same key: a training step launches over the same tensors again and again.
     None if it is not there while a graph is captured: the graph would copy it at each replay, from memory long gone."""
-    if key in _plans:
+    plan = _plans.get(key)  # a long key takes its time to be hashed
+    if plan is not None:
         _plans.move_to_end(key)
-    elif capturing:
-        return None
-    else:
-        _plans.keep(key, build())
-    if capturing:
-        _captured[key] = _plans[key]
-    return _plans[key]
+        if capturing:
+            _captured[key] = plan
+    elif not capturing:
+        plan = build()
+        _plans.keep(key, plan)
+    return plan
 
 
 def _blocks(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor:
@@ -528,8 +528,16 @@ def _launches(columns: tuple, noise: str, device: torch.device, tables: bool) ->
     return _Launches(still, [t for t in ts if t not in done], together)
 
 
+def _launch(kernel: Any, programs: int, args: tuple, options: dict, launched: list | None) -> None:
+    """launched: takes the launch, as it can be made again."""
+    compiled = kernel[(programs,)](*args, **options)
+    if launched is not None:
+        constants = [options[p.name] for p in kernel.params[len(args) :]]
+        launched.append(partial(compiled[(programs, 1, 1)], *args, *constants))
+
+
 def add_noise_list_out_triton(
-    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
+    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out, launched=None
 ):
     """reference.add_noise_list_out: one launch per dtype, and one per tensor that is not aligned to 16 bytes."""
     sizes = tuple(map(Tensor.numel, out))
@@ -563,16 +571,54 @@ def add_noise_list_out_triton(
         options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
         for t in plan.alone:
             y = out[t]
-            _add_noise_kernel[(-(-sizes[t] // (16 * COUNTERS)),)](
+            args = (
                 y, inputs[t], sizes[t], streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
-                rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
+                rounding_hash, found_inf,
             )  # fmt: skip
+            options["STOCHASTIC"] = stochastic and y.dtype is not torch.float32
+            _launch(_add_noise_kernel, -(-sizes[t] // (16 * COUNTERS)), args, options, launched)
         for group, keep in zip(plan.together, kept, strict=True):
             y, ints, programs = out[group.ts[0]], group.ints, group.programs
-            _add_noise_many_kernel[(len(programs),)](
-                y, ints[0], ints[1], ints[2], ints[3], keep, group.scales, programs, seeds, coefs, K,
-                rounding_hash, found_inf, STOCHASTIC=stochastic and y.dtype is not torch.float32, **options,
+            args = (
+                y, ints[0], ints[1], ints[2], ints[3], keep, group.scales, programs, seeds, coefs, K, rounding_hash,
+                found_inf,
             )  # fmt: skip
+            options["STOCHASTIC"] = stochastic and y.dtype is not torch.float32
+            _launch(_add_noise_many_kernel, len(programs), args, options, launched)
+
+
+class RepeatedPerturb:
+    """out <- xs + scales * coefs[0] z(seeds[0]) of the same tensors again and again; no scale is 0.
+
+    torch.ops.pseuzo.add_noise_list_out at less cost to the host: on a GPU, what was launched the first time on a stream
+    is launched again as it was. Where ops are looked at, or a CUDA graph is recorded, it is the op.
+    """
+
+    def __init__(
+        self, xs: list[Tensor], seeds: Tensor, coefs: Tensor, streams: list[int], scales: list[float], noise: str,
+        out: list[Tensor],
+    ):  # fmt: skip
+        self._args = xs, seeds, coefs, streams, [1.0] * len(xs), scales, noise, False, 0, None
+        self._out, self._device = out, out[0].device
+        self._launches: dict[int, list[Callable[[], None]]] = {}  # by stream
+
+    def __call__(self) -> None:
+        device = self._device
+        if (
+            device.type != "cuda" or triton is None or torch.compiler.is_compiling() or _capturing(device)
+            or torch._C._len_torch_dispatch_stack()
+        ):  # fmt: skip
+            torch.ops.pseuzo.add_noise_list_out.default(*self._args, out=self._out)
+            return
+        with _on(device):
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            if stream in self._launches:
+                for launch in self._launches[stream]:
+                    launch()
+            else:
+                launched: list[Callable[[], None]] = []
+                add_noise_list_out_triton(*self._args, out=self._out, launched=launched)
+                self._launches[stream] = launched
 
 
 def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):

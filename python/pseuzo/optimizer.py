@@ -99,6 +99,10 @@ def _frozen(p: Tensor) -> bool:
     return isinstance(p, nn.Parameter) and not p.requires_grad
 
 
+def _not_frozen(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.requires_grad or not _frozen(p)]
+
+
 class ZeroOrder(torch.optim.Optimizer):
     """What PseuZO and MeZO share: parameters, streams, seeds, the perturbed passes and the fused update."""
 
@@ -148,7 +152,9 @@ class ZeroOrder(torch.optim.Optimizer):
         self._shift_seed, self._offset = 0, 0.0  # bare parameters hold x + offset * z(shift_seed)
         self._originals: dict[Tensor, Tensor] = {}  # of bare bf16 and fp16 parameters: x, while they are shifted
         self._skips = _Skips()
-        self._last: tuple[Tensor, dict[Tensor, float]] | None = None  # coefs and lr * noise scale of the last update
+        # of the last update: coefs, and what was moved with its lr * noise scale
+        self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None
+        self._places: tuple[list, dict] = [], {}  # what _find_places found, and of what
         self.journal: Any = None  # a pseuzo.journal.Journal that is told of every update
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
         super().__init__(
@@ -176,7 +182,7 @@ class ZeroOrder(torch.optim.Optimizer):
             for key in param_group.keys() - self.defaults.keys():
                 if meant := get_close_matches(key, self.defaults, n=1, cutoff=0.8):
                     raise ValueError(f"{name}: a group has no option {key!r}; did you mean {meant[0]!r}?")
-            used = [p for p in group["params"] if not _frozen(p)]
+            used = _not_frozen(group["params"])
             for device in {p.device for p in used}:
                 if device.type == "meta":
                     raise ValueError(f"{name}: a parameter is on the meta device (offloaded?); load the weights first")
@@ -204,7 +210,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        trained = (p for group in self.param_groups for p in group["params"] if not _frozen(p))
+        trained = (p for group in self.param_groups for p in _not_frozen(group["params"]))
         return next(trained, self.param_groups[0]["params"][0]).device
 
     def _check_trains(self, op: str) -> None:
@@ -216,12 +222,13 @@ class ZeroOrder(torch.optim.Optimizer):
         """The noise that bare parameters are shifted by: the same z, but sums in half precision would not restore x."""
         return self.noise.removesuffix("-fp16")
 
-    def _places(self) -> dict[nn.Parameter, tuple[int, float]]:
-        """The stream and noise scale of each parameter that may take noise."""
-        return {
-            p: (self._streams[p], g["noise_scale"])
-            for g in self.param_groups if not g["exact_gradient"] for p in g["params"] if not _frozen(p)
-        }  # fmt: skip
+    def _find_places(self) -> dict[nn.Parameter, tuple[int, float]]:
+        """The stream and noise scale of each parameter that may take noise; the same dict while they are the same."""
+        groups = [(g, _not_frozen(g["params"])) for g in self.param_groups if not g["exact_gradient"]]
+        of = [(g["noise_scale"], list(map(id, params))) for g, params in groups]
+        if self._places[0] != of:
+            self._places = of, {p: (self._streams[p], g["noise_scale"]) for g, params in groups for p in params}
+        return self._places[1]
 
     def _trained(self) -> list[tuple[dict, list[Tensor]]]:
         """The groups with their parameters that take noise."""
@@ -229,7 +236,7 @@ class ZeroOrder(torch.optim.Optimizer):
             for key in ("lr", "weight_decay", "noise_scale"):  # schedulers and users write them
                 check_not_negative(f"{type(self).__name__}.step", key, group[key])
         return [
-            (g, [p for p in g["params"] if not _frozen(p)])
+            (g, _not_frozen(g["params"]))
             for g in self.param_groups if g["noise_scale"] and not g["exact_gradient"]
         ]  # fmt: skip
 
@@ -241,7 +248,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._trained()  # bad groups are refused before anything is written
         self._check_trains(f"{type(self).__name__}.step")
         if self.model is not None:
-            forward = forward_of(self.model, self._places(), self.noise)
+            forward = forward_of(self.model, self._find_places(), self.noise)
             if forward is not self._forward:  # it begins with what this optimizer knows, no more and no less
                 forward.note_used(self._used_so_far())
                 self._forward, self._memory = forward, None
@@ -324,12 +331,12 @@ class ZeroOrder(torch.optim.Optimizer):
         n = len(params)
         keeps = [keeps] * n if isinstance(keeps, float) else keeps
         scales = [scales] * n if isinstance(scales, int | float) else scales
-        outs = [p.detach() for p in params]
-        args = (seeds, coefs, [self._streams[p] for p in params], keeps, scales, noise, stochastic, rounding_seed, skip)
+        streams = list(map(self._streams.__getitem__, params))
+        args = (seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, skip)
         if originals is None:
-            torch.ops.pseuzo.add_noise_list_(outs, *args)
+            torch.ops.pseuzo.add_noise_list_(params, *args)
         else:
-            torch.ops.pseuzo.add_noise_list_out([originals[p] for p in params], *args, out=outs)
+            torch.ops.pseuzo.add_noise_list_out([originals[p] for p in params], *args, out=params)
         torch.autograd.graph.increment_version(params)
 
     def _apply(self) -> None:
@@ -359,35 +366,47 @@ class ZeroOrder(torch.optim.Optimizer):
                 )
         self._skips.add(found_inf)
         self.stats["skipped_steps"] = self._skips.count
-        launches: dict[tuple, list[tuple[dict, Tensor]]] = {}
+        launches: dict[tuple, tuple[list[Tensor], list[float], list[float]]] = {}
+        self._last = coefs, []
         for group, params in self._trained():
+            params = [p for p in params if p not in unused] if unused else params
+            self._last[1].append((params, group["lr"] * group["noise_scale"]))
             step = group["lr"] if group["maximize"] else -group["lr"]
-            for p in params:
-                if p in unused:
-                    continue
-                copied = self._offset != 0 and p in self._originals
+            decay = group["lr"] * group["weight_decay"]
+            for device, copied, part in self._alike(params):
                 # what is taken back decays with its weight: one rate a launch
-                back = group["weight_decay"] * group["lr"] if self._offset and not copied else None
-                launches.setdefault((step, back, copied, p.device), []).append((group, p))
+                back = decay if self._offset and not copied else None
+                members, keeps, scales = launches.setdefault((step, back, copied, device), ([], [], []))
+                members += part
+                keeps += [1.0 - decay] * len(part)
+                scales += [group["noise_scale"]] * len(part)
         rounding_seed = step_seed(self.seed, self._step, ROUNDING_DOMAIN)
-        for (step, back, copied, device), members in launches.items():
-            keeps = [1.0 - g["lr"] * g["weight_decay"] for g, _ in members]
+        for (step, back, copied, device), (members, keeps, scales) in launches.items():
             s, c, skip = seeds.to(device), (coefs * step).to(device), found_inf.to(device)
             if back is not None:
                 shift = torch.where(skip != 0, torch.full_like(skip, -self._offset), -self._offset * keeps[0])
                 s, c = torch.cat([s, s.new_full((1,), self._shift_seed)]), torch.cat([c, shift])
             self._add(
-                [p for _, p in members], self._originals if copied else None, s, c, keeps,
-                [g["noise_scale"] for g, _ in members], self.noise if back is None else self._shift_noise,
-                self.rounding == "stochastic", rounding_seed, skip,
+                members, self._originals if copied else None, s, c, keeps, scales,
+                self.noise if back is None else self._shift_noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
         self._descend(gradients, found_inf, rounding_seed)
-        self._last = coefs, {p: g["lr"] * g["noise_scale"] for members in launches.values() for g, p in members}
         self._offset = 0.0
         self._step += 1
         if self.journal is not None:
             frozen = {p for group in self.param_groups for p in group["params"] if _frozen(p)}
             self.journal.record(self._step - 1, rounding_seed, unused | frozen, seeds, coefs, found_inf)
+
+    def _alike(self, params: list[Tensor]) -> Iterator[tuple[torch.device, bool, list[Tensor]]]:
+        """params by their device, and by whether a copy of them holds x."""
+        for device in {p.device for p in params}:
+            there = [p for p in params if p.device == device]
+            copied = [p for p in there if p in self._originals] if self._offset else []
+            if copied:
+                yield device, True, copied
+                there = [p for p in there if p not in self._originals]
+            if there:
+                yield device, False, there
 
     def _descend(self, gradients: dict[Tensor, Tensor], found_inf: Tensor, rounding_seed: int) -> None:
         """x <- (1 - lr * weight decay) x - lr * gradient, rounded like every update; not where found_inf is 1."""
@@ -470,14 +489,14 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         if self._last is None:
             return {}
-        coefs, rates = self._last
+        coefs, moved = self._last
         size = coefs.square().sum().sqrt()
         ratios = {}
-        for dtype in {p.dtype for p in rates}:
-            params = [p for p in rates if p.dtype is dtype]
-            n = sum(p.numel() for p in params)
-            rate = math.sqrt(sum(p.numel() * rates[p] ** 2 for p in params) / max(n, 1))
-            norms = [torch.linalg.vector_norm(p, dtype=torch.float32).to(size.device) for p in params]
+        for dtype in {p.dtype for params, _ in moved for p in params}:
+            rates = [(p, rate) for params, rate in moved for p in params if p.dtype is dtype]
+            n = sum(p.numel() for p, _ in rates)
+            rate = math.sqrt(sum(p.numel() * rate**2 for p, rate in rates) / max(n, 1))
+            norms = [torch.linalg.vector_norm(p, dtype=torch.float32).to(size.device) for p, _ in rates]
             rms = torch.stack(norms).square().sum().div(max(n, 1)).sqrt()
             ulp = torch.exp2(rms.log2().floor()) * torch.finfo(dtype).eps
             ratios[str(dtype).removeprefix("torch.")] = rate * size / ulp
@@ -732,7 +751,7 @@ class PseuZO(ZeroOrder):
             self._pending.coefficients = lambda: (self.window.clear(), mezo())[1]
             return loss
         seed = step_seed(self.seed, self._step)
-        exact = [p for g in self.param_groups if g["exact_gradient"] for p in g["params"] if not _frozen(p)]
+        exact = [p for g in self.param_groups if g["exact_gradient"] for p in _not_frozen(g["params"])]
 
         def clean() -> tuple[Tensor, ...]:
             o = _output(forward())

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pseuzo_kernels.add_noise import RepeatedPerturb
 from pseuzo_kernels.api import check_noise, check_tensors, signed64
 
 SMALL = 1 << 16  # elements; the biases, norms and adapters of a model together are a small part of it
@@ -48,9 +49,12 @@ class _Group:
     def __init__(self, owner: "PerturbedForward", params: list[nn.Parameter]):
         self.params = params
         self.reals = [owner.real[p] for p in params]
-        streams, scales = zip(*(owner.params[p] for p in params), strict=True)
-        self.settings = list(streams), [1.0] * len(params), list(scales), owner.noise, False, 0, None
         self.device = params[0].device
+        streams, scales = zip(*(owner.params[p] for p in params), strict=True)
+        self._settings = *owner.seeds_on(self.device), list(streams), list(scales), owner.noise
+
+    def copies(self, outs: list[Tensor]) -> "_Copies":
+        return _Copies(self.params, outs, RepeatedPerturb(self.reals, *self._settings, outs))
 
     @classmethod
     def of(cls, owner: "PerturbedForward", params: Iterable[nn.Parameter]) -> list["_Group"]:
@@ -58,6 +62,18 @@ class _Group:
         for p in dict.fromkeys(params):  # each once
             kinds.setdefault((p.dtype, p.device), []).append(p)
         return [cls(owner, part) for part in kinds.values()]
+
+
+class _Copies(NamedTuple):
+    """Memory for perturbed weights, and the launch that makes them there."""
+
+    params: list[nn.Parameter]
+    outs: list[Tensor]
+    perturb: RepeatedPerturb
+
+    def make(self) -> None:
+        self.perturb()
+        torch.autograd.graph.increment_version(self.outs)  # a backward that kept what was there before must fail
 
 
 class _Block(NamedTuple):
@@ -86,24 +102,24 @@ class _Scratch:
             kind = p.dtype, p.device
             self._least[kind] = min(self._least.get(kind, 0) + _room(p), together)
         self._buffers: dict[tuple, Tensor] = {}
-        self._views: WeakKeyDictionary[_Group, dict[int, list[Tensor]]] = WeakKeyDictionary()  # by depth
+        self._copies: WeakKeyDictionary[_Group, dict[int, _Copies]] = WeakKeyDictionary()  # by depth
         self._addresses: set[int] = set()  # of the buffers
         self.replaced = 0  # buffers: graphs that were recorded of them are of no use any more
 
-    def take(self, depth: int, group: _Group) -> list[Tensor]:
+    def take(self, depth: int, group: _Group) -> _Copies:
         """Memory for copies of the group."""
-        views = self._views.get(group, {}).get(depth)
-        if views is None:
-            views = self._cut(depth, group.reals)
-            self._views.setdefault(group, {})[depth] = views
-        return views
+        copies = self._copies.get(group, {}).get(depth)
+        if copies is None:
+            copies = group.copies(self._cut(depth, group.reals))
+            self._copies.setdefault(group, {})[depth] = copies
+        return copies
 
     @torch.inference_mode(False)  # what is kept must be of use outside of that mode, too
     def _cut(self, depth: int, like: list[Tensor]) -> list[Tensor]:
         key = (depth, like[0].dtype, like[0].device)
         sizes = [_room(x) for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
-            self._views.clear()  # they hold the memory, which is freed before the larger one is made
+            self._copies.clear()  # they hold the memory, which is freed before the larger one is made
             self.replaced += self._buffers.pop(key, None) is not None
             self._buffers[key] = torch.empty(max(sum(sizes), self._least[key[1:]]), dtype=key[1], device=key[2])
             self._addresses = {buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()}
@@ -158,7 +174,9 @@ class PerturbedForward:
         check_noise("perturbed", noise)
         self.noise = noise
         self.params = {p: place for p, place in params.items() if place[1] != 0}
+        self._served = params  # what it was last found to serve for
         self.real = {p: p.detach() for p in self.params}  # as the ops take them: no autograd, the same memory
+        self._memory = [(p.data_ptr(), p.dtype) for p in self.params]
         for device in {p.device for p in self.params}:
             check_tensors("perturbed", [p for p in self.params if p.device == device], "parameter")
         self.model = model
@@ -183,7 +201,7 @@ class PerturbedForward:
         self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
         self._kept_by_storage: dict[int, nn.Parameter] = {}
         # made by _plan: what is copied for a whole pass, where it is, and all else by the modules that have it
-        self._whole_pass: list[tuple[_Group, list[Tensor]]] = []
+        self._whole_pass: list[_Copies] = []
         self._whole_places: list[tuple[_Place, Tensor]] = []
         self._owned: dict[nn.Module, list[_Place]] = {}
         self._planned_for = -1  # weights outside
@@ -196,12 +214,13 @@ class PerturbedForward:
 
     def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
         """Can this object serve for these? Not if a weight was moved, replaced or scaled anew since it was made."""
-        wanted = {p: place for p, place in params.items() if place[1] != 0}
-        return (
-            noise == self.noise
-            and wanted == self.params
-            and all(p.data_ptr() == real.data_ptr() and p.dtype is real.dtype for p, real in self.real.items())
-        )
+        if noise != self.noise or [(p.data_ptr(), p.dtype) for p in self.params] != self._memory:
+            return False
+        if params is not self._served:
+            if {p: place for p, place in params.items() if place[1] != 0} != self.params:
+                return False
+            self._served = params
+        return True
 
     def unused(self, kind: str) -> set[nn.Parameter]:
         """The weights that no pass of this kind has used so far: the change of the output says nothing about them."""
@@ -222,7 +241,7 @@ class PerturbedForward:
         """Which weights are copied for a whole pass, and which when a module runs."""
         whole = dict.fromkeys(p for p in self.params if p.numel() <= SMALL or p in self._outside)  # a set, in order
         groups = _Group.of(self, whole)
-        self._whole_pass = [(group, [self._memory_for(p) for p in group.params]) for group in groups]
+        self._whole_pass = [group.copies([self._memory_for(p) for p in group.params]) for group in groups]
         everywhere = [place for places in self._places.values() for place in places]
         self._whole_places = [(place, self._kept[place.param]) for place in everywhere if place.param in whole]
         self._owned = {}
@@ -268,24 +287,19 @@ class PerturbedForward:
         for child in module.children():
             self._gather(child, kind, blocks)
 
-    def _make(self, group: _Group, outs: list[Tensor]) -> None:
-        """outs <- params + eps * scale * z, in one launch."""
-        torch.ops.pseuzo.add_noise_list_out.default(group.reals, *self._seeds[group.device], *group.settings, out=outs)
-        torch.autograd.graph.increment_version(outs)  # a backward that kept what was there before must fail
-
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of the perturbed embedding, no others made."""
         self._reached[self._kind].add(param)
         stream, scale = self.params[param]
         return torch.ops.pseuzo.add_noise_rows(
-            self.real[param], index.long(), *self._seeds[param.device], stream, scale, self.noise
+            self.real[param], index.long(), *self.seeds_on(param.device), stream, scale, self.noise
         )
 
     def copy_of(self, param: nn.Parameter) -> Tensor:
         """The perturbed weight, for the rest of the pass."""
         if param not in self._copies:
             self._copies[param] = self._memory_for(param)
-            self._make(_Group(self, [param]), [self._copies[param]])
+            _Group(self, [param]).copies([self._copies[param]]).make()
         return self._copies[param]
 
     @torch.inference_mode(False)
@@ -346,9 +360,9 @@ class PerturbedForward:
             return
         made: dict[nn.Parameter, Tensor] = {}
         for group in block.groups:
-            outs = self._scratch.take(len(self._stack), group)
-            self._make(group, outs)
-            made.update(zip(group.params, outs, strict=True))
+            copies = self._scratch.take(len(self._stack), group)
+            copies.make()
+            made.update(zip(copies.params, copies.outs, strict=True))
         self._swap(module, [(place, made[place.param]) for place in block.places])
 
     def _enter_alone(self, module: nn.Module, args: tuple) -> None:
@@ -379,14 +393,17 @@ class PerturbedForward:
         return self._scratch.replaced
 
     @torch.inference_mode(False)
+    def seeds_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The seed and the eps of the passes, [1] each."""
+        if device not in self._seeds:
+            self._seeds[device] = (
+                torch.empty(1, dtype=torch.int64, device=device), torch.empty(1, dtype=torch.float32, device=device)
+            )  # fmt: skip
+        return self._seeds[device]
+
     def aim(self, seed: int, eps: float) -> None:
         """Says what the passes from here on see. Written in place: a recorded pass reads it when it is replayed."""
-        for device in {p.device for p in self.params}:
-            if device not in self._seeds:
-                self._seeds[device] = (
-                    torch.empty(1, dtype=torch.int64, device=device), torch.empty(1, dtype=torch.float32, device=device)
-                )  # fmt: skip
-            seeds, coefs = self._seeds[device]
+        for seeds, coefs in map(self.seeds_on, {p.device for p in self.params}):
             seeds.fill_(signed64("perturbed", seed))
             coefs.fill_(eps)
 
@@ -409,9 +426,9 @@ class PerturbedForward:
             self._kind, self._met = kind, False
             reached = self._reached.setdefault(kind, set())
             known = len(reached)
-            for group, copies in self._whole_pass:
-                self._make(group, copies)
-                self._copies.update(zip(group.params, copies, strict=True))
+            for copies in self._whole_pass:
+                copies.make()
+                self._copies.update(zip(copies.params, copies.outs, strict=True))
             before = _put(self._whole_places)
             watched = not self.settled(kind)
             if watched:
@@ -475,7 +492,14 @@ def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
 @contextmanager
 def frozen_mode(model: nn.Module | None) -> Iterator[None]:
     """Dropout off and batch statistics frozen inside; every module's own mode is put back."""
-    training = [m for m in model.modules() if m.training] if model is not None else []
+    modules = [] if model is None else [model]
+    seen = set(modules)
+    for module in modules:  # model.modules() takes several times as long
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    training = [m for m in modules if m.training]
     for module in training:
         module.training = False
     try:
