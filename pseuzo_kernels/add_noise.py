@@ -610,15 +610,15 @@ class RepeatedPerturb:
         ):  # fmt: skip
             torch.ops.pseuzo.add_noise_list_out.default(*self._args, out=self._out)
             return
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        if stream not in self._launches:
+            launched: list[Callable[[], None]] = []
+            add_noise_list_out_triton(*self._args, out=self._out, launched=launched)
+            self._launches[stream] = launched
+            return
         with _on(device):
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
-            if stream in self._launches:
-                for launch in self._launches[stream]:
-                    launch()
-            else:
-                launched: list[Callable[[], None]] = []
-                add_noise_list_out_triton(*self._args, out=self._out, launched=launched)
-                self._launches[stream] = launched
+            for launch in self._launches[stream]:
+                launch(stream=stream)
 
 
 def add_noise_list_triton_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):

@@ -10,7 +10,8 @@ from models import Tied, batch_of, causal_lm
 from pseuzo import CausalLMObjective, Journal, MeZO, PseuZO, perturbed, replay
 
 import pseuzo_kernels as pk
-from pseuzo_kernels import reference
+from pseuzo_kernels import NOISES, reference
+from pseuzo_kernels.add_noise import RepeatedPerturb
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,15 +61,43 @@ def test_large_tensor_beyond_32_bit_offsets():
 def test_perturbed_forward_equals_perturbed_weights(dtype):
     model = causal_lm("opt").to(dtype).cuda().eval()
     batch = {k: v.cuda() for k, v in batch_of().items()}
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for i, p in enumerate(other.parameters()):
-            pk.perturb_([p], 7, 1e-2, streams=[i])
-        before = [p.clone() for p in model.parameters()]
-        for _ in range(3):
-            with perturbed(model, 7, 1e-2):
-                assert torch.equal(model(**batch).logits, other(**batch).logits)
+    before = [p.detach().clone() for p in model.parameters()]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for seed in range(10):  # launches are made again once the watch has stood down; those of a stream are its own
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for i, p in enumerate(other.parameters()):
+                pk.perturb_([p], seed, 1e-2, streams=[i])
+        stream = streams[seed >= 6]
+        stream.wait_stream(streams[0])
+        with torch.cuda.stream(stream), torch.no_grad():
+            with perturbed(model, seed, 1e-2):
+                got = model(**batch).logits
+            assert torch.equal(got, other(**batch).logits)
+        torch.cuda.synchronize()
+    assert model._pseuzo_forward.settled("any")
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+def test_repeated_launches_are_those_of_the_op(noise, dtype):
+    sizes, scales = (1, 2048, 5000, 130_000), [1.0, 0.5, 2.0, -1.0]
+    xs = [torch.randn(n, device="cuda").to(dtype) for n in sizes]
+    outs = [torch.empty(n + 1, device="cuda", dtype=dtype)[n % 3 == 2 :][:n] for n in sizes]  # one is not aligned
+    seeds, coefs = torch.empty(1, dtype=torch.int64, device="cuda"), torch.empty(1, device="cuda")
+    perturb = RepeatedPerturb(xs, seeds, coefs, [3, 0, 7, 9], scales, noise, outs)
+    for seed in range(3):
+        seeds.fill_(seed)
+        coefs.fill_(0.25 + seed)
+        for x in xs:
+            x += 1  # in place
+        perturb()
+        want = [torch.empty_like(x) for x in xs]
+        torch.ops.pseuzo.add_noise_list_out(
+            xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, noise, False, 0, None, out=want
+        )
+        assert all(torch.equal(y, w) for y, w in zip(outs, want, strict=True))
 
 
 def steps(opt, objective, device, n):

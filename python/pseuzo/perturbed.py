@@ -12,7 +12,7 @@ pass. The watch stands down after a pass in which it had nothing to do and in wh
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -76,16 +76,19 @@ class _Copies(NamedTuple):
         torch.autograd.graph.increment_version(self.outs)  # a backward that kept what was there before must fail
 
 
-class _Block(NamedTuple):
-    """Weights that are made when one module runs."""
+class _Block:
+    """Weights that are made when one module runs. makes_rows: of an embedding, as they are looked up."""
 
-    places: list[_Place]
-    groups: list[_Group]
+    def __init__(self, owner: "PerturbedForward", places: list[_Place]):
+        self.places, self.groups = places, _Group.of(owner, [place.param for place in places])
+        self.makes_rows = len(places) == 1 and isinstance(places[0].module, nn.Embedding)
 
-    @property
-    def makes_rows(self) -> bool:
-        """Of an embedding, which are made as they are looked up."""
-        return len(self.places) == 1 and isinstance(self.places[0].module, nn.Embedding)
+
+class _Made(NamedTuple):
+    """The weights of a block in scratch."""
+
+    copies: list[_Copies]
+    places: list[tuple[_Place, Tensor]]
 
 
 def _room(x: Tensor) -> int:
@@ -102,24 +105,25 @@ class _Scratch:
             kind = p.dtype, p.device
             self._least[kind] = min(self._least.get(kind, 0) + _room(p), together)
         self._buffers: dict[tuple, Tensor] = {}
-        self._copies: WeakKeyDictionary[_Group, dict[int, _Copies]] = WeakKeyDictionary()  # by depth
+        self._made: WeakKeyDictionary[_Block, dict[int, _Made]] = WeakKeyDictionary()  # by depth
         self._addresses: set[int] = set()  # of the buffers
         self.replaced = 0  # buffers: graphs that were recorded of them are of no use any more
 
-    def take(self, depth: int, group: _Group) -> _Copies:
-        """Memory for copies of the group."""
-        copies = self._copies.get(group, {}).get(depth)
-        if copies is None:
-            copies = group.copies(self._cut(depth, group.reals))
-            self._copies.setdefault(group, {})[depth] = copies
-        return copies
+    def take(self, depth: int, block: _Block) -> _Made:
+        made = self._made.get(block, {}).get(depth)
+        if made is None:
+            copies = [group.copies(self._cut(depth, group.reals)) for group in block.groups]
+            of = {p: x for part in copies for p, x in zip(part.params, part.outs, strict=True)}
+            made = _Made(copies, [(place, of[place.param]) for place in block.places])
+            self._made.setdefault(block, {})[depth] = made
+        return made
 
     @torch.inference_mode(False)  # what is kept must be of use outside of that mode, too
     def _cut(self, depth: int, like: list[Tensor]) -> list[Tensor]:
         key = (depth, like[0].dtype, like[0].device)
         sizes = [_room(x) for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
-            self._copies.clear()  # they hold the memory, which is freed before the larger one is made
+            self._made.clear()  # they hold the memory, which is freed before the larger one is made
             self.replaced += self._buffers.pop(key, None) is not None
             self._buffers[key] = torch.empty(max(sum(sizes), self._least[key[1:]]), dtype=key[1], device=key[2])
             self._addresses = {buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()}
@@ -128,6 +132,31 @@ class _Scratch:
 
     def holds(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._addresses
+
+
+class _Hooks:
+    """Hooks that are put on for a pass and taken off after it, which costs less than to register them anew."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[dict, int, object]] = []
+
+    def before(self, module: nn.Module, hook: Callable) -> None:
+        handle = module.register_forward_pre_hook(hook)
+        self._entries.append((module._forward_pre_hooks, handle.id, hook))
+
+    def after(self, module: nn.Module, hook: Callable) -> None:
+        """Also after a forward that fails."""
+        handle = module.register_forward_hook(hook, always_call=True)
+        self._entries.append((module._forward_hooks, handle.id, hook))
+        self._entries.append((module._forward_hooks_always_called, handle.id, True))
+
+    def put_on(self) -> None:
+        for hooks, key, value in self._entries:
+            hooks[key] = value
+
+    def take_off(self) -> None:
+        for hooks, key, _ in self._entries:
+            hooks.pop(key, None)
 
 
 class _RowsOfEmbedding(TorchFunctionMode):
@@ -207,6 +236,7 @@ class PerturbedForward:
         self._planned_for = -1  # weights outside
         self._blocks: dict[str, dict[nn.Module, _Block]] = {}  # by kind, "" while it is watched
         self._running: dict[nn.Module, _Block] = {}  # of the pass that runs
+        self._hooks: dict[str, tuple[dict[nn.Module, _Block], int, _Hooks]] = {}  # by kind, and what they are for
         self._stack: list[tuple[nn.Module, list[tuple[_Place, Tensor]], TorchFunctionMode | None]] = []
         self._strays: list[tuple[_Place, Tensor]] = []  # weights of modules that ran outside of their block
         self._seeds: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -251,9 +281,6 @@ class PerturbedForward:
         self._blocks.clear()
         self._planned_for = len(self._outside)
 
-    def _block(self, places: list[_Place]) -> _Block:
-        return _Block(places, _Group.of(self, [place.param for place in places]))
-
     def _blocks_of(self, kind: str) -> dict[nn.Module, _Block]:
         """What is made when which module runs. While passes are watched each module is a block of its own; from then on
         it is known which run inside which, and a block is the largest one that may be made together."""
@@ -264,7 +291,7 @@ class PerturbedForward:
             if settled:
                 self._gather(self.model, kind, blocks)
             else:
-                blocks.update((module, self._block(places)) for module, places in self._owned.items())
+                blocks.update((module, _Block(self, places)) for module, places in self._owned.items())
         return self._blocks[key]
 
     def _gather(self, module: nn.Module, kind: str, blocks: dict[nn.Module, _Block]) -> None:
@@ -279,11 +306,11 @@ class PerturbedForward:
             and sum(map(_room, {place.param for place in inside})) <= self._together
             and all(p in self._reached[kind] and module in within.get(m, ()) for m, _, p in inside)
         ):
-            blocks[module] = self._block(inside)
-            blocks.update({m: self._block(self._owned[m]) for m in tables})
+            blocks[module] = _Block(self, inside)
+            blocks.update({m: _Block(self, self._owned[m]) for m in tables})
             return
         if module in self._owned:
-            blocks[module] = self._block(self._owned[module])
+            blocks[module] = _Block(self, self._owned[module])
         for child in module.children():
             self._gather(child, kind, blocks)
 
@@ -353,17 +380,17 @@ class PerturbedForward:
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         block = self._running[module]
-        if any(m._parameters[name] is not p for m, name, p in block.places):  # it runs within itself, perturbed already
-            block = self._block([x for x in block.places if x.module._parameters[x.name] is x.param])
+        if self._stack or self._strays:  # it may run within itself, and is perturbed already
+            bare = [x for x in block.places if x.module._parameters[x.name] is x.param]
+            if len(bare) < len(block.places):
+                block = _Block(self, bare)
         if block.makes_rows:
             self._swap(module, [], _RowsOfEmbedding(self, block.places[0].param))
             return
-        made: dict[nn.Parameter, Tensor] = {}
-        for group in block.groups:
-            copies = self._scratch.take(len(self._stack), group)
+        made = self._scratch.take(len(self._stack), block)
+        for copies in made.copies:
             copies.make()
-            made.update(zip(copies.params, copies.outs, strict=True))
-        self._swap(module, [(place, made[place.param]) for place in block.places])
+        self._swap(module, made.places)
 
     def _enter_alone(self, module: nn.Module, args: tuple) -> None:
         """A module of a block. If it now runs outside of that, its weights are copied for the rest of this pass, and it
@@ -420,7 +447,7 @@ class PerturbedForward:
         """
         if self._planned_for != len(self._outside):
             self._plan()
-        handles, before = [], []
+        hooks, before = _Hooks(), []
         self.active = True
         try:
             self._kind, self._met = kind, False
@@ -431,21 +458,15 @@ class PerturbedForward:
                 self._copies.update(zip(copies.params, copies.outs, strict=True))
             before = _put(self._whole_places)
             watched = not self.settled(kind)
-            if watched:
-                self._within.setdefault(kind, {})
-                for module in self.model.modules():
-                    handles.append(module.register_forward_pre_hook(self._begin_call))
-                    handles.append(module.register_forward_hook(self._end_call, always_call=True))
-            else:
-                for module, places in self._places.items() if len(reached) < len(self.params) else ():
-                    if any(place.param not in reached for place in places):
-                        handles.append(module.register_forward_pre_hook(self._note_module))
             self._running = self._blocks_of(kind)
-            for module in self._owned.keys() - self._running.keys():
-                handles.append(module.register_forward_pre_hook(self._enter_alone))
-            for module in self._running:
-                handles.append(module.register_forward_pre_hook(self._enter_module))
-                handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+            blocks, reached_by, kept = self._hooks.get(kind, (None, 0, None))
+            if blocks is self._running and reached_by == known and not watched:
+                hooks = kept
+                hooks.put_on()
+            else:
+                self._register(hooks, kind, watched)
+                if not watched:
+                    self._hooks[kind] = self._running, known, hooks
             if not watched:
                 yield
             else:
@@ -454,8 +475,7 @@ class PerturbedForward:
                 if not self._met and len(reached) == known > 0:  # it met nothing, and nothing was new
                     self._settled.add(kind)
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.take_off()
             while self._stack:  # what an interrupted module left
                 self._unswap()
             _put(before)
@@ -466,6 +486,22 @@ class PerturbedForward:
             self._calls.clear()
             self._copies.clear()
             self.active = False
+
+    def _register(self, hooks: _Hooks, kind: str, watched: bool) -> None:
+        if watched:
+            self._within.setdefault(kind, {})
+            for module in self.model.modules():
+                hooks.before(module, self._begin_call)
+                hooks.after(module, self._end_call)
+        else:
+            for module, places in self._places.items():
+                if any(place.param not in self._reached[kind] for place in places):
+                    hooks.before(module, self._note_module)
+        for module in self._owned.keys() - self._running.keys():
+            hooks.before(module, self._enter_alone)
+        for module in self._running:
+            hooks.before(module, self._enter_module)
+            hooks.after(module, self._leave_module)
 
     def __reduce__(self) -> tuple:  # for copy.deepcopy, too
         return type(None), ()  # a copy of the model has other weights: it makes its own
