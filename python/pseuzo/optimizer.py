@@ -367,10 +367,10 @@ class ZeroOrder(torch.optim.Optimizer):
         self._skips.add(found_inf)
         self.stats["skipped_steps"] = self._skips.count
         launches: dict[tuple, tuple[list[Tensor], list[float], list[float]]] = {}
-        self._last = coefs, []
+        moved: list[tuple[list[Tensor], float]] = []
         for group, params in self._trained():
             params = [p for p in params if p not in unused] if unused else params
-            self._last[1].append((params, group["lr"] * group["noise_scale"]))
+            moved.append((params, group["lr"] * group["noise_scale"]))
             step = group["lr"] if group["maximize"] else -group["lr"]
             decay = group["lr"] * group["weight_decay"]
             for device, copied, part in self._alike(params):
@@ -391,6 +391,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 self.noise if back is None else self._shift_noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
         self._descend(gradients, found_inf, rounding_seed)
+        self._last = coefs, moved
         self._offset = 0.0
         self._step += 1
         if self.journal is not None:
@@ -399,8 +400,9 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _alike(self, params: list[Tensor]) -> Iterator[tuple[torch.device, bool, list[Tensor]]]:
         """params by their device, and by whether a copy of them holds x."""
-        for device in {p.device for p in params}:
-            there = [p for p in params if p.device == device]
+        devices = {p.device for p in params}
+        for device in devices:
+            there = params if len(devices) == 1 else [p for p in params if p.device == device]
             copied = [p for p in there if p in self._originals] if self._offset else []
             if copied:
                 yield device, True, copied
