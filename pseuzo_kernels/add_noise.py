@@ -600,12 +600,14 @@ class RepeatedPerturb:
     ):  # fmt: skip
         self._args = xs, seeds, coefs, streams, [1.0] * len(xs), scales, noise, False, 0, None
         self._out, self._device = out, out[0].device
+        gpu = self._device.type == "cuda" and triton is not None
+        self._launched_again = gpu and isinstance(_add_noise_kernel, triton.runtime.JITFunction)  # no interpreter
         self._launches: dict[int, list[Callable[[], None]]] = {}  # by stream
 
     def __call__(self) -> None:
         device = self._device
         if (
-            device.type != "cuda" or triton is None or torch.compiler.is_compiling() or _capturing(device)
+            not self._launched_again or torch.compiler.is_compiling() or _capturing(device)
             or torch._C._len_torch_dispatch_stack()
         ):  # fmt: skip
             torch.ops.pseuzo.add_noise_list_out.default(*self._args, out=self._out)

@@ -1,7 +1,10 @@
 """The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
 
 import importlib
+import inspect
 import warnings
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -235,3 +238,59 @@ def test_rows(width, noise):
     assert got.shape == (2, 3, width)
     assert_same_bits(got, want[index])
     assert_same_bits(reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, noise), want[index])
+
+
+class Compiled:
+    """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)` returns what takes all
+    arguments by position, constants included."""
+
+    def __init__(self, kernel):
+        self.kernel, self.names = kernel, list(inspect.signature(kernel.fn).parameters)
+        self.params = [SimpleNamespace(name=name) for name in self.names]
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.kernel[grid](*args, **options)
+            return SimpleCompiled(self, {k: v for k, v in options.items() if k not in self.names})
+
+        return launch
+
+
+class SimpleCompiled(NamedTuple):
+    of: Compiled
+    options: dict
+
+    def __getitem__(self, grid):
+        def launch(*args, stream):
+            assert len(args) == len(self.of.names) and len(grid) == 3
+            self.of.kernel[grid[:1]](*args, **self.options)
+
+        return launch
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it with compiled kernels")
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_launches_are_made_again(noise, dtype, monkeypatch):
+    module = importlib.import_module("pseuzo_kernels.add_noise")
+    for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name)))
+    sizes, scales = (1, 2048, 5000, 9000), [1.0, 0.5, 2.0, -1.0]
+    xs = [values(n, dtype) for n in sizes]
+    outs = [torch.empty(n + 1, dtype=dtype)[n == 5000 :][:n] for n in sizes]  # one is not aligned
+    seeds, coefs, launches = torch.empty(1, dtype=torch.int64), torch.empty(1), []
+    args = (xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, noise, False, 0, None)
+    for step in range(3):
+        seeds.fill_(step)
+        coefs.fill_(0.25 + step)
+        for x in xs:
+            x += 1  # in place
+        if step == 0:
+            add_noise_list_out_triton(*args, out=outs, launched=launches)
+        for launch in launches if step else ():
+            launch(stream=5)
+        want = [torch.empty_like(x) for x in xs]
+        add_noise_list_out_triton(*args, out=want)
+        for got, wanted in zip(outs, want, strict=True):
+            assert_same_bits(got, wanted)
+    assert len(launches) == 2

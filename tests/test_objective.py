@@ -11,7 +11,7 @@ from pseuzo.objective import loss_positions, rows_of_options, with_positions
 from pseuzo.tuning import tune
 from torch.nn import functional as F
 from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
 
 OPTIONS = [17, 4, 900]
 
@@ -324,10 +324,26 @@ def test_attention_is_told_of_padding(kind, monkeypatch):
     with torch.no_grad(), Waits() as waits:
         model(**batch_of(length=6))
     assert waits.seen, "it was told for ever"
-    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda **kwargs: masks.append("theirs"))
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", lambda **kwargs: masks.append("theirs"))
     masks.clear()
     objective(batch)[0]()
     assert masks[0] == "theirs"
+
+
+def test_a_model_inside_of_the_model_keeps_its_padding():
+    """A frozen encoder, say, with rows that are padded where the batch is not."""
+    model, inner, context = causal_lm("opt").eval(), causal_lm("llama").eval(), batch_of()
+    seen = []
+
+    def encode(module, args):
+        seen.append(inner.model(**context).last_hidden_state)
+
+    model.model.decoder.layers[0].register_forward_pre_hook(encode)
+    with torch.no_grad():
+        want = inner.model(**context).last_hidden_state
+        batch = {"input_ids": context["input_ids"], "labels": torch.tensor([0, 2, 1, 2])}
+        CausalLMObjective(model, OPTIONS, verify=False)(batch)[0]()
+    assert len(seen) == 1 and torch.equal(seen[0], want)
 
 
 def test_rows_of_several_texts():
@@ -354,6 +370,8 @@ def test_a_collator_with_positions():
         with Waits() as waits:
             objective(batch)
         assert kind is dict or waits.seen == []  # the first one is verified
+    unpadded = {k: v[:1] for k, v in plain.items()}
+    assert set(with_positions(lambda rows: rows)(dict(unpadded))) == {"input_ids", "labels", "positions", "targets"}
     for other in ({"labels": torch.tensor([0, 1])}, {"input_ids": labels}, option_batch()):
         assert with_positions(lambda rows: rows)(other) is other and "positions" not in other
     import pickle

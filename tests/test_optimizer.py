@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import Waits
+from helpers import Waits, run_steps
 from models import Tied, batch_of, causal_lm
 from pseuzo import CausalLMObjective, Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
 from pseuzo.journal import Journal, replay
@@ -1265,3 +1265,32 @@ def test_half_precision_sums_restore_bare_parameters_as_exactly():
         drifts[noise] = [p.detach() - x for p, x in zip(model.parameters(), start, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(*drifts.values(), strict=True))
     assert max(float(d.abs().max()) for d in drifts["hadamard-fp16"]) < 1e-5
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_groups_may_change_in_mid_run(make):
+    """What was learned of them before must not be used any more: as of an optimizer that is made then."""
+    model = causal_lm("opt").eval()
+    opt, weight = make(model), model.model.decoder.layers[0].fc1.weight
+    run_steps(opt, model, 5)
+    for change in ("noise_scale", "frozen", "thawed"):
+        twin = copy.deepcopy(model).requires_grad_()
+        again = make(twin)
+        again.load_state_dict(opt.state_dict())
+        for m, o in ((model, opt), (twin, again)):
+            if change == "noise_scale":
+                o.param_groups[0]["noise_scale"] = 0.5
+            m.model.decoder.layers[0].fc1.weight.requires_grad_(change != "frozen")
+        before = weight.clone()
+        assert torch.equal(run_steps(opt, model, 4), run_steps(again, twin, 4))
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+        assert torch.equal(weight, before) == (change == "frozen")
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_backward_of_a_forward_before_the_step_fails_loudly(make):
+    model = causal_lm("opt").eval()
+    loss = model(**batch_of()).logits.square().mean()
+    run_steps(make(model), model, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

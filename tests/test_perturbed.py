@@ -2,14 +2,19 @@
 
 import copy
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from helpers import perturbed_copy
 from models import KINDS, Tied, batch_of, causal_lm
 from pseuzo import perturbed
+from pseuzo.perturbed import forward_of
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pseuzo_kernels import add_noise, perturb_
 
 
 def snapshot(model):
@@ -379,3 +384,73 @@ def test_bad_arguments():
         pass
     with pytest.raises(RuntimeError, match="do not nest"), perturbed(model, 0, 0.1), perturbed(model, 1, 0.1):
         pass
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_weights_that_were_put_in_a_module_run_as_they_are(settled):
+    """By functional_call, by assigning a parameter, or by tying it to another late: they are not the trained ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 300, bias=False), nn.ReLU(), nn.Linear(300, 300, bias=False)).eval()
+    x = torch.randn(2, 300)
+    with torch.no_grad():
+        for seed in range(4 * settled):
+            with perturbed(model, seed, 1e-2):
+                model(x)
+        with perturbed(model, 5, 1e-2):
+            got = torch.func.functional_call(model, {"0.weight": torch.eye(300)}, (x,))
+        want = F.linear(x.relu(), add_noise(model[2].weight, [5], [1e-2], stream=1))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+        forward = forward_of(model, {p: (i, 1.0) for i, p in enumerate(model.parameters())}, "hadamard")
+        model[0].weight = nn.Parameter(torch.eye(300))
+        with forward(5, 1e-2):
+            torch.testing.assert_close(model(x), want, rtol=0, atol=1e-6)
+
+
+def test_hooks_are_put_where_the_module_has_them_now():
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300)).eval()
+    x = torch.randn(2, 300)
+    with torch.no_grad():
+        for seed in (0, 1, 2, 3, 3, 3):
+            with perturbed(model, seed, 1e-2):
+                last = model(x)
+            for module in model.modules():
+                assert not module._forward_hooks and not module._forward_pre_hooks
+                assert not module._forward_hooks_always_called
+                if seed == 3:
+                    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        assert model._pseuzo_forward.settled("any") and not torch.equal(last, model(x))
+        other = copy.deepcopy(model)
+        perturb_(list(other.parameters()), 3, 1e-2)
+        assert torch.equal(last, other(x))
+
+
+def test_a_block_that_fails_and_is_caught(monkeypatch):
+    """Its weights are put back before the model goes on, in passes that are not watched, too."""
+    monkeypatch.setattr(sys.modules["pseuzo.perturbed"], "TOGETHER", 0)
+
+    class Caught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(300, 300), nn.Linear(300, 300)
+            self.first.register_forward_hook(self.fail)
+            self.caught = []
+
+        def fail(self, *args):
+            raise ValueError("on purpose")
+
+        def forward(self, x):
+            try:
+                return self.first(x)
+            except ValueError:
+                self.caught.append(self.first._parameters["weight"])
+                return self.second(x)
+
+    model, x = Caught().eval(), torch.randn(2, 300)
+    weight = model.first.weight
+    with torch.no_grad():
+        for seed in range(5):
+            with perturbed(model, seed, 1e-2):
+                got = model(x)
+    assert model._pseuzo_forward.settled("any")
+    assert len(model.caught) == 5 and all(w is weight for w in model.caught)
+    assert torch.equal(got, perturbed_copy(model, 4, 1e-2).second(x))

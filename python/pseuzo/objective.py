@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from pseuzo.perturbed import frozen_mode, rows_of
 
@@ -70,8 +69,8 @@ def rows_of_options(examples: Tensor, n: int) -> Tensor:
 
 
 def with_positions(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A collator whose batches also have `positions` and `targets` (loss_positions), found on the CPU, so that
-    CausalLMObjective need not wait for the device to find them.
+    """A collator whose batches also have `positions` and `targets` (loss_positions), and no attention_mask if there is
+    no padding: found on the CPU, so that CausalLMObjective need not wait for the device to find them.
 
     Only batches of token ids to predict, labels [B, T], get them; others are left as they are. The objective keeps both
     from the model; a loss of your own has to do that too."""
@@ -83,6 +82,9 @@ def _collated_with_positions(collate: Callable[[Any], dict[str, Any]], items: An
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2 and not {"examples", "positions", "targets"} & set(batch):
         batch["positions"], batch["targets"] = loss_positions(labels)
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and bool(mask.all()):
+            del batch["attention_mask"]
     return batch
 
 
@@ -99,7 +101,8 @@ class CausalLMObjective:
 
     Positions are counted from the first token with attention, so that padding on the left changes nothing. A batch
     without padding should leave the attention mask out: it is then attended causally, by torch's fastest kernel. One
-    with a mask counts as padded, and nobody reads the mask to see whether it is, which would wait for the device.
+    with a mask counts as padded, and nobody reads the mask to see whether it is, which would wait for the device. (With
+    SDPA or eager attention, that is; Transformers' flash attention and recurrent layers read it all the same.)
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None = None, *, verify: bool = True):
@@ -120,8 +123,8 @@ class CausalLMObjective:
         self._option_ids: Tensor | None = None
         self._verified = not verify
         self._takes_positions = _takes_positions(model)
-        attention = getattr(getattr(model.config, "text_config", model.config), "_attn_implementation", None)
-        self._reads_no_mask = attention in ("sdpa", "eager")
+        self._config = getattr(model.config, "text_config", model.config)
+        _listen_in_sdpa_mask()
 
     def __call__(
         self, batch: Mapping[str, Tensor], reduction: str = "mean"
@@ -256,7 +259,7 @@ class CausalLMObjective:
 
         handle = self.lm_head.register_forward_pre_hook(stop, prepend=True)  # before a perturbed pass makes its weight
         try:
-            with _told_of_padding("attention_mask" in plan):
+            with _told_of_padding(self._config, "attention_mask" in plan):
                 self.model(**inputs, use_cache=False)
         except _HeadReached as reached:
             states = reached.states
@@ -277,7 +280,8 @@ class CausalLMObjective:
         mask = inputs.get("attention_mask")
         if "position_ids" in inputs:  # which may say that it does
             return inputs
-        if mask is None and self._reads_no_mask:
+        attends = getattr(self._config, "num_attention_heads", None) and self._config._attn_implementation
+        if mask is None and attends in ("sdpa", "eager") and "input_ids" in inputs:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if mask is not None and self._takes_positions:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -312,7 +316,7 @@ class CausalLMObjective:
         places = one["positions"]
         with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one))
-            with _told_of_padding("attention_mask" in plan):
+            with _told_of_padding(self._config, "attention_mask" in plan):
                 logits = self.model(**self._model_inputs(one), use_cache=False).logits
             theirs = logits[0, places[0].clamp(min=0)].float()[None]
         if self.options is not None:
@@ -357,30 +361,34 @@ def padded(plan: Mapping[str, Tensor], length: int, count: int) -> dict[str, Ten
 # lets torch attend causally without one. While a CUDA graph is recorded it does not read, and always makes a mask:
 # another kernel, other bits. Told, it does the same in both cases. Its registry of mask functions is made for that.
 
-_forward = threading.local()  # padded: of the batch whose forward runs in this thread
+_forward = threading.local()  # told: the configuration of the model whose forward runs in this thread, and padded
 
 
-def _sdpa_mask(**kwargs: Any) -> Tensor | None:
-    padded, local_size = getattr(_forward, "padded", None), kwargs.get("local_size")
-    if padded is None:
-        return sdpa_mask(**kwargs)
-    causal = kwargs["q_length"] == kwargs["kv_length"] and (local_size is None or kwargs["kv_length"] < local_size)
-    if causal and not padded and kwargs.get("allow_is_causal_skip", True):
-        return None
-    return sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
+def _listen_in_sdpa_mask() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask  # 2 s
 
+    def sdpa_mask_of_known_padding(**kwargs: Any) -> Tensor | None:
+        config, padded = getattr(_forward, "told", (None, None))
+        if config is None or kwargs.get("config") is not config:  # of another model, it may be inside of that one
+            return sdpa_mask(**kwargs)
+        local_size = kwargs.get("local_size")
+        causal = kwargs["q_length"] == kwargs["kv_length"] and (local_size is None or kwargs["kv_length"] < local_size)
+        if causal and not padded and kwargs.get("allow_is_causal_skip", True):
+            return None
+        return sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
 
-if ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask:
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _sdpa_mask
+    if ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask:  # neither done nor somebody else's
+        AttentionMaskInterface.register("sdpa", sdpa_mask_of_known_padding)
 
 
 @contextmanager
-def _told_of_padding(padded: bool) -> Iterator[None]:
-    _forward.padded = padded
+def _told_of_padding(config: Any, padded: bool) -> Iterator[None]:
+    before = getattr(_forward, "told", (None, None))
+    _forward.told = config, padded
     try:
         yield
     finally:
-        _forward.padded = None
+        _forward.told = before
 
 
 def _takes_positions(model: nn.Module) -> bool:

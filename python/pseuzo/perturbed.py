@@ -138,25 +138,25 @@ class _Hooks:
     """Hooks that are put on for a pass and taken off after it, which costs less than to register them anew."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict, int, object]] = []
+        self._entries: list[tuple[nn.Module, str, int, object]] = []  # and where they are in a module
 
     def before(self, module: nn.Module, hook: Callable) -> None:
         handle = module.register_forward_pre_hook(hook)
-        self._entries.append((module._forward_pre_hooks, handle.id, hook))
+        self._entries.append((module, "_forward_pre_hooks", handle.id, hook))
 
     def after(self, module: nn.Module, hook: Callable) -> None:
         """Also after a forward that fails."""
         handle = module.register_forward_hook(hook, always_call=True)
-        self._entries.append((module._forward_hooks, handle.id, hook))
-        self._entries.append((module._forward_hooks_always_called, handle.id, True))
+        self._entries.append((module, "_forward_hooks", handle.id, hook))
+        self._entries.append((module, "_forward_hooks_always_called", handle.id, True))
 
     def put_on(self) -> None:
-        for hooks, key, value in self._entries:
-            hooks[key] = value
+        for module, where, key, value in self._entries:
+            getattr(module, where)[key] = value
 
     def take_off(self) -> None:
-        for hooks, key, _ in self._entries:
-            hooks.pop(key, None)
+        for module, where, key, _ in self._entries:
+            getattr(module, where).pop(key, None)
 
 
 class _RowsOfEmbedding(TorchFunctionMode):
@@ -380,10 +380,10 @@ class PerturbedForward:
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         block = self._running[module]
-        if self._stack or self._strays:  # it may run within itself, and is perturbed already
-            bare = [x for x in block.places if x.module._parameters[x.name] is x.param]
-            if len(bare) < len(block.places):
-                block = _Block(self, bare)
+        # what else is there is perturbed already, as a module may run within itself, or was put there by the user
+        bare = [place for place in block.places if place.module._parameters[place.name] is place.param]
+        if len(bare) < len(block.places):
+            block = _Block(self, bare)
         if block.makes_rows:
             self._swap(module, [], _RowsOfEmbedding(self, block.places[0].param))
             return
