@@ -240,7 +240,7 @@ def test_rows(width, noise):
     assert_same_bits(reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, noise), want[index])
 
 
-class Compiled:
+class Jitted:
     """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)` returns what takes all
     arguments by position, constants included."""
 
@@ -251,13 +251,13 @@ class Compiled:
     def __getitem__(self, grid):
         def launch(*args, **options):
             self.kernel[grid](*args, **options)
-            return SimpleCompiled(self, {k: v for k, v in options.items() if k not in self.names})
+            return Compiled(self, {k: v for k, v in options.items() if k not in self.names})
 
         return launch
 
 
-class SimpleCompiled(NamedTuple):
-    of: Compiled
+class Compiled(NamedTuple):
+    of: Jitted
     options: dict
 
     def __getitem__(self, grid):
@@ -274,7 +274,7 @@ class SimpleCompiled(NamedTuple):
 def test_launches_are_made_again(noise, dtype, monkeypatch):
     module = importlib.import_module("pseuzo_kernels.add_noise")
     for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
-        monkeypatch.setattr(module, name, Compiled(getattr(module, name)))
+        monkeypatch.setattr(module, name, Jitted(getattr(module, name)))
     sizes, scales = (1, 2048, 5000, 9000), [1.0, 0.5, 2.0, -1.0]
     xs = [values(n, dtype) for n in sizes]
     outs = [torch.empty(n + 1, dtype=dtype)[n == 5000 :][:n] for n in sizes]  # one is not aligned

@@ -252,15 +252,14 @@ class CausalLMObjective:
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
         """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1. The head does not run."""
-        inputs, positions = self._model_inputs(plan), plan["positions"]
+        positions = plan["positions"]
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _HeadReached(args[0])
 
         handle = self.lm_head.register_forward_pre_hook(stop, prepend=True)  # before a perturbed pass makes its weight
         try:
-            with _told_of_padding(self._config, "attention_mask" in plan):
-                self.model(**inputs, use_cache=False)
+            self._run_model(plan)
         except _HeadReached as reached:
             states = reached.states
         else:
@@ -273,6 +272,10 @@ class CausalLMObjective:
         rows = torch.arange(states.shape[0], device=states.device)[:, None]
         return states[rows, positions.clamp(min=0)].masked_fill((positions < 0)[..., None], 0)
 
+    def _run_model(self, plan: Mapping[str, Tensor]) -> Any:
+        with _told_of_padding(self._config, "attention_mask" in plan):
+            return self.model(**self._model_inputs(plan), use_cache=False)
+
     def _model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With position_ids: left alone, some models (GPT-2) count positions from the first column, padding or not. And
         with a mask: without one, some (Llama) read their positions, to see whether a row holds several texts."""
@@ -280,8 +283,9 @@ class CausalLMObjective:
         mask = inputs.get("attention_mask")
         if "position_ids" in inputs:  # which may say that it does
             return inputs
-        attends = getattr(self._config, "num_attention_heads", None) and self._config._attn_implementation
-        if mask is None and attends in ("sdpa", "eager") and "input_ids" in inputs:
+        attends = getattr(self._config, "num_attention_heads", 0)
+        reads_none = attends and getattr(self._config, "_attn_implementation", None) in ("sdpa", "eager")
+        if mask is None and reads_none and "input_ids" in inputs:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if mask is not None and self._takes_positions:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -316,8 +320,7 @@ class CausalLMObjective:
         places = one["positions"]
         with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one))
-            with _told_of_padding(self._config, "attention_mask" in plan):
-                logits = self.model(**self._model_inputs(one), use_cache=False).logits
+            logits = self._run_model(one).logits
             theirs = logits[0, places[0].clamp(min=0)].float()[None]
         if self.options is not None:
             theirs = theirs[..., self.options]

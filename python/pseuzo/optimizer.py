@@ -210,7 +210,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        trained = (p for group in self.param_groups for p in _not_frozen(group["params"]))
+        trained = (p for group in self.param_groups for p in group["params"] if not _frozen(p))  # to the first one
         return next(trained, self.param_groups[0]["params"][0]).device
 
     def _check_trains(self, op: str) -> None:

@@ -380,8 +380,7 @@ class PerturbedForward:
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         block = self._running[module]
-        # what else is there is perturbed already, as a module may run within itself, or was put there by the user
-        bare = [place for place in block.places if place.module._parameters[place.name] is place.param]
+        bare = _bare(block.places)
         if len(bare) < len(block.places):
             block = _Block(self, bare)
         if block.makes_rows:
@@ -395,7 +394,7 @@ class PerturbedForward:
     def _enter_alone(self, module: nn.Module, args: tuple) -> None:
         """A module of a block. If it now runs outside of that, its weights are copied for the rest of this pass, and it
         is a block of its own in the passes to come."""
-        bare = [place for place in self._owned[module] if module._parameters[place.name] is place.param]
+        bare = _bare(self._owned[module])
         if bare:
             self._strays += _put([(place, self.copy_of(place.param)) for place in bare])
             self._within[self._kind][module].clear()
@@ -505,6 +504,12 @@ class PerturbedForward:
 
     def __reduce__(self) -> tuple:  # for copy.deepcopy, too
         return type(None), ()  # a copy of the model has other weights: it makes its own
+
+
+def _bare(places: list[_Place]) -> list[_Place]:
+    """Those where the weight itself is now. What else is there is perturbed already, as a module may run within itself,
+    or was put there by the user."""
+    return [place for place in places if place.module._parameters[place.name] is place.param]
 
 
 def _put(weights: list[tuple[_Place, Tensor]]) -> list[tuple[_Place, Tensor]]:
