@@ -1,11 +1,12 @@
 """What several test files share; the models are in models.py."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
-import time
 from pathlib import Path
 
 import torch
@@ -88,38 +89,44 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
-def start(args: list[str]) -> None:
+def start(args: list[str], killed_at: tuple[str, int] | None = None) -> None:
     from pseuzo.cli import main
 
     torch.set_num_threads(1)
+    if killed_at:
+        _die_at(*killed_at)
     main(args, standalone_mode=True)
 
 
-def _started(args: list[str]) -> multiprocessing.Process:
+def _die_at(function: str, call: int) -> None:
+    owner, name = function.rsplit(".", 1)
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    original = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def _ended(*args: object) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pseuzo.runs"])
-    process = context.Process(target=start, args=(args,))
+    process = context.Process(target=start, args=args)
     process.start()
-    return process
-
-
-def killed(args: list[str], when) -> None:
-    """Runs the command in a process that is killed as soon as when() is true."""
-    process = _started(args)
-    until = time.monotonic() + 120
-    while not when():
-        assert process.is_alive(), "the run ended before it could be killed"
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode
+
+
+def killed(args: list[str], function: str, call: int) -> None:
+    """Runs the command in a process that is killed as it makes the given call (1 is the first) of a function."""
+    assert _ended(args, (function, call)) == -signal.SIGKILL
 
 
 def run(args: list[str]) -> None:
-    process = _started(args)
-    process.join()
-    assert process.exitcode == 0
+    assert _ended(args) == 0
 
 
 # optimizers whose passes are recorded

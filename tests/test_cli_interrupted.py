@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
-from pseuzo.journal import JournalError, read_journal
+from pseuzo.journal import read_journal
 from pseuzo.trainer import last_checkpoint
 
 
@@ -24,23 +24,15 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
     out, again = tmp_path / "killed", tmp_path / "killed.pzj"
     args = [*base, "--output", str(out), "--journal", str(again)]
 
-    def made(steps: int):
-        def there() -> bool:
-            try:
-                return sum(1 for _ in read_journal(again)[1]) >= steps
-            except (OSError, JournalError):  # not there yet, or only in part
-                return False
-
-        return there
-
-    def writing(step: int):  # in the middle of a checkpoint
-        folder = out / f"checkpoint-{step}"
-        return lambda: (folder / "model.safetensors").exists() and not (folder / "trainer_state.json").exists()
-
-    killed(args, made(9))
-    for when in (made(18), writing(24)):
-        assert last_checkpoint(out) is not None
-        killed([*args, "--resume"], when)
+    record = "pseuzo.journal.Journal.record"
+    killed(args, record, 10)  # weights updated, but the step is not in the journal: 9 are
+    assert sum(1 for _ in read_journal(again)[1]) == 9 and last_checkpoint(out).endswith("checkpoint-8")
+    killed([*args, "--resume"], record, 11)
+    assert sum(1 for _ in read_journal(again)[1]) == 18 and last_checkpoint(out).endswith("checkpoint-16")
+    killed([*args, "--resume"], "transformers.trainer_callback.TrainerState.save_to_json", 2)
+    torn = out / "checkpoint-24"
+    assert (torn / "model.safetensors").exists() and not (torn / "trainer_state.json").exists()
+    assert last_checkpoint(out).endswith("checkpoint-20")
     run([*args, "--resume"])
     assert_same_weights(whole / "model", out / "model")
     assert again.read_bytes() == journal.read_bytes()
@@ -52,7 +44,8 @@ def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     run([*base, "--output", str(whole)])
     args = [*base, "--output", str(out)]
-    killed(args, lambda: last_checkpoint(out) is not None)
+    killed(args, "pseuzo.trainer.PseuZOTrainer.training_step", 7)
+    assert last_checkpoint(out).endswith("checkpoint-4")
     decided = (out / "noise_on.json").read_text()
     run([*args, "--resume"])
     assert (out / "noise_on.json").read_text() == decided, "it is not decided again"
