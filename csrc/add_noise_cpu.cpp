@@ -3,7 +3,8 @@
 // One inner source, add_noise_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen at run time;
 // the bits are the same. V columns of a chunk at a time, all 16 planes: their sums are made for all seeds before x is
 // read, so x is read and written once for any K. What limits it is arithmetic: for 256 normals 106 vector instructions
-// with AVX-512, for which a core has two ports, and 290 with AVX2 (three ports).
+// with AVX-512, for which a core has two ports, and 16 stores of 512 bits, each of which keeps both ports busy for 0.6
+// cycles (measured on a Xeon with AMX); with AVX2 290 instructions, on three ports.
 #include "add_noise_cpu.h"
 
 #include <ATen/Parallel.h>
