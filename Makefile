@@ -18,7 +18,7 @@ test: $(READY)
 ifneq ($(shell command -v nvidia-smi),)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none of them
 endif
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

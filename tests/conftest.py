@@ -1,5 +1,6 @@
 """Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason."""
 
+import gc
 import os
 
 import pytest
@@ -19,3 +20,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported by now: trainers and searches for lr collect garbage, and need not look there
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
