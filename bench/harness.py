@@ -56,8 +56,13 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return os.environ.get("COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """-dirty: with changes that are not committed, other than rows of results."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    return os.environ.get("COMMIT") or git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
