@@ -57,12 +57,14 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str:
     """-dirty: with changes that are not committed, other than rows of results."""
+    if given := os.environ.get("COMMIT"):
+        return given
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
-    return os.environ.get("COMMIT") or git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

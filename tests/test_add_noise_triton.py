@@ -280,7 +280,7 @@ def test_launches_are_made_again(noise, dtype, monkeypatch):
     outs = [torch.empty(n + 1, dtype=dtype)[n == 5000 :][:n] for n in sizes]  # one is not aligned
     seeds, coefs, launches = torch.empty(1, dtype=torch.int64), torch.empty(1), []
     args = (xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, noise, False, 0, None)
-    for step in range(2):
+    for step in range(3):
         seeds.fill_(step)
         coefs.fill_(0.25 + step)
         for x in xs:

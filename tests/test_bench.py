@@ -67,6 +67,12 @@ def test_rows_survive_a_new_column(bench, tmp_path):
     assert [tuple(r.values()) for r in harness.read(path)] == want
 
 
+def test_a_given_commit_needs_no_git(bench, monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    monkeypatch.setenv("PATH", "")
+    assert bench("harness").commit() == "abc1234"
+
+
 def test_fit(bench):
     fit = bench("harness").fit
     assert fit([(x, 3 + 0.5 * x) for x in (1, 10, 100)]) == pytest.approx((3, 0.5))
