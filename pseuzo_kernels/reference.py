@@ -48,6 +48,7 @@ COUNTERS_AT_ONCE = 1 << 16  # bounds the int64 temporaries: about 16 MiB, whatev
 # The second only for planes 8..15 of "normal". Its half of the first spares a multiplication: round 1 ends alike.
 KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x85A308D3))
 KEY_ROUNDING = (0x13198A2E, 0x03707344)
+ROUNDING_VERSION = 1  # of round_stochastically: what was rounded by one version cannot be continued by another
 FP16_BLOCK = 16  # seeds that "hadamard-fp16" sums in fp16
 HADAMARD_SCALE = 1 / (4 * math.sqrt(0.7050395011901855))
 ANGLE = 219 / 2**22  # half a step of the angle, nearly: with it, one fused multiply-add on bits makes the angle

@@ -274,6 +274,39 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
             journal.Record.unpack(payload)
 
 
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, "stochastic"), (torch.bfloat16, "nearest"),
+                                             (torch.float32, "stochastic")])  # fmt: skip
+@pytest.mark.parametrize("written", [None, 99])
+def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
+    """Its stochastic 16-bit updates would be replayed to other bits; all others have the same bits under every rule."""
+    model = causal_lm("opt").to(dtype)
+    base, twin = copy.deepcopy(model), copy.deepcopy(model)
+    make = lambda m: MeZO(m, 1e-3, 1e-2, rounding=rounding)  # noqa: E731
+    opt, again = make(model), make(twin)
+    with Journal(tmp_path / "run.pzj", opt):
+        train(opt, model, range(2))
+    train(again, twin, range(2))
+    path = tmp_path / "old.pzj"
+    with open(tmp_path / "run.pzj", "rb") as file:
+        header, rest = journal._read_header(file), file.read()
+    assert header.pop("rounding_version") == reference.ROUNDING_VERSION
+    header |= {} if written is None else {"rounding_version": written}  # the first rule was not written down
+    old = journal.MAGIC + journal._part(json.dumps(header).encode()) + rest
+    path.write_bytes(old)
+    if (written is None and reference.ROUNDING_VERSION == 1) or dtype is torch.float32 or rounding == "nearest":
+        assert replay(path, base) == 2
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+        with Journal(path, again):
+            train(again, twin, [2])
+        assert len(list(read_journal(path)[1])) == 3
+        return
+    sentence = f"16-bit weights were rounded stochastically by version {written or 1} of the rule, this pseuzo has vers"
+    unchanged_after(lambda: replay(path, base), base, JournalError, sentence)
+    with pytest.raises(JournalError, match=sentence):
+        Journal(path, again)
+    assert path.read_bytes() == old
+
+
 def test_what_is_refused(tmp_path):
     path, base, trained, _ = journal_of(tmp_path)
     whole = path.read_bytes()

@@ -224,6 +224,27 @@ def test_load_state_dict_refuses_others():
             opt.load_state_dict(state)
 
 
+@pytest.mark.parametrize("make", [PseuZO, MeZO])
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, "stochastic"), (torch.float16, "stochastic"),
+                                             (torch.bfloat16, "nearest"), (torch.float32, "stochastic")])  # fmt: skip
+def test_a_state_of_another_rounding_rule(make, dtype, rounding):
+    """Its 16-bit weights would go on by another rule; all others have the same bits under every rule."""
+    opt = make(small_model().to(dtype), rounding=rounding)
+    for written in (None, 99):
+        state, before = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
+        own = state["state"]["zero_order"]
+        assert own.pop("rounding_version") == reference.ROUNDING_VERSION
+        own |= {"step": 7} if written is None else {"step": 7, "rounding_version": written}  # the first was not written
+        same = written is None and reference.ROUNDING_VERSION == 1
+        if same or dtype is torch.float32 or rounding == "nearest":
+            opt.load_state_dict(state)
+            assert opt.state_dict()["state"]["zero_order"]["step"] == 7
+            continue
+        with pytest.raises(ValueError, match=f"16-bit weights were rounded stochastically by version {written or 1} "):
+            opt.load_state_dict(state)
+        assert opt.state_dict()["state"]["zero_order"]["step"] == before["state"]["zero_order"]["step"]
+
+
 def test_stochastic_rounding_by_default_and_reproducible():
     """A bf16 update of a hundredth of an ulp is kept on average; rounding to nearest loses it."""
     moved = {}

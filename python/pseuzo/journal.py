@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pseuzo.files import lock, unlock
 from pseuzo.machine import Fetched
 from pseuzo.optimizer import ZeroOrder
+from pseuzo_kernels.reference import ROUNDING_VERSION
 
 MAGIC, VERSION = b"PSEUZOJ\n", 2
 STEPS_AT_ONCE = 64  # that a replay makes in a pass over the weights
@@ -133,7 +134,14 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
         raise JournalError(f"{file.name} has version {header['version']}, this pseuzo reads version {VERSION}")
     if lacking := [key for key in _HEADER if key not in header]:
         raise JournalError(f"{file.name}: the header lacks {lacking[0]!r}; the file is damaged, or not pseuzo's")
-    return header
+    rule = header.get("rounding_version", 1)  # the first one was not written down
+    sixteen_bits = any(entry["dtype"] != "float32" for entry in header["params"])
+    if rule != ROUNDING_VERSION and header["rounding"] == "stochastic" and sixteen_bits:
+        raise JournalError(
+            f"{file.name} is of a run whose 16-bit weights were rounded stochastically by version {rule} of the rule, "
+            f"this pseuzo has version {ROUNDING_VERSION}; replay or resume it with the pseuzo that wrote it"
+        )
+    return header | {"rounding_version": ROUNDING_VERSION}  # other weights have the same bits under both
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[Record, int]]:
@@ -185,7 +193,7 @@ class Journal:
         self._position = {p: i for i, (_, p) in enumerate(trained)}
         layout = {
             "version": VERSION, "noise": optimizer.noise, "rounding": optimizer.rounding,
-            "groups": len(optimizer.param_groups),
+            "rounding_version": ROUNDING_VERSION, "groups": len(optimizer.param_groups),
             "params": [
                 {"name": names.get(p, f"parameter {i}"), "group": g, "stream": optimizer._streams[p],
                  "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}

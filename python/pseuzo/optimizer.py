@@ -27,7 +27,7 @@ from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
-from pseuzo_kernels.reference import hash_seed, round_stochastically
+from pseuzo_kernels.reference import ROUNDING_VERSION, hash_seed, round_stochastically
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
 AT_ONCE = 1 << 22  # elements of an exact gradient's update; bounds its temporaries
@@ -514,17 +514,29 @@ class ZeroOrder(torch.optim.Optimizer):
             del self.state["zero_order"]  # a second copy of the window
 
     def _own_state(self) -> dict[str, Any]:
-        return {"step": self._step, "seed": self.seed, "eps": self.eps, "noise": self.noise,
-                "rounding": self.rounding, "skipped": self.skipped_steps, "used": self._used_so_far()}  # fmt: skip
+        return {"step": self._step, "seed": self.seed, "eps": self.eps, "noise": self.noise, "rounding": self.rounding,
+                "rounding_version": ROUNDING_VERSION, "skipped": self.skipped_steps,
+                "used": self._used_so_far()}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is another's state."""
+        """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is another's state, or if
+        it rounds 16-bit weights by another version of the rule."""
         own = state_dict.get("state", {}).get("zero_order")
+        own = own and {"rounding_version": 1} | own  # the first one was not written down
         missing = set(self._own_state()) - set(own or ())
         if missing:
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict: not a state of {type(self).__name__}, it lacks "
                 + ", ".join(sorted(missing))
+            )
+        sixteen_bits = any(
+            p.dtype is not torch.float32 for group in self.param_groups for p in _not_frozen(group["params"])
+        )
+        if own["rounding_version"] != ROUNDING_VERSION and own["rounding"] == "stochastic" and sixteen_bits:
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict: the state is of a run whose 16-bit weights were rounded "
+                f"stochastically by version {own['rounding_version']} of the rule, this pseuzo has version "
+                f"{ROUNDING_VERSION}; resume it with the pseuzo that wrote it"
             )
         self._check_own_state(own)
         super().load_state_dict(state_dict)
