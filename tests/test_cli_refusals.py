@@ -213,6 +213,21 @@ def test_refused_at_once(tmp_path, settings, what):
     assert not settings
 
 
+@pytest.mark.parametrize("names, words", [
+    (["tensorboard", "wandb"], "--report-to wandb: WandbCallback requires wandb to be installed"),
+    (["wandbb"], "wandbb is not supported"),
+])  # fmt: skip
+def test_a_missing_integration_is_refused_before_anything_is_made(tmp_path, monkeypatch, names, words):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr(runs, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(runs, "load_task", raising(AssertionError("loads")))
+    given = [x for name in names for x in ("--report-to", name)]
+    assert words in refused("train", *BASE, *given, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for usable in ([], ["none"], ["all"], ["tensorboard"]):
+        runs.check_integrations(usable)
+
+
 def test_journal(tmp_path, settings):
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ("train", *BASE, "--output", out, "--journal")

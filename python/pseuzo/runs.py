@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import PrinterCallback
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from pseuzo.capture import check_device
 from pseuzo.files import MARKER, claim, differing, read_json, read_yaml, save_model, write_atomically, write_json
@@ -149,6 +150,20 @@ def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
     return wanted or min(2048, most or 2048)
 
 
+def check_integrations(names: Collection[str]) -> None:
+    """ValueError unless each of Transformers' integrations, by the names of --report-to, can be reported to here."""
+    if list(names) in (["all"], ["none"]):
+        return
+    callbacks = zip(names, get_reporting_integration_callbacks(list(names)), strict=True)  # ValueError: unknown names
+    installed = get_available_reporting_integrations()
+    for name, callback in callbacks:
+        if name not in installed:
+            try:
+                callback()  # which raises what the Trainer would raise after the model was loaded
+            except (ImportError, RuntimeError) as error:
+                raise ValueError(f"--report-to {name}: {' '.join(str(error).split())}") from None
+
+
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in. ValueError for those that cannot be."""
     c = dict(c)
@@ -162,6 +177,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)
     c.setdefault("scale_eps", False)
+    check_integrations(c["report_to"])
     c["device"] = str(usable_device(c["device"]))
     if c["capture"]:
         check_device("--capture", torch.device(c["device"]))
