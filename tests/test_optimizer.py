@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from helpers import Waits, run_steps
 from models import Tied, batch_of, causal_lm
-from pseuzo import CausalLMObjective, Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
+from pseuzo import CausalLMObjective, Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule, perturbed
 from pseuzo.journal import Journal, replay
 from pseuzo.optimizer import ROUNDING_DOMAIN, ZeroOrder, _Skips, direction_seed, step_seed
 from torch import nn
@@ -1315,3 +1317,114 @@ def test_backward_of_a_forward_before_the_step_fails_loudly(make):
     run_steps(make(model), model, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+AUTOCAST_MAKERS = {
+    "mezo": lambda p: MeZO(p, 1e-2, 1e-2, seed=2),
+    "mezo one-sided": lambda p: MeZO(p, 1e-2, 1e-2, two_sided=False, seed=2),
+    "pseuzo": lambda p: PseuZO(p, 1e-2, 1e-2, 3, seed=2),
+    "pseuzo two-sided": lambda p: PseuZO(p, 1e-2, 1e-2, 3, two_sided=True, seed=2),
+}
+WHERE = ("a step", "the loop", "a pass", "the loop and a pass, which caches", "the loop, and what is run before a step")
+
+
+def steps_under_autocast(make, bare, where, cache):
+    """Slopes, losses and weights of some steps, and the losses of an evaluation after each, all to the bit."""
+    net, ids = Tied(vocab=24, width=16), torch.arange(12).view(4, 3)
+    opt = make(net.parameters() if bare else net)
+
+    def autocast(inside="", cache=cache):
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=cache) if inside in where else nullcontext()
+
+    inner = torch.autocast("cpu", torch.bfloat16, cache_enabled=cache)
+
+    def run():
+        with inner if "pass" in where else nullcontext():
+            return net.eval()(ids).float()
+
+    def loss_of(o):
+        return nn.functional.cross_entropy(o, LABELS)
+
+    found = []
+    with autocast("the loop"):
+        for _ in range(5):
+            if "before" in where:  # casts of weights that the step then changes
+                loss_of(run()).backward()
+            with autocast("a step"):
+                args = (run, loss_of) if isinstance(opt, PseuZO) else (lambda: loss_of(run()),)
+                enabled = torch.is_autocast_cache_enabled()
+                found += [opt.step(*args), *opt.stats["projected_grad"]]
+                assert torch.is_autocast_cache_enabled() == enabled
+                with torch.no_grad():
+                    found.append(loss_of(run()))
+    return torch.stack(found), [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("bare", [False, True], ids=["module", "parameters"])
+@pytest.mark.parametrize("name", AUTOCAST_MAKERS)
+def test_no_step_uses_or_leaves_casts_that_autocast_caches(name, bare, where):
+    """To the bit those of an autocast that caches nothing, through a module that uses a weight outside its module."""
+    got, want = (steps_under_autocast(AUTOCAST_MAKERS[name], bare, where, cache) for cache in (True, False))
+    assert torch.equal(got[0], want[0])
+    assert all(map(torch.equal, got[1], want[1]))
+    plain = steps_under_autocast(AUTOCAST_MAKERS[name], bare, "nowhere", True)
+    assert not torch.equal(plain[0], want[0]), "it was in bf16"
+
+
+def test_a_context_of_perturbed_weights_leaves_no_casts():
+    net, ids = Tied().eval(), torch.arange(12).view(4, 3)  # with a weight that is not copied beforehand
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = net(ids)
+        with perturbed(net, 3, 0.5):
+            inside = net(ids)
+        assert torch.equal(net(ids), before)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False), perturbed(net, 3, 0.5):
+        assert torch.equal(net(ids), inside) and not torch.equal(inside, before)
+
+
+ONE_PROCESS = "runs in one process, but this is one of 2 ranks"
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    """At the constructor and at every step; nothing is changed. A group of one rank is none."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model, (x, y) = small_model(), data(0)
+    before = copy.deepcopy(model.state_dict())
+    mezo, pseuzo = MeZO(model), PseuZO(model.parameters())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(model)
+        for use in (
+            lambda: MeZO(model), lambda: PseuZO(ddp), lambda: MeZO(model.parameters()),
+            lambda: mezo.step(lambda: head_for(y)(model(x))), lambda: mezo.estimate(lambda: head_for(y)(model(x))),
+            lambda: pseuzo.step(lambda: model(x), head_for(y)),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=ONE_PROCESS):
+                use()
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+        MeZO(ddp).step(lambda: head_for(y)(ddp(x)))
+    finally:
+        torch.distributed.destroy_process_group()
+    mezo.step(lambda: head_for(y)(model(x)))
+
+
+RANK = """
+import sys, torch
+from pseuzo import MeZO
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+try:
+    MeZO(torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)))
+except ValueError as error:
+    print(error)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_is_refused(tmp_path):
+    args = [sys.executable, "-c", RANK, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*args, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    assert all(ONE_PROCESS in rank.communicate(timeout=300)[0] for rank in ranks)

@@ -1,11 +1,11 @@
-"""What a run ran on, the most memory it held, and tensors fetched from it."""
+"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it."""
 
 import platform
 import resource
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
@@ -16,6 +16,18 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return where
+
+
+def refuse_replicas(op: str, ranks: int | None = None) -> None:
+    """ValueError if there are several ranks; None: as many as the default process group has, if there is one."""
+    if ranks is None:
+        grouped = distributed.is_available() and distributed.is_initialized()
+        ranks = distributed.get_world_size() if grouped else 1
+    if ranks > 1:
+        raise ValueError(
+            f"{op}: runs in one process, but this is one of {ranks} ranks: each would step by its own data, and the "
+            "replicas would drift apart; start one process (python, not torchrun) and give it the whole batch"
+        )
 
 
 def hardware(device: torch.device | str) -> str:

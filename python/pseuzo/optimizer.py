@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.capture import Graphs, check_device
-from pseuzo.machine import Fetched
-from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode
+from pseuzo.machine import Fetched, refuse_replicas
+from pseuzo.perturbed import PerturbedForward, forward_of, frozen_mode, no_cached_casts
 from pseuzo.schedule import Schedule, as_schedule
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.api import check_noise, check_not_negative, check_rounding, check_tensors, signed64
@@ -125,6 +125,7 @@ class ZeroOrder(torch.optim.Optimizer):
         capture: bool,
     ):
         name = type(self).__name__
+        refuse_replicas(name)
         check_noise(name, noise)
         check_rounding(name, rounding)
         check_not_negative(name, "lr", lr)
@@ -245,6 +246,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """The passes of a step: without autograd and dropout; on an error, bare parameters are put back. kind: of the
         perturbed ones; key: what they are made of. They are recorded under both."""
         self._pending = None  # an estimate that was not applied is forgotten
+        refuse_replicas(f"{type(self).__name__}.step")
         self._trained()  # bad groups are refused before anything is written
         self._check_trains(f"{type(self).__name__}.step")
         if self.model is not None:
@@ -259,7 +261,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 self._memory = memory
                 self._graphs.clear()
             graphs = self._graphs.step((kind, *key), self._forward is None or self._forward.settled(kind))
-        with self._put_back_on_error(), _normal_mode(), frozen_mode(self.model), graphs:
+        with self._put_back_on_error(), _normal_mode(), frozen_mode(self.model), no_cached_casts(), graphs:
             yield
 
     def _used_so_far(self) -> dict[str, list[int]]:
@@ -309,6 +311,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 else:
                     for p in half:
                         p.copy_(self._originals[p])
+        torch.clear_autocast_cache()  # its casts are of the weights as they were
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -391,6 +394,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 self.noise if back is None else self._shift_noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
         self._descend(gradients, found_inf, rounding_seed)
+        torch.clear_autocast_cache()  # its casts are of the weights as they were
         self._last = coefs, moved
         self._offset = 0.0
         self._step += 1

@@ -13,7 +13,7 @@ pass. The watch stands down after a pass in which it had nothing to do and in wh
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -466,13 +466,10 @@ class PerturbedForward:
                 self._register(hooks, kind, watched)
                 if not watched:
                     self._hooks[kind] = self._running, known, hooks
-            if not watched:
+            with no_cached_casts(), _Watch(self) if watched else nullcontext():
                 yield
-            else:
-                with _Watch(self):
-                    yield
-                if not self._met and len(reached) == known > 0:  # it met nothing, and nothing was new
-                    self._settled.add(kind)
+            if watched and not self._met and len(reached) == known > 0:  # it met nothing, and nothing was new
+                self._settled.add(kind)
         finally:
             hooks.take_off()
             while self._stack:  # what an interrupted module left
@@ -504,6 +501,21 @@ class PerturbedForward:
 
     def __reduce__(self) -> tuple:  # for copy.deepcopy, too
         return type(None), ()  # a copy of the model has other weights: it makes its own
+
+
+@contextmanager
+def no_cached_casts() -> Iterator[None]:
+    """Inside, autocast caches no casts of weights; casts from before are not used inside, nor those of inside later.
+
+    Its cache holds the casts of fp32 weights until the outermost autocast block ends, whatever is written to them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # an autocast block that is made inside takes this over
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def _bare(places: list[_Place]) -> list[_Place]:

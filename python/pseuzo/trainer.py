@@ -35,7 +35,7 @@ from pseuzo import placement
 from pseuzo.capture import MOST
 from pseuzo.files import read_json, write_json
 from pseuzo.journal import Journal
-from pseuzo.machine import Fetched, peak_memory
+from pseuzo.machine import Fetched, peak_memory, refuse_replicas
 from pseuzo.methods import GROUPS, HEADS, METHODS, OBJECTIVES, SCHEDULES, ZEROTH_ORDER, forwards_per_step
 from pseuzo.objective import NOT_INPUTS, CausalLMObjective, padded, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
@@ -149,9 +149,9 @@ class PseuZOTrainingArguments(TrainingArguments):
         for name in ("deepspeed", "fsdp", "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size"):
             if getattr(self, name, None):
                 raise ValueError(f"{name} does not go with {self.method}; leave it unset")
-        if self.n_gpu > 1 or self.world_size > 1:
-            raise ValueError(f"{self.method} runs on one GPU, {max(self.n_gpu, self.world_size)} were given; "
-                             "set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+        refuse_replicas(f"method {self.method}", self.world_size)
+        if self.n_gpu > 1:
+            raise ValueError(f"{self.method} runs on one GPU, {self.n_gpu} were given; set CUDA_VISIBLE_DEVICES=0")
         if self.objective == "metric" and self.clip_examples is not None:
             raise ValueError("clip_examples needs the loss of each example, which objective=metric has not")
         if self.objective == "metric" and self.method == "pseuzo":
