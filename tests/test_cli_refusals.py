@@ -291,6 +291,23 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
         assert json.loads((out / "results.json").read_text())["steps"] == 2
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
+    """Of its tries for a rate, too, which save nothing themselves."""
+    load = runs.load_model
+
+    def unsavable(*args, **kwargs):
+        model, tokenizer = load(*args, **kwargs)
+        model.generation_config.temperature = 0.9
+        return model, tokenizer
+
+    monkeypatch.setattr(runs, "load_model", unsavable)
+    monkeypatch.setattr(runs, "evaluate", raising(AssertionError("a trial began")))
+    out = tmp_path / "run"
+    text = refused("train", *SMALL, "--steps", 2, "--lr", "auto", "--save-every", 0, "--keep", "last", "--output", out)
+    assert "could not be saved, so no step is made" in text and "`temperature`" in text
+    assert not list(out.iterdir())
+
+
 def test_errors_of_our_own_and_of_safetensors_are_sentences(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "train", lambda given: own_error())
     assert "estimate" in refused("train", *BASE, "--output", tmp_path / "run")

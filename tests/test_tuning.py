@@ -14,6 +14,7 @@ from helpers import perturbed_copy
 from models import ALL_KINDS, VOCAB, batch_of, causal_lm
 from peft import PeftModel
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
+from pseuzo.files import save_model
 from pseuzo.optimizer import step_seed
 from pseuzo.tuning import MODES, head_parameters, load_model, tune
 from safetensors.torch import save_file
@@ -393,6 +394,18 @@ def test_padding_defaults_to_the_end_of_text(tmp_path):
     small_tokenizer(pad_token=None, eos_token=None, unk_token=None).save_pretrained(folder)
     with pytest.raises(ValueError, match="has no padding token, and none that could serve"):
         load_model(folder, device="cpu")
+
+
+def test_a_generation_config_is_saved_as_it_was_loaded(tmp_path):
+    """Transformers keeps sampling values without do_sample in a config that nobody changed, and refuses them else."""
+    folder = folder_of(tmp_path)
+    sampling = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    for mode in ("full", "head"):
+        model, tokenizer = load_model(folder, device="cpu")
+        save_model(tune(model, mode), tokenizer, tmp_path / mode)
+        saved = json.loads((tmp_path / mode / "generation_config.json").read_text())
+        assert {k: v for k, v in saved.items() if k != "transformers_version"} == sampling
 
 
 def test_pickled_weights_are_refused_unopened(tmp_path, monkeypatch):

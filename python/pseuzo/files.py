@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +17,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
@@ -129,9 +131,64 @@ def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "new"
-        model.save_pretrained(new)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+        write_model(model, tokenizer, new)
         if target.exists():
             target.rename(Path(scratch) / "old")
         new.rename(target)
+
+
+def write_model(model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """The files of save_model. state_dict: the weights to write, by default the model's."""
+    model.save_pretrained(folder, state_dict=state_dict)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_saving(
+    save: Callable[[Path, dict[str, Any] | None], None], model: nn.Module, folder: Path, extra: int = 0
+) -> None:
+    """Make what can only fail at a save fail now: run save(scratch folder, state_dict) within folder for all that is
+    saved but the weights' bytes, and ask whether the disk has room for those, and `extra` bytes more.
+
+    The state_dict has one element of each weight that could be refused, where it lies in memory, so that weights that
+    share memory still do; None for adapters, which are small. ValueError, of one sentence: a config or a tokenizer that
+    cannot be written, weights that safetensors refuses, a folder that cannot be written to, a disk without room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict()
+    adapter = hasattr(model, "peft_type")
+    saved = [p for p in model.parameters() if p.requires_grad] if adapter else weights.values()
+    sizes = {_address(x): x.numel() * x.element_size() for x in saved if isinstance(x, Tensor)}  # tied ones count once
+    needed, free = sum(sizes.values()) + extra, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"a checkpoint of this run takes {needed / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB "
+            "left: make room, or choose a folder on another disk"
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            save(Path(scratch), None if adapter else _one_element_each(model, weights))
+    except Exception as error:  # each of the libraries involved raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"a checkpoint of this model could not be saved, so no step is made: {reason}") from error
+
+
+def _address(x: Tensor) -> int:
+    """Where the memory begins that x is in; of tensors that stand for several others, a number of their own."""
+    try:
+        return x.untyped_storage().data_ptr() or id(x)
+    except (RuntimeError, NotImplementedError):
+        return id(x)
+
+
+def _one_element_each(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """The first element of each weight that safetensors could refuse. Of a Transformers model those are the ones that
+    share memory: it makes the others fit, and may have to see them whole for that."""
+    if hasattr(model, "save_pretrained"):
+        at = {name: _address(x) for name, x in weights.items() if isinstance(x, Tensor)}
+        shared = Counter(at.values())
+        weights = {name: weights[name] for name, address in at.items() if shared[address] > 1}
+    return {
+        name: x.as_strided((1,), (1,)) if isinstance(x, Tensor) and x.is_contiguous() and x.numel() else x
+        for name, x in weights.items()
+    }

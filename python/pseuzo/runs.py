@@ -22,7 +22,18 @@ from transformers import PrinterCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from pseuzo.capture import check_device
-from pseuzo.files import MARKER, claim, differing, read_json, read_yaml, save_model, write_atomically, write_json
+from pseuzo.files import (
+    MARKER,
+    check_saving,
+    claim,
+    differing,
+    read_json,
+    read_yaml,
+    save_model,
+    write_atomically,
+    write_json,
+    write_model,
+)
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.methods import ZEROTH_ORDER
 from pseuzo.plots import plot_runs
@@ -88,6 +99,7 @@ class Run:
             seed=c["seed"],
         )  # fmt: skip
         if not self.data:
+            check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
             self.longest = max_length(model, c["max_length"])
             self.data = {split: self.part(split) for split in self.examples}
             self.cut = {split: cut_prompts(data, split)["cut_prompts"] for split, data in self.data.items()}

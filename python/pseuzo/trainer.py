@@ -9,6 +9,7 @@ MeZO step is the mean of its perturbed passes' losses: it never sees the one at 
 """
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -27,13 +28,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from pseuzo import placement
 from pseuzo.capture import MOST
-from pseuzo.files import read_json, write_json
+from pseuzo.files import check_saving, read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import Fetched, peak_memory, refuse_replicas
 from pseuzo.methods import GROUPS, HEADS, METHODS, OBJECTIVES, SCHEDULES, ZEROTH_ORDER, forwards_per_step
@@ -42,6 +43,8 @@ from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.tuning import head_parameters
+
+_log = logging.getLogger(__name__)
 
 SHAPES = 64, 8  # with capture, lengths are padded to multiples of the one, loss positions of the other
 LOGGED_STATE = ("global_step", "epoch", "num_input_tokens_seen")  # that a row of the log is told with
@@ -560,7 +563,29 @@ class PseuZOTrainer(Trainer):
 
     # journal, checkpoints
 
+    def _check_saving(self) -> None:
+        """ValueError if a checkpoint could not be written; a warning, if args ask for none."""
+        if not self.args.should_save:
+            return
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        moments = {"fo-adam": 2, "fo-sgd": bool(self.args.momentum)}.get(self.args.method, 0)
+
+        def save(folder: Path, state_dict: dict[str, Any] | None) -> None:
+            self._save(str(folder), state_dict=state_dict)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            json.dumps([c.state() for c in self.callback_handler.callbacks if isinstance(c, ExportableState)])
+
+        try:
+            check_saving(
+                save, self.model, Path(self.args.output_dir), 0 if self.args.save_only_model else trained * moments
+            )
+        except ValueError as error:
+            if self.args.save_strategy != "no":
+                raise
+            _log.warning("save_model() would fail after the training: %s", error)
+
     def _start(self) -> None:
+        self._check_saving()
         before = max((row.get("train_seconds", 0.0) for row in self.state.log_history), default=0.0)  # if resumed
         self._began, self._logged = time.perf_counter() - before, before
         self._tokens.zero_()

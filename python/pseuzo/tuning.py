@@ -362,6 +362,4 @@ def _load_tokenizer(name: str, model: nn.Module) -> Any:
         raise ValueError(
             f"load_model: the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
         )
-    if model.generation_config is not None and model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
