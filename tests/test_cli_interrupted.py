@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
+from pseuzo.checkpoints import last_checkpoint
 from pseuzo.journal import read_journal
-from pseuzo.trainer import last_checkpoint
 
 
 @pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
@@ -73,22 +73,6 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
     assert "Traceback" not in errors and last_checkpoint(out) is not None
 
 
-@pytest.mark.parametrize("damage", ["state cut", "weights cut", "optimizer cut", "optimizer gone"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage):
-    out = tmp_path / "run"
-    pseuzo("train", *SMALL, *ZERO_ORDER, "--steps", 6, "--eval-every", 0, "--save-every", 2, "--keep", "last",
-           "--output", out)  # fmt: skip
-    assert last_checkpoint(out).endswith("checkpoint-6")
-    file = {"state": "trainer_state.json", "weights": "model.safetensors", "optimizer": "optimizer.pt"}[
-        damage.split()[0]
-    ]
-    whole = (out / "checkpoint-6" / file).read_bytes()
-    (out / "checkpoint-6" / file).unlink()
-    if damage.endswith("cut"):
-        (out / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
-    assert last_checkpoint(out).endswith("checkpoint-4")
-
-
 def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     args = ["train", *SMALL, *ZERO_ORDER, "--steps", 5, "--save-every", 5, "--keep", "last", "--journal", journal,
@@ -111,7 +95,7 @@ def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
             "--output", out]  # fmt: skip
     pseuzo(*args)
     before, recorded = weights(out / "model"), journal.read_bytes()
-    assert "no checkpoint yet" in pseuzo(*args, "--resume")
+    assert "no whole checkpoint" in pseuzo(*args, "--resume")
     assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
     assert journal.read_bytes() == recorded
 

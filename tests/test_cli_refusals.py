@@ -536,9 +536,9 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
 
 def test_the_step_that_is_kept_is_said(tmp_path, settings):
     args = ["train", *BASE, "--method", "mezo", "--steps"]  # 10 steps are made, of those 2 less than asked for kept
-    assert "model/ is step 5, the best on the dev rows\n" in pseuzo(*args, 7, "--output", tmp_path / "run")
+    assert "model/ is step 5, the best checkpoint on the dev rows\n" in pseuzo(*args, 7, "--output", tmp_path / "run")
     text = pseuzo(*args, 7, "--journal", tmp_path / "run.pzj", "--output", tmp_path / "run")
-    assert "model/ is step 5, the best on the dev rows: pseuzo replay --until 5 makes it" in text
+    assert "model/ is step 5, the best checkpoint on the dev rows: pseuzo replay --until 5 makes it" in text
     assert "model/ is step" not in pseuzo(*args, 12, "--output", tmp_path / "run")
     assert "model/ is step" not in pseuzo(*args, 7, "--keep", "last", "--output", tmp_path / "run")
 

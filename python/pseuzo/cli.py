@@ -332,7 +332,7 @@ def train(**settings: Any) -> None:
     best = results.get("best_step")
     if settings["keep"] == "best" and best and best != results["steps"]:
         replay = f": pseuzo replay --until {best} makes it" if settings["journal"] else ""
-        click.echo(f"model/ is step {best}, the best on the dev rows{replay}")
+        click.echo(f"model/ is step {best}, the best checkpoint on the dev rows{replay}")
 
 
 def _defaults() -> dict[str, Any]:

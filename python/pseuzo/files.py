@@ -3,8 +3,8 @@
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -23,13 +23,17 @@ MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
 
 @contextmanager
-def claim(folder: Path, command: str) -> Iterator[None]:
+def claim(folder: Path, command: str) -> Iterator[str]:
     """Make a folder for the files of `pseuzo command`, ours alone in here: a new or empty one, or its own of an earlier
-    time. ValueError, and nothing is touched, where other files are, or where another process is at work."""
+    time. ValueError, and nothing is touched, where other files are, or where another process is at work.
+
+    Gives the identifier of the folder, which it keeps in there for as long as it exists. Copies of a model that a
+    killed process was saving are removed.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
-    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text() == mark):
+    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text().startswith(mark)):
         raise ValueError(
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
         )
@@ -39,18 +43,24 @@ def claim(folder: Path, command: str) -> Iterator[None]:
             raise ValueError(
                 f"{folder} is in use by another pseuzo process; wait for its end, or choose another folder"
             )
-        if not file.tell():
-            file.write(mark)
+        written = marker.read_text().removeprefix(mark).split()
+        if not written:  # a new folder, or one that was made before folders had an identifier
+            written = ["id", secrets.token_hex(8)]
+            file.write(("" if file.tell() else mark) + " ".join(written) + "\n")
             file.flush()
+        for scratch in filter(Path.is_dir, folder.glob(_scratch("*"))):
+            with suppress(ValueError):  # not ours, or somebody else is saving a model in here
+                with _saving(folder / scratch.name.removeprefix(".").removesuffix(SAVING)):
+                    pass
         try:
-            yield
+            yield written[-1]
         finally:
             unlock(file)
 
 
-def lock(file: IO) -> bool:
-    """Keep others who lock it out of an open file, until unlock or the end of the process, whatever that is. False if
-    one of them has it. Readers are let in; systems and disks without such locks go without."""
+def lock(file: IO | int) -> bool:
+    """Keep others who lock it out of an open file or folder, until unlock or the end of the process, whatever that is.
+    False if one of them has it. Readers are let in; systems and disks without such locks go without."""
     if fcntl is None:
         return True
     try:
@@ -62,18 +72,39 @@ def lock(file: IO) -> bool:
     return True
 
 
-def unlock(file: IO) -> None:
+def unlock(file: IO | int) -> None:
     """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the file open as well."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk, where they outlast a loss of power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do it with folders
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """sync everything in a folder, then the folder."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Either the old file or the whole new one is there, whenever it is looked at."""
+    """Either the old file or the whole new one is there, whenever it is looked at, and after a loss of power."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text)
+    sync(scratch)
     os.replace(scratch, path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,15 +157,17 @@ def differing(
 def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
     """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer if there is one.
 
-    Complete or not there.
+    Complete or not there. ValueError where another process is saving to the same folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
+    with _saving(target) as scratch:
+        new = scratch / "new"
         write_model(model, tokenizer, new)
+        sync_tree(new)
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(scratch / "old")
         new.rename(target)
+        sync(target.parent)
 
 
 def write_model(model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
@@ -166,8 +199,8 @@ def check_saving(
             "left: make room, or choose a folder on another disk"
         )
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            save(Path(scratch), None if adapter else _one_element_each(model, weights))
+        with _saving(folder / "check") as scratch:
+            save(scratch / "new", None if adapter else _one_element_each(model, weights))
     except Exception as error:  # each of the libraries involved raises its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"a checkpoint of this model could not be saved, so no step is made: {reason}") from error
@@ -192,3 +225,42 @@ def _one_element_each(model: nn.Module, weights: dict[str, Any]) -> dict[str, An
         name: x.as_strided((1,), (1,)) if isinstance(x, Tensor) and x.is_contiguous() and x.numel() else x
         for name, x in weights.items()
     }
+
+
+SAVING = ".saving"
+
+
+def _scratch(name: str) -> str:
+    """The folder beside the folder `name` in which its next content is made."""
+    return f".{name}{SAVING}"
+
+
+@contextmanager
+def _saving(target: Path) -> Iterator[Path]:
+    """An empty scratch folder for what will be target, ours alone; it is removed in the end. One that a killed process
+    left behind is taken over. ValueError where another process has it, or where it holds other files."""
+    scratch = target.with_name(_scratch(target.name))
+    scratch.mkdir(exist_ok=True)
+    number = os.open(scratch, os.O_RDONLY)
+    try:
+        if not lock(number):
+            raise ValueError(f"{target} is being saved by another process; wait for its end, or choose another folder")
+        if other := next((f for f in scratch.iterdir() if f.name not in ("new", "old")), None):
+            raise ValueError(f"{other} is in the way: pseuzo saves models in {scratch} and did not write that")
+        try:
+            _clear(scratch, target)
+            yield scratch
+        finally:
+            _clear(scratch, target)
+            scratch.rmdir()
+            unlock(number)
+    finally:
+        os.close(number)
+
+
+def _clear(scratch: Path, target: Path) -> None:
+    """Remove what _saving left; but the whole new one is kept if the old one was moved away for it already."""
+    if (scratch / "old").exists() and not target.exists():
+        (scratch / "new").rename(target)
+    for left in scratch.iterdir():
+        shutil.rmtree(left)

@@ -22,6 +22,7 @@ from transformers import PrinterCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from pseuzo.capture import check_device
+from pseuzo.checkpoints import last_checkpoint
 from pseuzo.files import (
     MARKER,
     check_saving,
@@ -42,7 +43,6 @@ from pseuzo.trainer import (
     PLACEMENT_FILE,
     PseuZOTrainer,
     PseuZOTrainingArguments,
-    last_checkpoint,
 )
 from pseuzo.tuning import load_model, tune
 
@@ -277,7 +277,7 @@ def _resumed(c: dict[str, Any], output: Path) -> dict[str, Any]:
     if c["resume"] == "auto":
         c = c | {"resume": last_checkpoint(output)}
         if c["resume"] is None:  # killed before its first checkpoint: it begins anew, and makes the same steps
-            print(f"{output} has no checkpoint yet: beginning anew", flush=True)
+            print(f"{output} has no whole checkpoint: beginning anew", flush=True)
             if c["journal"]:
                 Path(c["journal"]).unlink(missing_ok=True)
     return c
@@ -341,7 +341,7 @@ def _results(run: Run, trainer: PseuZOTrainer, steps: int, test: dict[str, float
         "test": test, "steps": steps, "forwards": trainer.forwards(steps),
         "train_seconds": seconds[-1] if seconds else None, "lr": trainer.optimizer.defaults["lr"],
         "eps": optimizer.eps if optimizer else None, "cut_prompts": run.cut,
-        "best_step": trainer.state.best_global_step if c["keep"] == "best" else None, "seed": c["seed"],
+        "best_step": trainer.kept_step, "seed": c["seed"],
         "peak_memory_mib": peak, "hardware": hardware(c["device"]), "torch": torch.__version__,
         "skipped_steps": optimizer.skipped_steps if optimizer else 0, "history": history,
     }  # fmt: skip

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -21,19 +22,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
-from pseuzo import placement
+from pseuzo import checkpoints, placement
 from pseuzo.capture import MOST
+from pseuzo.checkpoints import last_checkpoint
 from pseuzo.files import check_saving, read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import Fetched, peak_memory, refuse_replicas
@@ -225,6 +225,7 @@ class PseuZOTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made by the objective
         self._journal: Journal | None = None
+        self.kept_step: int | None = None  # of the checkpoint that train() loaded in the end; None: the last step's
         self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._losses = torch.zeros(2)  # sum and number of the finite
         self._began, self._logged = time.perf_counter(), 0.0
@@ -600,22 +601,25 @@ class PseuZOTrainer(Trainer):
             self._journal = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers'. True resumes from the newest complete checkpoint of output_dir: one whose writing was
-        interrupted is passed over."""
+        """As Transformers'. True resumes from the newest whole checkpoint of output_dir: one that is damaged, or whose
+        writing was interrupted, is passed over, and a line says so."""
+        self.kept_step = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}")
-        elif isinstance(resume_from_checkpoint, str) and not _complete(Path(resume_from_checkpoint)):
-            raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: files are missing or cut short")
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        elif isinstance(resume_from_checkpoint, str) and (wrong := checkpoints.flaw(Path(resume_from_checkpoint))):
+            raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: {wrong}")
         if resume_from_checkpoint:
             step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
             if step >= self._planned_steps():
                 return self._finished(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stop()
+        self._say_what_is_kept()
+        return outcome
 
     def _finished(self, checkpoint: str) -> TrainOutput:
         """What a run that was over comes back to; Transformers would make one more step."""
@@ -625,15 +629,58 @@ class PseuZOTrainer(Trainer):
         self._load_optimizer_and_scheduler(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        self._say_what_is_kept()
         return TrainOutput(self.state.global_step, 0.0, {})
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+    def _load_best_model(self) -> None:
+        """As Transformers', if the best checkpoint is whole; else the weights stay those of the last step."""
+        folder = Path(self.state.best_model_checkpoint)
+        if not folder.is_dir():  # the run may have been moved
+            folder = Path(self.args.output_dir) / folder.name
+        if checkpoints.flaw(folder, weights_alone=True):
+            self.state.best_model_checkpoint = None
+            return
+        self.state.best_model_checkpoint = str(folder)
+        super()._load_best_model()
+        self.kept_step = checkpoints.step_of(folder)
+
+    def _say_what_is_kept(self) -> None:
+        """Where the best checkpoint was to be loaded, and could not be, a line on stderr says which weights stay."""
+        best, last = self.state.best_global_step, self.state.global_step
+        if self.args.load_best_model_at_end and best == last:
+            self.kept_step = last
+        if self.args.load_best_model_at_end and best is not None and self.kept_step is None:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            print(
+                f"{folder}, the best checkpoint, cannot be loaded: {checkpoints.flaw(folder, weights_alone=True)}; the "
+                f"weights are those of the last step, {last}", file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Transformers'; where the best checkpoint is to be loaded in the end, only steps that have one count."""
+        only_saved = self.args.load_best_model_at_end and self.args.save_strategy != SaveStrategy.BEST
+        if only_saved and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Transformers', and sealed with checksums before any older checkpoint is removed."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.world_size > 1:  # the other processes write files of it as well
+            return super()._save_checkpoint(model, trial)
         if folder.exists():  # of an earlier try: no part of it may pass for a part of this one
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
             shutil.rmtree(folder)
+        limit = self.args.save_total_limit
         with self._not_training():
-            super()._save_checkpoint(*args, **kwargs)
+            checkpoints.begin(folder)
+            try:
+                self.args.save_total_limit = None
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            checkpoints.seal(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
 
 def _clipped_mean(head: Callable[[Tensor], Tensor], o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
@@ -668,24 +715,3 @@ def _print_probe(table: list[dict[str, Any]]) -> None:
             f"{cost:.3g} ± {error:.1g}", ratio, "yes" if row["chosen"] else "",
         )  # fmt: skip
     Console().print(shown)
-
-
-def _complete(folder: Path) -> bool:
-    """Transformers writes trainer_state.json last: what was written before is whole if that one is. The others are
-    looked at for what may happen to files later."""
-    weights = [f for f in folder.glob("*.safetensors") if f.name.startswith(("model", "adapter_model"))]
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
-        for file in weights:
-            with safe_open(file, "pt"):  # its header says how long it has to be
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return bool(weights) and all(is_zipfile(folder / name) for name in ("optimizer.pt", "scheduler.pt"))
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.split("-")[-1].isdigit()]
-    complete = [f for f in found if _complete(f)]
-    return str(max(complete, key=lambda f: int(f.name.split("-")[-1]))) if complete else None
