@@ -1,5 +1,6 @@
 """PseuZOTrainer against plain loops over the same batches, and what it refuses."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from click.testing import CliRunner
 from models import VOCAB, batch_of, causal_lm
 from pseuzo import CausalLMObjective, MeZO, PseuZO
 from pseuzo.cli import main
+from pseuzo.journal import read_journal
 from pseuzo.machine import Fetched
+from pseuzo.objective import with_positions
 from pseuzo.placement import param_groups, place
 from pseuzo.runs import max_length, model_path
 from pseuzo.tasks import TaskData, load_task
@@ -18,7 +21,7 @@ from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.tuning import load_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import OPTConfig, OPTForSequenceClassification, TrainerCallback
+from transformers import OPTConfig, OPTForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 
@@ -660,6 +663,54 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(t
         assert short.state.global_step == 0
         trainer(needed).train()
         assert (tmp_path / method / "checkpoint-1" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("more", [
+    dict(method="pseuzo", window=3), dict(method="mezo", clip_examples=2.0), dict(method="fo-sgd"),
+    dict(method="fo-sgd", clip_examples=2.0),
+], ids=str)  # fmt: skip
+def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
+    """Row 1 is alone in its batch, rows 4 and 5 are with others; weights, journal and state are as for any skipped
+    step, and the mean of the evaluation is that of the stock Trainer."""
+    rows = Rows(8).rows
+    for i in (1, 4, 5):
+        rows[i]["labels"] = torch.full((10,), -100)
+    zeroth = not more["method"].startswith("fo")
+    journal = {"journal": str(tmp_path / "run.pzj")} if zeroth else {}
+
+    def batches(number):  # 0: 1 alone; 1: 4 among others
+        return [rows[1]] if number == 0 else rows[2:5] if number == 1 else rows[5:8]
+
+    model = causal_lm("llama")
+    states = [{n: p.detach().clone() for n, p in model.named_parameters()}]
+
+    class Kept(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    args = arguments(tmp_path, **more, **journal, max_steps=3, per_device_train_batch_size=1, learning_rate=1e-2,
+                     train_sampling_strategy="sequential", per_device_eval_batch_size=1)  # fmt: skip
+    collate = lambda items: torch.utils.data.default_collate(batches(items[0]["number"]))  # noqa: E731
+    trainer = PseuZOTrainer(model, args, collate, [{"number": i} for i in range(3)], rows, callbacks=[Kept()])
+    result = trainer.train()
+    moved = [
+        any(not torch.equal(p, after[n]) for n, p in before.items()) for before, after in itertools.pairwise(states)
+    ]
+    decays = not zeroth  # SGD's weight decay is of every step, as in the stock Trainer
+    assert moved == [decays, True, True]
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["masked_rows"] for row in logged] == [1, 2, 3]
+    assert "1 training row(s) so far carry no loss" in caplog.text and "3 training row(s)" not in caplog.text
+    losses = [row["loss"] for row in logged[1:]]
+    assert all(math.isfinite(x) for x in (*losses, result.training_loss))
+    assert result.training_loss == pytest.approx(sum(losses) / 3, abs=1e-5)  # of no step before the first
+    if zeroth:
+        assert [row["skipped_steps"] for row in logged] == [1, 1, 1]
+        assert [record.skipped for record in read_journal(tmp_path / "run.pzj")[1]] == [True, False, False]
+    plain = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, use_cpu=True, report_to="none")
+    stock = Trainer(model, plain, torch.utils.data.default_collate, eval_dataset=rows)
+    trainer.data_collator = with_positions(torch.utils.data.default_collate)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
 
 
 REFUSED = {

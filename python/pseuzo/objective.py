@@ -39,12 +39,11 @@ class _HeadReached(Exception):
 
 def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """positions, targets [R, P]: where the next token carries a loss, and that token; aligned to the right, with
-    positions -1 and targets -100 where a row has fewer. Waits for the device that labels [R, T] are on."""
-    shifted = labels[:, 1:]
+    positions -1 and targets -100 where a row has fewer. P is at least 1. Waits for the device that labels [R, T] are
+    on."""
+    shifted = F.pad(labels[:, 1:], (0, int(labels.shape[1] < 2)), value=IGNORED)
     carries = shifted != IGNORED
-    count = int(carries.sum(1).max()) if carries.numel() else 0
-    if count == 0:
-        raise ValueError("CausalLMObjective: no label of the batch carries a loss (all are -100)")
+    count = max(int(carries.sum(1).max()), 1)
     order = torch.argsort(carries.to(torch.int8), dim=1, stable=True)[:, -count:]  # loss positions last, in order
     there = carries.gather(1, order)
     return torch.where(there, order, -1), torch.where(there, shifted.gather(1, order), IGNORED)
@@ -140,8 +139,9 @@ class CausalLMObjective:
         - else labels [B, T], token ids with -100 where there is no loss.
 
         Labels are not shifted, as in Transformers; P is then the most loss positions of a row, rows with fewer being
-        filled up on the left with zeros that carry no loss. While labels and examples are on the CPU nothing waits for
-        the device; elsewhere it does, unless the batch has `positions` and `targets` (loss_positions) and `option_rows`
+        filled up on the left with zeros that carry no loss. Where no row has any, the loss is NaN, as in Transformers,
+        and the optimizers skip the step. While labels and examples are on the CPU nothing waits for the device;
+        elsewhere it does, unless the batch has `positions` and `targets` (loss_positions) and `option_rows`
         (rows_of_options) as well. Whatever else there is goes to the model.
 
         reduction "none": head(o) -> [B], a loss for each example, whose mean is the loss (so that an example with more
@@ -315,8 +315,11 @@ class CausalLMObjective:
 
     @torch.no_grad()
     def _verify(self, plan: Mapping[str, Tensor]) -> None:
-        """Compare with the model's own logits, once, on one row of the first batch."""
-        one = {k: v[:1] if isinstance(v, Tensor) and v.dim() else v for k, v in plan.items()}
+        """Compare with the model's own logits, once, on one row of the first batch that carries a loss."""
+        row = int((plan["positions"] >= 0).sum(1).argmax())
+        if not bool((plan["positions"][row] >= 0).any()):
+            return
+        one = {k: v[row : row + 1] if isinstance(v, Tensor) and v.dim() else v for k, v in plan.items()}
         places = one["positions"]
         with frozen_mode(self.model):  # dropout would differ between the two passes
             ours = self.logits(self.hidden_states(one))

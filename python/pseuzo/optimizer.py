@@ -87,8 +87,9 @@ class _Skips:
         self._news = None
         if total > self._told and total >= 10 * self._told:  # a run that diverged would say it at every step
             warnings.warn(
-                f"{total} step(s) skipped so far: the loss or the projected gradient was NaN or infinite; the weights "
-                "were left as they are. Lower lr or eps, or use float32, if this goes on",
+                f"{total} step(s) skipped so far: the loss or the projected gradient was NaN or infinite (as where no "
+                "label carries a loss); the weights were left as they are. Lower lr or eps, or use float32, if this "
+                "goes on",
                 stacklevel=4,
             )
             self._told = total

@@ -38,7 +38,7 @@ from pseuzo.files import check_saving, read_json, write_json
 from pseuzo.journal import Journal
 from pseuzo.machine import Fetched, peak_memory, refuse_replicas
 from pseuzo.methods import GROUPS, HEADS, METHODS, OBJECTIVES, SCHEDULES, ZEROTH_ORDER, forwards_per_step
-from pseuzo.objective import NOT_INPUTS, CausalLMObjective, padded, with_positions
+from pseuzo.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, with_positions
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
@@ -61,16 +61,18 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 class PseuZOTrainingArguments(TrainingArguments):
     """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
 
-    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", logging_nan_inf_filter
-    and remove_unused_columns False. The precision of a zeroth-order run is that of the model's weights: fp16 and bf16
-    (mixed precision, for backward passes) are refused.
+    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", remove_unused_columns
+    False, and logging_nan_inf_filter for evaluations alone. The precision of a zeroth-order run is that of the model's
+    weights: fp16 and bf16 (mixed precision, for backward passes) are refused.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Transformers' schedule of the learning rate."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Reads the loss at every step: it waits."})
+    logging_nan_inf_filter: bool | None = field(
+        default=None, metadata={"help": "Of training losses it waits for each step. Default: of evaluations alone."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the loss needs."})
     method: str = field(default="pseuzo", metadata={"help": f"One of {', '.join(METHODS)}."})
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
@@ -228,6 +230,8 @@ class PseuZOTrainer(Trainer):
         self.kept_step: int | None = None  # of the checkpoint that train() loaded in the end; None: the last step's
         self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._losses = torch.zeros(2)  # sum and number of the finite
+        self._masked = torch.zeros_like(self._tokens)  # rows of the run in which no label carries a loss
+        self._masked_told = 0
         self._began, self._logged = time.perf_counter(), 0.0
         self._untold: deque[tuple[Fetched, Callable[[list], None]]] = deque()  # rows of the log, on their way
         self.add_callback(_Watcher(self))
@@ -386,7 +390,10 @@ class PseuZOTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         self._count(inputs)
         if not self.args.zeroth_order:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if "targets" in inputs:  # where no label carries a loss, it is NaN, and its gradient 0
+                loss = torch.where((inputs["targets"] != IGNORED).any(), loss, self._mean_loss())
+            return loss
         optimizer, args = self.zero_order, self.args
         each = args.clip_examples is not None
         if isinstance(optimizer, MeZO):
@@ -402,13 +409,18 @@ class PseuZOTrainer(Trainer):
         return self._logged_loss(optimizer.estimate(forward, head, groups=groups, examples=inputs.get("examples")))
 
     def _logged_loss(self, loss: Tensor) -> Tensor:
-        """The loss, 0 where it is not finite: such a step is skipped, and must not spoil the mean that is logged."""
+        """The loss, or the mean of those before if it is not finite: such a step is skipped, and must not spoil the
+        mean that is logged."""
         if self._losses.device != loss.device:
             self._losses = self._losses.to(loss.device)
         finite = loss.isfinite()
-        loss = torch.where(finite, loss, 0.0)
-        self._losses += torch.stack([loss.float(), finite.float()])
-        return loss
+        self._losses += torch.stack([torch.where(finite, loss, 0.0).float(), finite.float()])
+        return torch.where(finite, loss, self._mean_loss())
+
+    def _mean_loss(self) -> Tensor:
+        """Of the steps that Transformers has not taken out of its sum yet; of a zeroth-order run, it never does."""
+        first = self._initial_global_step if self.args.zeroth_order else self._globalstep_last_logged
+        return self._tr_loss / max(self.state.global_step - first, 1)
 
     def _split(self, inputs: dict[str, Any], each: bool) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
         """forward and head; each: with the losses of the examples, which an objective need not be able to give."""
@@ -455,6 +467,15 @@ class PseuZOTrainer(Trainer):
 
     # what is written
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers': batches whose loss is not finite, as where no label carries one, are not in its mean."""
+        given = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = given is not False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = given
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(data, dict) and all(isinstance(part, TaskData) for part in data.values()):
@@ -500,6 +521,17 @@ class PseuZOTrainer(Trainer):
             self._tokens += mask.sum()  # on the device: nobody waits
         elif ids is not None:
             self._tokens += ids.numel()
+        if "targets" in inputs:
+            self._masked += (inputs["targets"] == IGNORED).all(-1).sum()
+
+    def _tell_masked(self, rows: int) -> None:
+        """Of the first rows without a loss, and whenever there are ten times as many."""
+        if rows > self._masked_told and rows >= 10 * self._masked_told:
+            self._masked_told = rows
+            _log.warning(
+                "%d training row(s) so far carry no loss: all their labels are -100, as where an answer was cut off. "
+                "They teach nothing, and a step whose batch has no other rows is skipped", rows,
+            )  # fmt: skip
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self.args.zeroth_order:  # it would wait for this loss; log() has its own, and there is no gradient
@@ -512,7 +544,7 @@ class PseuZOTrainer(Trainer):
         if "loss" not in logs:
             self._tell(wait=True)  # in their order
             return super().log(logs, *args, **kwargs)
-        figures = {"tokens": self._tokens}
+        figures = {"tokens": self._tokens, "masked_rows": self._masked}
         if self.args.zeroth_order:
             total, count = self._losses
             figures |= {"loss": total / count} | self._figures()
@@ -535,6 +567,9 @@ class PseuZOTrainer(Trainer):
         logs["loss"] = round(logs["loss"], 6)
         if "skipped_steps" in logs:
             logs["skipped_steps"] = int(logs["skipped_steps"])
+        if masked := int(logs.pop("masked_rows")):
+            logs["masked_rows"] = masked
+            self._tell_masked(masked)
         now = {name: getattr(self.state, name) for name in state}
         vars(self.state).update(state)
         try:
@@ -589,6 +624,8 @@ class PseuZOTrainer(Trainer):
         self._check_saving()
         before = max((row.get("train_seconds", 0.0) for row in self.state.log_history), default=0.0)  # if resumed
         self._began, self._logged = time.perf_counter() - before, before
+        self._masked_told = max((row.get("masked_rows", 0) for row in self.state.log_history), default=0)
+        self._masked.fill_(self._masked_told)
         self._tokens.zero_()
         self._losses.zero_()
         self._untold.clear()
@@ -619,6 +656,7 @@ class PseuZOTrainer(Trainer):
         finally:
             self._stop()
         self._say_what_is_kept()
+        self._tell_masked(int(self._masked))
         return outcome
 
     def _finished(self, checkpoint: str) -> TrainOutput:
