@@ -185,7 +185,7 @@ if triton is not None:
                 y = acc[j] * scale
                 if HAS_X:
                     y = px.widen(xs[j - first], ASM) * keep + y
-                y = px.cast(y, words[j // 4], j % 4, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
+                y = px.cast(y, words, j, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
                 if FULL:
                     tl.store(out_ptr + offs + j * 128, y)
                 else:
@@ -325,12 +325,12 @@ if triton is not None:
             after = ()
             for j in tl.static_range(16):
                 y = xs[j] * keep + acc[j] * scale
-                y = px.widen(px.cast(y, words[j // 4], j % 4, dtype, STOCHASTIC, ASM), ASM)
+                y = px.widen(px.cast(y, words, j, dtype, STOCHASTIC, ASM), ASM)
                 after = after + (tl.where(scale != 0, y, xs[j]),)
             xs = after
             s += 1
         for j in tl.static_range(16):
-            y = px.cast(xs[j], q, 0, dtype, False, ASM)  # exact
+            y = px.cast(xs[j], None, j, dtype, False, ASM)  # exact
             tl.store(ptr + offs + j * 128, y, mask=_inside(offs, 0, left, j, False))
 
     @triton.jit(do_not_specialize=["stream", "K", "width", "parts"])

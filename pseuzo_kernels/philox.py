@@ -194,19 +194,24 @@ def butterfly(a, H: tl.constexpr):
 
 
 @triton.jit
-def rounding_byte(word, J: tl.constexpr, ASM: tl.constexpr):
-    """(byte J of word << 8) + 0x80: what is added to an fp32 before its lower half is cut off."""
+def rounding_dither(words, J: tl.constexpr, ASM: tl.constexpr):
+    """The 16 bits that round plane J: a byte of its word above the same byte of the word beside that."""
+    high, low, byte = words[J // 4], words[(J // 4) ^ 1], J % 4
     if ASM:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [word, tl.full((), 0x80, tl.uint32), tl.full((), 0x5504 + 16 * J, tl.uint32)],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
+        # one permute puts both bytes on top: the shift that takes them down is free, as it fuses with the next addition
+        return (
+            tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                [low, high, tl.full((), 0x4000 + 0x1100 * byte, tl.uint32)],
+                dtype=tl.uint32,
+                is_pure=True,
+                pack=1,
+            )
+            >> 16
         )
     else:
-        return (((word >> (8 * J)) & 0xFF) << 8) + 0x80
+        return (((high >> (8 * byte)) & 0xFF) << 8) | ((low >> (8 * byte)) & 0xFF)
 
 
 @triton.jit
@@ -219,23 +224,23 @@ def widen(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def cast(y, word, J: tl.constexpr, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, ASM: tl.constexpr):
-    """fp32 -> dtype, to nearest or, with byte J of word, stochastically."""
+def cast(y, words, J: tl.constexpr, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> dtype, to nearest or stochastically, with the bits of plane J."""
     if STOCHASTIC and dtype == tl.float16:
         bits = y.to(tl.uint32, bitcast=True)
         u = bits & 0x7FFFFFFF
-        d = ((word >> (8 * J)) & 0xFF) * 2 + 1
-        normal = (u - 0x38000000 + (d << 4)) >> 13
+        d = rounding_dither(words, J, ASM)
+        normal = (u - 0x38000000 + (d >> 3)) >> 13
         tiny = u < 0x38800000
-        small = tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 8589934592.0  # 2^33; < 2^19 then
-        out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + d) >> 9, normal)
+        small = tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 1099511627776.0  # 2^40; < 2^26 then
+        out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + d) >> 16, normal)
         out = tl.where(u >= 0x47800000, 0x7C00, out)
         out = tl.where(u > 0x7F800000, 0x7E00, out)
         return (out | ((bits >> 16) & 0x8000)).to(tl.uint16).to(tl.float16, bitcast=True)
     elif dtype == tl.bfloat16 and (STOCHASTIC or not ASM):  # the cast of the interpreter truncates
         bits = y.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            up = rounding_byte(word, J, ASM)
+            up = rounding_dither(words, J, ASM)
         else:
             up = 0x7FFF + ((bits >> 16) & 1)
         finite = (bits & 0x7F800000) != 0x7F800000

@@ -48,7 +48,7 @@ COUNTERS_AT_ONCE = 1 << 16  # bounds the int64 temporaries: about 16 MiB, whatev
 # The second only for planes 8..15 of "normal". Its half of the first spares a multiplication: round 1 ends alike.
 KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x85A308D3))
 KEY_ROUNDING = (0x13198A2E, 0x03707344)
-ROUNDING_VERSION = 1  # of round_stochastically: what was rounded by one version cannot be continued by another
+ROUNDING_VERSION = 2  # of round_stochastically: what was rounded by one version cannot be continued by another
 FP16_BLOCK = 16  # seeds that "hadamard-fp16" sums in fp16
 HADAMARD_SCALE = 1 / (4 * math.sqrt(0.7050395011901855))
 ANGLE = 219 / 2**22  # half a step of the angle, nearly: with it, one fused multiply-add on bits makes the angle
@@ -159,22 +159,38 @@ def noise_sum(noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor,
 
 
 def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tensor:
-    """floor(|x| / ulp + (2 dither + 1) / 512) ulps of dtype, with the sign of x. x fp32, dither int64 in 0 .. 255.
+    """floor(|x| / ulp + dither / 2^16) ulps of dtype, with the sign of x. x fp32, dither int64 in 0 .. 2^16 - 1.
 
-    Unbiased to 1/512 ulp; values that dtype holds stay as they are, infinities and NaN too.
+    Unbiased for every fp32 number, but for what is below 2^-16 of the smallest half. Values that dtype holds stay as
+    they are, infinities and NaN too.
     """
     bits = x.view(torch.int32).to(torch.int64) & MASK32
     if dtype is torch.bfloat16:
-        out = (bits + torch.where(x.isfinite(), (dither << 8) + 0x80, 0)) >> 16
+        out = (bits + torch.where(x.isfinite(), dither, 0)) >> 16
         out = torch.where(x.isnan(), 0x7FC0, out)
     else:
-        u, d = bits & 0x7FFFFFFF, 2 * dither + 1
-        subnormal = ((torch.where(u < 0x38800000, x.abs(), 0) * 2.0**33).to(torch.int64) + d) >> 9
-        out = torch.where(u >= 0x38800000, (u - 0x38000000 + (d << 4)) >> 13, subnormal)
+        u = bits & 0x7FFFFFFF
+        subnormal = ((torch.where(u < 0x38800000, x.abs(), 0) * 2.0**40).to(torch.int64) + dither) >> 16
+        out = torch.where(u >= 0x38800000, (u - 0x38000000 + (dither >> 3)) >> 13, subnormal)
         out = torch.where(u >= 0x47800000, 0x7C00, out)
         out = torch.where(u > 0x7F800000, 0x7E00, out) | ((bits >> 16) & 0x8000)
     out = torch.where(out >= 0x8000, out - 0x10000, out)
     return out.to(torch.int16).view(dtype)
+
+
+def rounding_dither(q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
+    """16 bits for each plane and column, [16, n] int64. Arguments as column_noise.
+
+    Plane j takes byte j % 4 (the low one first) of word j // 4 as its high byte, and the same byte of word
+    (j // 4) ^ 1 as its low one: exactly uniform, at no more Philox calls than 8 bits would take. Planes j and j ^ 4
+    share their bytes crosswise: their roundings correlate by up to 0.012, and by up to 2^-16 / p where rounding up, or
+    down, has a chance p below 2^-9.
+    """
+    counter = (q, stream, seed_hash & MASK32, (seed_hash >> 32) & MASK32)
+    words = torch.stack(philox4x32(counter, KEY_ROUNDING, 7))
+    shifts = 8 * torch.arange(4, device=q.device)[:, None]
+    bytes_ = (words[:, None] >> shifts) & 0xFF  # [4 words, 4 bytes, n]
+    return (bytes_ << 8 | bytes_[[1, 0, 3, 2]]).flatten(0, 1)
 
 
 def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,10 +216,7 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
         if x is not None:
             y = x[at].float() * keep + y
         if stochastic and out.dtype is not torch.float32:
-            counter = (q, stream, rounding_hash & MASK32, (rounding_hash >> 32) & MASK32)
-            words = torch.stack(philox4x32(counter, KEY_ROUNDING, 7)).repeat_interleave(4, dim=0)  # [16, n]
-            shifts = 8 * (torch.arange(16, device=out.device) % 4)[:, None]
-            out[at] = round_stochastically(y, ((words >> shifts) & 0xFF)[inside], out.dtype)
+            out[at] = round_stochastically(y, rounding_dither(q, stream, rounding_hash)[inside], out.dtype)
         else:
             out[at] = y.to(out.dtype)
 

@@ -26,6 +26,25 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     assert same.all(), f"{(~same).sum()} of {same.numel()} differ, first {got[~same][0]} for {want[~same][0]}"
 
 
+# elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k] z(seeds[k], 3), rounding_seed 9
+KNOWN_TERMS = [1, 2, 3], [0.1, -0.2, 0.3]
+KNOWN_ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
+KNOWN_DITHER = [0xE99F, 0x78E9, 0xD07E, 0xDEE0, 0x7B65, 0xBFB7, 0x8B62, 0xE9FA]
+KNOWN_ROUNDED = {
+    torch.bfloat16: [0x3E44, 0x3EE5, 0x3EB2, 0xBC14, 0x3F06, 0x3E67, 0x3F14, 0x3E8B],
+    torch.float16: [0x321B, 0x3726, 0x358D, 0xA0A1, 0x382D, 0x333A, 0x38A3, 0x3458],
+}
+
+
+def rounded_by_definition(x: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x, in float64: at most 40 bits."""
+    exact, info = x.double(), torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent - 1
+    ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent)
+    size = torch.floor(exact.abs() / ulp + dither.double() / 2**16) * ulp
+    return torch.copysign(size, exact).to(dtype)  # exact, or infinite
+
+
 def perturbed_copy(model, seed, eps, noise="hadamard"):
     """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
     other = copy.deepcopy(model)

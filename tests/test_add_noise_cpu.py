@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, assert_same_bits, rounded_by_definition
 
 import pseuzo_kernels
 from pseuzo_kernels import NOISES, reference
@@ -148,14 +148,41 @@ def test_known_answers():
     ops.add_noise_list_out(
         [], torch.tensor([0]), torch.tensor([1.0]), [0], [1.0], [1.0], "hadamard", False, 0, None, out=[z]
     )
-    at = [0, 1, 2, 127, 128, 2047, 2048, 4095]
     want = [0.83796775, -0.25703105, 0.82517433, 0.32332414, 1.4113448, 1.2560793, 0.5873334, -0.8112179]
-    assert_same_bits(z[at], torch.tensor(want))
-    x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
-    args = (torch.tensor([1, 2, 3]), torch.tensor([0.1, -0.2, 0.3]), [3], [0.75], [1.0], "hadamard", True, 9, None)
-    ops.add_noise_list_([x], *args)
-    want = [0x3E44, 0x3EE5, 0x3EB2, 0xBC14, 0x3F06, 0x3E67, 0x3F14, 0x3E8B]
-    assert [bits & 0xFFFF for bits in x.view(torch.int16)[at].tolist()] == want
+    assert_same_bits(z[KNOWN_ELEMENTS], torch.tensor(want))
+    for dtype, want in KNOWN_ROUNDED.items():
+        x = torch.full((4096,), 0.5, dtype=dtype)
+        args = (*map(torch.tensor, KNOWN_TERMS), [3], [0.75], [1.0], "hadamard", True, 9, None)
+        ops.add_noise_list_([x], *args)
+        assert [bits & 0xFFFF for bits in x.view(torch.int16)[KNOWN_ELEMENTS].tolist()] == want
+
+
+# sizes of x' that are rounded: about the ends of the dtypes, next to the values that they hold, below their spacing
+ROUNDED = (
+    1.0, 1.25 + 2**-17, 2 - 2**-23, 1 / 3, 2**-14, 2**-14 - 2**-38, 6.1e-5, 5.96e-8, 3e-8, 1e-9, 2**-40, 2**-41,
+    65504.0, 65519.9, 65520.0, 65535.99, 65536.0, 1e-38, 2**-133, 2**-134 + 2**-140, 3.38e38, 3.4e38,
+)  # fmt: skip
+
+
+@functools.cache
+def dither() -> torch.Tensor:
+    q, _ = reference._columns(0, 1, torch.device("cpu"))
+    return reference.rounding_dither(q, 3, reference.hash_seeds(torch.tensor(9))).flatten()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounds_as_defined(dtype):
+    """One term of +-1 makes x' of any size, another one of the same seed the bits beyond 17."""
+    signs = reference.noise(2048, 5, 3, noise="rademacher")
+    for size in map(float, torch.tensor(ROUNDED)):
+        first = float(reference.round17(torch.tensor(size)))
+        coefs = torch.tensor([first, size - first]) if math.isfinite(first) else torch.tensor([size / 2, size / 2])
+        x = signs * reference.round17(coefs).sum()
+        got = torch.empty(2048, dtype=dtype)
+        ops.add_noise_list_out(
+            [], torch.tensor([5, 5]), coefs, [3], [1.0], [1.0], "rademacher", True, 9, None, out=[got]
+        )
+        assert_same_bits(got, rounded_by_definition(x, dither(), dtype))
 
 
 @functools.cache

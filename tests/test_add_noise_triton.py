@@ -8,11 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, assert_same_bits
 
 from pseuzo_kernels import NOISES, reference
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from pseuzo_kernels import philox as px
 from pseuzo_kernels.add_noise import (
     _prepared,
     add_noise_list_out_triton,
@@ -67,6 +71,39 @@ def test_one_tensor(noise, dtype, stochastic, K):
             assert_close_normal(got, want, K)
         else:
             assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", KNOWN_ROUNDED, ids=str)
+def test_known_answers(dtype):
+    x = torch.full((4096,), 0.5, dtype=dtype, device=DEVICE)
+    seeds, coefs = (torch.tensor(values, device=DEVICE) for values in KNOWN_TERMS)
+    add_noise_list_triton_([x], seeds, coefs, [3], [0.75], [1.0], "hadamard", True, 9)
+    got = [bits & 0xFFFF for bits in x.view(torch.int16)[KNOWN_ELEMENTS].tolist()]
+    assert got == KNOWN_ROUNDED[dtype]
+
+
+@triton.jit
+def _round_kernel(x_ptr, out_ptr, stream: tl.int64, rounding_hash: tl.int64, N: tl.constexpr, ASM: tl.constexpr):
+    i = tl.arange(0, N)
+    q, stream = i.to(tl.uint32), stream.to(tl.uint32)
+    words = px.philox(q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, 7, ASM)
+    x = tl.load(x_ptr + i)
+    for j in tl.static_range(16):
+        tl.store(out_ptr + j * N + i, px.cast(x, words, j, out_ptr.dtype.element_ty, True, ASM))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_value_is_rounded_as_the_reference_does(dtype):
+    """Every upper half that an fp32 has, over other bits, in all 16 planes."""
+    upper = torch.arange(-(2**15), 2**15).int()
+    x = ((upper << 16) | (upper * 40503 & 0xFFFF)).view(torch.float32)
+    q, seed_hash = torch.arange(len(x)), reference.hash_seeds(torch.tensor(9))
+    dither = reference.rounding_dither(q, 3, seed_hash)
+    want = reference.round_stochastically(x.expand(16, -1).contiguous(), dither, dtype)
+    got = torch.empty(16, len(x), dtype=dtype, device=DEVICE)
+    asm = isinstance(_round_kernel, triton.runtime.JITFunction)
+    _round_kernel[(1,)](x.to(DEVICE), got, 3, int(seed_hash), len(x), asm)
+    assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize(

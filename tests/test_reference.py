@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import KNOWN_DITHER, KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, rounded_by_definition
 from scipy import stats
 
+import pseuzo_kernels as pk
 from pseuzo_kernels import NOISES, reference
 
 PHILOX = """
@@ -17,7 +19,7 @@ PHILOX = """
 10 ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 408f276d 41c83b0e a20bc7c6 6d5451fd
 10 243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 d16cfe09 94fdcceb 5001e420 24126ea1
 """  # rounds, counter, key -> output: the known answers of Random123
-ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
+INF, NAN = float("inf"), float("nan")
 N = 1 << 21
 KINDS = [noise for noise in NOISES if noise != "hadamard-fp16"]  # its z is that of hadamard
 
@@ -38,7 +40,7 @@ def test_hash_known_answer():
 
 
 def test_hadamard_known_answers():
-    z = reference.noise((4096,), 0, 0)[ELEMENTS]
+    z = reference.noise((4096,), 0, 0)[KNOWN_ELEMENTS]
     want = [0.83796775, -0.25703105, 0.82517433, 0.32332414, 1.4113448, 1.2560793, 0.5873334, -0.8112179]
     assert torch.equal(z, torch.tensor(want))
 
@@ -47,11 +49,28 @@ def test_add_noise_known_answers():
     x = torch.full((4096,), 0.5)
     reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75)
     want = [0.19077313, 0.44670042, 0.34673935, -0.009034246, 0.52201, 0.22578181, 0.57975304, 0.27137128]
-    assert torch.equal(x[ELEMENTS], torch.tensor(want))
-    x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
-    reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, rounding="stochastic", rounding_seed=9)
-    want = [0x3E44, 0x3EE5, 0x3EB2, 0xBC14, 0x3F06, 0x3E67, 0x3F14, 0x3E8B]
-    assert [v & 0xFFFF for v in x[ELEMENTS].view(torch.int16).tolist()] == want
+    assert torch.equal(x[KNOWN_ELEMENTS], torch.tensor(want))
+    for dtype, want in KNOWN_ROUNDED.items():
+        x = torch.full((4096,), 0.5, dtype=dtype)
+        reference.add_noise_(x, *KNOWN_TERMS, 3, keep=0.75, rounding="stochastic", rounding_seed=9)
+        assert [v & 0xFFFF for v in x[KNOWN_ELEMENTS].view(torch.int16).tolist()] == want
+
+
+def dither_of(n: int, stream: int, rounding_seed: int) -> torch.Tensor:
+    """[n], by element."""
+    q, elements = reference._columns(0, -(-n // reference.CHUNK), torch.device("cpu"))
+    dither = reference.rounding_dither(q, stream, reference.hash_seeds(torch.tensor(rounding_seed)))
+    return dither.flatten()[elements.flatten().argsort()][:n]
+
+
+def test_rounding_known_answers():
+    dither = dither_of(4096, 3, 9)
+    assert dither[KNOWN_ELEMENTS].tolist() == KNOWN_DITHER
+    x = torch.tensor([0, -0.0, INF, -INF, NAN, 65504, 65519.9, 65520, 1e-8, -3e-8, 6e-5, -6.1e-5, 1, -2.5])
+    want = [0x0000, 0x8000, 0x7C00, 0xFC00, 0x7E00, 0x7BFF, 0x7C00, 0x7BFF, 0x0000, 0x8000, 0x03EF, 0x8400, 0x3C00,
+            0xC100]  # fmt: skip
+    got = reference.round_stochastically(x, dither[:14], torch.float16)
+    assert [v & 0xFFFF for v in got.view(torch.int16).tolist()] == want
 
 
 def test_fp16_known_answers():
@@ -59,13 +78,13 @@ def test_fp16_known_answers():
     x = torch.full((4096,), 0.5)
     reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, noise="hadamard-fp16")
     want = [0.19015898, 0.4464677, 0.34697354, -0.008765668, 0.5227874, 0.22580422, 0.57975346, 0.27074468]
-    assert torch.equal(x[ELEMENTS], torch.tensor(want))
+    assert torch.equal(x[KNOWN_ELEMENTS], torch.tensor(want))
     x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
     seeds, coefs = list(range(20)), [0.1 * k - 1 for k in range(20)]  # more than a block
     reference.add_noise_(x, seeds, coefs, 3, keep=0.75, noise="hadamard-fp16", rounding="stochastic", rounding_seed=9,
                          noise_scale=0.5)  # fmt: skip
     want = [0xBF84, 0xBE39, 0x3F16, 0xBFF6, 0x3EDC, 0xBF85, 0xBE41, 0x3E95]
-    assert [v & 0xFFFF for v in x[ELEMENTS].view(torch.int16).tolist()] == want
+    assert [v & 0xFFFF for v in x[KNOWN_ELEMENTS].view(torch.int16).tolist()] == want
 
 
 def test_fp16_with_one_seed_is_hadamard():
@@ -75,9 +94,6 @@ def test_fp16_with_one_seed_is_hadamard():
     reference.add_noise_(y, 5, 0.3, 1, keep=0.9, noise="hadamard-fp16")
     assert torch.equal(x, y)
     assert torch.equal(reference.noise((5000,), 7, 2), reference.noise((5000,), 7, 2, noise="hadamard-fp16"))
-
-
-INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
@@ -200,22 +216,65 @@ def test_elements_do_not_depend_on_the_size():
     assert torch.equal(reference.noise((10,), 1, 2), reference.noise((100, 77), 1, 2).view(-1)[:10])
 
 
+# x' around the ends of the dtypes, near the values that they hold and far below their spacing, as fp32 has them
+NEAR = (0.0, 1.0, 1.25, 2 - 2**-23, 2**-14, 6.1e-5, 6e-5, 5.96e-8, 3e-8, 1e-8, 2**-40, 65504.0, 65519.9, 65535.9)
+OFFSETS = (0, 2**-24, 2**-18, 2**-12, -(2**-13), 2**-9, 0.3e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_stochastic_rounding_is_unbiased(dtype):
-    """All 256 dithers of a value give, on average, that value to 1/512 of the spacing; representable values stay."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(500, generator=g), torch.randn(500, generator=g) * 1e-6, torch.tensor([60000.0])])
-    dither = torch.arange(256)
-    y = reference.round_stochastically(x.repeat_interleave(256), dither.repeat(len(x)), dtype).double()
-    near = x.to(dtype)
-    spacing = (torch.nextafter(near.abs(), torch.tensor(float("inf"), dtype=dtype)) - near.abs()).double()
-    # nextafter from the nearest may sit one binade above the value: half a spacing of slack in that case
-    assert ((y.view(-1, 256).mean(1) - x.double()).abs() <= spacing / 512 + 1e-30).all()
-    exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 6e-8, 65504.0, float("inf")]).to(dtype)
-    again = reference.round_stochastically(exact.float().repeat_interleave(256), dither.repeat(7), dtype)
-    assert torch.equal(again.view(torch.int16), exact.repeat_interleave(256).view(torch.int16))
-    nan = reference.round_stochastically(torch.full((256,), float("nan")), dither, dtype)
-    assert nan.isnan().all()
+def test_stochastic_rounding_is_exactly_unbiased(dtype):
+    """All 2^16 dithers of a value give that value on average: exactly, but for what 2^-16 of the spacing cannot hold
+    (of fp16, what is below 2^-40); and each is what the definition says."""
+    x = torch.tensor([a + a * b for a in NEAR for b in OFFSETS] + [-0.3, -1e-6, -(2**-24) * (1 + 2**-16)])
+    if dtype is torch.bfloat16:
+        x = torch.cat([x, torch.tensor([1e-38, -3e-39, 1e-45, 1.7e38])])
+    dither, spacing = torch.arange(1 << 16), 2.0**-24 if dtype is torch.float16 else 0.0
+    for value in x.unique():
+        every = value.expand(1 << 16).contiguous()
+        y = reference.round_stochastically(every, dither, dtype)
+        assert torch.equal(y, rounded_by_definition(every, dither, dtype))
+        if value.abs() <= torch.finfo(dtype).max:
+            error = float((y.double().mean() - value.double()).abs())
+            assert error == 0 if value.abs() >= 2.0**-14 else error < spacing * 2.0**-16 or error == 0, value
+    exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 6e-8, 65504.0, INF, -INF]).to(dtype)
+    for value in exact:  # what the dtype holds stays
+        same = reference.round_stochastically(value.float().expand(1 << 16).contiguous(), dither, dtype)
+        assert torch.equal(same.view(torch.int16), value.expand(1 << 16).contiguous().view(torch.int16))
+    assert reference.round_stochastically(torch.full((1 << 16,), NAN), dither, dtype).isnan().all()
+
+
+def test_dither_is_uniform_and_partners_hardly_correlate():
+    """Chi-square of both bytes, jointly; and over all pairs of bytes, exactly, the correlation of roundings up."""
+    planes = dither_of(1 << 22, 1, 5).view(-1, 16, 128)
+    for plane in (0, 3, 4, 9, 15):
+        counts = torch.bincount(planes[:, plane].flatten() >> 4, minlength=4096)
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-4
+        counts = torch.bincount(planes[:, plane].flatten() & 0xFFF, minlength=4096)
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-4
+    high, low = np.divmod(np.arange(1 << 16), 256)
+    swapped = low * 256 + high
+    assert (planes[:, :4] & 0xFF == planes[:, 4:8] >> 8).all() and (planes[:, 8:12] >> 8 == planes[:, 12:] & 0xFF).all()
+    for p in (2**-16, 2**-13, 2**-11, 2**-10, 2**-9, 2**-8, 0.01, 0.0588, 0.3, 0.5, 0.71, 0.996):
+        up, partner = (d >= round((1 - p) * 2**16) for d in (np.arange(1 << 16), swapped))
+        bound = 0.012 if 2**-9 <= p <= 1 - 2**-9 else 2**-16 / p
+        assert abs(np.corrcoef(up, partner)[0, 1]) <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_far_below_the_spacing_arrive(dtype):
+    """Updates of 1/2048 of a spacing in one direction: lost to nearest, kept on average by stochastic rounding."""
+    steps, n, ulp = 8, 1 << 20, torch.finfo(dtype).eps
+    coef = ulp / 2048
+    z = pk.noise((n,), 7, 0)
+    near, stochastic = torch.full((n,), 1.25, dtype=dtype), torch.full((n,), 1.25, dtype=dtype)
+    for t in range(steps):
+        pk.add_noise_(near, 7, coef, 0)
+        pk.add_noise_(stochastic, 7, coef, 0, rounding="stochastic", rounding_seed=t)
+    arrived = float(((stochastic.double() - 1.25) * z).sum() / (steps * coef * (z * z).sum()))
+    # An element goes up or down by an ulp with chance p = |coef z| / ulp: a variance of p ulp^2 a step at most, whose
+    # regression on z has that of ulp sum |z|^3 / (steps coef n^2), and E|z|^3 = 1.6: a deviation of 0.02.
+    assert abs(arrived - 1) < 5 * math.sqrt(1.6 * 2048 / (steps * n))
+    assert (near == 1.25).all()
 
 
 def test_small_updates_survive_in_bf16():

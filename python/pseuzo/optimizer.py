@@ -428,7 +428,9 @@ class ZeroOrder(torch.optim.Optimizer):
                     y = (1.0 - group["lr"] * group["weight_decay"]) * x.float() + step * gradient.float()
                     y = torch.where(found_inf.to(p.device) != 0, x.float(), y)
                     if self.rounding == "stochastic" and p.dtype is not torch.float32:
-                        dither = torch.randint(256, y.shape, dtype=torch.int64, device=p.device, generator=generator)
+                        dither = torch.randint(
+                            1 << 16, y.shape, dtype=torch.int64, device=p.device, generator=generator
+                        )
                         y = round_stochastically(y, dither, p.dtype)
                     x.copy_(y)
 
