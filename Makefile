@@ -1,6 +1,8 @@
 # make demo, make test: set up what they need in .venv, and run. make lint, make bench: likewise.
 # ARGS is passed on: make demo ARGS="--steps 20", make test ARGS="-k window"
+# make test-fast: what daily work needs, in a minute. make test-machines: all tests, as other CPUs run them.
 
+SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,17 +10,32 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 READY = $(VENV)/.ready
 SOURCES = $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-fast test-machines lint format bench clean
 
 demo: $(READY)
 	$(BIN)/pseuzo demo $(ARGS)
+
+TEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # What needs a GPU runs on it, where there is one; all else as if there were none, so that it is the same everywhere.
 test: $(READY)
 ifneq ($(shell command -v nvidia-smi),)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none of them
 endif
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(TEST) $(ARGS)
+
+test-fast: $(READY)
+	$(TEST) -m "not slow" $(ARGS)
+
+# On every instruction set that this CPU has, ours and those of torch's libraries alike, with one thread and with two.
+test-machines: $(READY)
+	@set -e; for isas in plain:default:SSE41 avx2:avx2:AVX2 avx512:avx512:AVX512_CORE; do \
+	  IFS=: read isa aten onednn <<< $$isas; export PSEUZO_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$aten ONEDNN_MAX_CPU_ISA=$$onednn; \
+	  $(BIN)/python -c "import pseuzo_kernels as k; k._C.cpu_isa()" 2> /dev/null || { echo "== $$isa: not on this CPU"; continue; }; \
+	  for threads in 1 2; do \
+	    echo "== $$isa, threads: $$threads"; PSEUZO_TEST_THREADS=$$threads $(TEST) -n $$(( ($$(nproc) + threads - 1) / threads )) $(ARGS); \
+	  done; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

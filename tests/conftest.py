@@ -7,9 +7,10 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: a thread each, here and in what they start
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There are as many processes as cores, so each has one thread, and so has what it starts, unless told otherwise.
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("PSEUZO_TEST_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -111,7 +111,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def start(args: list[str], killed_at: tuple[str, int] | None = None) -> None:
     from pseuzo.cli import main
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if killed_at:
         _die_at(*killed_at)
     main(args, standalone_mode=True)

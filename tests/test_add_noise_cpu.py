@@ -453,6 +453,7 @@ def test_refuses_what_would_corrupt_memory():
     assert (x == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["plain"], indirect=True)
 def test_environment_chooses_the_isa(isa):
     code = "import pseuzo_kernels; print(pseuzo_kernels._C.cpu_isa())"

@@ -26,7 +26,7 @@ from pseuzo_kernels.add_noise import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the interpreter is
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 8192 * 2 + 5)
 SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 1e-8, -6e-5, 3e-39, 65504.0, -65519.0, 3.38e38)

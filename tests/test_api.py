@@ -205,7 +205,7 @@ def test_opcheck(op, args, kwargs):
     torch.library.opcheck(op, args, kwargs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_under_torch_compile(backend):
     def step(x, w, seeds, coefs):
         pk.perturb_([w], 3, 0.1)

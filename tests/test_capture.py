@@ -254,6 +254,7 @@ def test_a_padded_plan_has_the_same_loss(kind, masked):
     assert all(torch.equal(again[k], more[k]) for k in more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, train_on", [("pseuzo", "options"), ("mezo", "label-words")])
 def test_trainer(method, train_on, tapes, monkeypatch, tmp_path):
     """Batches of many lengths come in few shapes, and their functions are recorded and replayed."""

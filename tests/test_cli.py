@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import pseuzo_kernels
 
+pytestmark = pytest.mark.slow
 METHODS = {
     "pseuzo": ["--groups", "label"],
     "pseuzo, published": ["--groups", "row", "--schedule", "cyclic-hyperbola"],

@@ -14,6 +14,8 @@ from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run,
 from pseuzo.checkpoints import last_checkpoint
 from pseuzo.journal import read_journal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
 def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import pseuzo_kernels
 
+pytestmark = pytest.mark.slow
 VOCABULARY = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
 WORDS = ("bravo", "delta")
 TASK = """

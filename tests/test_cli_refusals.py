@@ -20,6 +20,7 @@ from pseuzo.plots import mean_and_spread
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 BASE = ["--model", "demo", "--task", "demo"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # Instructions a normal in the loop over seeds, sm_90: what speed rests on, so no change may lose it unseen.
 # Hashing the seed where it is used costs more, and so does a thread with 2 counters in the place of 4.

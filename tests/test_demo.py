@@ -13,6 +13,8 @@ from pseuzo.demo import run as demo
 from pseuzo.tasks import load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def test_demo_writes_what_it_promises(tmp_path):
     out = tmp_path / "out"

@@ -129,6 +129,7 @@ def test_ragged_options(tokenizer):
     ] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_demo_task(tokenizer, batch_size):
     """Label words, options and the demo's own count agree; how rows are put into batches does not matter."""
@@ -220,6 +221,7 @@ def test_loss_of_a_generation_is_that_of_training(tokenizer):
     assert evaluate(model, data, batch_size=1)["loss"] == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_perturbed_model_is_seen_perturbed(tokenizer):
     """nondiff_loss under a perturbed pass is that of a model with those weights, and leaves them alone."""
     from pseuzo_kernels import perturb_

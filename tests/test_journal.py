@@ -214,6 +214,7 @@ def test_one_optimizer_and_one_file_have_one_journal(tmp_path):
     assert replay(path, base) == 5
 
 
+@pytest.mark.slow
 def test_a_journal_is_free_again_after_a_crash(tmp_path):
     path, context = tmp_path / "run.pzj", multiprocessing.get_context("spawn")
     opened = context.Event()

@@ -281,6 +281,7 @@ def test_probe_refuses():
             probe(model, groups, closures, **arguments)
 
 
+@pytest.mark.slow
 def test_probe_on_the_demo_model_sees_what_its_documentation_says():
     """The value and output projections have a far better ratio than the embedding, of which most is noise; and training
     goes on afterwards as if nothing had been probed."""

@@ -143,7 +143,7 @@ def test_fp16_sums_are_rounded_once():
 
 
 @pytest.mark.parametrize("spread", [0, 12])
-@pytest.mark.parametrize("K", [2, 14, 16, 17, 40, 1000])
+@pytest.mark.parametrize("K", [2, 14, 16, 17, 40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_fp16_sums_are_near_and_unbiased(K, spread):
     """A step rounds h by 2^-10 |h| / sqrt(12) rms at most, and 16 steps of a block by the roots of their squares' sum,
     below 2^-10 sqrt(16/12) of the sum; a coefficient is off by delta. spread: of the coefs, in powers of two. The first
@@ -277,6 +277,7 @@ def test_updates_far_below_the_spacing_arrive(dtype):
     assert (near == 1.25).all()
 
 
+@pytest.mark.slow
 def test_small_updates_survive_in_bf16():
     """400 updates of 1/40 of a spacing: lost to nearest, kept on average by stochastic rounding."""
     steps, n = 400, 1 << 14

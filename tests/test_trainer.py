@@ -196,6 +196,7 @@ class Late(Fetched):
         return super().get()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pseuzo", "mezo"])
 def test_logs_that_are_late_are_the_same_rows_in_the_same_order(tmp_path, demo, method, monkeypatch):
     data, _ = demo
@@ -524,6 +525,7 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
             assert torch.equal(p, start - rate * start.grad), name
 
 
+@pytest.mark.slow
 def test_first_order_run_where_a_probe_says(tmp_path):
     """From the command line; and the trainer takes what was found once, as a resumed run must."""
     out = tmp_path / "run"
@@ -546,6 +548,7 @@ def test_first_order_run_where_a_probe_says(tmp_path):
     assert figures["lr"] == decided["lr"] != 1e-3, "scaled to where it trains"
 
 
+@pytest.mark.slow
 def test_probe_of_a_first_order_run_is_made_once_and_draws_nothing(tmp_path, demo):
     data, _ = demo
     settings = dict(method="fo-adam", noise_on=["auto"], scale_lr=True, probe_forwards=30, clip_examples=2.0)

@@ -11,6 +11,7 @@ import torch
 
 from pseuzo_kernels import api, reference
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
 GXX = shutil.which("g++")
