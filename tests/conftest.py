@@ -1,4 +1,8 @@
-"""Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason."""
+"""Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason.
+
+PSEUZO_EMULATE=90 pytest tests/test_add_noise_triton.py: without a GPU, the kernels are compiled for compute capability
+9.0 and their PTX is run on the CPU (ptx_emulator.py), in place of the interpreter.
+"""
 
 import gc
 import os
@@ -11,7 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # There are as many processes as cores, so each has one thread, and so has what it starts, unless told otherwise.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("PSEUZO_TEST_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-if not torch.cuda.is_available():
+if arch := os.environ.get("PSEUZO_EMULATE"):
+    import ptx_emulator
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    ptx_emulator.install(int(arch))
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -19,7 +28,7 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
