@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from pseuzo.objective import with_positions
 from pseuzo.placement import param_groups, place
 from pseuzo.runs import max_length, model_path
 from pseuzo.tasks import TaskData, load_task
-from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo.trainer import NOT_TAKEN, UNUSED, PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.tuning import load_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -692,7 +694,8 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
             states.append({n: p.detach().clone() for n, p in model.named_parameters()})
 
     args = arguments(tmp_path, **more, **journal, max_steps=3, per_device_train_batch_size=1, learning_rate=1e-2,
-                     train_sampling_strategy="sequential", per_device_eval_batch_size=1)  # fmt: skip
+                     train_sampling_strategy="sequential", per_device_eval_batch_size=1,
+                     remove_unused_columns=False)  # fmt: skip
     collate = lambda items: torch.utils.data.default_collate(batches(items[0]["number"]))  # noqa: E731
     trainer = PseuZOTrainer(model, args, collate, [{"number": i} for i in range(3)], rows, callbacks=[Kept()])
     result = trainer.train()
@@ -729,6 +732,120 @@ REFUSED = {
     "journal of a first-order run": (dict(method="fo-sgd", journal="j"), "need a zeroth-order method"),
     "clip": (dict(method="fo-sgd", clip_examples=0.0), "clip_examples must be positive"),
 }
+
+
+UNUSED_VALUES = {
+    "optim": "adafactor", "optim_args": "a=1", "optim_target_modules": ["x"], "label_smoothing_factor": 0.1,
+    "torch_compile": True, "use_liger_kernel": True, "deepspeed": {"a": 1}, "fsdp": "full_shard",
+    "parallelism_config": object(), "auto_find_batch_size": True, "fp16_full_eval": True, "bf16_full_eval": True,
+    "fp16": True, "bf16": True, "activation_checkpointing": True, "gradient_checkpointing": True,
+    "torch_empty_cache_steps": 5, "max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "adam_beta1": 0.5,
+    "adam_beta2": 0.5, "adam_epsilon": 1e-4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("methods, names, instead", UNUSED)
+def test_arguments_without_effect_are_refused(tmp_path, methods, names, instead):
+    method = methods[-1]
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name}=.* does not go with method {method}: {re.escape(instead)}$"):
+            arguments(tmp_path, method=method, **{name: UNUSED_VALUES[name]})
+        late = arguments(tmp_path, method=method)
+        setattr(late, name, UNUSED_VALUES[name])
+        with pytest.raises(ValueError, match=f"^{name}="):
+            PseuZOTrainer(causal_lm("opt"), late, train_dataset=Rows())
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ  # torch_compile sets it, for all that follows
+    arguments(tmp_path, method=method, max_grad_norm=0.0)
+
+
+def test_accumulation_is_refused_wherever_it_is_asked_for(tmp_path):
+    args = arguments(tmp_path, method="mezo", accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}})
+    with pytest.raises(ValueError, match="gradient_accumulation_steps is 2"):
+        PseuZOTrainer(causal_lm("opt"), args, train_dataset=Rows())
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_arguments_of_the_stock_trainer_that_are_not_taken_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"PseuZOTrainer: {name} is not supported; {re.escape(NOT_TAKEN[name])}"):
+        PseuZOTrainer(causal_lm("opt"), arguments(tmp_path), train_dataset=Rows(), **{name: lambda: None})
+    with pytest.raises(ValueError, match="hyperparameter_search is not supported"):
+        PseuZOTrainer(causal_lm("opt"), arguments(tmp_path), train_dataset=Rows()).hyperparameter_search()
+
+
+def test_what_does_nothing_with_a_task_is_refused(tmp_path, demo):
+    data, _ = demo
+    for name, value in (("compute_metrics", dict), ("preprocess_logits_for_metrics", dict),
+                        ("remove_unused_columns", True), ("train_sampling_strategy", "sequential")):  # fmt: skip
+        given = {name: value} if callable(value) else {}
+        args = arguments(tmp_path, **({} if given else {name: value}))
+        with pytest.raises(ValueError, match=f"PseuZOTrainer: {name} does nothing with a TaskData"):
+            PseuZOTrainer(fresh(), args, None, data["train"], data["dev"], **given)
+    with pytest.raises(ValueError, match="must both be TaskData, or neither"):
+        PseuZOTrainer(fresh(), arguments(tmp_path), None, data["train"], Rows())
+    with pytest.raises(ValueError, match="for a TaskData use evaluate"):
+        PseuZOTrainer(fresh(), arguments(tmp_path), None, data["train"]).predict(data["test"])
+
+
+def test_metrics_and_predictions_with_an_objective_of_ones_own(tmp_path):
+    """The loss is the objective's, the predictions are what the model's forward gives."""
+    model, rows, objective, _ = of_a_regression()
+    batch = torch.utils.data.default_collate(rows)
+    args = arguments(tmp_path, method="mezo", label_names=["y"], per_device_eval_batch_size=8)
+
+    def error(prediction):
+        return {"error": float(((prediction.predictions - prediction.label_ids) ** 2).mean())}
+
+    for metrics in (error, None):
+        trainer = PseuZOTrainer(model, args, None, rows, rows, objective=objective, compute_metrics=metrics)
+        trainer.data_collator = torch.utils.data.default_collate
+        found = trainer.evaluate()
+        with torch.no_grad():
+            forward, head = objective(batch)
+            want = model(batch["x"])
+        assert found["eval_loss"] == pytest.approx(float(head(forward())), rel=1e-5)
+        assert metrics is None or found["eval_error"] == pytest.approx(found["eval_loss"], rel=1e-5)
+        predicted = trainer.predict(rows)
+        torch.testing.assert_close(torch.tensor(predicted.predictions), want)
+        assert predicted.metrics["test_loss"] == found["eval_loss"]
+
+
+RESUMED = {  # what is changed, and what goes on
+    "pseuzo": (dict(eps=1e-2, seed=4, learning_rate=1e-3, weight_decay=0.5, noise="rademacher", window=9),
+               dict(eps=1e-3, seed=3, learning_rate=2e-4, noise="hadamard", window=14)),
+    "mezo": (dict(eps=1e-2, seed=4, learning_rate=1e-3, directions=2, rounding="nearest"),
+             dict(eps=1e-3, seed=3, learning_rate=2e-4, directions=1, rounding="stochastic")),
+    "fo-sgd": (dict(learning_rate=1e-3, momentum=0.5, eps=1e-2), dict(learning_rate=2e-4, momentum=0.0)),
+    "fo-adam": (dict(learning_rate=1e-3, adam_beta1=0.5), dict(learning_rate=2e-4, betas=(0.9, 0.999))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, caplog):
+    """The checkpoint's, as the stock Trainer does without a word."""
+    changed, goes_on = RESUMED[method]
+    settings = dict(method=method, max_steps=4, save_strategy="steps", save_steps=2)
+    whole = causal_lm("opt")
+    PseuZOTrainer(whole, arguments(tmp_path, **settings), train_dataset=Rows(7)).train()
+    assert "resumed:" not in caplog.text
+    resumed = causal_lm("opt")
+    args = arguments(tmp_path, **settings | changed)
+    trainer = PseuZOTrainer(resumed, args, train_dataset=Rows(7))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in goes_on.items():
+        asked = (0.5, 0.999) if name == "betas" else changed[name]
+        assert f"resumed: {name} {value} of the checkpoint goes on, not {asked}" in caplog.text
+    assert ("the order of the batches is that of seed 4" in caplog.text) == ("seed" in goes_on)
+    assert caplog.text.count("resumed:") == len(goes_on) + ("weight_decay" in changed)
+    if method == "mezo":  # an epoch is one batch, and the order of its rows is nothing to a mean
+        for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=name)
+    other = arguments(tmp_path, **settings | {"weight_decay": 0.0, "method": "mezo" if method == "pseuzo" else method})
+    with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed with these arguments"):
+        PseuZOTrainer(causal_lm("opt"), other, train_dataset=Rows(7)).train(str(tmp_path / "checkpoint-2"))
+    caplog.clear()
+    again = PseuZOTrainer(causal_lm("opt"), arguments(tmp_path, **settings), train_dataset=Rows(7))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "resumed:" not in caplog.text
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,24 @@ PLACEMENT_FILE = "noise_on.json"
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")  # what it was decided for
 
 
+# Arguments of Transformers' that would do nothing here, or another thing: of which methods, and what to do instead.
+ANY = tuple(METHODS)
+UNUSED = (
+    (ANY, ("optim", "optim_args", "optim_target_modules"), "the optimizer is the method's"),
+    (ANY, ("label_smoothing_factor",), "give a loss of your own as the trainer's objective"),
+    (ANY, ("torch_compile", "use_liger_kernel"), "the model is run as it is; capture=True records CUDA graphs of it"),
+    (ANY, ("deepspeed", "fsdp", "parallelism_config"), "it runs on one device"),
+    (ANY, ("auto_find_batch_size",), "give the batch size"),
+    (ANY, ("fp16_full_eval", "bf16_full_eval"), "the weights would stay in that dtype; load the model in it"),
+    (ZEROTH_ORDER, ("fp16", "bf16"), "it is for mixed-precision backward passes; load the model in that dtype"),
+    (ZEROTH_ORDER, ("activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps"),
+     "it saves memory of backward passes, and there are none"),
+    (ZEROTH_ORDER, ("max_grad_norm",), "there is no gradient; clip_examples limits each example's part of a step"),
+    (ZEROTH_ORDER, ("neftune_noise_alpha",), "its passes are without dropout and noise of the embeddings"),
+    (tuple(m for m in METHODS if m != "fo-adam"), ("adam_beta1", "adam_beta2", "adam_epsilon"), "it is Adam's"),
+)  # fmt: skip
+
+
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -61,9 +79,10 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 class PseuZOTrainingArguments(TrainingArguments):
     """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
 
-    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", remove_unused_columns
-    False, and logging_nan_inf_filter for evaluations alone. The precision of a zeroth-order run is that of the model's
-    weights: fp16 and bf16 (mixed precision, for backward passes) are refused.
+    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", and
+    logging_nan_inf_filter for evaluations alone. The precision of a zeroth-order run is that of the model's weights:
+    fp16 and bf16 (mixed precision, for backward passes) are refused, as is each argument that would do nothing
+    (UNUSED).
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
@@ -73,7 +92,9 @@ class PseuZOTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool | None = field(
         default=None, metadata={"help": "Of training losses it waits for each step. Default: of evaluations alone."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep the columns that the loss needs."})
+    remove_unused_columns: bool | None = field(
+        default=None, metadata={"help": "Default: True, but False with a TaskData or an objective of your own."}
+    )
     method: str = field(default="pseuzo", metadata={"help": f"One of {', '.join(METHODS)}."})
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
     window: int = field(default=14, metadata={"help": "Entries of PseuZO's window, or of mezo-momentum's."})
@@ -131,32 +152,37 @@ class PseuZOTrainingArguments(TrainingArguments):
             self.accelerator_config = {"non_blocking": True}  # a step must not wait for its batch to be copied
         if self.clip_examples is not None and not self.clip_examples > 0:
             raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
+        self._refuse_unused()  # first: some of them have effects beyond this object
         super().__post_init__()
-        if self.zeroth_order:
-            self._refuse()
-        elif self.journal or self.objective != "loss" or self.capture:
-            raise ValueError(f"journal, objective=metric and capture need a zeroth-order method, not {self.method}")
+        self.refuse()
 
     @property
     def zeroth_order(self) -> bool:
         return self.method in ZEROTH_ORDER
 
-    def _refuse(self) -> None:
-        """What has no meaning, or another one, without a backward pass."""
+    def _refuse_unused(self) -> None:
+        usual = {f.name: f.default for f in fields(TrainingArguments)}
+        for methods, names, instead in UNUSED:
+            for name in names if self.method in methods else ():
+                value = getattr(self, name)
+                if value and value != usual[name]:
+                    raise ValueError(f"{name}={value} does not go with method {self.method}: {instead}")
+
+    def refuse(self) -> None:
+        """ValueError for what has no meaning with the method, or another one. Arguments may be written later, too."""
+        self._refuse_unused()
+        refuse_replicas(f"method {self.method}", self.world_size)
+        if self.n_gpu > 1:
+            raise ValueError(f"{self.method} runs on one GPU, {self.n_gpu} were given; set CUDA_VISIBLE_DEVICES=0")
+        if not self.zeroth_order:
+            if self.journal or self.objective != "loss" or self.capture:
+                raise ValueError(f"journal, objective=metric and capture need a zeroth-order method, not {self.method}")
+            return
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but {self.method} has no "
                 "gradients to accumulate; use a larger batch (it needs the memory of inference only), or directions > 1"
             )
-        for name in ("fp16", "bf16"):
-            if getattr(self, name):
-                raise ValueError(f"{name}=True is for mixed-precision backward passes; load the model in that dtype")
-        for name in ("deepspeed", "fsdp", "neftune_noise_alpha", "label_smoothing_factor", "auto_find_batch_size"):
-            if getattr(self, name, None):
-                raise ValueError(f"{name} does not go with {self.method}; leave it unset")
-        refuse_replicas(f"method {self.method}", self.world_size)
-        if self.n_gpu > 1:
-            raise ValueError(f"{self.method} runs on one GPU, {self.n_gpu} were given; set CUDA_VISIBLE_DEVICES=0")
         if self.objective == "metric" and self.clip_examples is not None:
             raise ValueError("clip_examples needs the loss of each example, which objective=metric has not")
         if self.objective == "metric" and self.method == "pseuzo":
@@ -167,6 +193,17 @@ class PseuZOTrainingArguments(TrainingArguments):
             raise ValueError("directions is for mezo; pseuzo perturbs along one a step")
         if self.head == "exact" and self.journal:
             raise ValueError("a journal holds seeds and coefficients, not the exact gradients of head=exact")
+
+
+NOT_TAKEN = {  # arguments of Transformers' Trainer
+    "model_init": "make the model and give it as model",
+    "compute_loss_func": "give objective, a callable batch -> (forward, head)",
+    "optimizer_cls_and_kwargs": "the optimizer is that of args.method, or give optimizers=(optimizer, None)",
+}
+NOT_OF_TASKS = {  # with a TaskData, these may have no other value
+    "compute_metrics": None, "preprocess_logits_for_metrics": None, "remove_unused_columns": False,
+    "train_sampling_strategy": "random",
+}  # fmt: skip
 
 
 class _Watcher(TrainerCallback):
@@ -203,16 +240,31 @@ class PseuZOTrainer(Trainer):
     ):
         if not isinstance(args, PseuZOTrainingArguments):
             raise TypeError(f"PseuZOTrainer: args must be PseuZOTrainingArguments, got {type(args).__name__}")
-        if kwargs.get("model_init") is not None:
-            raise ValueError("PseuZOTrainer: model_init is not supported; make the model and give it as model")
+        for name, instead in NOT_TAKEN.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"PseuZOTrainer: {name} is not supported; {instead}")
         some = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        data = next((d for d in (train_dataset, *some) if isinstance(d, TaskData)), None)
+        given = [d for d in (train_dataset, *some) if d is not None]
+        data = next((d for d in given if isinstance(d, TaskData)), None)
+        if data is not None and not all(isinstance(d, TaskData) for d in given):
+            raise ValueError("PseuZOTrainer: train_dataset and eval_dataset must both be TaskData, or neither")
+        if args.remove_unused_columns is None:
+            args.remove_unused_columns = data is None and objective is None
+        for name, only in NOT_OF_TASKS.items() if data is not None else ():
+            if (kwargs.get(name) if only is None else getattr(args, name)) != only:
+                raise ValueError(
+                    f"PseuZOTrainer: {name} does nothing with a TaskData, which makes its own batches and is evaluated "
+                    "by its task's metric"
+                )
         if data_collator is None and data is not None:
             data_collator = data.collate
         if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
             raise ValueError("PseuZOTrainer: train_dataset is empty")
+        args.refuse()
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        if objective is None:
+        args.refuse()  # Transformers writes some of them
+        own = objective is None
+        if own:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
         if data is None and isinstance(objective, CausalLMObjective):
@@ -225,7 +277,9 @@ class PseuZOTrainer(Trainer):
             raise ValueError(
                 f"PseuZOTrainer: method {args.method} needs MeZO or PseuZO, got {type(self.optimizer).__name__}"
             )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made by the objective
+        # does a loss count the labels of all batches that are accumulated? Else it is a mean over its batch
+        self.model_accepts_loss_kwargs = own and data is None and not args.zeroth_order
+        self._loss_only = False  # of the prediction_step that runs
         self._journal: Journal | None = None
         self.kept_step: int | None = None  # of the checkpoint that train() loaded in the end; None: the last step's
         self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
@@ -453,17 +507,59 @@ class PseuZOTrainer(Trainer):
         return lambda: head(forward())
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        if return_outputs and self.compute_metrics is not None:  # those want the model's logits
-            inputs = {k: v for k, v in inputs.items() if k == "labels" or k not in NOT_INPUTS}
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        logits = return_outputs and not self._loss_only
+        if logits and self._is_the_models(inputs):
+            return super().compute_loss(model, self._model_inputs(inputs, "labels"), return_outputs)
         clip = self.args.clip_examples if torch.is_grad_enabled() else None  # the gradient is all it changes
         with self.accelerator.autocast():  # of fo-* in mixed precision; the model's own ends before the head
             forward, head = self._split(inputs, clip is not None)
             o = forward()
             loss = head(o) if clip is None else _clipped_mean(head, o, clip, inputs.get("examples"))
-        return (loss, {}) if return_outputs else loss
+        if torch.is_grad_enabled() and num_items_in_batch is not None:  # its share of the batches that are accumulated
+            tokens = "targets" in inputs and "examples" not in inputs
+            loss *= (
+                (inputs["targets"] != IGNORED).sum() / num_items_in_batch
+                if tokens
+                else (1 / self.current_gradient_accumulation_steps)
+            )
+        if not return_outputs:
+            return loss
+        outputs = model(**self._model_inputs(inputs)) if logits else {}
+        if not isinstance(outputs, dict):  # as Transformers' loop takes them
+            outputs = (loss, *outputs) if isinstance(outputs, tuple) else {"logits": outputs}
+        return loss, outputs
+
+    def _is_the_models(self, inputs: dict[str, Any]) -> bool:
+        """Is the loss of a batch the one that the model gives with its logits?"""
+        objective = self.objective
+        return isinstance(objective, CausalLMObjective) and objective.options is None and "examples" not in inputs
+
+    def _model_inputs(self, inputs: dict[str, Any], *more: str) -> dict[str, Any]:
+        """What the model gets of a batch, without what is the objective's alone, but for `more`; with the objective's
+        positions where rows are padded on the left."""
+        kept = {k: v for k, v in inputs.items() if k in more or k not in (*NOT_INPUTS, *self.label_names)}
+        mask = inputs.get("attention_mask")
+        if isinstance(self.objective, CausalLMObjective) and mask is not None and not bool(mask[:, 0].all()):
+            kept |= self.objective._model_inputs(kept)
+        return kept
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As Transformers'; the logits are the model's own, and positions are counted as in training."""
+        if any(inputs.get(name) is None for name in self.label_names):
+            inputs = self._model_inputs(inputs)  # there is no loss
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
 
     # what is written
 
@@ -478,12 +574,13 @@ class PseuZOTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(data, dict) and all(isinstance(part, TaskData) for part in data.values()):
-            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in data.items())
-            return {k: v for metrics in parts for k, v in metrics.items()}
-        if not isinstance(data, TaskData):
+        if isinstance(data, str):  # one of several
+            data = self.eval_dataset[data]
+        if isinstance(data, dict):  # each comes here
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self._not_training():
+            if not isinstance(data, TaskData):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             started = time.perf_counter()
             figures = evaluate(self.model, data, batch_size=self.args.eval_batch_size)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
@@ -492,6 +589,34 @@ class PseuZOTrainer(Trainer):
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers'."""
+        if isinstance(test_dataset, TaskData):
+            raise ValueError(
+                "PseuZOTrainer.predict: for a TaskData use evaluate, or pseuzo.tasks.generate for its texts"
+            )
+        with self._not_training():
+            return super().predict(test_dataset, *args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "PseuZOTrainer: hyperparameter_search is not supported, as model_init is not; make a trainer for each "
+            "trial, or use pseuzo train --lr auto"
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Transformers' are of a forward and a backward pass, which counts as two."""
+        return super().floating_point_ops(inputs) * self.forwards(1) // 3
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" not in inputs and "input_ids" in inputs:  # which says that there is no padding
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys((*self._signature_columns, *NOT_INPUTS))]
 
     def _spent(self, now: float) -> dict[str, float]:
         return {"forwards": self.forwards(self.state.global_step), "train_seconds": round(now - self._began, 4)}
@@ -598,6 +723,35 @@ class PseuZOTrainer(Trainer):
         return figures
 
     # journal, checkpoints
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Transformers', whose states say how a run goes on; and a line for each argument that says otherwise."""
+        given = self._settings()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed with these arguments (was it of another method, noise_on or head, or "
+                f"without weight decay?): {error}"
+            ) from error
+        for name, value in self._settings().items():
+            if value != given[name]:
+                also = f"; the order of the batches is that of seed {self.args.seed}" if name == "seed" else ""
+                _log.warning("resumed: %s %s of the checkpoint goes on, not %s%s", name, value, given[name], also)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the states of the optimizer and the scheduler hold of the arguments."""
+        found: dict[str, Any] = {"learning_rate": getattr(self.lr_scheduler, "base_lrs", None)}
+        for name in ("weight_decay", "noise_scale", "momentum", "betas"):
+            found[name] = [group[name] for group in self.optimizer.param_groups if name in group]
+        if self.zero_order is not None:
+            found |= {name: getattr(self.zero_order, name) for name in ("eps", "seed", "noise", "rounding")}
+        if isinstance(self.zero_order, MeZO):
+            found |= {name: getattr(self.zero_order, name) for name in ("directions", "momentum", "window")}
+        if isinstance(self.zero_order, PseuZO):
+            found["window"] = self.zero_order.window.capacity
+        alike = {name: value for name, value in found.items() if isinstance(value, list) and len(set(value)) == 1}
+        return found | {name: value[0] for name, value in alike.items()}
 
     def _check_saving(self) -> None:
         """ValueError if a checkpoint could not be written; a warning, if args ask for none."""
