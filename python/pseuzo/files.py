@@ -19,6 +19,8 @@ except ImportError:  # not on Windows
 import yaml
 from torch import Tensor, nn
 
+from pseuzo.machine import parts_of
+
 MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
 
@@ -191,7 +193,7 @@ def check_saving(
     weights = model.state_dict()
     adapter = hasattr(model, "peft_type")
     saved = [p for p in model.parameters() if p.requires_grad] if adapter else weights.values()
-    sizes = {_address(x): x.numel() * x.element_size() for x in saved if isinstance(x, Tensor)}  # tied ones count once
+    sizes = {_address(p): p.nbytes for x in saved if isinstance(x, Tensor) for p in parts_of(x)}  # tied ones count once
     needed, free = sum(sizes.values()) + extra, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

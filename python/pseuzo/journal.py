@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.files import lock, unlock
-from pseuzo.machine import Fetched
+from pseuzo.machine import Fetched, parts_of
 from pseuzo.optimizer import ZeroOrder
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -85,7 +85,8 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, p in params.items():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in parts_of(p.detach()):
+            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it."""
+"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it or made of others."""
 
 import platform
 import resource
@@ -65,6 +65,19 @@ def peak_memory(device: torch.device | str) -> float:
         return int(status.split("VmHWM:")[1].split()[0]) / 2**10
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def parts_of(x: Tensor) -> list[Tensor]:
+    """The tensors that hold the numbers of x: itself, or those that a quantised weight of torchao is made of."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(x, name))]
+
+
+def holds_codes(x: Tensor) -> bool:
+    """Is x quantised: no numbers, but codes for some (of bitsandbytes, torchao, 8-bit floats)?"""
+    return not x.is_floating_point() or x.element_size() < 2 or hasattr(x, "__tensor_flatten__")
 
 
 class Fetched:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pseuzo.machine import holds_codes
 from pseuzo.perturbed import frozen_mode, rows_of
 
 IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
@@ -296,6 +297,8 @@ class CausalLMObjective:
         if self.options is None:
             return self._after_head(self.lm_head(o).float())
         weight, bias = self.lm_head.weight, self.lm_head.bias
+        if holds_codes(weight):  # it has no rows to choose from
+            return self._after_head(self.lm_head(o).float())[..., self.options]
         if self._option_ids is None or self._option_ids.device != weight.device:
             self._option_ids = torch.tensor(self.options, device=weight.device)
         rows = rows_of(self.model, weight, self._option_ids).float()
@@ -328,13 +331,11 @@ class CausalLMObjective:
         if self.options is not None:
             theirs = theirs[..., self.options]
         there = (places >= 0)[..., None]
-        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(
-            self.lm_head.weight.device.type
-        )
+        weight = self.lm_head.weight
+        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(weight.device.type)
+        exact = exact and not holds_codes(weight)
         # the logits are in fp32, whatever the model is in
-        eps = max(
-            torch.finfo(self.lm_head.weight.dtype if exact else torch.bfloat16).eps, torch.finfo(torch.float32).eps
-        )
+        eps = max(torch.finfo(weight.dtype if exact else torch.bfloat16).eps, torch.finfo(torch.float32).eps)
         # a matrix product of another shape may round differently: a few ulps of the largest logit
         limit = 32 * eps * theirs.abs().max().clamp(min=1)
         if not bool((((ours - theirs).abs() * there) <= limit).all()) and bool(theirs.isfinite().all()):

@@ -42,7 +42,7 @@ from pseuzo.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, wit
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
-from pseuzo.tuning import head_parameters
+from pseuzo.tuning import head_parameters, keep_as_loaded
 
 _log = logging.getLogger(__name__)
 
@@ -261,7 +261,10 @@ class PseuZOTrainer(Trainer):
         if train_dataset is not None and hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
             raise ValueError("PseuZOTrainer: train_dataset is empty")
         args.refuse()
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        if isinstance(model, nn.Module):
+            keep_as_loaded(model)
+        with _head_alone(model):
+            super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         args.refuse()  # Transformers writes some of them
         own = objective is None
         if own:
@@ -521,6 +524,11 @@ class PseuZOTrainer(Trainer):
             forward, head = self._split(inputs, clip is not None)
             o = forward()
             loss = head(o) if clip is None else _clipped_mean(head, o, clip, inputs.get("examples"))
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"method {self.args.method}: no gradient reaches the weights that are trained (layers of the model, as "
+                "some quantised ones, pass none on); use mezo or pseuzo, which need none"
+            )
         if torch.is_grad_enabled() and num_items_in_batch is not None:  # its share of the batches that are accumulated
             tokens = "targets" in inputs and "examples" not in inputs
             loss *= (
@@ -873,6 +881,21 @@ class PseuZOTrainer(Trainer):
                 self.args.save_total_limit = limit
             checkpoints.seal(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+@contextmanager
+def _head_alone(model: Any) -> Iterator[None]:
+    """Transformers trains adapters alone on a quantised model; the output head of one, which is not quantised, is as
+    good, if nothing else is trained."""
+    trained = {p for p in model.parameters() if p.requires_grad} if getattr(model, "is_quantized", False) else set()
+    if not trained or not trained <= set(head_parameters(model)):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
 
 
 def _clipped_mean(head: Callable[[Tensor], Tensor], o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:

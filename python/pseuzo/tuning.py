@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseuzo.machine import usable_device
+from pseuzo.machine import holds_codes, usable_device
 from pseuzo.methods import MODES
 from pseuzo.perturbed import frozen_mode
 from pseuzo.placement import ROLES
@@ -38,10 +38,11 @@ def load_model(
 ) -> tuple:
     """(model, tokenizer) of a causal LM: a name on the hub, a folder, or a folder of adapters that `peft` saved.
 
-    dtype: "fp32", "fp16" or "bf16". device: cuda where there is one, unless given. Weights come from safetensors alone,
-    and no code of the model's is run. The tokenizer pads on the left; one without a padding token pads with its end of
-    text; need_tokenizer False: None where there is none. ValueError: no such model, no causal LM, pickled weights,
-    missing ones, no tokenizer, no such device.
+    dtype: "fp32", "fp16" or "bf16"; of a quantised model, that of what is not quantised (with bitsandbytes, that stays
+    as it was saved). device: cuda where there is one, unless given. Weights come from safetensors alone, and no code of
+    the model's is run. The tokenizer pads on the left; one without a padding token pads with its end of text;
+    need_tokenizer False: None where there is none. ValueError: no such model, no causal LM, pickled weights, missing
+    ones, no tokenizer, no such device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -100,6 +101,11 @@ def tune(
     if hasattr(model, "peft_type"):
         raise ValueError("tune: the model has an adapter already; tune the model that it was made from")
     if mode == "full":
+        if names := quantised(model):
+            raise ValueError(
+                f"tune: {len(names)} weights of {type(model).__name__} are quantised, {names[0]} being the first, and "
+                "no step can change them; use mode lora, prefix or head, or a model that is not quantised"
+            )
         return model.requires_grad_(True)
     if mode == "head":
         return _tune_head(model)
@@ -110,6 +116,41 @@ def tune(
     if mode == "lora":
         return _tune_lora(model, lora_r, lora_alpha, lora_targets, seed)
     return _tune_prefix(model, prefix_tokens, prefix_from, seed)
+
+
+def quantised(model: nn.Module) -> list[str]:
+    """The names of quantised weights, which can take neither noise nor gradients."""
+    return [name for name, p in model.named_parameters() if holds_codes(p)]
+
+
+def keep_as_loaded(model: nn.Module) -> None:
+    """Have a quantised model compute and save what was loaded, whatever is done between.
+
+    For some processors bitsandbytes packs 4-bit weights anew at a forward, with rounded scales, and unpacks them at a
+    save: other outputs than those of the model that was loaded, and others again after a checkpoint. Transformers
+    cannot write in the original format what it quantised, or loaded so; and calls a model quantised whose weights it
+    made numbers again when it loaded them (GGUF).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks them, if they are packed
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(base, "is_quantized", False):
+        return
+    if quantised(base):
+        kept = [conversion for conversion in getattr(base, "_weight_conversions", None) or () if _reverts(conversion)]
+        base._weight_conversions = kept or None
+    else:
+        base.hf_quantizer.remove_quantization_config(base)
+
+
+def _reverts(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -130,6 +171,11 @@ def _tune_head(model: nn.Module) -> nn.Module:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"tune: {type(model).__name__} has no Linear output head to train; use another mode")
+    if holds_codes(head.weight):
+        raise ValueError(
+            f"tune: the output head of {type(model).__name__} is quantised, and no step can change it; leave it out of "
+            "the quantisation (llm_int8_skip_modules, modules_to_not_convert), or use mode lora or prefix"
+        )
     if head.weight is getattr(model.get_input_embeddings(), "weight", None):
         head = copy.deepcopy(head)
         model.set_output_embeddings(head)
@@ -216,8 +262,10 @@ def _tune_prefix(model: nn.Module, count: int, tokens: list[int] | None, seed: i
             got = model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits
     except Exception as error:  # peft knows fewer models than Transformers, and fails on others in many ways
         raise ValueError(refused.format(_first_line(error))) from None
-    # The prefix must be to the model what those tokens are. Products of other shapes round differently: a few ulps.
-    limit = 32 * torch.finfo(want.dtype).eps * want.abs().max().float().clamp(min=1)
+    # The prefix must be to the model what those tokens are. Products of other shapes round differently: a few ulps; of
+    # 8-bit numbers, a few of their roundings, as all rows decide which columns are left out of them.
+    ulps = 2**-4 if quantised(model) else 32 * torch.finfo(want.dtype).eps
+    limit = ulps * want.abs().max().float().clamp(min=1)
     if bool(want.isfinite().all()) and not bool(((got - want).abs() <= limit).all()):
         raise ValueError(refused.format("it does not see past keys and values as the tokens they were made of"))
     return model
@@ -242,6 +290,8 @@ def _folder(name: str) -> Path | None:
     if name and path.is_dir():
         return path
     if name and path.exists():
+        if path.suffix == ".gguf":
+            raise ValueError(f"load_model: {_packed(path)}")
         raise ValueError(f"load_model: {name} is a file; give the folder of a model, or a name on the hub")
     if name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1 or not name:
         raise ValueError(f"load_model: there is no folder {name or 'of an empty name'}")
@@ -271,6 +321,18 @@ def _pickled(what: str, name: str, instead: str = "") -> str:
     )
 
 
+def _packed(file: Path) -> str:
+    """What to do about the weights in a GGUF file."""
+    target = f"{file.stem}-safetensors"
+    given = f"{str(file.parent)!r}, gguf_file={file.name!r}"
+    return (
+        f'{file} is a GGUF file; make numbers of its weights: python -c "import transformers as t; from pseuzo.tuning '
+        f"import keep_as_loaded; m = t.AutoModelForCausalLM.from_pretrained({given}, quantization_config="
+        f"t.GgufConfig(dequantize=True)); keep_as_loaded(m); m.save_pretrained({target!r}); "
+        f't.AutoTokenizer.from_pretrained({given}).save_pretrained({target!r})", then give {target}'
+    )
+
+
 def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -279,6 +341,8 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
     if folder and not (folder / "config.json").is_file():
         inside = folder / "model"  # of a run
         hint = f"; did you mean {inside}?" if any(inside.glob("*config.json")) else ""
+        if file := next(iter(sorted(folder.glob("*.gguf"))), None):
+            raise ValueError(f"load_model: {_packed(file)}")
         raise ValueError(f"load_model: {name} has no config.json; it is not the folder of a Transformers model{hint}")
     source = folder.resolve() if folder else name  # adapters are saved with it, and loaded in other directories
     try:
@@ -305,6 +369,7 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
             f"load_model: {name} lacks {len(missing)} of the weights of {type(model).__name__}, the first being "
             f"{missing[0]}; they would be random"
         )
+    keep_as_loaded(model)
     return model
 
 
