@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from pseuzo import checkpoints, files
-from pseuzo.checkpoints import MANIFEST, flaw, last_checkpoint
+from pseuzo.checkpoints import MANIFEST, flaw, last_checkpoint, step_of
+from pseuzo.journal import JournalError, owner, replay
 from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -223,6 +224,59 @@ def test_best_is_the_best_of_those_that_are_saved(tmp_path):
     assert min(losses, key=losses.get) % 2 == 1
     assert trainer.kept_step == min(saved, key=saved.get)
     assert trainer.state.best_metric == min(saved.values())
+
+
+# the journal
+
+
+def test_a_checkpoint_counts_when_its_steps_are_in_the_journal_on_the_disk(tmp_path, monkeypatch):
+    path, seal, fsync, events = tmp_path / "run.pzj", checkpoints.seal, os.fsync, []
+
+    def synced(number):
+        if os.readlink(f"/proc/self/fd/{number}") == str(path):
+            events.append(("journal", owner(path)[1]))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(checkpoints, "seal", lambda f: (events.append(("sealed", step_of(f))), seal(f)))
+    trainer = trainer_of(tmp_path / "run", journal=str(path), **BEST)
+    trainer.add_callback(Spoil(lambda folder: None))
+    trainer.train()
+    for step in (2, 4, 6):
+        assert events[events.index(("sealed", step)) - 1] == ("journal", step)
+    assert trainer.kept_step == 4, "that its weights are loaded in the end is no write by somebody else"
+    fresh = trainer_of(tmp_path / "fresh").model
+    assert replay(path, fresh, until=4) == 4 and same(list(fresh.parameters()), weights(trainer))
+    # nor when a run is resumed and goes on
+    again = trainer_of(tmp_path / "run", journal=str(path), max_steps=8)
+    again.train(resume_from_checkpoint=True)
+    fresh = trainer_of(tmp_path / "fresh").model
+    assert replay(path, fresh) == 8 and same(list(fresh.parameters()), weights(again))
+
+
+def test_a_run_is_not_resumed_with_a_journal_that_is_not_its_own(tmp_path):
+    path = tmp_path / "run.pzj"
+    trainer_of(tmp_path / "run", journal=str(path)).train()
+    whole = path.read_bytes()
+    for content, sentence in (
+        (None, "where the steps so far should be recorded, is not there, or empty"),
+        (b"", "is not there, or empty"),
+        (b"another", "is not a journal"),
+        ("another", "is the journal of another run"),
+    ):
+        if content == "another":
+            path.unlink()
+            trainer_of(tmp_path / "another", journal=str(path)).train()
+            content = path.read_bytes()
+        elif content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        with pytest.raises(JournalError, match=sentence):
+            trainer_of(tmp_path / "run", journal=str(path), max_steps=8).train(resume_from_checkpoint=True)
+        assert path.exists() == (content is not None) and (content is None or path.read_bytes() == content)
+    path.write_bytes(whole)
+    trainer_of(tmp_path / "run", max_steps=7).train(resume_from_checkpoint=True)  # without one, if that is wanted
 
 
 # what a kill during a save leaves

@@ -10,9 +10,18 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
 from pseuzo.checkpoints import last_checkpoint
-from pseuzo.journal import read_journal
+from pseuzo.journal import _part, held, owner, read_journal
+from pseuzo.trainer import PseuZOTrainer
+
+
+def records(journal):
+    """All but the header, which has the identifier of its run."""
+    content = journal.read_bytes()
+    return content[8 + 12 + int.from_bytes(content[8:12], "little") :]
+
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +46,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
     assert last_checkpoint(out).endswith("checkpoint-20")
     run([*args, "--resume"])
     assert_same_weights(whole / "model", out / "model")
-    assert again.read_bytes() == journal.read_bytes()
+    assert records(again) == records(journal)
 
 
 def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
@@ -92,14 +101,76 @@ def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
 
 
 def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
+    """The steps that it recorded are kept: with the weights that it began with, they are all there is of it."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 0, "--keep", "last", "--journal", journal,
             "--output", out]  # fmt: skip
     pseuzo(*args)
     before, recorded = weights(out / "model"), journal.read_bytes()
-    assert "no whole checkpoint" in pseuzo(*args, "--resume")
+    text = pseuzo(*args, "--resume")
+    assert "no whole checkpoint" in text and f"the 4 step(s) in {journal} can be replayed from {journal}.1, " in text
     assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
-    assert journal.read_bytes() == recorded
+    assert (tmp_path / "run.pzj.1").read_bytes() == recorded and records(journal) == records(tmp_path / "run.pzj.1")
+    assert owner(journal) == owner(tmp_path / "run.pzj.1")
+
+    other = recorded.replace(owner(journal)[0].encode(), b"another run's id")
+    start = 8 + 12 + int.from_bytes(other[8:12], "little")
+    journal.write_bytes(other[:8] + _part(other[20:start]) + other[start:])
+    other = journal.read_bytes()
+    assert f"and {journal} is the journal of another run: put its file back" in pseuzo(*args, "--resume", code=2)
+    assert journal.read_bytes() == other and (tmp_path / "run.pzj.1").read_bytes() == recorded
+
+
+def test_a_run_goes_on_with_its_own_journal_alone(tmp_path, monkeypatch):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    args = ["train", *SMALL, *ZERO_ORDER, "--save-every", 2, "--keep", "last", "--output", out, "--journal", "run.pzj"]
+    monkeypatch.chdir(tmp_path)
+    pseuzo(*args, "--steps", 4)
+    assert yaml.safe_load((out / "config.yaml").read_text())["journal"] == str(tmp_path / "run.pzj")
+    longer = [*args, "--steps", 6, "--resume"]
+
+    monkeypatch.chdir(elsewhere)  # a relative path names another file here
+    words = f"records its steps in {tmp_path}/run.pzj, and {elsewhere}/run.pzj is not there, or empty: put its file"
+    assert words in pseuzo(*longer, code=2)
+    assert not list(elsewhere.iterdir())
+    os.rename(tmp_path / "run.pzj", elsewhere / "moved.pzj")
+    monkeypatch.chdir(tmp_path)
+    assert f"and {tmp_path}/run.pzj is not there, or empty" in pseuzo(*longer, code=2)
+    assert not (tmp_path / "run.pzj").exists()
+    text = pseuzo("train", "--config", out / "config.yaml", "--output", out, "--resume", code=2)
+    assert "take the line `journal:` out of" in text
+
+    with held(elsewhere / "moved.pzj"):
+        assert "is in use by another run" in pseuzo(*longer, "--journal", elsewhere / "moved.pzj", code=2)
+    pseuzo(*longer, "--journal", elsewhere / "moved.pzj")
+    pseuzo("replay", "--base", "demo", "--journal", elsewhere / "moved.pzj", "--output", tmp_path / "replayed")
+    assert_same_weights(out / "model", tmp_path / "replayed")
+
+    (elsewhere / "moved.pzj").unlink()
+    config = (out / "config.yaml").read_text().replace(f"journal: {elsewhere}/moved.pzj\n", "")
+    (out / "config.yaml").write_text(config)
+    pseuzo("train", "--config", out / "config.yaml", "--output", out, "--steps", 7, "--resume")
+    assert not (elsewhere / "moved.pzj").exists()
+
+
+def test_two_runs_are_given_one_journal(tmp_path, monkeypatch):
+    """The second is refused, whenever it comes, and does not remove the file of the first."""
+    journal, out = tmp_path / "run.pzj", tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 2, "--journal", journal, "--output", out]
+    with held(journal):  # by a run that loads its model
+        assert "run.pzj is in use by another run" in pseuzo(*args, code=2)
+        assert journal.exists() and not list(out.iterdir())
+    journal.unlink()
+
+    def overtaken(trainer, resume_from_checkpoint):
+        journal.write_bytes(b"of the other run")
+        return train(trainer, resume_from_checkpoint)
+
+    train = PseuZOTrainer.train
+    monkeypatch.setattr(PseuZOTrainer, "train", overtaken)
+    assert "is not a journal" in pseuzo(*args, code=2)
+    assert journal.read_bytes() == b"of the other run" and not list(out.iterdir())
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):

@@ -19,6 +19,12 @@ from transformers import AutoModelForCausalLM
 from pseuzo_kernels import reference
 
 LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def same(left, right):
+    return all(torch.equal(p, q) for p, q in zip(left.parameters(), right.parameters(), strict=True))
+
+
 MAKERS = {
     "pseuzo": lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
     "fp16 sums": lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, noise="hadamard-fp16", seed=2),
@@ -83,6 +89,15 @@ def journal_of(tmp_path, steps=4):
     return tmp_path / "run.pzj", base, model, opt
 
 
+def resumed(path, opt, model, steps):
+    """opt and model as after a resume from a checkpoint that the run of this journal saved after these steps."""
+    train(opt, model, steps)
+    state = copy.deepcopy(opt.state_dict())
+    state["state"]["zero_order"]["journal"] = read_journal(path)[0]["run"]
+    opt.load_state_dict(state)
+    return opt
+
+
 def unchanged_after(call, model, error, sentence):
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(error, match=sentence):
@@ -101,8 +116,7 @@ def test_a_torn_tail_loses_one_step_and_is_cut_off_on_reopening(tmp_path):
     path.write_bytes(whole[:-5])
     # a run that was killed in its 4th step goes on from its checkpoint of 3 steps
     model = copy.deepcopy(base)
-    opt = MAKERS["pseuzo"](model)
-    train(opt, model, range(3))
+    opt = resumed(path, MAKERS["pseuzo"](model), model, range(3))
     with Journal(path, opt):
         train(opt, model, [3])
     assert path.read_bytes() == whole
@@ -111,8 +125,7 @@ def test_a_torn_tail_loses_one_step_and_is_cut_off_on_reopening(tmp_path):
 def test_going_back_to_a_checkpoint_cuts_what_came_after(tmp_path):
     path, base, _, _ = journal_of(tmp_path)
     model = copy.deepcopy(base)
-    opt = MAKERS["pseuzo"](model)
-    train(opt, model, range(2))
+    opt = resumed(path, MAKERS["pseuzo"](model), model, range(2))
     with Journal(path, opt):
         train(opt, model, [10, 11, 12])  # other batches than before
     assert replay(path, base) == 5
@@ -228,7 +241,7 @@ def test_a_journal_is_free_again_after_a_crash(tmp_path):
     assert replay(path, copy.deepcopy(model)) == 1
     process.kill()
     process.join()
-    train(opt, model, [0])
+    resumed(path, opt, model, [0])
     with Journal(path, opt):
         train(opt, model, [1])
     assert replay(path, causal_lm("opt")) == 2
@@ -261,7 +274,7 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
 @pytest.mark.parametrize("header, sentence", [
     (b"\xff{", "the header cannot be read"), (b'{"version": 1', "the header cannot be read"),
     (b"[1]", "the header cannot be read"), (b"{}", "the header cannot be read"),
-    (b'{"version": 2}', "the header lacks 'noise'"),
+    (b'{"version": %d}' % journal.VERSION, "the header lacks 'noise'"),
 ])  # fmt: skip
 def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
     path = tmp_path / "x.pzj"
@@ -286,7 +299,7 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
     opt, again = make(model), make(twin)
     with Journal(tmp_path / "run.pzj", opt):
         train(opt, model, range(2))
-    train(again, twin, range(2))
+    resumed(tmp_path / "run.pzj", again, twin, range(2))
     path = tmp_path / "old.pzj"
     with open(tmp_path / "run.pzj", "rb") as file:
         header, rest = journal._read_header(file), file.read()
@@ -323,14 +336,14 @@ def test_what_is_refused(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         unchanged_after(lambda: replay(path, base), base, JournalError, "damaged")
     length = int.from_bytes(whole[8:12], "little")
-    payload = whole[20 : 20 + length].replace(b'"version": 2', b'"version": 9')
+    payload = whole[20 : 20 + length].replace(b'"version": %d' % journal.VERSION, b'"version": 9')
     path.write_bytes(whole[:8] + journal._part(payload) + whole[20 + length :])
     unchanged_after(lambda: replay(path, base), base, JournalError, "has version 9")
     path.write_bytes(whole)
     other = MAKERS["mezo"](causal_lm("opt"))
     with pytest.raises(JournalError, match="of another model or of other settings"):
         Journal(path, other)
-    late = MAKERS["pseuzo"](copy.deepcopy(base))
+    late = resumed(path, MAKERS["pseuzo"](copy.deepcopy(base)), base, [])
     late._step = 9
     with pytest.raises(JournalError, match="ends before step 4, the optimizer goes on with step 9"):
         Journal(path, late)
@@ -418,9 +431,9 @@ def test_replay_on_the_command_line(tmp_path):
         result = run("new", "--base", str(tmp_path / "base"))
         assert result.exit_code == 2 and sentence in result.output, result.output
     path.write_bytes(whole[:-30])
-    with pytest.warns(UserWarning, match="run.pzj: the last record is cut short"):
-        result = run("cut", "--base", str(tmp_path / "base"))
+    result = run("cut", "--base", str(tmp_path / "base"))
     assert result.exit_code == 0 and "3 steps replayed" in result.output
+    assert "run.pzj: the last record is cut short, as by a crash; it is left out" in result.output
     path.write_bytes(whole)
     for out, base_folder, sentence in (
         ("out", "base", "is not empty"),
@@ -438,3 +451,302 @@ def test_the_header_says_what_is_needed(tmp_path):
     assert json.loads(json.dumps(header)) == header
     assert [e["name"] for e in header["params"]] == [n for n, _ in base.named_parameters()]
     assert [r.step for r in records] == [0, 1, 2, 3]
+
+
+# whose a journal is
+
+
+def test_a_journal_of_another_run_is_not_continued(tmp_path):
+    """Of the same model and settings, and of as many steps: nothing but the identifier tells the runs apart."""
+    path, base, _, opt = journal_of(tmp_path)
+    whole, sentence = path.read_bytes(), "run.pzj is the journal of another run"
+    model = copy.deepcopy(base)
+    without = MAKERS["pseuzo"](model)  # a run without a journal
+    train(without, model, range(4))
+    model = copy.deepcopy(base)
+    other = MAKERS["pseuzo"](model)
+    with Journal(tmp_path / "other.pzj", other):
+        train(other, model, range(4))
+    for another in (without, other):
+        with pytest.raises(JournalError, match=sentence):
+            Journal(path, another)
+    with pytest.raises(JournalError, match=sentence):
+        Journal(path, opt, run="mine")
+    with Journal(path, opt):  # the other's state, of the same step, is loaded while the journal is open
+        opt.load_state_dict(other.state_dict())
+        unchanged_after(lambda: train(opt, opt.model, [4]), opt.model, JournalError, sentence)
+    assert path.read_bytes() == whole and replay(path, base) == 4
+
+
+def test_the_identifier_is_in_the_header_and_in_the_state(tmp_path):
+    model, path = causal_lm("opt"), tmp_path / "a.pzj"
+    opt = MAKERS["pseuzo"](model)
+    assert journal.owner(path) == (None, 0)
+    with Journal(path, opt, run="mine") as first:
+        train(opt, model, [0])
+        assert first.run == read_journal(path)[0]["run"] == "mine"
+    state = opt.state_dict()
+    assert state["state"]["zero_order"]["journal"] == "mine" and journal.owner(path) == ("mine", 1)
+    del state["state"]["zero_order"]["journal"]  # it was saved before there were identifiers
+    opt.load_state_dict(state)
+    assert opt.journal_run is None
+
+
+def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
+    path, real, calls = tmp_path / "run.pzj", journal.lock, []
+
+    def slow(file):
+        calls.append(1)
+        if len(calls) == 1:
+            path.rename(tmp_path / "aside")
+            path.touch()
+        return real(file)
+
+    monkeypatch.setattr(journal, "lock", slow)
+    model = causal_lm("opt")
+    opt = MAKERS["pseuzo"](model)
+    with Journal(path, opt):
+        train(opt, model, [0])
+    assert len(calls) == 2 and len(list(read_journal(path)[1])) == 1 and not (tmp_path / "aside").stat().st_size
+
+
+# damage
+
+
+def parts(path):
+    """Where the header and the records begin, and where the file ends."""
+    whole, starts = path.read_bytes(), [8]
+    while starts[-1] < len(whole):
+        starts.append(starts[-1] + 12 + int.from_bytes(whole[starts[-1] : starts[-1] + 4], "little"))
+    return starts
+
+
+DAMAGES = {
+    "zeros": lambda part: bytes(len(part)),
+    "a bit of its length": lambda part: bytes([part[0] ^ 1]) + part[1:],
+    "a bit of its content": lambda part: part[:40] + bytes([part[40] ^ 8]) + part[41:],
+    "another step": lambda part: journal._part((9).to_bytes(8, "little") + part[20:]),
+}
+
+
+@pytest.mark.parametrize("rest", ["whole", "zeros"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_precedes_damage_can_be_used(damage, rest, tmp_path):
+    """The record of step 5 of 8 is damaged, and what follows it is whole, or zeros, as after a loss of power."""
+    path, base, _, _ = journal_of(tmp_path, steps=8)
+    whole, (at, after) = path.read_bytes(), parts(path)[6:8]
+    tail = whole[after:] if rest == "whole" else bytes(len(whole) - after)
+    path.write_bytes(whole[:at] + DAMAGES[damage](whole[at:after]) + tail)
+    damaged, want = path.read_bytes(), copy.deepcopy(base)
+    opt = resumed(path, MAKERS["pseuzo"](want), want, range(5))
+
+    for until in (6, None):
+        sentence = "what precedes step 5 can be replayed: --until 5, or --salvage"
+        unchanged_after(lambda n=until: replay(path, base, until=n), base, JournalError, sentence)
+    rebuilt = copy.deepcopy(base)
+    assert replay(path, rebuilt, until=5) == 5 and same(rebuilt, want)
+    rebuilt = copy.deepcopy(base)
+    lost = rf"run.pzj: damaged from byte {at} on: step 5 and all after it are lost \({len(whole) - at} bytes\)"
+    with pytest.warns(UserWarning, match=lost):
+        assert replay(path, rebuilt, salvage=True) == 5
+    assert same(rebuilt, want) and journal.owner(path)[1] == 5
+
+    # a resume from after the damage is refused, and told from where it is possible
+    late = copy.deepcopy(base)
+    with pytest.raises(JournalError, match="goes on with step 7; resume from a checkpoint of step 5 or before"):
+        Journal(path, resumed(path, MAKERS["pseuzo"](late), late, range(7)))
+    assert path.read_bytes() == damaged
+    with Journal(path, opt):
+        train(opt, want, range(5, 8))
+    assert path.read_bytes() == whole
+
+
+def test_salvage_of_a_whole_journal_loses_nothing(tmp_path, recwarn):
+    path, base, model, _ = journal_of(tmp_path)
+    assert replay(path, base, salvage=True) == 4 and same(base, model) and not recwarn.list
+
+
+def test_salvage_on_the_command_line(tmp_path):
+    path, base, _, _ = journal_of(tmp_path)
+    base.save_pretrained(tmp_path / "base")
+    whole, at = path.read_bytes(), parts(path)[3]
+    path.write_bytes(whole[:at] + bytes(len(whole) - at))
+    arguments = ["replay", "--journal", str(path), "--base", str(tmp_path / "base"), "--output"]
+    run = lambda out, *rest: CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])  # noqa: E731
+    result = run("out")
+    assert result.exit_code == 2 and "what precedes step 2 can be replayed: --until 2, or --salvage" in result.output
+    result = run("out", "--salvage")
+    assert result.exit_code == 0 and "2 steps replayed, up to step 2" in result.output, result.output
+    assert result.output.count(f"damaged from byte {at} on: step 2 and all after it are lost") == 1
+    assert "Warning" not in result.output
+    result = run("until", "--until", "2")
+    assert result.exit_code == 0 and "lost" not in result.output
+    assert replay(path, base, until=2) == 2
+    for out in ("out", "until"):
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / out), base)
+
+
+# what is on the disk, and when
+
+
+def test_records_reach_the_disk_for_less_than_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    """By a clock of our own: a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
+    now, syncs = [0.0], []
+
+    def fsync(number):
+        syncs.append(number)
+        now[0] += 0.3 if len(syncs) % 10 == 0 else 0.03
+
+    opt = MAKERS["mezo"](causal_lm("opt"))
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Journal(tmp_path / "run.pzj", opt) as opened:
+        began, opening = now[0], len(syncs)
+        for step in range(5000):
+            now[0] += 0.07
+            opened.record(step, 0, set(), torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
+        spent = now[0] - began - 5000 * 0.07
+        assert 0 < spent < 0.01 * (now[0] - began) and len(syncs) - opening > 30
+        done = len(syncs)
+        opened.sync()
+        assert len(syncs) == done + 1
+    monkeypatch.undo()
+
+
+class Full:
+    """The file of a disk that has ten bytes left."""
+
+    def __init__(self, file):
+        self.file, self.left = file, 10
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, part):
+        if not self.left:
+            raise OSError(28, "No space left on device")
+        n = self.file.write(part[: self.left])
+        self.left -= n
+        return n
+
+
+def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_path):
+    path, model = tmp_path / "run.pzj", causal_lm("opt")
+    base, opt = copy.deepcopy(model), MAKERS["pseuzo"](model)
+    opened = Journal(path, opt)
+    train(opt, model, range(2))
+    size, real = path.stat().st_size, opened._file
+    opened._file = Full(real)
+    with pytest.raises(OSError, match="No space left"):
+        train(opt, model, [2])
+    assert opt._step == 3 and path.stat().st_size == size, "the step is made, and half a record is taken back"
+    opened._file.left = 10
+    unchanged_after(lambda: train(opt, model, [3]), model, OSError, "No space left")
+    assert opt._step == 3 and path.stat().st_size == size
+    opened._file = real
+    train(opt, model, [3])
+    opened.close()
+    assert replay(path, base) == 4 and same(base, model)
+
+
+def test_more_seeds_than_65535_an_update(tmp_path):
+    model = torch.nn.Linear(2, 2, bias=False)
+    base = copy.deepcopy(model)
+    opt = MeZO(model, 1e-3, 1e-2, directions=70, momentum=0.9, window=1000)
+    opt._past = torch.arange(999 * 70).view(999, 70), torch.randn(999, 70) * 1e-3
+    with Journal(tmp_path / "run.pzj", opt):
+        for _ in range(2):
+            opt.step(lambda: model(torch.ones(1, 2)).square().mean())
+    assert [len(r.seeds) for r in read_journal(tmp_path / "run.pzj")[1]] == [70_000, 70_000]
+    assert replay(tmp_path / "run.pzj", base) == 2
+    assert torch.equal(model.weight, base.weight)
+
+
+# weights that somebody else writes
+
+
+@torch.no_grad()
+def add_one(model):
+    next(model.parameters()).view(-1)[3] += 1
+
+
+WRITES = {
+    "in place": (add_one, "were written"),
+    "loaded": (lambda m: m.load_state_dict(m.state_dict()), "were written"),
+    "converted": (lambda m: m.to(torch.float16), "were moved or converted"),
+    "there and back": (lambda m: m.half().float(), "were moved or converted"),
+    "replaced": (lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.clone()), "were moved or converted"),
+    "frozen": (lambda m: torch.nn.init.zeros_(m.model.layers[0].mlp.up_proj.weight), "were written"),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
+    model, path = causal_lm("llama"), tmp_path / "run.pzj"
+    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    opt = PseuZO([p for p in model.parameters() if p is not frozen], 1e-3, 1e-2, 3, model=model)
+    opened = Journal(path, opt)
+    train(opt, model, range(steps))
+    size = path.stat().st_size
+    WRITES[write][0](model)
+    unchanged_after(lambda: train(opt, model, [steps]), model, JournalError, f"run.pzj: weights {WRITES[write][1]}")
+    assert opt._step == steps and path.stat().st_size == size
+    opened.close()
+    if steps:  # nor is it forgotten when the journal is opened again
+        with pytest.raises(JournalError, match=r"load a checkpoint|of another model or of other settings"):
+            Journal(path, opt)
+    base = copy.deepcopy(model)
+    with Journal(tmp_path / "new.pzj", opt):
+        train(opt, model, [steps])
+    replay(tmp_path / "new.pzj", base)
+    assert same(base, model)
+
+
+@pytest.mark.parametrize("between", ["steps", "estimate and step"])
+def test_a_write_to_bare_parameters_is_noticed(between, tmp_path):
+    """Though the optimizer itself writes them, to perturb them and to put them back."""
+    x, path = torch.nn.Parameter(torch.randn(50).bfloat16()), tmp_path / "run.pzj"
+    base = {"parameter 0": x.detach().clone()}
+    opt = MeZO([x], 1e-2, 1e-2)
+    loss = lambda: x.float().square().sum()  # noqa: E731
+
+    def fails():
+        raise RuntimeError("no loss")
+
+    with Journal(path, opt):
+        opt.step(loss)
+        opt.estimate(loss)
+        opt.estimate(loss)
+        opt.step()
+        with pytest.raises(RuntimeError, match="no loss"):
+            opt.step(fails)
+        opt.step(loss)
+        before = x.detach().clone()
+        if between == "estimate and step":
+            opt.estimate(loss)
+        with torch.no_grad():
+            x[7] += 1
+        with pytest.raises(JournalError, match="weights were written since the last step"):
+            opt.step() if between == "estimate and step" else opt.step(loss)
+        changed = x.detach() != before
+        assert changed.sum() == 1 and changed[7] and opt._step == 3
+    assert replay(path, base) == 3 and torch.equal(base["parameter 0"], before)
+
+
+def test_what_leaves_the_weights_alone_is_no_write(tmp_path):
+    path, model = tmp_path / "run.pzj", causal_lm("llama")
+    base = copy.deepcopy(model)
+    opt = PseuZO([p for n, p in model.named_parameters() if n != "lm_head.weight"], 1e-3, 1e-2, 3, model=model)
+    with Journal(path, opt):
+        for step in range(3):
+            train(opt, model, [step])
+            model.to("cpu").float().train().eval()
+            model.requires_grad_(False).requires_grad_(True)
+            model(**batch_of(), labels=batch_of()["input_ids"]).loss.backward()
+            model.zero_grad()
+            model.save_pretrained(tmp_path / "saved")
+            copy.deepcopy(model)
+            with torch.inference_mode():
+                model(**batch_of())
+    assert replay(path, base) == 3 and same(base, model)

@@ -305,7 +305,10 @@ def main() -> None:
 @click.option("--resume", "--resume_from_checkpoint", "--resume-from-checkpoint", is_flag=False, flag_value="auto",
               metavar="[CHECKPOINT]", help="Go on with the run in --output from its last (or this) checkpoint, to the "
               "same bits as if it had never stopped.")  # fmt: skip
-@functools.partial(plainly, interrupted="interrupted; the run goes on from its last checkpoint with --resume")
+@functools.partial(
+    plainly,
+    interrupted="interrupted; the run goes on from its last checkpoint with --resume, or begins anew if it has none",
+)
 def train(**settings: Any) -> None:
     """Fine-tune a model on a task.
 
@@ -638,14 +641,17 @@ def _print_demo(summary: dict, out: Path) -> None:
         help="What the run wrote (pseuzo.Journal).")  # fmt: skip
 @option("--output", required=True, type=FOLDER, help="Folder for the model; must be empty or not there.")
 @option("--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal.")
+@option("--salvage", is_flag=True, help="Where the journal is damaged, stop there, and say what is lost.")
 @option("--device", type=Device(), default="cpu",
         help="Where to compute; the same bits anywhere (noise normal: on the same backend).")  # fmt: skip
 @plainly
-def replay(base: str, journal: Path, output: Path, until: int | None, device: str) -> None:
+def replay(base: str, journal: Path, output: Path, until: int | None, salvage: bool, device: str) -> None:
     """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit.
 
     For a run of mode lora, prefix or head the base is the folder start/ that the run wrote.
     """
+    import warnings
+
     from tqdm import tqdm
 
     from pseuzo.files import save_model
@@ -656,13 +662,17 @@ def replay(base: str, journal: Path, output: Path, until: int | None, device: st
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise Failure(f"{output} is not empty; choose another folder")
-    header, records = read_journal(journal)
-    total = sum(1 for _ in records)
+    header, records = read_journal(journal, until=until, salvage=salvage)
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        steps = sum(1 for _ in records)
+    for warning in left_out:
+        click.echo(str(warning.message), err=True)
     dtypes = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
     model, tokenizer = load_model(model_path(base), dtype=dtypes[header["dtype"]], device=device, need_tokenizer=False)
-    steps = total if until is None else min(total, max(until - header["first_step"], 0))
-    with tqdm(total=steps, desc="replay", unit="step") as bar:
-        step = replay_journal(journal, model, until=until, progress=lambda record: bar.update())
+    with tqdm(total=steps, desc="replay", unit="step") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were shown
+        step = replay_journal(journal, model, until=until, salvage=salvage, progress=lambda record: bar.update())
     save_model(model, tokenizer, output)
     click.echo(f"{steps} steps replayed, up to step {step}; the model is in {output}")
 

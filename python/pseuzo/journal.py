@@ -9,39 +9,51 @@ Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is
 noise "normal" that holds on one backend; others agree to a few ulp of the noise.
 
 The file: a magic number, a JSON header, then records; each part carries its length, its CRC-32, and one of these two,
-so that a wrong length is not taken for a torn tail. A record is in the file before the next step ends, so a crash loses
-at most the last one; a torn tail is recognised, and cut off on reopening.
+so that a wrong length is not taken for a torn tail. A record is in the file before the next step ends, so a crash of
+the process loses at most the last one. It is on the disk, where it outlasts a loss of power, at sync(), which
+PseuZOTrainer calls at every checkpoint, and between these as often as a hundredth of the time allows. A torn tail is
+recognised, and cut off on reopening. What precedes damage can be replayed.
+
+A journal belongs to one run: its header and the state of the optimizer carry the same identifier. No other run
+shortens it or goes on with it, and it is locked while it is open.
 """
 
 import hashlib
 import json
 import os
+import secrets
 import struct
+import time
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from pseuzo.files import lock, unlock
-from pseuzo.machine import Fetched, parts_of
+from pseuzo.files import lock, sync, unlock
+from pseuzo.machine import Fetched, holds_codes, parts_of
 from pseuzo.optimizer import ZeroOrder
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
-MAGIC, VERSION = b"PSEUZOJ\n", 2
+MAGIC, VERSION = b"PSEUZOJ\n", 3
+SYNC_SHARE = 0.01  # of the time, at most, is spent on waiting for the disk between checkpoints
 STEPS_AT_ONCE = 64  # that a replay makes in a pass over the weights
-_HEADER = ("version", "noise", "rounding", "groups", "params", "dtype", "frozen_sha256", "first_step", "base_sha256")
+_HEADER = ("version", "noise", "rounding", "groups", "params", "dtype", "frozen_sha256", "run", "first_step",
+           "base_sha256")  # fmt: skip
 _LENGTH, _CRC = struct.Struct("<II"), struct.Struct("<I")  # length and CRC-32 of a part; CRC-32 of these
-_STEP = struct.Struct("<qqBHHI")  # step, rounding seed, skipped, K, groups, unused weights
+_STEP = struct.Struct("<qqBIII")  # step, rounding seed, skipped, K, groups, unused weights
 _GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
 
 
 class JournalError(ValueError):
-    """The file is not a journal, is damaged, or belongs to other weights; the message says which."""
+    """The file is not a journal, is damaged, is another run's, or belongs to other weights; the message says which."""
 
 
 @dataclass
@@ -124,7 +136,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
         raise JournalError(f"{file.name} is not a journal of pseuzo")
     payload = _read_part(file)
     if payload is None:
-        raise JournalError(f"{file.name}: the header is cut short; the run ended before its first step")
+        raise JournalError(f"{file.name}: the header is cut short; the run ended before its first step, so delete it")
     try:
         header = json.loads(payload)
     except ValueError:
@@ -145,43 +157,117 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     return header | {"rounding_version": ROUNDING_VERSION}  # other weights have the same bits under both
 
 
-def _records(file: BinaryIO) -> Iterator[tuple[Record, int]]:
-    """Records with the position of their end."""
-    while (payload := _read_part(file)) is not None:
-        yield Record.unpack(payload), file.tell()
+def _next_record(file: BinaryIO, step: int) -> Record | None:
+    """The record of this step; None at the end of the file or at a torn tail. JournalError if another one is there."""
+    payload = _read_part(file)
+    if payload is None:
+        return None
+    record = Record.unpack(payload)
+    if record.step != step:
+        raise JournalError(f"{file.name}: where the record of step {step} belongs, there is that of {record.step}")
+    return record
 
 
-def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], Iterator[Record]]:
-    """The header, and an iterator over the records. A torn last record is left out. Raises JournalError, OSError."""
+def read_journal(
+    path: str | os.PathLike, *, until: int | None = None, salvage: bool = False
+) -> tuple[dict[str, Any], Iterator[Record]]:
+    """The header, and an iterator over the records, until before that step. Raises JournalError, OSError.
+
+    A torn last record is left out, with a warning. Damage is an error when the iterator comes to it; with salvage it is
+    left out like a torn record, with all that follows, and a warning says what was lost.
+    """
     with open(path, "rb") as file:
         header, start = _read_header(file), file.tell()
 
     def records() -> Iterator[Record]:
+        step, lost = header["first_step"], "the last record is cut short, as by a crash; it is left out"
         with open(path, "rb") as file:
             end = file.seek(start)
-            for record, after in _records(file):
-                end = after
+            while until is None or step < until:
+                try:
+                    record = _next_record(file, step)
+                except JournalError as error:
+                    if not salvage:
+                        some = f"; what precedes step {step} can be replayed: --until {step}, or --salvage"
+                        raise JournalError(f"{error}{some if step > header['first_step'] else ''}") from None
+                    record, lost = None, f"damaged from byte {end} on: step {step} and all after it are lost"
+                if record is None:
+                    if n := file.seek(0, os.SEEK_END) - end:
+                        warnings.warn(f"{path}: {lost} ({n} bytes)", stacklevel=2)
+                    return
                 yield record
-            if end < file.seek(0, os.SEEK_END):
-                warnings.warn(f"{path}: the last record is cut short, as by a crash; it is left out", stacklevel=2)
+                step, end = step + 1, file.tell()
 
     return header, records()
+
+
+def owner(path: str | os.PathLike) -> tuple[str | None, int]:
+    """The identifier of the run that writes a journal, and the number of whole records in it; None, 0 where there is no
+    file, or an empty one. Raises JournalError if the file is no journal."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return None, 0
+    with open(path, "rb") as file:
+        header = _read_header(file)
+        step = header["first_step"]
+        try:
+            while _next_record(file, step):
+                step += 1
+        except JournalError:  # damage: it ends the whole ones
+            pass
+    return header["run"], step - header["first_step"]
+
+
+def hold(path: str | os.PathLike) -> BinaryIO:
+    """Open the file of a journal, or make it, and keep others out of it until unlock. JournalError if it is in use."""
+    while True:
+        file = open(path, "ab", buffering=0)
+        if not lock(file):
+            file.close()
+            raise JournalError(
+                f"{path} is in use by another run; choose a new file, or wait for its end (in Python: close() the "
+                "other journal first)"
+            )
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        except FileNotFoundError:
+            pass
+        unlock(file)  # it was removed or renamed before it was locked
+        file.close()
+
+
+@contextmanager
+def held(path: str | os.PathLike) -> Iterator[None]:
+    """hold for a while."""
+    file = hold(path)
+    try:
+        yield
+    finally:
+        unlock(file)
+        file.close()
 
 
 class Journal:
     """Appends a record for every step of optimizer, from now on until close().
 
-    A new file begins with the weights as they are now: keep those (the base model). An existing one is gone on with if
-    it is this optimizer's: records of steps that the optimizer has not made, as after going back to a checkpoint, and a
-    torn tail are cut off. But never all records: raises JournalError if the optimizer has made no step and the file has
-    any, or began with other weights, and if the file is another's, or in use by another journal. The same holds for a
-    state that the optimizer loads while the journal is open: its next step cuts the file, or raises with nothing
-    changed. ValueError for an optimizer that has an open journal, over bare fp32 parameters, whose weights also carry
-    the rounding of their perturbations (give it `model=`), or with an exact_gradient group, whose updates are no sum of
-    seeds.
+    A new file begins with the weights as they are now: keep those (the base model). An existing one is continued if it
+    belongs to this optimizer: if it wrote the file, or loaded the state of one that did. Records of steps that the
+    optimizer has not made, as after going back to a checkpoint, and a torn or damaged tail after its steps are cut off.
+    But never all records: raises JournalError if the optimizer has made no step and the file has any, or began with
+    other weights, and if the file is another run's, or in use by another journal. The same holds for a state that the
+    optimizer loads while the journal is open: its next step cuts the file, or raises with nothing changed.
+
+    A step also raises JournalError, with nothing changed, if a weight of the model was written, moved or converted
+    since the last one by anything else than the optimizer, as a replay would not give these weights. Loading a state
+    into the optimizer says that the weights were loaded as well. What torch does not count is not noticed: writes
+    through .data or NumPy, and those to quantised weights, or to parameters that were made in inference mode.
+
+    run: an identifier for the header of a new file, by default a random one. ValueError for an optimizer that has an
+    open journal, over bare fp32 parameters, whose weights also carry the rounding of their perturbations (give it
+    `model=`), or with an exact_gradient group, whose updates are no sum of seeds.
     """
 
-    def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder):
+    def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder, *, run: str | None = None):
         self.path, self.optimizer = Path(path), optimizer
         if optimizer.journal is not None:
             raise ValueError(f"Journal: the optimizer writes {optimizer.journal.path} already; close() that one first")
@@ -205,24 +291,29 @@ class Journal:
             "frozen_sha256": None if optimizer.model is None else _frozen(optimizer.model, self._position),
         }  # fmt: skip
         self._layout = layout
-        self._pending: tuple[Record, Fetched] | None = None
-        self._next = optimizer._step
-        self._file = open(self.path, "ab")
+        self._pending: deque[tuple[Record, Fetched]] = deque()
+        self._late = int(optimizer._device.type == "cuda")  # records that may wait for the next step
+        self._next, self.run = optimizer._step, run
+        watched = optimizer.model.parameters() if optimizer.model is not None else self._position
+        self._watched = [p for p in watched if not p.is_inference() and not holds_codes(p)]
+        self._storages = [p.untyped_storage() for p in self._watched]  # kept: no other tensor may get their addresses
+        self._file = hold(self.path)
         try:
-            if not lock(self._file):
-                raise JournalError(
-                    f"{self.path} is in use by another run; choose a new file, or close() the other journal first"
-                )
-            if os.fstat(self._file.fileno()).st_size:
+            self._end = os.fstat(self._file.fileno()).st_size
+            if self._end:
                 self._go_on()
             else:
-                header = layout | {"first_step": self._next, "base_sha256": self._fingerprint()}
-                self._file.write(MAGIC + _part(json.dumps(header).encode()))
-                self._file.flush()
+                self.run = run or secrets.token_hex(8)
+                header = layout | {"run": self.run, "first_step": self._next, "base_sha256": self._fingerprint()}
+                self._append(MAGIC + _part(json.dumps(header).encode()))
+            self._sync()
+            sync(self.path.parent)
         except BaseException:
+            unlock(self._file)
             self._file.close()
             raise
-        optimizer.journal = self
+        self.note_weights()
+        optimizer.journal, optimizer.journal_run = self, self.run
 
     def _fingerprint(self) -> str:
         params = zip(self._layout["params"], self._position, strict=True)
@@ -240,23 +331,56 @@ class Journal:
                 )
             made = header["first_step"]
             if step == made:
-                if n := sum(1 for _ in _records(file)):
+                if _next_record(file, made) is not None:
                     raise JournalError(
-                        f"{self.path} holds {n} step(s) already, which a run from its beginning would overwrite; "
-                        "choose a new file, delete this one, or resume its run from a checkpoint"
+                        f"{self.path} holds {owner(self.path)[1]} step(s) already, which a run from its beginning "
+                        "would overwrite; choose a new file, delete this one, or resume its run from a checkpoint"
                     )
                 if self._fingerprint() != header["base_sha256"]:
                     raise JournalError(f"{self.path} is the journal of a run from other weights; choose a new file")
-                file.seek(end)  # a torn first record may follow
-            for record, after in _records(file):
-                if record.step >= step:
-                    break
-                made, end = record.step + 1, after
+            runs = {header["run"], self.run or header["run"]} | ({self.optimizer.journal_run} if step > made else set())
+            if len(runs) > 1:
+                raise JournalError(
+                    f"{self.path} is the journal of another run: the optimizer did not write it, and has no state of "
+                    "one that did; choose a new file"
+                )
+            try:
+                while made < step and _next_record(file, made):
+                    made, end = made + 1, file.tell()
+            except JournalError as error:
+                raise JournalError(
+                    f"{error}, and the optimizer goes on with step {step}; resume from a checkpoint of step {made} or "
+                    "before, or without this journal"
+                ) from None
         if made != step:
             ends = "ends before" if made < step else "begins with"
             raise JournalError(f"{self.path} {ends} step {made}, the optimizer goes on with step {step}")
+        if step > header["first_step"]:
+            self.check_weights()
         self._file.truncate(end)
-        self._next = step
+        self._next, self._end, self.run = step, end, header["run"]
+        self.optimizer.journal_run = self.run
+
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """Where the weights are in memory, and how often torch counted a write to them: 50 us for 400 of them."""
+        return list(map(Tensor.data_ptr, self._watched)), list(map(attrgetter("_version"), self._watched))
+
+    def note_weights(self) -> None:
+        """Called after the optimizer wrote its weights: nobody else may, until its next step."""
+        self.optimizer.recorded_weights = self._marks()
+
+    def check_weights(self) -> None:
+        """JournalError if somebody else did."""
+        marks = self._marks()
+        if self.optimizer.recorded_weights in (None, marks):
+            return
+        ((places, _), (before, _)) = marks, self.optimizer.recorded_weights
+        how = "written" if places == before else "moved or converted, as by model.to(...),"
+        raise JournalError(
+            f"{self.path}: weights were {how} since the last step by something else than the optimizer, so that a "
+            "replay would not give them; load a checkpoint (weights and optimizer), or close() this journal and begin "
+            "a new one, of the weights as they are"
+        )
 
     def prepare(self) -> None:
         """Called by the optimizer before it writes an update: raises if that could not be recorded."""
@@ -268,44 +392,69 @@ class Journal:
                 "Journal: the optimizer's groups, noise or rounding were changed since it was opened; close it and "
                 "open a new one"
             )
-        if optimizer._step != self._next:  # a state was loaded
+        self._write_pending(self._late)  # of a step before, where the disk was full
+        if optimizer._step != self._next or optimizer.journal_run != self.run:  # a state was loaded
             self._write_pending()
             self._go_on()
+        self.check_weights()
 
     def record(
         self, step: int, rounding_seed: int, unused: set, seeds: Tensor, coefs: Tensor, found_inf: Tensor
     ) -> None:
         """Called by the optimizer after an update. On a GPU the numbers are fetched without waiting, and written when
-        the next step calls, or close()."""
+        the next step calls, or sync() or close(). What could not be written is kept, and no step is made before it is.
+        """
         self._next = step + 1
-        self._write_pending()
         groups = [(g["lr"], g["weight_decay"], g["noise_scale"], g["maximize"]) for g in self.optimizer.param_groups]
         positions = sorted(self._position[p] for p in unused)
         record = Record(step, rounding_seed, False, groups, positions, seeds, coefs)
-        self._pending = record, Fetched(seeds, coefs, found_inf)
-        if not coefs.is_cuda:
-            self._write_pending()
+        self._pending.append((record, Fetched(seeds, coefs, found_inf)))
+        self.note_weights()
+        self._write_pending(self._late)
+        if time.monotonic() >= self._sync_at:
+            self._sync()
 
-    def _write_pending(self) -> None:
-        if self._pending is None:
-            return
-        record, fetched = self._pending
-        record.seeds, record.coefs, found_inf = fetched.get()  # of the step before: long here
-        record.skipped = bool(found_inf)
-        self._pending = None
-        self._file.write(_part(record.pack()))
-        self._file.flush()
+    def _write_pending(self, late: int = 0) -> None:
+        """Write the records that are not in the file yet, but the newest `late` ones."""
+        while len(self._pending) > late:
+            record, fetched = self._pending[0]
+            record.seeds, record.coefs, found_inf = fetched.get()  # on a GPU of the step before: long here
+            record.skipped = bool(found_inf)
+            self._append(_part(record.pack()))
+            self._pending.popleft()
+
+    def _append(self, part: bytes) -> None:
+        """Write all of it, or none if that fails."""
+        try:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            self._file.truncate(self._end)
+            raise
+        self._end += len(part)
+
+    def _sync(self) -> None:
+        began = time.monotonic()
+        os.fsync(self._file.fileno())
+        ended = time.monotonic()
+        self._sync_at = ended + (ended - began) / SYNC_SHARE
+
+    def sync(self) -> None:
+        """Return when the records of all steps so far are on the disk, where they outlast a loss of power."""
+        self._write_pending()
+        self._sync()
 
     def close(self) -> None:
         """Write what is left to the disk, and leave the optimizer."""
         if self._file.closed:
             return
         try:
-            self._write_pending()
-            os.fsync(self._file.fileno())
+            self.sync()
         finally:
             if self.optimizer.journal is self:
                 self.optimizer.journal = None
+            self._storages.clear()
             unlock(self._file)
             self._file.close()
 
@@ -318,15 +467,21 @@ class Journal:
 
 @torch.no_grad()
 def replay(
-    path: str | os.PathLike, model: nn.Module | Mapping[str, Tensor], *, until: int | None = None, progress: Any = None
+    path: str | os.PathLike,
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    until: int | None = None,
+    salvage: bool = False,
+    progress: Any = None,
 ) -> int:
     """Apply a journal to the base weights, in place; returns the number of the step that would be next.
 
     model: a module or {name: tensor}, holding the weights the run began with (same bits, any device). until: stop
-    before that step. progress: called with every record, for a bar. Raises JournalError, with the weights untouched, if
-    they are not the base, or if a record is damaged or missing.
-    """
-    header, records = read_journal(path)
+    before that step; the file may be damaged from there on. salvage: stop where the file is damaged, with a warning
+    that says what is lost. progress: called with every record, for a bar. Raises JournalError, with the weights
+    untouched, if they are not the base, or if a record is damaged or missing.
+    """  # fmt: skip
+    header, records = read_journal(path, until=until, salvage=salvage)
     have = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
     missing = [entry["name"] for entry in header["params"] if entry["name"] not in have]
     if missing:
@@ -346,15 +501,10 @@ def replay(
     frozen = header["frozen_sha256"]  # None: of bare parameters
     if frozen is not None and isinstance(model, nn.Module) and _frozen(model, trained) != frozen:
         raise JournalError("the base model's weights that the run did not train are not those of the run")
-    step = header["first_step"]
-    checked = list(records)  # all of it is read before anything is written
-    for record in checked:
-        if record.step != step:
-            raise JournalError(f"{path}: after step {step - 1} comes step {record.step}")
+    wanted = list(records)  # all of it is read before anything is written
+    for record in wanted:
         if len(record.groups) != header["groups"]:
-            raise JournalError(f"{path}: the record of step {step} has {len(record.groups)} groups")
-        step += 1
-    wanted = [record for record in checked if until is None or record.step < until]
+            raise JournalError(f"{path}: the record of step {record.step} has {len(record.groups)} groups")
     for first in range(0, len(wanted), STEPS_AT_ONCE):
         records = wanted[first : first + STEPS_AT_ONCE]
         _apply(records, header, params)

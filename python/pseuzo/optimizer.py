@@ -158,6 +158,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None
         self._places: tuple[list, dict] = [], {}  # what _find_places found, and of what
         self.journal: Any = None  # a pseuzo.journal.Journal that is told of every update
+        self.journal_run: str | None = None  # the run whose journal records the steps so far
+        self.recorded_weights: Any = None  # a journal's marks of the weights as the last step left them
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
         super().__init__(
             params,
@@ -292,6 +294,8 @@ class ZeroOrder(torch.optim.Optimizer):
         rounding; bf16 and fp16 from a copy of x, to the bit, as their rounding errors would add up to the size of the
         updates."""
         first = self._offset == 0
+        if first and self.journal is not None:
+            self.journal.check_weights()
         if first or seed == self._shift_seed:
             terms = [(seed, to - self._offset)]
         else:
@@ -313,6 +317,8 @@ class ZeroOrder(torch.optim.Optimizer):
                     for p in half:
                         p.copy_(self._originals[p])
         torch.clear_autocast_cache()  # its casts are of the weights as they were
+        if self.journal is not None:
+            self.journal.note_weights()
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -522,14 +528,14 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         return {"step": self._step, "seed": self.seed, "eps": self.eps, "noise": self.noise, "rounding": self.rounding,
-                "rounding_version": ROUNDING_VERSION, "skipped": self.skipped_steps,
-                "used": self._used_so_far()}  # fmt: skip
+                "rounding_version": ROUNDING_VERSION, "skipped": self.skipped_steps, "used": self._used_so_far(),
+                "journal": self.journal_run}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is another's state, or if
         it rounds 16-bit weights by another version of the rule."""
         own = state_dict.get("state", {}).get("zero_order")
-        own = own and {"rounding_version": 1} | own  # the first one was not written down
+        own = own and {"rounding_version": 1, "journal": None} | own  # these were not always written down
         missing = set(self._own_state()) - set(own or ())
         if missing:
             raise ValueError(
@@ -550,6 +556,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.state.pop("zero_order", None)
         self.eps, self.noise, self.rounding, self.seed = own["eps"], own["noise"], own["rounding"], own["seed"]
         self._step, self._pending, self._last = own["step"], None, None
+        self.journal_run, self.recorded_weights = own["journal"], None
         self._forward, self._used = None, {kind: list(streams) for kind, streams in own["used"].items()}
         self._skips = _Skips()
         self._skips.add(torch.zeros(1, device=self._device))

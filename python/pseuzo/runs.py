@@ -11,8 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pseuzo.files import (
     write_json,
     write_model,
 )
+from pseuzo.journal import JournalError, held, owner
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.methods import ZEROTH_ORDER
 from pseuzo.plots import plot_runs
@@ -191,6 +193,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     c.setdefault("scale_eps", False)
     check_integrations(c["report_to"])
     c["device"] = str(usable_device(c["device"]))
+    if c["journal"]:
+        c["journal"] = os.path.abspath(c["journal"])  # in config.yaml it must not depend on the present folder
     if c["capture"]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
@@ -221,13 +225,13 @@ def _remove(*paths: Path) -> None:
 
 
 @contextmanager
-def start_folder(output: Path, resume: str | None) -> Iterator[str | None]:
+def start_folder(output: Path, resume: str | None) -> Iterator[tuple[str | None, str]]:
     """Make the folder of a run, and keep it to ourselves: new or empty, or that of a run to resume. Gives resume, or
-    None where there is nothing to go on with yet."""
+    None where there is nothing to go on with yet; and the identifier of the run."""
     config = output / "config.yaml"
     if resume not in (None, "auto") and not (config.exists() and Path(resume).is_dir()):
         raise ValueError(f"--resume {resume}: that is no checkpoint of a run in {output}")
-    with claim(output, "train"):
+    with claim(output, "train") as run_id:
         begun = config.exists()
         if begun and not resume:
             raise ValueError(f"{output} is not empty; choose another folder, or --resume to go on with the run in it")
@@ -236,7 +240,7 @@ def start_folder(output: Path, resume: str | None) -> Iterator[str | None]:
                 print(f"{output} holds no run to resume: beginning a new one", flush=True)
             # of a try that did not get to its first step; the trials of a search for lr are gone on with
             _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
-        yield resume if begun else None
+        yield resume if begun else None, run_id
 
 
 def _to_make(output: Path, journal: str | None) -> list[Path]:
@@ -252,16 +256,23 @@ def _to_make(output: Path, journal: str | None) -> list[Path]:
     return made
 
 
-def _undo(output: Path, made: list[Path]) -> None:
+def _undo(output: Path, made: list[Path], journal: Path | None, run_id: str) -> None:
     """Leave nothing of a new run that failed before its first step, so that nothing is in the way of the next try."""
-    _remove(*made)
+    _remove(*(path for path in made if path != journal))
+    if journal in made:
+        with suppress(JournalError), held(journal):  # another run may have taken it in the meantime
+            if owner(journal) in ((None, 0), (run_id, 0)):
+                journal.unlink()
     if list(output.iterdir()) == [output / MARKER]:
         _remove(output / MARKER)
 
 
 def _same_run(c: dict[str, Any], output: Path) -> None:
     """ValueError if the settings are not those of the run in output."""
-    if found := differing(read_yaml(output / "config.yaml"), plain(c), besides=MAY_CHANGE):
+    config, now = read_yaml(output / "config.yaml"), plain(c)
+    if config.get("journal") and now["journal"]:  # the file may have been moved: _own_journal looks at it
+        now["journal"] = config["journal"]
+    if found := differing(config, now, besides=MAY_CHANGE):
         key, before, now = found
         raise ValueError(
             f"the run in {output} has {key} {before}, not {now}: it goes on with its own settings "
@@ -269,7 +280,27 @@ def _same_run(c: dict[str, Any], output: Path) -> None:
         )
 
 
-def _resumed(c: dict[str, Any], output: Path) -> dict[str, Any]:
+def _own_journal(c: dict[str, Any], output: Path, run_id: str) -> None:
+    """ValueError if c["journal"] is not the journal of the run in output, to be resumed from c["resume"]. Where that is
+    None, the run begins anew: then the steps that it recorded are kept under another name."""
+    path, before = c["journal"], read_yaml(output / "config.yaml").get("journal")
+    run, steps = owner(path)
+    if run is None and path == before and not c["resume"]:
+        return
+    if run != run_id:
+        raise ValueError(
+            f"the run in {output} records its steps in {before}, and {path} "
+            f"{'is not there, or empty' if run is None else 'is the journal of another run'}: put its file back, or "
+            f"name it with --journal; to go on without a journal, take the line `journal:` out of {output}/config.yaml"
+        )
+    if steps and not c["resume"]:
+        aside = next(name for n in count(1) if not os.path.exists(name := f"{path}.{n}"))
+        with held(path):
+            os.rename(path, aside)
+        print(f"the {steps} step(s) in {path} can be replayed from {aside}, which is kept", flush=True)
+
+
+def _resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     """The settings of the run that goes on in output: with the rate that it found, and the checkpoint to begin from."""
     if c["lr"] == "auto" and (output / LR_FILE).exists():
         c = c | _found_lr(read_json(output / LR_FILE, "chosen"))
@@ -278,8 +309,8 @@ def _resumed(c: dict[str, Any], output: Path) -> dict[str, Any]:
         c = c | {"resume": last_checkpoint(output)}
         if c["resume"] is None:  # killed before its first checkpoint: it begins anew, and makes the same steps
             print(f"{output} has no whole checkpoint: beginning anew", flush=True)
-            if c["journal"]:
-                Path(c["journal"]).unlink(missing_ok=True)
+    if c["journal"]:
+        _own_journal(c, output, run_id)
     return c
 
 
@@ -292,33 +323,36 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo train` with settings c; its results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
-    with start_folder(output, c["resume"]) as resume:
-        return _train(c | {"resume": resume}, output)
+    with start_folder(output, c["resume"]) as (resume, run_id):
+        return _train(c | {"resume": resume}, output, run_id)
 
 
-def _train(c: dict[str, Any], output: Path) -> dict[str, Any]:
+def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     new = not c["resume"]
     if c["resume"]:
-        c = _resumed(c, output)
+        c = _resumed(c, output, run_id)
     made = _to_make(output, c["journal"]) if new else []
+    journal = Path(c["journal"]) if c["journal"] else None
     trainer = None
     try:
-        run = Run(c)
-        if c["lr"] == "auto":
-            found = search_lr(run, output)
-            write_json(output / LR_FILE, found)
-            c |= _found_lr(found)
-        model = run.model()
-        if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
-            save_model(model, run.tokenizer, output / "start")
-        trainer = run.trainer(model, output)
-        trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
-        write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+        with held(journal) if journal else nullcontext():  # nobody else may take it while a model loads
+            run = Run(c)
+            if c["lr"] == "auto":
+                found = search_lr(run, output)
+                write_json(output / LR_FILE, found)
+                c |= _found_lr(found)
+            model = run.model()
+            if c["journal"] and c["mode"] != "full" and not (output / "start").exists():  # what its replay begins with
+                save_model(model, run.tokenizer, output / "start")
+            trainer = run.trainer(model, output)
+            trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
+            write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+        trainer.run_id = run_id
         reset_peak(c["device"])
         outcome = trainer.train(resume_from_checkpoint=c["resume"])
     except Exception:
         if new and not (trainer and trainer.state.global_step):
-            _undo(output, made)
+            _undo(output, made, journal, run_id)
         raise
     peak = peak_memory(c["device"])  # of the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])

@@ -35,7 +35,7 @@ from pseuzo import checkpoints, placement
 from pseuzo.capture import MOST
 from pseuzo.checkpoints import last_checkpoint
 from pseuzo.files import check_saving, read_json, write_json
-from pseuzo.journal import Journal
+from pseuzo.journal import Journal, JournalError, owner
 from pseuzo.machine import Fetched, peak_memory, refuse_replicas
 from pseuzo.methods import GROUPS, HEADS, METHODS, OBJECTIVES, SCHEDULES, ZEROTH_ORDER, forwards_per_step
 from pseuzo.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, with_positions
@@ -284,6 +284,7 @@ class PseuZOTrainer(Trainer):
         self.model_accepts_loss_kwargs = own and data is None and not args.zeroth_order
         self._loss_only = False  # of the prediction_step that runs
         self._journal: Journal | None = None
+        self.run_id: str | None = None  # for the header of the journal; None: a random one
         self.kept_step: int | None = None  # of the checkpoint that train() loaded in the end; None: the last step's
         self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._losses = torch.zeros(2)  # sum and number of the finite
@@ -792,7 +793,12 @@ class PseuZOTrainer(Trainer):
         self._losses.zero_()
         self._untold.clear()
         if self.args.journal and self.zero_order is not None:
-            self._journal = Journal(self.args.journal, self.zero_order)
+            if self.zero_order.journal_run and owner(self.args.journal) == (None, 0):
+                raise JournalError(
+                    f"{self.args.journal}, where the steps so far should be recorded, is not there, or empty: name the "
+                    "file of the run's journal, or leave out journal to go on without one"
+                )
+            self._journal = Journal(self.args.journal, self.zero_order, run=self.run_id)
 
     def _stop(self) -> None:
         if self._journal is not None:
@@ -873,6 +879,8 @@ class PseuZOTrainer(Trainer):
             shutil.rmtree(folder)
         limit = self.args.save_total_limit
         with self._not_training():
+            if self._journal is not None:
+                self._journal.sync()
             checkpoints.begin(folder)
             try:
                 self.args.save_total_limit = None
