@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -42,7 +43,7 @@ from pseuzo.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, wit
 from pseuzo.optimizer import MeZO, PseuZO, ZeroOrder, row_factors
 from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
-from pseuzo.tuning import head_parameters, keep_as_loaded
+from pseuzo.tuning import head_parameters, keep_as_loaded, quantised
 
 _log = logging.getLogger(__name__)
 
@@ -838,6 +839,24 @@ class PseuZOTrainer(Trainer):
         self._say_what_is_kept()
         return TrainOutput(self.state.global_step, 0.0, {})
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_trained(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_trained(self, folder: Path) -> bool:
+        """Load the weights that are trained beside quantised ones, of which some cannot be loaded again once they have
+        been used. False, and nothing is loaded, of other models and of adapters."""
+        if hasattr(self.model, "peft_type") or not quantised(self.model):
+            return False
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for file in folder.glob("model*.safetensors"):
+            with safe_open(file, "pt") as weights, torch.no_grad():
+                for name in trained.keys() & set(weights.keys()):
+                    trained.pop(name).copy_(weights.get_tensor(name))
+        if trained:
+            raise ValueError(f"{folder} lacks {len(trained)} of the trained weights, the first being {min(trained)}")
+        return True
+
     def _load_best_model(self) -> None:
         """As Transformers', if the best checkpoint is whole; else the weights stay those of the last step."""
         folder = Path(self.state.best_model_checkpoint)
@@ -847,7 +866,8 @@ class PseuZOTrainer(Trainer):
             self.state.best_model_checkpoint = None
             return
         self.state.best_model_checkpoint = str(folder)
-        super()._load_best_model()
+        if not self._load_trained(folder):
+            super()._load_best_model()
         self.kept_step = checkpoints.step_of(folder)
 
     def _say_what_is_kept(self) -> None:
