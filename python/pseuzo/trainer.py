@@ -488,7 +488,7 @@ class PseuZOTrainer(Trainer):
     def _to_record(self, inputs: dict[str, Any], each: bool) -> tuple[Callable, Callable, Callable]:
         """forward, head and both in one. They are the same for all batches of a shape, and read the tensors that the
         batch is copied to here."""
-        plan = padded(self.objective.plan(inputs), *SHAPES)
+        plan = self.objective.checked(padded(self.objective.plan(inputs), *SHAPES))
         shape = tuple((name, x.shape, x.dtype) for name, x in plan.items())
         if shape not in self._recorded:
             own = {name: x.clone() for name, x in plan.items()}

@@ -7,6 +7,7 @@ these, as SQuAD defines it (torchmetrics).
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -39,25 +40,28 @@ def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | T
 def _measure(
     model: nn.Module, data: TaskData, index: Sequence[int], batch_size: int, progress: bool, loss: bool
 ) -> dict[str, float]:
+    verify = True if loss else "once"  # a training step asks for no loss
     with frozen_mode(model):
         if data.task.kind == "generation":
             figures = _generated(model, data, index, batch_size, progress)
             if loss:
                 figures["loss"] = _answer_loss(model, data, index, batch_size, progress)
         elif data.options is not None:
-            figures = _by_label_words(model, data, index, batch_size, progress, verify=loss)
+            figures = _by_label_words(model, data, index, batch_size, progress, verify=verify)
         else:
-            figures = _by_options(model, data, index, batch_size, progress, verify=loss)
+            figures = _by_options(model, data, index, batch_size, progress, verify=verify)
     return figures | ({"examples": len(index)} if loss else {})
 
 
-def _batches(rows: Sequence[Row], size: int, progress: bool, what: str):
-    """(numbers, rows) of like length, the longest first: if they do not fit into memory, that is known at once."""
+def _batches(rows: Sequence[Row], size: int, progress: bool, what: str, one_length: bool = False):
+    """(numbers, rows) of like length, the longest first: if they do not fit into memory, that is known at once.
+    one_length: of the same length, so that there is no padding."""
     from tqdm import tqdm
 
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
-    for first in tqdm(range(0, len(order), size), desc=what, unit="batch", leave=False, disable=not progress):
-        numbers = order[first : first + size]
+    parts = groupby(order, key=lambda i: len(rows[i].tokens) if one_length else None)
+    some = [part[first : first + size] for part in (list(p) for _, p in parts) for first in range(0, len(part), size)]
+    for numbers in tqdm(some, desc=what, unit="batch", leave=False, disable=not progress):
         yield numbers, [rows[i] for i in numbers]
 
 
@@ -144,7 +148,7 @@ def generate(
         max_new_tokens=data.task.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
         pad_token_id=data.pad, eos_token_id=sorted(ends) or None, use_cache=True,
     )  # fmt: skip
-    for numbers, some in _batches(rows, batch_size, progress, "writing"):
+    for numbers, some in _batches(rows, batch_size, progress, "writing", _padding_counts(model, data, rows)):
         batch = _moved(data.pad_rows(some), model)
         start = batch["input_ids"].shape[1]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -161,6 +165,20 @@ def generate(
         for number, text in zip(numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):
             texts[number] = (text.split(stop)[0] if stop else text).strip()
     return texts
+
+
+def _padding_counts(model: nn.Module, data: TaskData, rows: Sequence[Row]) -> bool:
+    """Might padding on the left change what the model writes? Then the rows of a batch must be of one length."""
+    ends = sorted(rows, key=lambda row: len(row.tokens))
+    batch = _moved(data.pad_rows([ends[0], ends[-1]]), model)
+    if "attention_mask" not in batch:
+        return False
+    try:
+        objective = CausalLMObjective(model, [0, 1], verify="once")
+        objective.plan(batch | {"labels": batch["input_ids"][:, 0]})
+    except (TypeError, ValueError, RuntimeError):  # models that the objective refuses may write all the same
+        return True
+    return objective.padding != "anywhere"
 
 
 def _as_list(value: object) -> list:
