@@ -169,7 +169,8 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
         on_device = torch.tensor(seeds, device=device), torch.tensor(coefs, device=device)
         for kind in UPDATE_NOISES:
             impl = "pseuzo" if kind == "hadamard" else f"pseuzo {kind}"
-            call = partial(OPS.update_, x, *on_device, lr=LR, noise=kind, rounding=rounding_of(x))
+            args = dict(lr=LR, noise=kind, rounding=rounding_of(x), rounding_seed=3)
+            call = partial(OPS.update_, x, *on_device, **args)
             took[impl] = row("update", impl, call, K, 2, kind)
         for impl, (loop, passes) in LOOPS.items():
             if K > SEVERAL[device.type] or (device.type == "cpu" and loop is compiled_loop and K > 1):

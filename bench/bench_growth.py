@@ -40,7 +40,7 @@ def main() -> None:
     def update(n: int, K: int, against: str) -> None:
         x = torch.randn(n, device=device).to(torch.bfloat16)
         seeds, coefs = torch.arange(K, device=device), torch.ones(K, device=device)
-        call = partial(update_, x, seeds, coefs, lr=LR, rounding="stochastic")
+        call = partial(update_, x, seeds, coefs, lr=LR, rounding="stochastic", rounding_seed=3)
         fixed = f"K = {K}" if against == "parameters" else f"{n} parameters"
         row(call, against=against, x=n if against == "parameters" else K, what=f"update, bf16, {fixed}")
 

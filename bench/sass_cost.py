@@ -136,7 +136,7 @@ def _cycles(code) -> dict[str, float]:
 
 
 def cost(name: str, arch: int, **options) -> Cost:
-    """Counted on the path of whole chunks: the first loop of the code that is followed by unmasked accesses."""
+    """Counted on the path of whole chunks: the first loop that makes noise and is followed by unmasked accesses."""
     compiled = compile_kernel(name, arch, **options)
     code, labels, usage = disassemble(compiled.asm["cubin"])
     counters = COUNTERS.get(name, kernels.COUNTERS)
@@ -146,6 +146,7 @@ def cost(name: str, arch: int, **options) -> Cost:
     best, start = None, 0
     loops = _loops(code, labels)
     ends = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")} - {last for _, last in loops}
+    loops = [(first, last) for first, last in loops if any(_pipe(op) == "wide" for op, _ in code[first:last])]
     for first, last in loops:
         if any((first, last) != (a, b) and first <= a and b <= last for a, b in loops):
             continue  # not an innermost one

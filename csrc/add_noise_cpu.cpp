@@ -14,7 +14,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -184,13 +187,17 @@ void check_dense(const char* op, const char* name, const at::Tensor& x) {
   TORCH_CHECK(x.device().is_cpu(), op, ": ", name, " must be on the CPU, got ", x.device(), "; call once per device");
   TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", x.strides(),
               "; call .contiguous()");
+  const int64_t n_bytes = static_cast<int64_t>(x.storage().nbytes());
+  TORCH_CHECK(x.numel() == 0 || n_bytes >= (x.storage_offset() + x.numel()) * x.element_size(), op, ": the memory of ",
+              name, " was freed (its storage has ", n_bytes, " bytes), as offloading and sharding do; call ", op,
+              " while it is there");
 }
 
 // The seeds, hashed, and the coefficients, rounded: what all tensors of a call share. counts: how many are each step's.
 struct Terms {
   std::vector<uint64_t> hashes;
   std::vector<float> coefs;
-  std::vector<float> powers;  // of each step: what the sums are multiplied by, beside the scale
+  std::vector<float> powers;  // of each step: what the sums are multiplied by, beside the scale; NaN: it is skipped
   Noise noise;
 
   Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, at::IntArrayRef counts,
@@ -214,11 +221,15 @@ struct Terms {
         powers.push_back(fp16_coefs(of_step, count));
       } else {
         std::transform(of_step, of_step + count, of_step, round17);
-        powers.push_back(1);
+        const bool finite = std::all_of(of_step, of_step + count, [](float c) { return std::isfinite(c); });
+        powers.push_back(finite ? 1 : std::numeric_limits<float>::quiet_NaN());
       }
       of_step += count;
     }
   }
+
+  // Whether a step leaves everything as it is, since a coefficient is not finite.
+  bool skips(int64_t step) const { return std::isnan(powers[step]); }
 
   // How K terms are made: a single one is not rounded to half precision.
   Noise noise_for(int64_t K) const { return noise == Noise::kHadamardFp16 && K < 2 ? Noise::kHadamard : noise; }
@@ -302,12 +313,10 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
               op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(), "), got ",
               xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
   const Terms terms(op, seeds, coefs, seeds.numel(), noise);
-  bool skipped = false;
   if (found_inf) {
     check_dense(op, "found_inf", *found_inf);
     TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
                 ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ", found_inf->sizes());
-    skipped = *found_inf->const_data_ptr<float>() != 0;
   }
   std::vector<Piece> pieces;
   for (size_t t = 0; t < out.size(); t++) {
@@ -320,7 +329,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     task.stochastic = stochastic;
     task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
     task.stream = static_cast<uint32_t>(streams[t]);
-    task.keep = skipped ? 1.0f : static_cast<float>(keeps[t]);
+    task.keep = static_cast<float>(keeps[t]);
     task.scale = terms.scale_for(0, scales[t]);
     char* const dst = static_cast<char*>(y.mutable_data_ptr());
     const char* src = in_place ? dst : nullptr;
@@ -332,7 +341,20 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     }
     pieces.push_back({src, dst, y.numel(), {task}});
   }
-  add_noise_pieces(pieces, terms);  // nothing is written before all arguments are known to be good
+  // Nothing is written before all arguments are known to be good; nothing at all where there is nothing to do.
+  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; })) return;
+  bool skipped = terms.skips(0);
+  if (found_inf) {
+    float* const found = found_inf->mutable_data_ptr<float>();
+    if (skipped) *found = 1;
+    skipped = *found != 0;
+  }
+  if (!skipped) return add_noise_pieces(pieces, terms);
+  for (const Piece& piece : pieces) {
+    const size_t n_bytes = piece.n * (piece.tasks[0].dtype == Dtype::kFp32 ? 4 : 2);
+    if (!piece.src) std::memset(piece.dst, 0, n_bytes);
+    if (piece.src && piece.src != piece.dst) std::memcpy(piece.dst, piece.src, n_bytes);
+  }
 }
 
 void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
@@ -380,7 +402,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
     for (size_t s = 0; s < steps; s++, task.first_term += task.K) {
       const size_t i = s * xs.size() + t;
       task.K = counts[s];
-      if (scales[i] == 0) continue;
+      if (scales[i] == 0 || terms.skips(s)) continue;
       task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seeds[s]));
       task.keep = static_cast<float>(keeps[i]);
       task.scale = terms.scale_for(s, scales[i]);
@@ -401,6 +423,7 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   const Terms terms(op, seeds, coefs, seeds.numel(), noise);
   const int64_t n_rows = x.size(0), width = x.size(1);
   const at::Tensor rows = index.contiguous();
+  check_dense(op, "index", rows);
   const int64_t* const row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows.numel(); i++)
     TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < n_rows, op, ": index must be in 0 .. ", n_rows - 1,
@@ -412,7 +435,7 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   task.dtype = dtype_of(op, x);
   task.stream = static_cast<uint32_t>(stream);
   task.keep = 1;
-  task.scale = terms.scale_for(0, scale);
+  task.scale = terms.skips(0) ? 0 : terms.scale_for(0, scale);
   std::vector<Seed> room;
   terms.set(tasks, room);
 

@@ -22,6 +22,8 @@ constexpr Key kKeyNoise = {0x243F6A88, 0x85A308D3};
 constexpr Key kKeyNoiseHigh = {0xA4093822, 0x85A308D3};  // planes 8..15 of "normal"
 constexpr Key kKeyRounding = {0x13198A2E, 0x03707344};
 
+constexpr int kRoundingVersion = 2;  // ROUNDING_VERSION of the reference
+
 constexpr double kHadamardScale = 0.297737326084866;  // 1 / (4 sqrt(0.7050395011901855))
 
 inline uint64_t splitmix64(uint64_t seed) {

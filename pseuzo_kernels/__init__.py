@@ -14,6 +14,11 @@ try:  # the schemas above must exist before the library registers its implementa
     from pseuzo_kernels import _C
 except ImportError:
     _C = None
+if _C is not None and _C.build_info().get("rounding_version") != reference.ROUNDING_VERSION:
+    raise ImportError(  # it would round by another rule, unseen
+        "pseuzo_kernels._C was built from other sources than these; build it again: "
+        "PSEUZO_BUILD=cpu pip install --no-build-isolation -e . (PSEUZO_BUILD=cuda for a GPU)"
+    )
 
 __all__ = [
     "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,14 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
 
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
-HASH_IN_KERNEL = 4  # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
 PLANS = 1 << 27  # bytes of launch tables that are kept; those of a list take 8 for every 8192 elements
 PLAN = 1 << 16  # what each counts for beside them: its key, on the host, holds some numbers for every tensor
 
 if triton is not None:
     from pseuzo_kernels import philox as px
+
+    # up to this many seeds are hashed where they are used: cheaper than a launch that does it before
+    HASH_IN_KERNEL = tl.constexpr(4)
 
     @triton.jit
     def _inside(offs, lo, hi, J: tl.constexpr, PLANES: tl.constexpr):
@@ -169,8 +172,6 @@ if triton is not None:
         q = q + lane.to(tl.uint32) + zero
 
         acc = _sums(q, stream, seeds_ptr, coefs_ptr, 0, K, zero, NOISE, HASH, ASM)
-        if NOISE == "hadamard-fp16" or NOISE == "hadamard-fp16 blocks":
-            scale = scale * tl.load(coefs_ptr + K)
 
         words = (q, q, q, q)
         if STOCHASTIC:
@@ -192,6 +193,24 @@ if triton is not None:
                     tl.store(out_ptr + offs + j * 128, y, mask=_inside(offs, lo, hi, j, PLANES))
 
     @triton.jit
+    def _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
+        """Is the op skipped?, and the K and the scale of the sums: such that adding them changes nothing if it is."""
+        if HASH:
+            power = 1.0
+            for k in tl.static_range(HASH_IN_KERNEL):
+                coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
+                power = tl.where(px.stays_finite(coef), power, float("nan"))
+        else:
+            power = tl.load(coefs_ptr + K)
+        skipped = power != power
+        if found_inf_ptr is not None:
+            if HASH and skipped:  # else _prepare_kernel has done that
+                tl.store(found_inf_ptr, 1.0)
+            skipped = skipped | (tl.load(found_inf_ptr) != 0)
+        nothing: tl.constexpr = -0.0 if HAS_X else 0.0
+        return skipped, tl.where(skipped, 0, K), tl.where(skipped, nothing, scale * power)
+
+    @triton.jit
     def _program(
         out_ptr, x_ptr, n, block, stream, seeds_ptr, coefs_ptr, K, keep, scale, rounding_hash, found_inf_ptr,
         NOISE: tl.constexpr, COUNTERS: tl.constexpr, HAS_X: tl.constexpr, HASH: tl.constexpr,
@@ -202,8 +221,11 @@ if triton is not None:
         left = tl.minimum(n - start, 16 * COUNTERS).to(tl.int32)
         q = (block * COUNTERS).to(tl.uint32)
         stream = stream.to(tl.uint32)
-        if found_inf_ptr is not None:
-            keep = tl.where(tl.load(found_inf_ptr) != 0, 1.0, keep)
+        skipped, K, scale = _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X, HASH)
+        keep = tl.where(skipped, 1.0, keep)
+        if HAS_X:
+            in_place = out_ptr.to(tl.int64) == x_ptr.to(tl.int64)
+            left = tl.where(skipped & in_place, 0, left)  # then nothing is read or written
         if left == 16 * COUNTERS:
             _chunks(
                 out_ptr + start, x_ptr + start, 0, left, q, stream, seeds_ptr, coefs_ptr, K, keep, scale,
@@ -222,7 +244,7 @@ if triton is not None:
         n: tl.int64,
         stream: tl.int64,
         seeds_ptr,  # [K] int64, hashed unless HASH
-        coefs_ptr,  # [K] fp32, rounded to 17 bits unless HASH
+        coefs_ptr,  # [K] fp32, or from _prepare_kernel [K + 1]
         K: tl.int32,
         keep: tl.float32,
         scale: tl.float32,
@@ -360,6 +382,7 @@ if triton is not None:
         to = row * width - first + start
         if PLANES:
             to = tl.multiple_of(to, 128)
+        _, K, scale = _unless_skipped(coefs_ptr, K, scale, None, True, HASH)
         if lo < hi:
             _chunks(
                 out_ptr + to, x_ptr + start, lo, hi, (chunk * 128).to(tl.uint32), stream.to(tl.uint32),
@@ -371,8 +394,9 @@ if triton is not None:
         seeds_ptr,
         coefs_ptr,
         hashes_ptr,
-        rounded_ptr,  # [K + 1]: the last is 2^e, with FP16
+        rounded_ptr,  # [K + 1]: the last multiplies the sums; NaN: the op is skipped
         K: tl.int32,
+        found_inf_ptr,  # [1] fp32 or None: becomes 1 then
         FP16: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
@@ -380,20 +404,25 @@ if triton is not None:
         k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(hashes_ptr + k, px.hash_seed(tl.load(seeds_ptr + k, mask=k < K, other=0)), mask=k < K)
         coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
+        sizes = tl.zeros([BLOCK], tl.int32)
+        first = 0
+        while first < K:  # every program finds the largest of all: they cannot wait for each other
+            at = first + tl.arange(0, BLOCK)
+            bits = tl.load(coefs_ptr + at, mask=at < K, other=0.0).to(tl.int32, bitcast=True)
+            sizes = tl.maximum(sizes, bits & 0x7FFFFFFF)  # as integers, since these put NaN on top
+            first += BLOCK
+        largest = tl.max(sizes, 0)
         if FP16:
-            sizes = tl.zeros([BLOCK], tl.int32)
-            first = 0
-            while first < K:  # every program finds the largest of all: they cannot wait for each other
-                at = first + tl.arange(0, BLOCK)
-                bits = tl.load(coefs_ptr + at, mask=at < K, other=0.0).to(tl.int32, bitcast=True)
-                sizes = tl.maximum(sizes, bits & 0x7FFFFFFF)
-                first += BLOCK
-            down, up = px.powers(tl.max(sizes, 0))
+            down, power = px.powers(largest)
             coef = (coef * down + 12288.0) - 12288.0  # 1.5 * 2^13: to a multiple of 2^-10
-            tl.store(rounded_ptr + K, up)
         else:
+            power = tl.where(px.stays_finite(largest.to(tl.float32, bitcast=True)), 1.0, float("nan"))
             coef = px.round17(coef)
         tl.store(rounded_ptr + k, coef, mask=k < K)
+        tl.store(rounded_ptr + K, power)
+        if found_inf_ptr is not None:
+            if power != power:
+                tl.store(found_inf_ptr, 1.0)
 
 
 def _scale_of(noise: str, scale):
@@ -408,26 +437,30 @@ def _on(device: torch.device):
 
 
 def _prepared(
-    seeds: Tensor, coefs: Tensor, noise: str, hash_in_kernel: int = HASH_IN_KERNEL
+    seeds: Tensor,
+    coefs: Tensor,
+    noise: str,
+    found_inf: Tensor | None = None,
+    hash_in_kernel: bool = True,
 ) -> tuple[Tensor, Tensor, dict]:
     """seeds and coefs as the kernels take them, and the kernels' options; their NOISE says how they sum."""
     seeds, coefs, K = seeds.contiguous(), coefs.contiguous(), seeds.numel()
     fp16 = noise == "hadamard-fp16" and K > 1
     if fp16:
         noise += " blocks" * (K > reference.FP16_BLOCK)
-        hash_in_kernel = 0
+        hash_in_kernel = False
     elif noise == "hadamard-fp16":
         noise = "hadamard"
     options = dict(
         ASM=isinstance(_prepare_kernel, triton.runtime.JITFunction),  # the interpreter has no PTX
-        HASH=K <= hash_in_kernel,
+        HASH=hash_in_kernel and K <= HASH_IN_KERNEL.value,
         NOISE=noise,
         enable_fp_fusion=False,
     )
     if not options["HASH"]:
         hashes, rounded = torch.empty_like(seeds), coefs.new_empty(K + 1)
         _prepare_kernel[(max(1, -(-K // 128)),)](
-            seeds, coefs, hashes, rounded, K, FP16=fp16, BLOCK=128, enable_fp_fusion=False
+            seeds, coefs, hashes, rounded, K, found_inf, FP16=fp16, BLOCK=128, enable_fp_fusion=False
         )
         seeds, coefs = hashes, rounded
     return seeds, coefs, options
@@ -454,14 +487,19 @@ class _Plans(OrderedDict):
     def _size(plan: Any) -> int:
         return PLAN + sum(x.nbytes for x in tree_leaves(plan) if isinstance(x, Tensor))
 
-    def keep(self, key: tuple, plan: Any) -> None:
+    def keep(self, key: tuple, plan: Any) -> Any:
+        """plan, or what another thread has kept under this key meanwhile."""
+        if key in self:
+            return self[key]
         self[key] = plan
         self._bytes += self._size(plan)
         while self._bytes > PLANS and len(self) > 1:
             self._bytes -= self._size(self.popitem(last=False)[1])
+        return plan
 
 
 _plans = _Plans()
+_plans_lock = Lock()  # of both
 _captured: dict[tuple, Any] = {}  # kept for good: graphs hold the addresses of their tables
 
 
@@ -472,15 +510,17 @@ def _capturing(device: torch.device) -> bool:
 def _plan(key: tuple, build: Callable[[], Any], capturing: bool) -> Any:
     """build(), or what it returned for the same key: a training step launches over the same tensors again and again.
     None if it is not there while a graph is captured: the graph would copy it at each replay, from memory long gone."""
-    plan = _plans.get(key)  # a long key takes its time to be hashed
-    if plan is not None:
-        _plans.move_to_end(key)
-        if capturing:
-            _captured[key] = plan
-    elif not capturing:
-        plan = build()
-        _plans.keep(key, plan)
-    return plan
+    with _plans_lock:
+        plan = _plans.get(key)  # a long key takes its time to be hashed
+        if plan is not None:
+            _plans.move_to_end(key)
+            if capturing:
+                _captured[key] = plan
+    if plan is not None or capturing:
+        return plan
+    plan = build()  # other threads need not wait for that
+    with _plans_lock:
+        return _plans.keep(key, plan)
 
 
 def _blocks(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor:
@@ -489,6 +529,13 @@ def _blocks(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor
     tensor_of = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), blocks)
     block_of = torch.arange(len(tensor_of), device="cpu") - (blocks.cumsum(0) - blocks)[tensor_of]
     return _to_device(torch.stack([tensor_of, block_of], dim=1), torch.int32, device)
+
+
+def _addresses(op: str, name: str, xs: Sequence[Tensor]) -> tuple[int, ...]:
+    addresses = tuple(map(Tensor.data_ptr, xs))
+    if 0 in addresses and any(x.numel() for x, address in zip(xs, addresses, strict=True) if not address):
+        api.refuse_freed(op, name)
+    return addresses
 
 
 class _Together(NamedTuple):
@@ -546,10 +593,10 @@ def add_noise_list_out_triton(
     device, inputs = out[0].device, xs or out
     rounding_hash = reference.hash_seed(rounding_seed) if stochastic else 0
     K = seeds.numel()
-    addresses = tuple(map(Tensor.data_ptr, out))
+    addresses = _addresses("add_noise_list_out", "out", out)
     columns = (
-        addresses, tuple(map(Tensor.data_ptr, xs)) if xs else addresses, sizes, tuple(streams), tuple(scales),
-        tuple(y.dtype for y in out),
+        addresses, _addresses("add_noise_list_out", "x", xs) if xs else addresses, sizes, tuple(streams),
+        tuple(scales), tuple(y.dtype for y in out),
     )  # fmt: skip
     launches = partial(_launches, columns, noise, device)
     with _on(device):
@@ -565,9 +612,9 @@ def add_noise_list_out_triton(
         if plan is None or any(keep is None for keep in kept):
             plan, kept = launches(tables=False), []
         for t in plan.still:
-            zero = (xs[t : t + 1], seeds[:1], coefs[:1], [streams[t]], [keeps[t]], [0.0], noise, stochastic)
+            zero = (xs[t : t + 1], seeds, coefs, [streams[t]], [keeps[t]], [0.0], noise, stochastic)
             reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[out[t]])
-        seeds, coefs, options = _prepared(seeds, coefs, noise)
+        seeds, coefs, options = _prepared(seeds, coefs, noise, found_inf)
         options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
         for t in plan.alone:
             y = out[t]
@@ -644,21 +691,25 @@ def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, no
     device, S = xs[0].device, len(counts)
     table_of = lambda values, dtype: _to_device(values, dtype, device)  # noqa: E731
     with _on(device):
-        seeds, coefs, options = _prepared(seeds, coefs, noise, hash_in_kernel=0)
+        seeds, coefs, options = _prepared(seeds, coefs, noise, hash_in_kernel=False)
         del options["HASH"]
         firsts = table_of([0, *accumulate(counts)], torch.int64)
         rounding_hashes = table_of([reference.hash_seed(seed) for seed in rounding_seeds], torch.int64)
         keeps, scales = (torch.tensor(v, dtype=torch.float64, device="cpu").view(S, -1) for v in (keeps, scales))
+        infinite = torch.cat([firsts[:1], (~coefs[:-1].isfinite()).cumsum(0)])[firsts]  # coefs before each step
+        skipped = (infinite[1:] != infinite[:-1])[:, None]
         for dtype in {x.dtype for x in xs}:
             ts = [t for t, x in enumerate(xs) if x.dtype is dtype and x.numel()]
             if not ts:
                 continue
             sizes = tuple(xs[t].numel() for t in ts)
-            columns = table_of(_rows([xs[t].data_ptr() for t in ts], sizes, [streams[t] for t in ts]), torch.int64)
+            scales_of = torch.where(skipped, 0.0, table_of(_scale_of(noise, scales[:, ts]), torch.float32))
+            addresses = _addresses("add_noise_steps_", "x", [xs[t] for t in ts])
+            columns = table_of(_rows(addresses, sizes, [streams[t] for t in ts]), torch.int64)
             programs = _blocks(sizes, 16 * COUNTERS_STEPS, device)
             _add_noise_steps_kernel[(len(programs),)](
                 xs[ts[0]], columns[0], columns[1], columns[2], programs, table_of(keeps[:, ts], torch.float32),
-                table_of(_scale_of(noise, scales[:, ts]), torch.float32), firsts, rounding_hashes, seeds, coefs,
+                scales_of, firsts, rounding_hashes, seeds, coefs,
                 S, len(ts), COUNTERS=COUNTERS_STEPS, STOCHASTIC=stochastic and dtype is not torch.float32,
                 num_warps=WARPS, **options,
             )  # fmt: skip
@@ -671,6 +722,7 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     if out.numel() == 0:
         return out
     K = seeds.numel()
+    _addresses("add_noise_rows", "x", [x])
     parts = width // 2048 if width % 2048 == 0 else (width - 2) // 2048 + 2
     with _on(x.device):
         seeds, coefs, options = _prepared(seeds, coefs, noise)
@@ -682,11 +734,11 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
 
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
-_SUM = "Tensor seeds, Tensor coefs, int[] streams, float[] keeps, float[] scales, str noise, bool stochastic"
-lib.define(f"add_noise_list_(Tensor(a!)[] xs, {_SUM}, SymInt rounding_seed, Tensor? found_inf) -> ()")
-lib.define(
-    f"add_noise_list_out(Tensor[] xs, {_SUM}, SymInt rounding_seed, Tensor? found_inf, *, Tensor(a!)[] out) -> ()"
-)
+_SUM = "Tensor seeds, Tensor coefs, SymInt[] streams, {0} keeps, {0} scales, str noise, bool stochastic"
+for _name, _numbers in (("", "float[]"), (".traced", "Tensor")):
+    _sum = f"{_SUM.format(_numbers)}, SymInt rounding_seed, Tensor(b!)? found_inf"
+    lib.define(f"add_noise_list_{_name}(Tensor(a!)[] xs, {_sum}) -> ()")
+    lib.define(f"add_noise_list_out{_name}(Tensor[] xs, {_sum}, *, Tensor(a!)[] out) -> ()")
 lib.define(
     "add_noise_steps_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int[] counts, int[] streams, float[] keeps, "
     "float[] scales, str noise, bool stochastic, int[] rounding_seeds) -> ()"
@@ -703,14 +755,40 @@ for _name, _triton in (
     lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     if triton is not None:
         lib.impl(_name, _triton, "CUDA")
-torch.library.register_fake("pseuzo::add_noise_list_", lambda *args: None, lib=lib)
 torch.library.register_fake("pseuzo::add_noise_steps_", lambda *args: None, lib=lib)
-torch.library.register_fake("pseuzo::add_noise_list_out", lambda *args, out: None, lib=lib)
+for _name in ("", ".traced"):
+    torch.library.register_fake(f"pseuzo::add_noise_list_{_name}", lambda *args: None, lib=lib)
+    torch.library.register_fake(f"pseuzo::add_noise_list_out{_name}", lambda *args, out: None, lib=lib)
 torch.library.register_fake(
     "pseuzo::add_noise_rows", lambda x, index, *args: x.new_empty(*index.shape, x.shape[1]), lib=lib
 )
 
+
+def _traceable(op: Any) -> Callable[..., None]:
+    """op, a list op. torch.compile would compile anew for each new number in a list of floats; keeps and scales that
+    it does not know are put in tensors, on the CPU: the overload `traced` takes those."""
+
+    def from_tensors(xs, seeds, coefs, streams, keeps, scales, *rest, **out) -> None:
+        op.default(xs, seeds, coefs, streams, keeps.tolist(), scales.tolist(), *rest, **out)
+
+    lib.impl(op.traced.name(), from_tensors, "CompositeExplicitAutograd")
+
+    def call(xs, seeds, coefs, streams, keeps, scales, *rest, **out) -> None:
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental import symbolic_shapes  # slow to import
+
+            known = getattr(symbolic_shapes, "has_static_value", lambda number: True)  # torch 2.6 has none
+            if not all(known(number) for number in (*keeps, *scales)):
+                one = torch.ones((), dtype=torch.float64, device="cpu")
+                keeps, scales = (torch.stack([one * number for number in numbers]) for numbers in (keeps, scales))
+                op.traced(xs, seeds, coefs, streams, keeps, scales, *rest, **out)
+                return
+        op.default(xs, seeds, coefs, streams, keeps, scales, *rest, **out)
+
+    return call
+
+
 _ops = torch.ops.pseuzo
-_api = api.NoiseApi(_ops.add_noise_list_.default, _ops.add_noise_list_out.default)
+_api = api.NoiseApi(_traceable(_ops.add_noise_list_), _traceable(_ops.add_noise_list_out))
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_

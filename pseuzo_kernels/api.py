@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def check_finite(op: str, name: str, value: Any) -> float:
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not abs(value) <= MAX_FLOAT:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
-    return float(value)
+    return value if isinstance(value, float) else float(value)
 
 
 def check_not_negative(op: str, name: str, value: Any) -> float:
@@ -59,10 +59,18 @@ def check_not_negative(op: str, name: str, value: Any) -> float:
     return value
 
 
+def refuse_freed(op: str, name: str) -> NoReturn:
+    raise ValueError(
+        f"{op}: the memory of {name} was freed (its storage is empty), as offloading and sharding do; call {op} while "
+        "it is there"
+    )
+
+
 def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
-    """Contiguous fp32, bf16 or fp16 tensors on one device that share no memory, none too large for the counter."""
-    for i, x in enumerate(xs):
-        label = name if len(xs) == 1 else f"{name}[{i}]"
+    """Contiguous fp32, bf16 or fp16 tensors on one device that have memory and share none, none too large for the
+    counter."""
+    labels = [name] if len(xs) == 1 else [f"{name}[{i}]" for i in range(len(xs))]
+    for label, x in zip(labels, xs, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {label} must be a tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
@@ -83,29 +91,47 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
     end = -math.inf
     spans = [(x.data_ptr(), x.nbytes) if x.numel() and not x.is_meta else (-id(x), 1) for x in xs]
     for start, n_bytes in sorted(spans):
+        if start == 0:
+            refuse_freed(op, next(label for label, span in zip(labels, spans, strict=True) if span[0] == 0))
         if start < end:
             raise ValueError(f"{op}: the same tensor, or a part of it, is in the list twice; pass each once")
         end = start + n_bytes
 
 
+def _as_int(value: Any) -> int | None:
+    """None if it is no integer. torch.compile traces an int, and operator.index would make it a constant."""
+    if isinstance(value, int):
+        return value
+    return operator.index(value) if hasattr(value, "__index__") else None
+
+
 def check_stream(op: str, stream: int) -> int:
-    if not hasattr(stream, "__index__") or not 0 <= (stream := operator.index(stream)) <= MAX_STREAM:
+    number = _as_int(stream)
+    if number is None or not 0 <= number <= MAX_STREAM:
         raise ValueError(f"{op}: stream must be an int in 0 .. 2^32 - 1, got {stream!r}")
-    return stream
+    return number
 
 
 def signed64(op: str, seed: int) -> int:
     """The int64 with the bits of seed."""
-    if not hasattr(seed, "__index__") or isinstance(seed, bool):
+    number = None if isinstance(seed, bool) else _as_int(seed)
+    if number is None:
         raise TypeError(f"{op}: a seed must be an int, got {type(seed).__name__}")
-    seed = operator.index(seed)
-    if not -(1 << 63) <= seed < 1 << 64:
+    if not -(1 << 63) <= number < 1 << 64:
         raise ValueError(f"{op}: a seed must fit 64 bits, got {seed}")
-    return seed - (1 << 64) if seed >> 63 > 0 else seed
+    # beyond int64, which is as far as torch.compile can trace it: index makes it a constant
+    return operator.index(number) - (1 << 64) if number >= 1 << 63 else number
+
+
+def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1], filled in by a kernel: a copy from the host would wait for it."""
+    if dtype.is_floating_point and torch.compiler.is_compiling():
+        return torch.ones(1, dtype=dtype, device=device) * value  # where full would compile anew for each value
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 1-d tensor of dtype on device. One number is filled in by a kernel: a copy from the host would wait for it."""
+    """A 1-d tensor of dtype on device."""
     if isinstance(value, Tensor):
         if value.dim() > 1:
             raise ValueError(f"{op}: {name} must have one dimension, got shape {tuple(value.shape)}")
@@ -113,6 +139,8 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
             raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{op}: mixed devices, {name} is on {value.device} and x on {device}")
+        if not torch.compiler.is_compiling() and value.numel() and not value.is_meta and not value.data_ptr():
+            refuse_freed(op, name)
         return value.detach().reshape(-1).to(dtype).contiguous()
     values = list(value) if _is_list(value) else [value]
     if dtype is torch.int64:
@@ -120,7 +148,9 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
     else:
         values = [check_finite(op, f"each of {name}", v) for v in values]
     if len(values) == 1:
-        return torch.full((1,), values[0], dtype=dtype, device=device)
+        return _filled(values[0], dtype, device)
+    if values and torch.compiler.is_compiling():
+        return torch.cat([_filled(v, dtype, device) for v in values])
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -133,6 +163,20 @@ def seeds_and_coefs(op: str, seeds: Seeds, coefs: Coefs, device: torch.device) -
     if s.numel() == 0:
         raise ValueError(f"{op}: at least one seed is needed, got K = 0")
     return s, c
+
+
+def check_found_inf(op: str, found_inf: Tensor | None, coefs: Any, device: torch.device) -> Tensor | None:
+    """found_inf, or what EmaWindow.step sent along with coefs."""
+    if found_inf is None and isinstance(coefs, Tensor):
+        found_inf = getattr(coefs, "found_inf", None)
+    if found_inf is None:
+        return None
+    if not isinstance(found_inf, Tensor) or found_inf.dtype is not torch.float32 or found_inf.numel() != 1:
+        got = type(found_inf).__name__
+        if isinstance(found_inf, Tensor):
+            got = f"{tuple(found_inf.shape)} {found_inf.dtype}"
+        raise TypeError(f"{op}: found_inf must be a float32 tensor of one element, or None, got {got}")
+    return _vector(op, "found_inf", found_inf, torch.float32, device)
 
 
 def per_tensor(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
@@ -192,19 +236,29 @@ class NoiseApi:
         keep: float = 1.0,
         noise: str = "hadamard",
         rounding: str = "nearest",
-        rounding_seed: int = 0,
+        rounding_seed: int | None = None,
         noise_scale: float = 1.0,
+        found_inf: Tensor | None = None,
     ) -> None:
         """x <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream), in place, in one pass for any K.
 
-        x: contiguous fp32, bf16 or fp16; sums in fp32 and rounds once, to nearest or stochastically (unbiased; the
-        bits drawn from rounding_seed). seeds [K] int64 and coefs [K] fp32: numbers, lists, or tensors on x's device.
-        noise_scale 0 skips: nothing is made or written. Raises ValueError or TypeError before anything is written.
+        x: contiguous fp32, bf16 or fp16; sums in fp32 and rounds once, to nearest or stochastically: without bias
+        for whatever fp32 holds, 2^-16 of the spacing of bf16, 2^-13 of that of fp16. seeds [K] int64 and coefs [K]
+        fp32: numbers, lists, or tensors on x's device. noise_scale 0 skips: nothing is made or written.
+        rounding_seed: needed to round stochastically, another one at each call: with the same one all calls draw the
+        same bits, and their errors add up.
+        found_inf: a float32 tensor of one element on x's device, as torch.amp has it, or None. Where it is not 0, x
+        stays as it is, to the bit: no noise, no keep. So it does where a tensor of coefs holds a NaN or an infinity
+        (of "hadamard-fp16" with several seeds, anything above 2^126), which sets found_inf to 1, for whoever counts
+        what was skipped. Nothing waits for the device. Numbers that are not finite are refused.
+        Raises ValueError or TypeError before anything is written.
         """
         op = "add_noise_"
         check_tensors(op, [x])
         keep, scale = check_finite(op, "keep", keep), check_not_negative(op, "noise_scale", noise_scale)
-        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed)
+        args = self._args(
+            op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed, found_inf
+        )
         if scale:
             self._in_place([x.detach()], *args)
             _bump_versions([x])
@@ -220,18 +274,21 @@ class NoiseApi:
         keep: float = 1.0,
         noise: str = "hadamard",
         rounding: str = "nearest",
-        rounding_seed: int = 0,
+        rounding_seed: int | None = None,
         noise_scale: float = 1.0,
+        found_inf: Tensor | None = None,
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
         Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be x, but share no
-        other memory with it. With noise_scale 0 no noise is made.
+        other memory with it. With noise_scale 0 no noise is made. A call that found_inf or coefs skip copies x.
         """
         op = "add_noise"
         check_tensors(op, [x])
         keep, scale = check_finite(op, "keep", keep), check_not_negative(op, "noise_scale", noise_scale)
-        args = self._args(op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed)
+        args = self._args(
+            op, x.device, seeds, coefs, [stream], [keep], [scale], noise, rounding, rounding_seed, found_inf
+        )
         if out is None:
             out = torch.empty_like(x, requires_grad=False)
         check_tensors(op, [out], "out")
@@ -258,18 +315,20 @@ class NoiseApi:
         streams: Sequence[int] | None = None,
         noise: str = "hadamard",
         rounding: str = "nearest",
-        rounding_seed: int = 0,
+        rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
+        found_inf: Tensor | None = None,
     ) -> None:
         """x <- x + scale * noise_scale * z(seed) for each tensor x of params, in place.
 
         params: a tensor or a list of tensors that share no memory; streams: a number per tensor, by default its
         position in the list; scale: of either sign; noise_scale: a float or one per tensor, not negative, 0 skips the
-        tensor. Undone by restore_ up to the rounding of x's dtype.
+        tensor. Undone by restore_ up to the rounding of x's dtype. noise, rounding, rounding_seed, found_inf: as
+        add_noise_.
         Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
         """
         scale = check_finite("perturb_", "scale", scale)
-        self._list_op("perturb_", params, seed, scale, streams, noise_scale, noise, rounding, rounding_seed)
+        self._list_op("perturb_", params, seed, scale, streams, noise_scale, noise, rounding, rounding_seed, found_inf)
 
     def restore_(
         self,
@@ -280,12 +339,13 @@ class NoiseApi:
         streams: Sequence[int] | None = None,
         noise: str = "hadamard",
         rounding: str = "nearest",
-        rounding_seed: int = 0,
+        rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
+        found_inf: Tensor | None = None,
     ) -> None:
         """x <- x - scale * noise_scale * z(seed): takes back perturb_ with the same arguments, up to rounding."""
         scale = check_finite("restore_", "scale", scale)
-        self._list_op("restore_", params, seed, -scale, streams, noise_scale, noise, rounding, rounding_seed)
+        self._list_op("restore_", params, seed, -scale, streams, noise_scale, noise, rounding, rounding_seed, found_inf)
 
     def update_(
         self,
@@ -298,22 +358,26 @@ class NoiseApi:
         streams: Sequence[int] | None = None,
         noise: str = "hadamard",
         rounding: str = "nearest",
-        rounding_seed: int = 0,
+        rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
+        found_inf: Tensor | None = None,
     ) -> None:
         """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]), one pass for any K.
 
         Arguments as perturb_ and add_noise_; weight_decay: a float or one per tensor, applied once whatever K.
+        A step that EmaWindow skipped leaves params as they are, with no decay either: the coefs that EmaWindow.step
+        returned bring its found_inf along. Give found_inf=window.found_inf where you computed others from them.
         """
         lr = check_not_negative("update_", "lr", lr)
         self._list_op(
-            "update_", params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed,
+            "update_", params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, found_inf,
             lr=lr, weight_decay=weight_decay,
         )  # fmt: skip
 
     def _list_op(
-        self, op, params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, lr=None, weight_decay=0.0
-    ) -> None:
+        self, op, params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, found_inf,
+        lr=None, weight_decay=0.0,
+    ) -> None:  # fmt: skip
         xs = [params] if isinstance(params, Tensor) else list(params)
         check_tensors(op, xs, "params")
         streams = list(range(len(xs))) if streams is None else list(streams)
@@ -321,12 +385,12 @@ class NoiseApi:
             raise ValueError(f"{op}: one stream per tensor ({len(xs)}) is needed, got {len(streams)}")
         scales = per_tensor(op, "noise_scale", noise_scale, len(xs))
         decays = per_tensor(op, "weight_decay", weight_decay, len(xs))
-        keeps = (
-            [1.0] * len(xs) if lr is None else [check_finite(op, "1 - lr * weight_decay", 1 - lr * d) for d in decays]
-        )
+        keeps = [check_finite(op, "1 - lr * weight_decay", 1 - lr * d) if d else 1.0 for d in decays]
         if not xs:
             return
-        args = self._args(op, xs[0].device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed)
+        args = self._args(
+            op, xs[0].device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed, found_inf
+        )
         if lr is not None:
             args = (args[0], args[1] * -lr, *args[2:])
         written = [x for x, scale in zip(xs, scales, strict=True) if scale]
@@ -334,13 +398,22 @@ class NoiseApi:
             self._in_place([x.detach() for x in xs], *args)
             _bump_versions(written)
 
-    def _args(self, op, device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed) -> tuple:
+    def _args(
+        self, op, device, seeds, coefs, streams, keeps, scales, noise, rounding, rounding_seed, found_inf
+    ) -> tuple:
         check_noise(op, noise)
         check_rounding(op, rounding)
+        if rounding == "stochastic" and rounding_seed is None:
+            raise ValueError(
+                f'{op}: rounding="stochastic" needs a rounding_seed, another one at each call (the number of the step, '
+                "say): with the same one all calls draw the same bits, and their errors add up"
+            )
         streams = [check_stream(op, stream) for stream in streams]
         s, c = seeds_and_coefs(op, seeds, coefs, device)
         stochastic = rounding == "stochastic"
-        return s, c, streams, keeps, scales, noise, stochastic, signed64(op, rounding_seed), None
+        rounding_seed = 0 if rounding_seed is None else signed64(op, rounding_seed)
+        found_inf = check_found_inf(op, found_inf, coefs, device)
+        return s, c, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf
 
 
 class EmaWindow:
@@ -359,8 +432,9 @@ class EmaWindow:
     other; mixing steps with and without groups is refused, as the pairing would have no meaning.
 
     Sums in fp32 on a GPU (a fixed order, so deterministic), in fp64 on a CPU. Nothing waits for the device: if any
-    coefficient is NaN or infinite (or loss is), all of the step's are zero, found_inf is 1, `skipped` counts it, and an
-    entry whose own coefficient was not finite is dropped.
+    coefficient is NaN or infinite (or loss is), all of the step's are zero, found_inf ([1] fp32) is 1, `skipped` counts
+    it, and an entry whose own coefficient was not finite is dropped. update_ leaves the weights as they are in such a
+    step, weight decay included: the coefs bring found_inf along, as their attribute of that name.
     """
 
     _op: Callable  # window_step, see pseuzo_kernels.reference
@@ -445,6 +519,7 @@ class EmaWindow:
             seed, slot, used, self.momentum, self.eps,
         )  # fmt: skip
         self._slot, self._used, self._grouped = slot, used, groups is not None
+        coefs.found_inf = self.found_inf
         return seeds, coefs
 
     @staticmethod

@@ -30,6 +30,12 @@ def round17(coef):
 
 
 @triton.jit
+def stays_finite(coef):
+    """Is round17 of it finite?"""
+    return (coef.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F7FFFC0
+
+
+@triton.jit
 def powers(largest):
     """2^-e and 2^e of "hadamard-fp16" from the bits of the largest |coef|, as reference.fp16_coefs has them."""
     exponent = tl.minimum(tl.maximum((largest.to(tl.uint32) + 0x7FFFFF) >> 23, 1), 253)

@@ -25,10 +25,14 @@ and fused and unfused multiply-adds give the same bits: "hadamard" and "rademach
     acc <-  acc + h after each 16 seeds, in fp32;  d = FWHT16(acc) * (fp32 scale * 2^e)
 
 c'_k b_k is a multiple of 2^-19 below 1.86, so h + c'_k b_k is one below 32: fp32 holds it, and what computes it in fp32
-and then rounds has the bits of the GPU's half-precision fused multiply-add. If max_k |c_k| is above 2^126, infinite or
-NaN, so is every element that is written. Rounding the sums costs 6e-4 of their size (rms; 2^-10 sqrt(16/12) at most,
+and then rounds has the bits of the GPU's half-precision fused multiply-add. Above 2^126 max_k |c_k| counts as infinite.
+Rounding the sums costs 6e-4 of their size (rms; 2^-10 sqrt(16/12) at most,
 unbiased), and a coefficient is off by up to 2^(e-11), so those below that vanish: together 1e-3 for coefs alike or
 normal, K from 2 to 1000, and 1e-2 where one is a thousand times the 999 others.
+
+Where a coefficient is NaN or infinite, or becomes so as it is rounded, an op is skipped: what it writes to stays as it
+is, to the bit, without keep either. So it is where found_inf is not 0; and an op that is skipped because of its
+coefficients sets found_inf to 1.
 
 Sources: Philox and its constants, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); splitmix64,
 Steele et al. (2014); perturbation by seed, Malladi et al., "Fine-tuning language models with just forward passes"
@@ -140,22 +144,29 @@ def fwht16(a: Tensor) -> Tensor:
     return a
 
 
+def prepared_coefs(noise: str, coefs: Tensor) -> tuple[Tensor, Tensor]:
+    """coefs [K] as the sums take them, and what multiplies the sums, [], both fp32. NaN: the op is skipped."""
+    if noise == "hadamard-fp16" and len(coefs) > 1:
+        return fp16_coefs(coefs)
+    rounded = round17(coefs)
+    return rounded, torch.where(rounded.isfinite().all(), 1.0, float("nan"))
+
+
 def noise_sum(noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor, noise_scale: float) -> Tensor:
     """d = noise_scale * sum_k coefs[k] z_k for whole columns, [16, n] fp32. q [n], hashes [K] int64, coefs [K] fp32."""
     acc = torch.zeros(16, q.numel(), dtype=torch.float32, device=q.device)
     scale = torch.tensor(scale_of(noise, noise_scale), dtype=torch.float32, device=q.device)
+    coefs, power = prepared_coefs(noise, coefs)
     if noise == "hadamard-fp16" and len(hashes) > 1:
-        coefs, power = fp16_coefs(coefs)
-        scale = scale * power
         for block, block_coefs in zip(hashes.split(FP16_BLOCK), coefs.split(FP16_BLOCK), strict=True):
             h = torch.zeros_like(acc, dtype=torch.float16)
             for seed_hash, coef in zip(block, block_coefs, strict=True):
                 h = (h.float() + coef * column_noise(noise, q, stream, seed_hash)).half()
             acc = acc + h.float()
     else:
-        for seed_hash, coef in zip(hashes, round17(coefs), strict=True):
+        for seed_hash, coef in zip(hashes, coefs, strict=True):
             acc = acc + coef * column_noise(noise, q, stream, seed_hash)
-    return (fwht16(acc) if noise.startswith("hadamard") else acc) * scale
+    return (fwht16(acc) if noise.startswith("hadamard") else acc) * (scale * power)
 
 
 def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,8 +211,8 @@ def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tenso
     return q, elements
 
 
-def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash) -> None:
-    """out and x are flat, x may be None or out itself."""
+def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash, skipped) -> None:
+    """out and x are flat, x may be None or out itself. skipped: [] bool, out <- x, or 0 without it."""
     n = out.numel()
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
     for first in range(0, -(-n // CHUNK), chunks_at_once):
@@ -216,9 +227,9 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
         if x is not None:
             y = x[at].float() * keep + y
         if stochastic and out.dtype is not torch.float32:
-            out[at] = round_stochastically(y, rounding_dither(q, stream, rounding_hash)[inside], out.dtype)
-        else:
-            out[at] = y.to(out.dtype)
+            y = round_stochastically(y, rounding_dither(q, stream, rounding_hash)[inside], out.dtype)
+        untouched = torch.zeros_like(y, dtype=out.dtype) if x is None else x[at]
+        out[at] = torch.where(skipped, untouched, y.to(out.dtype))
 
 
 def add_noise_list_out(
@@ -228,17 +239,23 @@ def add_noise_list_out(
     out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
 
     xs, out: lists of contiguous tensors of equal sizes; xs may be empty, then there is no first term. found_inf: fp32
-    [1] or None; where it is not 0, keeps count as 1 (a skipped step decays nothing; its coefs are zero already).
+    [1] or None. Skipped, the op copies: out[t] <- xs[t], or 0.
     Where scales[t] is 0, no noise is made: out[t] <- keeps[t] * xs[t].
     """
+    if not any(y.numel() for y in out):
+        return
     hashes = hash_seeds(seeds)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
+    skipped = prepared_coefs(noise, coefs)[1].isnan()
+    if found_inf is not None:
+        found_inf.masked_fill_(skipped, 1.0)
+        skipped = (found_inf != 0).view(())
     for t, y in enumerate(out):
         keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)
-        if found_inf is not None:
-            keep = torch.where(found_inf.to(y.device) != 0, 1.0, keep)
         x = xs[t].view(-1) if xs else None
-        _add_noise_into(y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash)
+        _add_noise_into(
+            y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash, skipped
+        )
 
 
 def add_noise_list_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
@@ -269,8 +286,9 @@ def add_noise_steps_(
 def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     """The op pseuzo::add_noise_rows: rows `index` of x + scale * sum_k coefs[k] z(seeds[k], stream), nothing else made.
 
-    x [N, D]; index int64, any shape, 0 <= index < N; returns index.shape + [D], rounded to nearest. The noise of a row
-    is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to the bit.
+    x [N, D]; index int64, any shape, 0 <= index < N; returns index.shape + [D], rounded to nearest; skipped, the rows
+    of x. The noise of a row is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to the
+    bit.
     """
     if index.numel() == 0:
         return x.new_empty(*index.shape, x.shape[1])
@@ -283,7 +301,8 @@ def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     q = (chunks[:, None] * PLANE + torch.arange(PLANE, device=x.device)).view(-1)
     d = noise_sum(noise, q, stream, hash_seeds(seeds), coefs, scale)  # [16, chunks * 128]
     d = d[(elements // PLANE) % 16, chunk_of * PLANE + elements % PLANE]
-    return (x[rows].float() + d).to(x.dtype)[inverse]
+    skipped = prepared_coefs(noise, coefs)[1].isnan()
+    return torch.where(skipped, x[rows], (x[rows].float() + d).to(x.dtype))[inverse]
 
 
 def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps):

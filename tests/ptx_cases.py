@@ -75,6 +75,26 @@ def test_one_tensor(dtype, has_x, misaligned):
     assert (band != 7).sum() == len(got)
 
 
+@only_sm_90
+@pytest.mark.parametrize("K", [14, 1])
+def test_skipped(K):
+    """In place nothing is read or written, out of place x is copied, and the flag is set."""
+    seeds, coefs = seeds_coefs(K)
+    coefs[-1] = float("nan")
+    xs = [values(n, FP32) for n in SIZES]
+    got, out = [x.clone() for x in xs], [torch.empty_like(x) for x in xs]
+    args = ([7, 2**32 - 1, 0, 3], [0.75, 1.0, 0.9, -0.5], [1.5, 1.0, -0.7, 1.0], "hadamard", False, 9)
+    flags = torch.zeros(2, 1)
+    with ptx_emulator.memory_of():
+        add_noise_list_triton_(got, seeds, coefs, *args, flags[0])
+    with ptx_emulator.memory_of(*xs, *out):
+        add_noise_list_out_triton(xs, seeds, coefs, *args, flags[1], out=out)
+    for x, g, o in zip(xs, got, out, strict=True):
+        assert torch.equal(g.view(torch.int32), x.view(torch.int32))
+        assert_same_bits(o, x)
+    assert (flags == 1).all()
+
+
 def test_launches_are_made_again():
     """As perturbed passes do: what was launched once is launched again, over other seeds and other numbers."""
     xs, scales, launches = [values(n, BF16) for n in SIZES], [1.0, 0.5, 2.0, -1.0], []

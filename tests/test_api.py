@@ -172,6 +172,15 @@ def test_bad_input_is_refused_before_anything_is_written(api):
         (lambda: api.add_noise_(y, 1, 1.0, -1), ValueError, "stream must be"),
         (lambda: api.add_noise(y, 1, 1.0, 0, out=torch.ones(6)), ValueError, "out must be like x"),
         (lambda: api.noise((5,), 1, 0, dtype=torch.int64), TypeError, "must be float32"),
+        (lambda: api.perturb_(y, 1, 0.1, found_inf=0.0), TypeError, "found_inf must be a float32 tensor .*, got float"),
+        (
+            lambda: api.update_(y, 1, 0.1, lr=0.1, found_inf=y),
+            TypeError,
+            r"of one element, or None, got \(5,\) torch.fl",
+        ),
+        (lambda: api.restore_(y, 1, 0.1, found_inf=ints[:1]), TypeError, r"got \(1,\) torch.int32"),
+        (lambda: api.add_noise(y, 1, 0.1, 0, found_inf=meta[:1]), ValueError, "mixed devices, found_inf is on meta"),
+        (lambda: api.perturb_(y, 1, 0.1, rounding_seed="a"), TypeError, "a seed must be an int"),
     ]
     for call, error, sentence in cases:
         with pytest.raises(error, match=sentence):
@@ -185,6 +194,115 @@ def test_tensor_too_large_for_the_counter():
         pk.add_noise_(x, 1, 1.0, 0)
 
 
+# every public op that writes, on x
+WRITES = {
+    "add_noise_": lambda api, x, **k: api.add_noise_(x, [1, 2], COEFS, 0, keep=0.5, **k),
+    "add_noise": lambda api, x, **k: x.copy_(api.add_noise(x, [1, 2], COEFS, 0, keep=0.5, **k)),
+    "add_noise out": lambda api, x, **k: api.add_noise(x, [1, 2], COEFS, 0, keep=0.5, out=x, **k),
+    "perturb_": lambda api, x, **k: api.perturb_([x], 1, 0.1, **k),
+    "restore_": lambda api, x, **k: api.restore_(x, 1, 0.1, **k),
+    "update_": lambda api, x, **k: api.update_([x], [1, 2], COEFS, lr=0.1, weight_decay=0.5, **k),
+}
+COEFS = torch.tensor([0.5, 2.0])
+apis = pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
+writes = pytest.mark.parametrize("name", WRITES)
+
+
+@apis
+@writes
+def test_stochastic_rounding_needs_its_seed(api, name):
+    """Equal seeds draw equal bits at every call, and 400 roundings by the same bits are off by tens of ulps."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(300, dtype=dtype)
+        op = name.split()[0]
+        with pytest.raises(ValueError, match=f'{op}: rounding="stochastic" needs a rounding_seed, another one at each'):
+            WRITES[name](api, x, rounding="stochastic")
+        assert (x == 1).all()
+        WRITES[name](api, x, rounding="stochastic", rounding_seed=0)
+        assert (x != 1).any()
+    twins = [torch.ones(300, dtype=torch.bfloat16) for _ in range(3)]
+    for x, seed in zip(twins, (3, 3, 4), strict=True):
+        WRITES[name](api, x, rounding="stochastic", rounding_seed=seed)
+    assert torch.equal(*twins[:2]) and not torch.equal(*twins[1:])
+
+
+@apis
+@writes
+def test_found_inf_leaves_x_as_it_is(api, name):
+    start = torch.tensor([-0.0, 1.0, float("inf"), 1e-45])
+    for flag, skipped in ((torch.zeros(1), False), (torch.ones(1), True), (torch.tensor(2.0), True)):
+        x, was = start.clone(), flag.clone()
+        WRITES[name](api, x, found_inf=flag)
+        assert torch.equal(x.view(torch.int32), start.view(torch.int32)) == skipped
+        assert torch.equal(flag, was)
+
+
+@apis
+@pytest.mark.parametrize("name", [name for name in WRITES if "store" not in name and "perturb" not in name])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_coefs_that_are_not_finite_are_skipped_and_counted(api, name, bad, monkeypatch):
+    start = torch.tensor([-0.0, 1.0, float("inf"), 1e-45])
+    found_inf, skipped = torch.zeros(1), 0
+    for factor in (1.0, bad, 1.0, bad):
+        monkeypatch.setitem(globals(), "COEFS", torch.tensor([0.5, 2.0 * factor]))
+        x, alone = start.clone(), start.clone()
+        WRITES[name](api, x, found_inf=found_inf.zero_())
+        WRITES[name](api, alone)  # without found_inf, too
+        assert torch.equal(x.view(torch.int32), alone.view(torch.int32))
+        assert torch.equal(x.view(torch.int32), start.view(torch.int32)) == (factor != 1) == bool(found_inf)
+        skipped += int(found_inf)
+    assert skipped == 2
+
+
+@apis
+def test_a_product_with_lr_that_overflows_is_skipped(api):
+    found_inf = torch.zeros(1)
+    x = torch.ones(300)
+    api.update_(x, 1, torch.tensor([3e38]), lr=10.0, weight_decay=0.01, found_inf=found_inf)
+    assert (x == 1).all() and found_inf == 1
+
+
+@apis
+def test_a_step_that_the_window_skipped_does_not_decay(api):
+    window = api.EmaWindow(2)
+    ones, zeros = torch.ones(2, 4), torch.zeros(2, 4)
+    x, start = torch.full((300,), 2.0), torch.full((300,), 2.0)
+    for seed, factor in enumerate((1.0, float("nan"), 1.0)):
+        seeds, coefs = window.step(seed, zeros, ones * factor, ones)
+        given, brought = x.clone(), x.clone()
+        api.update_(brought, seeds, coefs, lr=0.1, weight_decay=1.0)
+        api.update_(given, seeds, coefs * 1.0, lr=0.1, weight_decay=1.0, found_inf=window.found_inf)
+        assert torch.equal(brought, given) and window.found_inf == (seed == 1)
+        assert torch.equal(brought, x) == (seed == 1)
+    assert window.skipped == 1 and torch.equal(x, start)
+
+
+@apis
+@writes
+def test_freed_memory_is_refused(api, name):
+    """As offloading and sharding leave a tensor; it would be taken for no x at all, or crash the process."""
+    freed, flag = torch.ones(300), torch.ones(1)
+    for tensor in (freed, flag):
+        tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name.split()[0]}: the memory of (x|params) was freed"):
+        WRITES[name](api, freed)
+    x = torch.ones(300)
+    empty = torch.ones(0)
+    empty.untyped_storage().resize_(0)
+    api.perturb_([empty, x], 1, 0.1)
+    want = reference.add_noise(torch.ones(300), 1, 0.1, 1)
+    assert torch.equal(x, want)
+    with pytest.raises(ValueError, match=r"the memory of params\[1\] was freed"):
+        api.perturb_([x, freed], 1, 0.1)
+    with pytest.raises(ValueError, match="the memory of out was freed"):
+        api.add_noise(x, 1, 0.1, 0, out=freed)
+    with pytest.raises(ValueError, match="the memory of coefs was freed"):
+        api.update_(x, list(range(300)), freed, lr=0.1)
+    with pytest.raises(ValueError, match="the memory of found_inf was freed"):
+        api.update_(x, 1, 0.1, lr=0.1, found_inf=flag)
+    assert torch.equal(x, want)
+
+
 def op_arguments():
     seeds, coefs = torch.tensor([1, -2]), torch.tensor([0.5, 2.0])
     rest = ([0, 1], [0.5, 1.0], [1.0, 2.0], "hadamard", True, 3, None)
@@ -194,6 +312,9 @@ def op_arguments():
     yield ops.add_noise_list_.default, (xs(), seeds, coefs, *rest[:-1], torch.zeros(1)), {}
     yield ops.add_noise_list_out.default, (xs(), seeds, coefs, *rest), {"out": xs()}
     yield ops.add_noise_list_out.default, ([], seeds, coefs, *rest), {"out": xs()}
+    tensors = (rest[0], torch.tensor(rest[1]), torch.tensor(rest[2]), *rest[3:-1], torch.zeros(1))
+    yield ops.add_noise_list_.traced, (xs(), seeds, coefs, *tensors), {}
+    yield ops.add_noise_list_out.traced, (xs(), seeds, coefs, *tensors), {"out": xs()}
     two_steps = ([2, 1], [0, 1], [0.5, 1.0, 1.0, 0.9], [1.0, 2.0, 0.0, 1.0], "hadamard", True, [3, -4])
     yield ops.add_noise_steps_.default, (xs(), torch.tensor([3, -4, 5]), torch.randn(3), *two_steps), {}
     index = torch.tensor([[0, 3], [1, 3]])
@@ -222,3 +343,62 @@ def test_under_torch_compile(backend):
     got = torch.compile(step, backend=backend, fullgraph=True)(x, w2, seeds, coefs)
     torch.testing.assert_close(got, want)
     assert torch.equal(w, w2)
+
+
+# calls of f(x, i): what changes from call to call
+CHANGING = {
+    "seed": lambda x, i: pk.perturb_([x], 2**62 + i, 1e-3),
+    "negative seed": lambda x, i: pk.restore_(x, -i, 1e-3),
+    "seeds, coefs and scale": lambda x, i: pk.update_(x, [i, 7], [0.1 * i, 2.0], lr=0.1, noise_scale=0.3 * i),
+    "seed, rounding seed and stream": lambda x, i: pk.perturb_(
+        x, i, 0.1 * i, streams=[i], rounding="stochastic", rounding_seed=i
+    ),
+    "lr": lambda x, i: pk.update_(x, [1, 2], [0.1, 0.2], lr=0.01 * i, weight_decay=0.1),
+    "weight decay": lambda x, i: pk.update_([x], [1, 2], [0.1, 0.2], lr=0.01 * i, weight_decay=[0.1 * i]),
+    "keep": lambda x, i: pk.add_noise_(x, 3, 0.1, i, keep=0.1 * i),
+    "keep, out of place": lambda x, i: x.copy_(pk.add_noise(x, i, 0.3, 0, keep=0.1 * i)),
+    "found_inf": lambda x, i: pk.update_(
+        x, [1, 2], torch.ones(2) * i, lr=0.1, weight_decay=0.1, found_inf=torch.ones(1) * (i % 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_numbers_that_change_are_compiled_once(name):
+    """Once for the first numbers and once for all others; the bits are those of the op. Python numbers, as a training
+    loop has them: a seed, a scale, a rate."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(CHANGING[name], backend=backend, fullgraph=True)
+    got, want = torch.ones(3000, dtype=torch.bfloat16), torch.ones(3000, dtype=torch.bfloat16)
+    for i in range(5, 9 + torch._dynamo.config.recompile_limit):
+        compiled(got, i)
+        CHANGING[name](want, i)
+        assert torch.equal(got, want), i
+    assert len(graphs) <= 2
+
+
+def test_an_unsigned_seed_beyond_int64_is_compiled_as_a_constant():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, seed: pk.perturb_([x], seed, 0.1), backend="aot_eager", fullgraph=True)
+    for seed in (2**64 - 1, 2**64 - 2, 2**64 - 3):
+        got, want = torch.ones(300), torch.ones(300)
+        compiled(got, seed)
+        pk.perturb_(want, seed, 0.1)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(pk._C is None, reason="pseuzo_kernels._C is not built, which looks at the memory then")
+def test_freed_memory_is_refused_in_a_compiled_graph():
+    torch._dynamo.reset()
+    x = torch.ones(300)
+    compiled = torch.compile(lambda x: pk.perturb_([x], 1, 0.1), backend="eager", fullgraph=True)
+    compiled(x)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the memory of x was freed"):
+        compiled(x)

@@ -35,6 +35,29 @@ def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
         assert torch.equal(h, d.cpu())
 
 
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("K", [1, 14])
+def test_a_skipped_op_changes_no_bit_and_does_not_wait(noise, K):
+    xs = [torch.randn(n, device="cuda").to(dtype) for n in (5000, 8193) for dtype in DTYPES]
+    xs[0][:2] = torch.tensor([-0.0, float("nan")])
+    seeds, coefs = torch.arange(K, device="cuda"), torch.ones(K, device="cuda")
+    before, skipped = [x.clone() for x in xs], torch.zeros(1, device="cuda")
+    kwargs = dict(lr=0.1, weight_decay=0.5, noise=noise, rounding="stochastic", rounding_seed=2)
+    pk.update_([x.clone() for x in xs], seeds, coefs, **kwargs, found_inf=torch.zeros(1, device="cuda"))  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for factor, found in ((float("nan"), 0.0), (float("inf"), 0.0), (1.0, 1.0)):
+            found_inf = torch.full((1,), found, device="cuda")
+            pk.update_(xs, seeds, coefs * factor, **kwargs, found_inf=found_inf)
+            skipped += found_inf
+        pk.update_(xs, seeds, coefs * float("nan"), **kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert skipped == 3
+    assert all(torch.equal(x.view(torch.uint8), was.view(torch.uint8)) for x, was in zip(xs, before, strict=True))
+
+
 def test_normal_is_close():
     z = pk.noise((1 << 20,), 3, 1, noise="normal", device="cuda").cpu()
     want = reference.noise((1 << 20,), 3, 1, noise="normal")

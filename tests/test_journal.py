@@ -80,6 +80,23 @@ def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeyp
     assert any(not torch.equal(p, q) for p, q in zip(halfway.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_group_whose_update_overflows_is_left_alone_in_the_replay_too(order, tmp_path):
+    model = causal_lm("opt")
+    base, before = copy.deepcopy(model), copy.deepcopy(model)
+    params = list(model.parameters())
+    groups = [{"params": params[:3], "lr": 1e-12}, {"params": params[3:], "lr": 1e30}]  # times a slope of 1e11
+    opt = MeZO([groups[i] for i in order], 1e-3, 1e-2, weight_decay=1e-31, model=model)
+    losses = iter([1e9, -1e9, 1e9, -1e9])
+    with Journal(tmp_path / "run.pzj", opt):
+        for _ in range(2):
+            opt.step(lambda: model(**batch_of()).logits.sum() * 0 + next(losses))
+    for p, was in zip(params, before.parameters(), strict=True):
+        assert torch.equal(p, was) == any(p is q for q in groups[1]["params"])
+    assert opt.skipped_steps == 0 and replay(tmp_path / "run.pzj", base) == 2
+    assert all(torch.equal(p, q) for p, q in zip(params, base.parameters(), strict=True))
+
+
 def journal_of(tmp_path, steps=4):
     model = causal_lm("opt")
     base = copy.deepcopy(model)

@@ -732,6 +732,24 @@ def test_estimate_and_step_are_a_step(name, bare, dtype):
     assert not equal(halves, small_model().to(dtype)) and two.skipped_steps == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_skipped_step_changes_no_bit(name, dtype):
+    """Nor the sign of a zero."""
+    model = small_model().to(dtype)
+    opt = MAKERS[name](model)
+    opt.step(*arguments(opt, model, 0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.view(-1)[:3] = -0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step(*arguments(opt, model, 1, poison=True))
+    assert opt.skipped_steps == 1
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.detach().view(torch.uint8), was.view(torch.uint8))
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_state_saved_between_estimate_and_step_is_that_before_the_estimate(name):
     model = small_model()

@@ -526,8 +526,8 @@ def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) 
                 lr, weight_decay, noise_scale, maximize = record.groups[number]
                 seeds.append(record.seeds)
                 coefs.append(record.coefs * (lr if maximize else -lr))
-                keeps += [1.0 if record.skipped else 1.0 - lr * weight_decay] * len(mine)
-                scales += [0.0 if i in left_alone else noise_scale for i in mine]
+                keeps += [1.0 - lr * weight_decay] * len(mine)
+                scales += [0.0 if record.skipped or i in left_alone else noise_scale for i in mine]
             torch.ops.pseuzo.add_noise_steps_(
                 [params[i] for i in mine], torch.cat(seeds).to(device), torch.cat(coefs).to(device),
                 [len(record.seeds) for record in records], [header["params"][i]["stream"] for i in mine], keeps, scales,

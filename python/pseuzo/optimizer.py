@@ -392,14 +392,19 @@ class ZeroOrder(torch.optim.Optimizer):
                 scales += [group["noise_scale"]] * len(part)
         rounding_seed = step_seed(self.seed, self._step, ROUNDING_DOMAIN)
         for (step, back, copied, device), (members, keeps, scales) in launches.items():
-            s, c, skip = seeds.to(device), (coefs * step).to(device), found_inf.to(device)
+            s, c = seeds.to(device), (coefs * step).to(device)
+            # The op sets its flag where coefs * step overflow. That is of one launch; the step's flag stays as it is.
+            skip = found_inf.to(device, copy=abs(step) > 0.25)
             if back is not None:
-                shift = torch.where(skip != 0, torch.full_like(skip, -self._offset), -self._offset * keeps[0])
-                s, c = torch.cat([s, s.new_full((1,), self._shift_seed)]), torch.cat([c, shift])
+                s = torch.cat([s, s.new_full((1,), self._shift_seed)])
+                c = torch.cat([c, c.new_full((1,), -self._offset * keeps[0])])
             self._add(
                 members, self._originals if copied else None, s, c, keeps, scales,
                 self.noise if back is None else self._shift_noise, self.rounding == "stochastic", rounding_seed, skip,
             )  # fmt: skip
+            if back is not None:  # a launch that was skipped took nothing back; any other one must not be followed
+                alone = torch.full_like(skip, float("nan")).masked_fill_(skip != 0, -self._offset)
+                self._add(members, None, s[-1:], alone, 1.0, scales, self._shift_noise, False, 0, None)
         self._descend(gradients, found_inf, rounding_seed)
         torch.clear_autocast_cache()  # its casts are of the weights as they were
         self._last = coefs, moved
