@@ -12,12 +12,13 @@ import pytest
 import torch
 from helpers import Waits, perturbed_copy
 from models import OF_AN_ADAPTER, adapted, tiny
-from pseuzo import CausalLMObjective, MeZO, perturbed
+from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from pseuzo.objective import padded, padded_on_the_right
 from pseuzo.optimizer import step_seed
 from pseuzo.tasks import Example, Task, TaskData, evaluate
 from pseuzo.tasks.evaluation import generate
 from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo.tuning import head_parameters
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -175,6 +176,20 @@ def test_mezo_trains_an_adapter_of_the_head():
     torch.testing.assert_close(opt.stats["projected_grad"][0], (losses[0] - losses[1]) / 0.2, rtol=0, atol=2e-4)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "lora_" in n} and moved
+
+
+def test_pseuzo_trains_an_adapter_of_the_head_by_its_exact_gradient():
+    model = adapted(tiny("llama"), "LORA", target_modules=["q_proj", "lm_head"])
+    head = [p for p in head_parameters(model) if p.requires_grad]
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in head)]
+    assert len(head) == 2 and others
+    row = {"input_ids": IDS[1][None], "labels": labels_of(IDS[1])[None]}
+    want = torch.autograd.grad(model(**row).loss, head)
+    before = [p.detach().clone() for p in head]
+    groups = [{"params": others}, {"params": head, "exact_gradient": True, "lr": 0.1}]
+    PseuZO(groups, lr=1e-6, model=model).step(*CausalLMObjective(model)(row))
+    for p, x, gradient in zip(head, before, want, strict=True):
+        torch.testing.assert_close(x - p.detach(), 0.1 * gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_a_mixture_of_two_passes_is_refused(tmp_path):

@@ -318,11 +318,11 @@ class CausalLMObjective:
         positions, kind, seen = plan["positions"], type(self.model).__name__, []
         looks = self._found.factor is None
 
-        def reached(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        def reached(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             seen.append(args[0])
             if not looks:
                 raise _HeadReached
-            return (args[0][:1, -1:],)
+            return args[0][:1, -1:], *args[1:]
 
         def put_out(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = output.new_zeros(output.shape, dtype=torch.float32)

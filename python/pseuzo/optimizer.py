@@ -591,6 +591,8 @@ class MeZO(ZeroOrder):
     clip_examples: r; the projected gradient of each example is clamped to r times the batch's median size (not where
     that is 0). The closure must then return per-example losses, [B].
     The passes of a step run with the module in eval mode; with bare parameters that is the caller's business.
+    Under torch.autocast no step uses or leaves a cast that is cached, wherever the autocast block begins and ends.
+    One process only: ValueError where the process group has several ranks, as replicas would drift apart.
     capture: record the passes as CUDA graphs, from the third step with the same closure on, and replay them:
     hundreds of launches fewer (bits: see pseuzo.capture). The closure must then be the same object at every step
     (or one of a few), read its batch from tensors that you write before the step (tensor.copy_(...)), and never
