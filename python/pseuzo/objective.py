@@ -7,7 +7,8 @@
 o holds the hidden states at the positions that carry a loss, no others: [R, P, D] for the R rows of a batch. The head
 runs on those alone, in the clean pass alone (PseuZO's perturbed pass never calls it), and for a choice between label
 words only its rows for those words. No code of Transformers is changed: a hook on the head reads its input and ends the
-forward there, and a function in its registry of attention masks, which does as before elsewhere, is told of padding.
+forward there (the first forward goes on, from an output that shows what the model does to its logits), and a function
+in its registry of attention masks, which does as before elsewhere, is told of padding.
 """
 
 import inspect
