@@ -1,23 +1,25 @@
 """The noise op on a weight of OPT-1.3B (fc1, 8192 x 2048) and the window, beside copies and what MeZO's code does.
 
-python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--check]
+python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile] [--check|--no-check]
 
 On a GPU the rows of our own ops are of the GPU alone, recorded as CUDA graphs, and the weight is 16 times as large, so
 that it fits no cache. pct_of_copy: GB/s over those of copy_ in the same run, of the bytes that the way at hand has to
-move. pct_of_rate (GPU): normals/s over what the instructions of the loop over seeds allow: multiprocessors x 128 lanes
-x highest clock / instructions a normal, as counted by sass_cost.py. All that is compared is checked first: ours to the
-bit of the reference; ways with noise of another kind, that they add noise of the same mean and variance. --check does
-only that; under TRITON_INTERPRET=1, it does so with the Triton kernels, on a CPU in Triton's interpreter.
+move. pct_of_predicted: the ms that predict.py expects of our update on this GPU, from the instructions and bytes that
+sass_cost.py counted, over the measured ms. --compile adds MeZO's loop under torch.compile. All that is compared is
+checked first, unless --no-check says otherwise: ours to the bit of the reference; ways with noise of another kind, that
+they add noise of the same mean and variance. --check does only that; under TRITON_INTERPRET=1, it does so with the
+Triton kernels, on a CPU in Triton's interpreter.
 """
 
 import json
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import torch
-from harness import HERE, QUANTILES, RESULTS, Table, parser
+from harness import HERE, QUANTILES, Table, parser
+from predict import CHIPS
 from torch import Tensor
 
 from pseuzo_kernels import NOISES, EmaWindow, add_noise, api, noise, perturb_, reference, update_
@@ -28,7 +30,8 @@ LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
 WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
 COLUMNS = (
-    "op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s", "shape", "pct_of_copy", "pct_of_rate"
+    "op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s", "shape", "pct_of_copy",
+    "pct_of_predicted",
 )  # fmt: skip
 
 OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, update_=update_)
@@ -68,8 +71,8 @@ def pass_per_seed(x: Tensor, seeds: list[int], coefs: list[float], lr: float) ->
         OPS.update_(x, seed, coef, lr=lr, rounding=rounding_of(x), rounding_seed=seed)
 
 
-LOOPS = {"pseuzo, a pass per seed": (pass_per_seed, 2), "MeZO-style torch loop": (torch_loop, 4),
-         "MeZO-style, torch.compile": (compiled_loop, 2)}  # fmt: skip
+LOOPS = {"pseuzo, a pass per seed": (pass_per_seed, 2), "MeZO-style torch loop": (torch_loop, 4)}
+COMPILED = "MeZO-style, torch.compile"
 
 
 def rounding_of(x: Tensor) -> str:
@@ -122,35 +125,31 @@ def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
     torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
 
 
-@cache
-def highest_rate(device: torch.device, kind: str) -> float:
-    """Normals/s if each lane issued an instruction of the loop over seeds a cycle; 0 if not known."""
-    if device.type != "cuda":
-        return 0.0
-    import triton
-
-    chip = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    arch = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
-    for folder in (RESULTS, HERE / "results"):
-        costs = json.loads((folder / "sass.json").read_text()) if (folder / "sass.json").exists() else []
-        for c in costs:
-            if c["arch"] == arch and c["kernel"].startswith(f"add_noise_many_kernel {kind} "):
-                return chip["multiprocessor_count"] * 128 * chip["sm_clock_rate"] * 1e3 / c["instructions_per_normal"]
-    return 0.0
+def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> float | None:
+    """What predict.py expects of an update of n elements; None for a device or a kernel that it does not know."""
+    chip = next((chip for chip in CHIPS if chip.name.split()[0] in device), None)
+    words = [kind, {torch.float32: "fp32", torch.bfloat16: "bf16 stochastic", torch.float16: "fp16 stochastic"}[dtype]]
+    costs = json.loads((HERE / "results/sass.json").read_text()) if chip else []
+    for c in costs:
+        if c["arch"] == chip.arch and c["kernel"] == " ".join(["add_noise_many_kernel", *words]):
+            instructions = K * c["cycles_per_normal"] + c["around_per_normal"]
+            return chip.ms(n * instructions, 2 * n * dtype.itemsize)[0]
+    return None
 
 
-def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
-    device = table.device
+def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: bool, checked: bool) -> None:
+    """checked: compare the ways with each other."""
+    device, loops = table.device, LOOPS | ({COMPILED: (compiled_loop, 2)} if compiled else {})
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
     size, copied = x.element_size(), None
 
-    def row(op, impl, call, K, passes, kind=None):  # passes over x, of reading or writing; kind of our noise
+    def row(op, impl, call, K, passes, kind=None):  # passes over x, of reading or writing; kind of our update's noise
         ms = table.time(call, kernel=impl.startswith("pseuzo"))
         rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6, gnormals_per_s=K * n / ms["ms_p50"] / 1e6)
         if copied:
             rates["pct_of_copy"] = 100 * rates["gb_per_s"] / copied
-        if kind and (rate := highest_rate(device, kind)):
-            rates["pct_of_rate"] = 100e9 * rates["gnormals_per_s"] / rate
+        if kind and (predicted := predicted_ms(table.common["device"], dtype, kind, n, K)):
+            rates["pct_of_predicted"] = 100 * predicted / ms["ms_p50"]
         table.add(op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates)
         return ms["ms_p50"]
 
@@ -159,11 +158,12 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
     row("noise", "torch.randn", lambda: torch.randn(n, dtype=dtype, device=device), 1, 1)
     for kind in NOISES:
         call = partial(OPS.noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device)
-        row("noise", f"pseuzo {kind}", call, 1, 1, kind)
-    perturb = row("perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2, "hadamard")
+        row("noise", f"pseuzo {kind}", call, 1, 1)
+    perturb = row("perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2)
     print(f"    -> perturb: {perturb / copy:.2f} copies")
-    row("perturb", "pseuzo, in place", lambda: OPS.perturb_(y, 1, EPS), 1, 2, "hadamard")
-    check_compiled(dtype, n, device)
+    row("perturb", "pseuzo, in place", lambda: OPS.perturb_(y, 1, EPS), 1, 2)
+    if compiled and checked:
+        check_compiled(dtype, n, device)
     for K in Ks:
         seeds, coefs, took = list(range(K)), coefs_of(K), {}
         on_device = torch.tensor(seeds, device=device), torch.tensor(coefs, device=device)
@@ -172,13 +172,13 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int]) -> None:
             args = dict(lr=LR, noise=kind, rounding=rounding_of(x), rounding_seed=3)
             call = partial(OPS.update_, x, *on_device, **args)
             took[impl] = row("update", impl, call, K, 2, kind)
-        for impl, (loop, passes) in LOOPS.items():
+        for impl, (loop, passes) in loops.items():
             if K > SEVERAL[device.type] or (device.type == "cpu" and loop is compiled_loop and K > 1):
                 continue
-            check_law(loop, K, dtype, n, device)
-            kind = "hadamard" if loop is pass_per_seed else None
-            took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K, kind)
-        times = ", ".join(f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in LOOPS if impl in took)
+            if checked:
+                check_law(loop, K, dtype, n, device)
+            took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K)
+        times = ", ".join(f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in loops if impl in took)
         print(f"    -> update K {K}: {took['pseuzo'] / copy:.2f} copies; {times}")
 
 
@@ -198,13 +198,14 @@ def check_window(shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups
         assert not far.any(), "the window's coefs differ from the reference's"
 
 
-def measure_window(table: Table, dtype: torch.dtype, K: int = 14) -> None:
+def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14) -> None:
     """A step of a full window: push and project, rows paired by number or pooled by label."""
     for shape in WINDOW_SHAPES:
         n, rows = shape[0] * shape[1] * shape[2], shape[0]
         o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
         for impl, groups in (("rows", None), ("labels", torch.arange(rows, device=table.device) % 2)):
-            check_window(shape, dtype, K, groups, table.device)
+            if checked:
+                check_window(shape, dtype, K, groups, table.device)
             window = EmaWindow(K, eps=EPS)
             for seed in range(K):
                 window.step(seed, o0, o1, e, groups)
@@ -248,6 +249,7 @@ def main() -> None:
     p.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     p.add_argument("--n", type=int, help="elements; default: those of fc1, on a GPU 16 times as many")
     p.add_argument("--K", type=int, nargs="*", help="default: 1 4 14 64; on a GPU also 1000")
+    p.add_argument("--compile", action="store_true", help="time MeZO's loop under torch.compile, too")
     p.add_argument("--check", action="store_true", help="check that all agree, and time nothing")
     args = p.parse_args()
     device = torch.device(args.device)
@@ -256,15 +258,15 @@ def main() -> None:
     Ks = args.K or [1, 4, 14, 64, *[1000] * (device.type == "cuda")]
     n = args.n or N * (16 if device.type == "cuda" else 1)
     dtypes = [getattr(torch, name) for name in args.dtype]
-    for dtype in dtypes:
+    for dtype in dtypes if args.check or not args.no_check else ():
         check(dtype, Ks, device, min(n, 20000))
     if args.check:
         print(f"{'the Triton kernels' if isinstance(OPS, api.NoiseApi) else 'the ops'} agree with the reference")
         return
     table = Table("add_noise", args, COLUMNS)
     for dtype in dtypes:
-        measure(table, dtype, n, Ks)
-        measure_window(table, dtype)
+        measure(table, dtype, n, Ks, args.compile, not args.no_check)
+        measure_window(table, dtype, not args.no_check)
         for K in Ks:
             if K <= 14:
                 replay(table, dtype, n, K)

@@ -1,18 +1,21 @@
 """Training steps of OPT models at random initialisation, beside what people run today.
 
 python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16] [--dtype bfloat16] [--device cuda|cpu]
+    [--ways ours published backward] [--no-check]
 
 Parts whose work is ours are timed on the GPU alone; steps and forwards as they are, with their Python.
 "two forwards" is the floor: inference, and nothing else; "captured" is with the passes recorded as CUDA graphs, the
 floor too. "one forward of twice the rows" is the least that the clean and the perturbed pass could cost if they ran as
-one. pseuzo's step is also timed in parts, of which "perturb" is all perturbed weights made, one module after the other
-as in a pass, and no forward. The published ways are written here after what that code does: MeZO makes three passes
+one. pseuzo's step is also timed in parts, of which "perturb" is what a perturbed pass launches to make its weights, all
+of it, and no forward. The published ways are written here after what that code does: MeZO makes three passes
 over the weights to perturb and restore them and one to update, each with torch.normal after a reseed, and rebinds the
 weights; PseuZO perturbs, restores and makes one pass per entry of its window, with a number fetched from the device for
 each (weight decay left out, and the output head runs once, where that code runs it twice). FO: backward through the
-model. peak_gb: what torch allocated on the GPU at most during a call. ops: operations in a call that
-compute something, about the launches; syncs: numbers that Python waits for (two of ours on a CPU are from pinned
-memory on a GPU, and wait for nothing).
+model. peak_gb: what torch allocated on the GPU at most during a call. reserved_gb: what torch held of the GPU at most
+since the way began; that counts the memory of graphs, which is allocated only while they are recorded. device_gb: what
+was in use on the GPU after a call, by whomever. ops: operations in a call that compute something, about the launches
+(of "perturb": launches); syncs: numbers that Python waits for (two of ours on a CPU are from pinned memory on a GPU,
+and wait for nothing).
 """
 
 import argparse
@@ -20,6 +23,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from harness import MODELS, QUANTILES, Table, captured, floor_of, parser
@@ -34,8 +38,12 @@ from pseuzo_kernels import EmaWindow, perturb_, reference, update_
 LABEL_WORDS = [17, 4]
 DOUBLED = "one forward of twice the rows"
 LR, EPS, WINDOW = 1e-7, 1e-3, 14
-COLUMNS = ("model", "params", "dtype", "rows", "tokens", "impl", "part", *QUANTILES, "peak_gb", "ops", "syncs")
-Parts = Iterator[tuple[str, Callable[[], object]]]  # what to time, after what it needs was made
+COLUMNS = (
+    "model", "params", "dtype", "rows", "tokens", "impl", "part", *QUANTILES, "peak_gb", "ops", "syncs", "reserved_gb",
+    "device_gb",
+)  # fmt: skip
+WAYS = ("ours", "published", "backward")
+Parts = Iterator[tuple]  # a name, what to time, after what it needs was made, and maybe how many launches that is
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -119,28 +127,32 @@ class PublishedPseuZO(PublishedMeZO):
                 self.shift(old_seed, (old * e).sum().item() / EPS, -LR)
 
 
-def perturb_alone(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """All perturbed weights of a pass, each made in its turn: modules that have weights, with forwards that do nothing.
-    An embedding looks up rows, as in a pass; a head that is tied to it is not run."""
-    seen, owners = set(), []
-    for module in model.modules():
-        own = set(module.parameters(recurse=False))
-        owners += [module] if own - seen else []
-        seen |= own
+class Made(TorchDispatchMode):
+    """Notes each call of our ops: in a perturbed pass, those that make its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pseuzo":
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def perturb_alone(perturbed_forward: Callable[[], None]) -> tuple[Callable[[], None], int]:
+    """What a perturbed pass launches to make its weights, into the same memory, and how many launches that is."""
+    for _ in range(3):  # from then on it is known which weights are made together
+        perturbed_forward()
+    with Made() as made:
+        perturbed_forward()
 
     def call() -> None:
-        for m in owners:
-            lookup = isinstance(m, nn.Embedding)
-            m.forward = (lambda m=m: F.embedding(ids % m.num_embeddings, m.weight)) if lookup else lambda: None
-        try:
-            with torch.no_grad(), perturbed(model, 3, EPS):
-                for m in owners:
-                    m()
-        finally:
-            for m in owners:
-                del m.forward
+        with torch.no_grad():
+            for again in made.calls:
+                again()
 
-    return call
+    return call, len(made.calls)
 
 
 def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
@@ -163,8 +175,11 @@ def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
             p.copy_(was)
 
 
-def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str, Callable[[], Parts]]:
-    """The ways to make a step, by name. Each is gone with all that it holds before the next is made."""
+def ways(
+    model: nn.Module, batch: dict[str, Tensor], checked: bool, kinds: tuple[str, ...] = WAYS
+) -> dict[str, Callable[[], Parts]]:
+    """The ways to make a step, by name: inference and those of some kinds. Each is gone with all that it holds before
+    the next is made. checked: the forwards and the update are known to be right."""
     forward, head = CausalLMObjective(model, LABEL_WORDS)(batch)
     ids, labels, params = batch["input_ids"], batch["labels"], list(model.parameters())
     groups = labels.cpu()
@@ -221,7 +236,7 @@ def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str,
             return
         yield "forward", plain_forward
         yield "perturbed forward", perturbed_forward
-        yield "perturb", perturb_alone(model, batch["input_ids"])
+        yield "perturb", *perturb_alone(perturbed_forward)
         with torch.no_grad():
             o = forward()
         leaf = o.detach().clone().requires_grad_()
@@ -258,17 +273,20 @@ def ways(model: nn.Module, batch: dict[str, Tensor], checked: bool) -> dict[str,
         yield "step", step
 
     graphs = labels.device.type == "cuda"
-    return {
-        "inference": inference,
-        **({"inference, captured": lambda: iter([("two forwards", captured(two_forwards))])} if graphs else {}),
+    ours = {
         "pseuzo PseuZO": pseuzo,
         **({"pseuzo PseuZO, captured": lambda: pseuzo(capture=True)} if graphs else {}),
         "pseuzo MeZO": mezo,
         **({"pseuzo MeZO, captured": lambda: mezo(capture=True)} if graphs else {}),
-        "MeZO as published": published_mezo,
-        "PseuZO as published": published_pseuzo,
-        "FO SGD": lambda: first_order(torch.optim.SGD),
-        "FO Adam": lambda: first_order(torch.optim.Adam),
+    }
+    published = {"MeZO as published": published_mezo, "PseuZO as published": published_pseuzo}
+    backward = {f"FO {kind.__name__}": partial(first_order, kind) for kind in (torch.optim.SGD, torch.optim.Adam)}
+    return {
+        "inference": inference,
+        **({"inference, captured": lambda: iter([("two forwards", captured(two_forwards))])} if graphs else {}),
+        **(ours if "ours" in kinds else {}),
+        **(published if "published" in kinds else {}),
+        **(backward if "backward" in kinds else {}),
     }
 
 
@@ -288,34 +306,47 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
         return fine
     for i, tokens in enumerate(args.tokens):
         torch.manual_seed(tokens)
-        floors, memory = {}, None
+        floors, memory = {}, {}
         try:
-            todo = ways(model, make_batch(model, args.rows, tokens), checked=i > 0)
+            batch = make_batch(model, args.rows, tokens)
+            todo = ways(model, batch, args.no_check or i > 0, args.ways)
         except torch.cuda.OutOfMemoryError:
             does_not_fit(tokens, "inference", "setup")
             continue
         for impl, way in todo.items():
-            part = "setup"
+            part, whole = "setup", {"step", "two forwards"}
+            gc.collect()
+            if gpu:  # what others left is no part of what this way needs
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             try:
-                for part, call in way():
+                for part, call, *launches in way():
                     call()
-                    peak, counts = "", {}
-                    if part in ("step", "two forwards") and "captured" not in impl and "FO" not in impl:
+                    row = dict(zip(("ops",), launches, strict=False))
+                    if gpu:
+                        torch.cuda.synchronize()
+                        row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9  # before others are timed
+                        torch.cuda.reset_peak_memory_stats()
+                    if part in whole and "captured" not in impl and "FO" not in impl:
                         with Count(table.device) as count:
                             call()
-                        counts = dict(ops=count.ops, syncs=count.syncs)
-                    if gpu and "captured" not in impl:  # a graph allocates when it is recorded
-                        torch.cuda.synchronize()
-                        torch.cuda.reset_peak_memory_stats()
+                        row |= dict(ops=count.ops, syncs=count.syncs)
+                    elif gpu:
                         call()
-                        peak = torch.cuda.max_memory_allocated() / 1e9
-                    ms = table.time(call, kernel=part in ("perturb", "window", "update"))
-                    table.add(**common, tokens=tokens, impl=impl, part=part, **ms, peak_gb=peak, **counts)
-                    step = ms["ms_p50"]
+                    if gpu:
+                        torch.cuda.synchronize()
+                        if "captured" not in impl:  # a graph allocates when it is recorded
+                            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                        free, total = torch.cuda.mem_get_info()
+                        row["device_gb"] = (total - free) / 1e9
+                    row |= table.time(call, kernel=part in ("perturb", "window", "update"))
+                    table.add(**common, tokens=tokens, impl=impl, part=part, **row)
+                    step, kind = row["ms_p50"], "reserved_gb" if "captured" in impl else "peak_gb"
                     if part == "two forwards":
-                        floors[impl], memory = step, memory or peak
+                        floors[impl] = step
+                        memory = memory or row
                     elif floor := part == "step" and floors.get(floor_of(impl)):
-                        more = f", {peak / memory:.3f} times their memory" if memory and peak else ""
+                        more = f", {row[kind] / memory[kind]:.3f} times the memory of inference" if gpu else ""
                         print(f"    -> {step - floor:.3f} ms beyond two forwards, {step / floor:.2f} times them{more}")
             except torch.cuda.OutOfMemoryError:
                 does_not_fit(tokens, impl, part)
@@ -323,11 +354,8 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                 traceback.print_exc()
                 fine = False
             call = None
-            vars(model).pop("_pseuzo_forward", None)  # its scratch is no part of what the next way needs
+            vars(model).pop("_pseuzo_forward", None)  # and its scratch
             model.zero_grad(set_to_none=True)
-            gc.collect()
-            if gpu:
-                torch.cuda.empty_cache()
     return fine
 
 
@@ -337,6 +365,7 @@ def main() -> None:
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--rows", type=int, default=16)
     p.add_argument("--tokens", type=int, nargs="*", default=[64, 256])
+    p.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="beside inference; default: all")
     args = p.parse_args()
     table, fine = Table("steps", args, COLUMNS), True
     for name in args.model or (["tiny"] if table.device.type == "cpu" else list(MODELS)[1:]):  # the largest last

@@ -42,6 +42,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1, help="on a CPU")
     p.add_argument("--seconds", type=float, default=0.5, help="for each measurement, at least three calls")
+    p.add_argument("--no-check", action="store_true", help="time without comparing with the reference first")
     return p
 
 
@@ -63,8 +64,11 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    except OSError:
+        return "unknown"
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
@@ -80,19 +84,32 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
+def _ms_on_host(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _ms_between_events(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
 def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed."""
-    if device.type == "cuda":
+    """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed
+    unless a call takes so long that only three are made."""
+    measure = _ms_between_events if device.type == "cuda" else _ms_on_host
+    if measure(call) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
-        times = triton.testing.do_bench(call, warmup=100, rep=seconds * 1000, quantiles=[0.2, 0.5, 0.8])
-        return tuple(times)
-    call()
+        return tuple(triton.testing.do_bench(call, warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8]))
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(measure(call))
     times.sort()
     return tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
 
@@ -148,8 +165,9 @@ class Table:
     """Measurements of one benchmark: printed as they come, appended to results/<name>.csv at once."""
 
     def __init__(self, name: str, args: argparse.Namespace, columns: tuple[str, ...]):
-        torch.set_num_threads(args.threads)
         self.device, self.seconds = torch.device(args.device), args.seconds
+        if self.device.type == "cpu":
+            torch.set_num_threads(args.threads)
         self.path, self.columns = RESULTS / f"{name}.csv", columns
         try:
             import triton
@@ -162,7 +180,7 @@ class Table:
             device=device_name(self.device), threads=args.threads if self.device.type == "cpu" else "",
             torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
         )  # fmt: skip
-        print(f"{self.common['device']}, torch {torch.__version__}, threads {self.common['threads']}")
+        print(f"{self.common['device']}, torch {torch.__version__}, threads {torch.get_num_threads()}")
 
     def time(self, call: Callable[[], object], kernel: bool = False) -> dict[str, float]:
         """The columns of QUANTILES, in ms. kernel: of the GPU alone, without what Python does before a launch."""

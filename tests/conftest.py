@@ -32,6 +32,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_runtest_logfinish():
+    """After a CUDA error all further calls of a process fail, so end it: pytest-xdist counts that against the test that
+    just ran, and starts another process for the others."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def pytest_collection_finish():
     gc.freeze()  # what was imported by now: trainers and searches for lr collect garbage, and need not look there
 

@@ -230,11 +230,12 @@ def test_state_dict_resumes_to_the_bit():
 
 @pytest.mark.parametrize("run_on, replay_on", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_replay_on_another_device(run_on, replay_on, tmp_path):
+    """50 steps: each must leave the same bits, or all that follow differ."""
     model = causal_lm("opt").to(torch.bfloat16).eval()
     base = copy.deepcopy(model).to(replay_on)
     model.to(run_on)
     opt = PseuZO(model, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2)
     with Journal(tmp_path / "run.pzj", opt):
-        steps(opt, CausalLMObjective(model, [17, 4]), run_on, 5)
-    assert replay(tmp_path / "run.pzj", base) == 5
+        assert steps(opt, CausalLMObjective(model, [17, 4]), run_on, 50).isfinite().all()
+    assert replay(tmp_path / "run.pzj", base) == 50
     assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(model.parameters(), base.parameters(), strict=True))

@@ -8,10 +8,10 @@ import torch
 from helpers import Waits
 from models import ALL_KINDS, KINDS, VOCAB, batch_of, causal_lm
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
-from pseuzo.objective import loss_positions, rows_of_options, with_positions
+from pseuzo.objective import _seeing_itself, loss_positions, rows_of_options, with_positions
 from pseuzo.tuning import tune
 from torch.nn import functional as F
-from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM
+from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 OPTIONS = [17, 4, 900]
@@ -99,6 +99,71 @@ def test_padding_changes_nothing(kind):
                  for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
     # logits about 1; other shapes round differently, and rotary angles of other positions by 2^-24 of up to 64
     torch.testing.assert_close(scores, torch.stack(alone), rtol=0, atol=1e-5)
+
+
+def attentive_lm(dtype):
+    """One whose states change by far more than they are rounded by if a token sees others than it should."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=256, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=256)
+    model = OPTForCausalLM(OPTConfig(vocab_size=1000, max_position_embeddings=256, **sizes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "_proj.weight" in name:
+                p.mul_(5)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    "device, length", [("cpu", 24), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (24, 64, 192))]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_padding_changes_nothing_in_half_precision(dtype, device, length):
+    """Clean and perturbed. On a GPU other kernels attend with a mask, and others by the length."""
+    model = attentive_lm(dtype).to(device)
+    objective = CausalLMObjective(model, OPTIONS)
+    ids = torch.randint(3, 1000, (3, length), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = mask[1, :5] = 0
+
+    def last_states(ids, **batch):
+        return objective({"input_ids": ids, "labels": ids.new_zeros(len(ids)), **batch})[0]().float()
+
+    for context in (nullcontext(), perturbed(model, 3, 1e-2)):
+        with torch.no_grad(), context:
+            got = last_states(ids, attention_mask=mask)
+            alone = torch.cat([last_states(row[keep != 0][None]) for row, keep in zip(ids, mask, strict=True)])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            unmasked = last_states(ids, attention_mask=torch.ones_like(mask), position_ids=positions)
+        # 8 ulps of bf16 between 2 and 4, where the largest states are
+        torch.testing.assert_close(got, alone, rtol=0, atol=0.125)
+        assert ((unmasked - alone)[:2].abs().amax((1, 2)) > 4 * 0.125).all(), "a mask that is ignored would show"
+
+
+def attention_with_nan(q, k, v, attn_mask=None, is_causal=False, scale=None, **kwargs):
+    """Some backends make NaN of a query that sees no key."""
+    assert attn_mask is not None and not is_causal and not kwargs.get("dropout_p")
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("mode", ["full", "prefix"])
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama", "mistral"])
+def test_no_query_of_a_pad_makes_nan(kind, mode, monkeypatch):
+    model = tune(causal_lm(kind), mode).eval()
+    batch = batch_of() | {"labels": torch.zeros(4, dtype=torch.long)}
+    objective = CausalLMObjective(model, OPTIONS)
+    want = objective.scores(batch)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention_with_nan)
+    torch.testing.assert_close(objective.scores(batch), want, rtol=0, atol=1e-5)
+
+
+def test_queries_that_see_a_key_see_what_they_saw():
+    keep = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    mask = torch.ones(4, 5).tril(1).bool() & keep[:, None, None]  # one key comes before the queries
+    got = _seeing_itself(mask)
+    assert torch.equal(got[1], mask[1]) and torch.equal(got[0, 0, 2:], mask[0, 0, 2:])
+    assert got[0, 0, :2].tolist() == [[False, True, False, False, False], [False, False, True, False, False]]
 
 
 # rows of options: example 1 has three, 0 and 2 have two; not in order; the right ones are rows 2, 0 and 6

@@ -596,10 +596,21 @@ def _listen_in_sdpa_mask() -> None:
         causal = kwargs["q_length"] == kwargs["kv_length"] and (local_size is None or kwargs["kv_length"] < local_size)
         if causal and not padded and kwargs.get("allow_is_causal_skip", True):
             return None
-        return sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
+        mask = sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
+        return _seeing_itself(mask) if padded and mask is not None else mask
 
     if ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask:  # neither done nor somebody else's
         AttentionMaskInterface.register("sdpa", sdpa_mask_of_known_padding)
+
+
+def _seeing_itself(mask: Tensor) -> Tensor:
+    """mask [..., queries, keys], True where a key is seen; a query that sees none, of a pad, then sees its own key.
+
+    Some backends make NaN of such a query, and in the next layer a NaN reaches all others, since zero times NaN is NaN.
+    """
+    queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
+    own = queries[:, None] + (len(keys) - len(queries)) == keys  # keys of a prefix come first
+    return mask | (own & ~mask.any(-1, keepdim=True))
 
 
 @contextmanager

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# How long is a training step, and what memory does it take? At most 4.5 minutes; docs/gpu.md says what each part shows.
+source "$(dirname "$0")/common.sh"
+steps() { # name, seconds, model, tokens and more arguments
+  local name="$1" limit="$2" model="$3"
+  shift 3
+  if [ -n "$dry" ]; then
+    [ "$name" = opt-1.3b ] || return 0 # one of them takes the same way as all
+    part "$name" "$limit" "$PYTHON" bench/bench_steps.py --ways ours published --tokens 8 --rows 2 --seconds 0 --device cpu
+  else
+    part "$name" "$limit" "$PYTHON" bench/bench_steps.py --ways ours published --model "$model" --tokens "$@"
+  fi
+}
+
+[ -n "$dry" ] || part device 30 "$PYTHON" bench/gpu/device.py
+steps opt-1.3b 80 opt-1.3b 64 256 --seconds 0.3
+steps opt-125m 35 opt-125m 64 --seconds 0.2 --no-check
+steps opt-13b 125 opt-13b 256 --seconds 0.1 --no-check
+finish
