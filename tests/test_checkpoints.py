@@ -207,6 +207,10 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
     again = trainer_of(tmp_path / "b", **BEST)
     again.train(resume_from_checkpoint=True)
     assert again.kept_step == 4 and same(weights(again), weights(trainer))
+    (tmp_path / "b").rename(tmp_path / "c")  # nor is it forgotten by a run that goes on, and saves nothing more
+    longer = trainer_of(tmp_path / "c", **BEST | dict(max_steps=7, eval_steps=10, save_strategy="best"))
+    longer.train(resume_from_checkpoint=True)
+    assert longer.kept_step == 4 and same(weights(longer), weights(trainer))
 
 
 def test_best_is_the_best_of_those_that_are_saved(tmp_path):
@@ -339,14 +343,18 @@ def test_a_save_at_work_is_left_alone(tmp_path):
     if child == 0:
         files.save_model(Waits("theirs"), None, out / "model")
         os._exit(0)
-    assert os.read(began, 1) == b"."
-    with files.claim(out, "train"):
-        assert (out / ".model.saving" / "new" / "weights").read_text() == "theirs"
-    with pytest.raises(ValueError, match="model is being saved by another process"):
-        files.save_model(Saved("mine"), None, out / "model")
-    os.write(end, b".")
-    assert os.waitpid(child, 0)[1] == 0 and (out / "model" / "weights").read_text() == "theirs"
-    assert not (out / ".model.saving").exists()
+    try:
+        assert os.read(began, 1) == b"."
+        with files.claim(out, "train"):
+            assert (out / ".model.saving" / "new" / "weights").read_text() == "theirs"
+        with pytest.raises(ValueError, match="model is being saved by another process"):
+            files.save_model(Saved("mine"), None, out / "model")
+        os.write(end, b".")
+        assert os.waitpid(child, 0)[1] == 0
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    assert (out / "model" / "weights").read_text() == "theirs" and not (out / ".model.saving").exists()
 
 
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
+from pseuzo import runs
 from pseuzo.checkpoints import last_checkpoint
 from pseuzo.journal import _part, held, owner, read_journal
 from pseuzo.trainer import PseuZOTrainer
@@ -158,7 +160,8 @@ def test_two_runs_are_given_one_journal(tmp_path, monkeypatch):
     """The second is refused, whenever it comes, and does not remove the file of the first."""
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ["train", *SMALL, *ZERO_ORDER, "--steps", 2, "--journal", journal, "--output", out]
-    with held(journal):  # by a run that loads its model
+    with held(journal), monkeypatch.context() as patched:  # by a run that loads its model
+        patched.setattr(runs, "load_model", None)  # the second one is not let to load its own
         assert "run.pzj is in use by another run" in pseuzo(*args, code=2)
         assert journal.exists() and not list(out.iterdir())
     journal.unlink()
@@ -185,6 +188,25 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     assert (out / "config.yaml").read_text() == config
     pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
     assert json.loads((out / "results.json").read_text())["steps"] == 6
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, "--method", "mezo", "--lr", "1e-2", "--steps", 5, "--eval-every", 1, "--journal", journal,
+            "--output", out]  # fmt: skip
+    text = pseuzo(*args)
+    results = json.loads((out / "results.json").read_text())
+    best = results["best_step"]
+    assert best < 5 and f"model/ is step {best}, the best checkpoint on the dev rows" in text
+    assert_same_weights(out / "model", out / f"checkpoint-{best}")
+    shutil.rmtree(out / f"checkpoint-{best}")
+    text = pseuzo(*args, "--resume")
+    results = json.loads((out / "results.json").read_text())
+    assert results["best_step"] is None and results["steps"] == 5 and "model/ is step" not in text
+    assert f"checkpoint-{best}, the best checkpoint, cannot be loaded: it is not there; the weights are those" in text
+    assert f"step, 5 (pseuzo replay --until {best} makes those of the best)\n" in text
+    pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")
+    assert_same_weights(out / "model", tmp_path / "replayed")
 
 
 def test_a_refused_try_does_not_block_the_next(tmp_path):

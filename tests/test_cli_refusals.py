@@ -240,6 +240,7 @@ def test_journal(tmp_path, settings):
     assert "exists already" in refused(*args, journal)
     assert "exists already" in refused(*args, journal, "--resume")  # there is no run to go on with
     assert "are the same" in refused(*args, out) and not out.exists()
+    assert "the run writes results.json itself" in refused(*args, out / "results.json") and not out.exists()
     pseuzo(*args, out / "inside.pzj")  # its folder will be made
     out.mkdir()
     (out / "config.yaml").touch()

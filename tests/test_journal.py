@@ -647,11 +647,15 @@ class Full:
         return n
 
 
-def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_path):
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_path, late):
+    """late: a record waits for the next step, as those of a GPU do."""
     path, model = tmp_path / "run.pzj", causal_lm("opt")
     base, opt = copy.deepcopy(model), MAKERS["pseuzo"](model)
     opened = Journal(path, opt)
+    opened._late = late
     train(opt, model, range(2))
+    assert journal.owner(path)[1] == 2 - late
     size, real = path.stat().st_size, opened._file
     opened._file = Full(real)
     with pytest.raises(OSError, match="No space left"):
@@ -662,6 +666,8 @@ def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_
     assert opt._step == 3 and path.stat().st_size == size
     opened._file = real
     train(opt, model, [3])
+    opened.sync()
+    assert journal.owner(path)[1] == 4
     opened.close()
     assert replay(path, base) == 4 and same(base, model)
 
@@ -718,6 +724,17 @@ def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
         train(opt, model, [steps])
     replay(tmp_path / "new.pzj", base)
     assert same(base, model)
+
+
+def test_no_other_weights_get_the_addresses_of_the_watched_ones(tmp_path):
+    """Else weights that were converted there and back could pass for those that were left alone."""
+    model = causal_lm("opt")
+    places = {p.data_ptr() for p in model.parameters()}
+    opened = Journal(tmp_path / "run.pzj", MAKERS["mezo"](model))
+    model.half().float()
+    assert {storage.data_ptr() for storage in opened._storages} == places
+    opened.close()
+    assert not opened._storages, "their memory is free again"
 
 
 @pytest.mark.parametrize("between", ["steps", "estimate and step"])

@@ -396,6 +396,9 @@ def _check_journal(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"--journal {journal}: there is no folder {journal.parent}")
     if journal.resolve() == output.resolve():
         raise ValueError(f"--journal and --output are the same, {output}; the journal is a file, in there or elsewhere")
+    own = ("config.yaml", "results.json", "curves.png", "lr.json", "noise_on.json", "model", "start", ".pseuzo")
+    if journal.parent.resolve() == output.resolve() and journal.name in own:
+        raise ValueError(f"--journal {journal}: the run writes {journal.name} itself; choose another name")
     goes_on = settings["resume"] and (output / "config.yaml").exists()
     if not goes_on and journal.exists() and journal.stat().st_size:
         raise ValueError(f"--journal {journal} exists already; choose another file, or --resume to go on with its run")

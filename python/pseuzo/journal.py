@@ -296,7 +296,8 @@ class Journal:
         self._next, self.run = optimizer._step, run
         watched = optimizer.model.parameters() if optimizer.model is not None else self._position
         self._watched = [p for p in watched if not p.is_inference() and not holds_codes(p)]
-        self._storages = [p.untyped_storage() for p in self._watched]  # kept: no other tensor may get their addresses
+        self._places: list[int] = []  # of these in memory
+        self._storages: list[torch.UntypedStorage] = []  # kept so that no other tensor gets their addresses
         self._file = hold(self.path)
         try:
             self._end = os.fstat(self._file.fileno()).st_size
@@ -306,13 +307,15 @@ class Journal:
                 self.run = run or secrets.token_hex(8)
                 header = layout | {"run": self.run, "first_step": self._next, "base_sha256": self._fingerprint()}
                 self._append(MAGIC + _part(json.dumps(header).encode()))
+                optimizer.recorded_weights = None  # these are another journal's
             self._sync()
             sync(self.path.parent)
+            self.check_weights()
+            self.note_weights()
         except BaseException:
             unlock(self._file)
             self._file.close()
             raise
-        self.note_weights()
         optimizer.journal, optimizer.journal_run = self, self.run
 
     def _fingerprint(self) -> str:
@@ -338,6 +341,7 @@ class Journal:
                     )
                 if self._fingerprint() != header["base_sha256"]:
                     raise JournalError(f"{self.path} is the journal of a run from other weights; choose a new file")
+                self.optimizer.recorded_weights = None  # the fingerprint says more
             runs = {header["run"], self.run or header["run"]} | ({self.optimizer.journal_run} if step > made else set())
             if len(runs) > 1:
                 raise JournalError(
@@ -361,26 +365,26 @@ class Journal:
         self._next, self._end, self.run = step, end, header["run"]
         self.optimizer.journal_run = self.run
 
-    def _marks(self) -> tuple[list[int], list[int]]:
-        """Where the weights are in memory, and how often torch counted a write to them: 50 us for 400 of them."""
-        return list(map(Tensor.data_ptr, self._watched)), list(map(attrgetter("_version"), self._watched))
+    def _versions(self) -> list[int]:
+        """How often torch counted a write to each of the weights."""
+        return list(map(attrgetter("_version"), self._watched))
 
     def note_weights(self) -> None:
         """Called after the optimizer wrote its weights: nobody else may, until its next step."""
-        self.optimizer.recorded_weights = self._marks()
+        self.optimizer.recorded_weights = self._places, self._versions()
 
     def check_weights(self) -> None:
-        """JournalError if somebody else did."""
-        marks = self._marks()
-        if self.optimizer.recorded_weights in (None, marks):
-            return
-        ((places, _), (before, _)) = marks, self.optimizer.recorded_weights
-        how = "written" if places == before else "moved or converted, as by model.to(...),"
-        raise JournalError(
-            f"{self.path}: weights were {how} since the last step by something else than the optimizer, so that a "
-            "replay would not give them; load a checkpoint (weights and optimizer), or close() this journal and begin "
-            "a new one, of the weights as they are"
-        )
+        """JournalError if somebody else did. Together with note_weights, 0.1 ms for 400 weights."""
+        places, recorded = list(map(Tensor.data_ptr, self._watched)), self.optimizer.recorded_weights
+        if recorded not in (None, (places, self._versions())):
+            how = "written" if places == recorded[0] else "moved or converted, as by model.to(...),"
+            raise JournalError(
+                f"{self.path}: weights were {how} since the last step by something else than the optimizer, so that a "
+                "replay would not give them; load a checkpoint (weights and optimizer), or close() this journal and "
+                "begin a new one, of the weights as they are"
+            )
+        if places != self._places:
+            self._places, self._storages = places, [p.untyped_storage() for p in self._watched]
 
     def prepare(self) -> None:
         """Called by the optimizer before it writes an update: raises if that could not be recorded."""

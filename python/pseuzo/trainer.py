@@ -824,7 +824,7 @@ class PseuZOTrainer(Trainer):
             outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stop()
-        self._say_what_is_kept()
+        self._settle_what_is_kept()
         self._tell_masked(int(self._masked))
         return outcome
 
@@ -836,7 +836,7 @@ class PseuZOTrainer(Trainer):
         self._load_optimizer_and_scheduler(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
-        self._say_what_is_kept()
+        self._settle_what_is_kept()
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -870,17 +870,24 @@ class PseuZOTrainer(Trainer):
             super()._load_best_model()
         self.kept_step = checkpoints.step_of(folder)
 
-    def _say_what_is_kept(self) -> None:
+    def _settle_what_is_kept(self) -> None:
         """Where the best checkpoint was to be loaded, and could not be, a line on stderr says which weights stay."""
         best, last = self.state.best_global_step, self.state.global_step
-        if self.args.load_best_model_at_end and best == last:
+        if not self.args.load_best_model_at_end or best is None or self.kept_step is not None:
+            return
+        if best == last:
             self.kept_step = last
-        if self.args.load_best_model_at_end and best is not None and self.kept_step is None:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-            print(
-                f"{folder}, the best checkpoint, cannot be loaded: {checkpoints.flaw(folder, weights_alone=True)}; the "
-                f"weights are those of the last step, {last}", file=sys.stderr, flush=True,
-            )  # fmt: skip
+            return
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        wrong = checkpoints.flaw(folder, weights_alone=True)
+        if wrong is None:  # Transformers forgets where it is when a run that was moved is resumed
+            self.state.best_model_checkpoint = str(folder)
+            return self._load_best_model()
+        replay = f" (pseuzo replay --until {best} makes those of the best)" if self.args.journal else ""
+        print(
+            f"{folder}, the best checkpoint, cannot be loaded: {wrong}; the weights are those of the last step, {last}"
+            f"{replay}", file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As Transformers'; where the best checkpoint is to be loaded in the end, only steps that have one count."""
