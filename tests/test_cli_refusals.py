@@ -232,6 +232,8 @@ def test_a_missing_integration_is_refused_before_anything_is_made(tmp_path, monk
 def test_journal(tmp_path, settings):
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ("train", *BASE, "--output", out, "--journal")
+    assert "--until" not in pseuzo(*args, journal, "--steps", 10), "it is not there"
+    journal.touch()
     text = pseuzo(*args, journal, "--steps", 10)
     assert "model/ is step 8" in text and "--until 8" in text
     assert "--until" not in pseuzo(*args, journal, "--steps", 10, "--keep", "last")
@@ -539,6 +541,7 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
 def test_the_step_that_is_kept_is_said(tmp_path, settings):
     args = ["train", *BASE, "--method", "mezo", "--steps"]  # 10 steps are made, of those 2 less than asked for kept
     assert "model/ is step 5, the best checkpoint on the dev rows\n" in pseuzo(*args, 7, "--output", tmp_path / "run")
+    (tmp_path / "run.pzj").touch()
     text = pseuzo(*args, 7, "--journal", tmp_path / "run.pzj", "--output", tmp_path / "run")
     assert "model/ is step 5, the best checkpoint on the dev rows: pseuzo replay --until 5 makes it" in text
     assert "model/ is step" not in pseuzo(*args, 12, "--output", tmp_path / "run")

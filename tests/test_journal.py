@@ -525,6 +525,9 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
     with Journal(path, opt):
         train(opt, model, [0])
     assert len(calls) == 2 and len(list(read_journal(path)[1])) == 1 and not (tmp_path / "aside").stat().st_size
+    monkeypatch.setattr(os.path, "samestat", lambda *files: False)  # a file system that makes up its numbers
+    with pytest.raises(JournalError, match="choose one on another disk"):
+        journal.hold(path)
 
 
 # damage
@@ -628,6 +631,24 @@ def test_records_reach_the_disk_for_less_than_a_hundredth_of_the_time(tmp_path, 
         opened.sync()
         assert len(syncs) == done + 1
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+def test_a_journal_that_is_not_there_any_more_is_said(how, tmp_path, recwarn):
+    path, model = tmp_path / "run.pzj", causal_lm("opt")
+    base, opt = copy.deepcopy(model), MAKERS["mezo"](model)
+    with Journal(path, opt) as opened:
+        train(opt, model, [0])
+        opened.sync()
+        assert not recwarn.list
+        path.unlink() if how == "removed" else path.rename(tmp_path / "moved.pzj")
+        if how == "replaced":
+            path.touch()
+        train(opt, model, [1])
+        with pytest.warns(UserWarning, match="run.pzj is not there any more"):
+            opened.sync()
+    if how != "removed":
+        assert replay(tmp_path / "moved.pzj", base) == 2 and same(base, model)
 
 
 class Full:

@@ -334,7 +334,8 @@ def train(**settings: Any) -> None:
                f"{settings['output']}/model")  # fmt: skip
     best = results.get("best_step")
     if settings["keep"] == "best" and best and best != results["steps"]:
-        replay = f": pseuzo replay --until {best} makes it" if settings["journal"] else ""
+        journal = settings["journal"]
+        replay = f": pseuzo replay --until {best} makes it" if journal and journal.exists() else ""
         click.echo(f"model/ is step {best}, the best checkpoint on the dev rows{replay}")
 
 

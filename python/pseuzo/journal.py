@@ -219,7 +219,7 @@ def owner(path: str | os.PathLike) -> tuple[str | None, int]:
 
 def hold(path: str | os.PathLike) -> BinaryIO:
     """Open the file of a journal, or make it, and keep others out of it until unlock. JournalError if it is in use."""
-    while True:
+    for _ in range(10):
         file = open(path, "ab", buffering=0)
         if not lock(file):
             file.close()
@@ -227,13 +227,19 @@ def hold(path: str | os.PathLike) -> BinaryIO:
                 f"{path} is in use by another run; choose a new file, or wait for its end (in Python: close() the "
                 "other journal first)"
             )
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                return file
-        except FileNotFoundError:
-            pass
+        if _is_at(file, path):
+            return file
         unlock(file)  # it was removed or renamed before it was locked
         file.close()
+    raise JournalError(f"{path} is another file whenever it is looked at; choose one on another disk")
+
+
+def _is_at(file: BinaryIO, path: str | os.PathLike) -> bool:
+    """Is the open file still the one of that name?"""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -445,9 +451,15 @@ class Journal:
         self._sync_at = ended + (ended - began) / SYNC_SHARE
 
     def sync(self) -> None:
-        """Return when the records of all steps so far are on the disk, where they outlast a loss of power."""
+        """Return when the records of all steps so far are on the disk, where they outlast a loss of power. Warns if the
+        file was removed or renamed since it was opened."""
         self._write_pending()
         self._sync()
+        if not _is_at(self._file, self.path):
+            warnings.warn(
+                f"{self.path} is not there any more: the run goes on recording in the file that was removed or renamed",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Write what is left to the disk, and leave the optimizer."""
