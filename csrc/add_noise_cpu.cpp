@@ -68,7 +68,8 @@ struct Task {
   uint64_t rounding_hash;
   uint32_t stream;
   float keep;
-  float scale;  // 0: d = 0, and nothing is made
+  float scale;
+  bool noisy;  // else d = 0, and nothing is made
 };
 
 // clang-format off: the order of the includes matters
@@ -331,6 +332,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     task.stream = static_cast<uint32_t>(streams[t]);
     task.keep = static_cast<float>(keeps[t]);
     task.scale = terms.scale_for(0, scales[t]);
+    task.noisy = scales[t] != 0;
     char* const dst = static_cast<char*>(y.mutable_data_ptr());
     const char* src = in_place ? dst : nullptr;
     if (!in_place && !xs.empty()) {
@@ -406,6 +408,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
       task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seeds[s]));
       task.keep = static_cast<float>(keeps[i]);
       task.scale = terms.scale_for(s, scales[i]);
+      task.noisy = true;
       pieces.back().tasks.push_back(task);
     }
   }
@@ -435,7 +438,8 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   task.dtype = dtype_of(op, x);
   task.stream = static_cast<uint32_t>(stream);
   task.keep = 1;
-  task.scale = terms.skips(0) ? 0 : terms.scale_for(0, scale);
+  task.scale = terms.scale_for(0, scale);
+  task.noisy = scale != 0 && !terms.skips(0);
   std::vector<Seed> room;
   terms.set(tasks, room);
 

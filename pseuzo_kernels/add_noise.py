@@ -304,7 +304,7 @@ if triton is not None:
         streams_ptr,  # [T] int64
         table_ptr,  # [programs, 2] int32: tensor, block
         keeps_ptr,  # [S, T] fp32
-        scales_ptr,  # [S, T] fp32; 0: the step leaves the tensor alone
+        scales_ptr,  # [S, T] fp32; NaN: the step leaves the tensor alone
         firsts_ptr,  # [S + 1] int64: where the terms of a step begin
         rounding_hashes_ptr,  # [S] int64
         seeds_ptr,  # hashed
@@ -338,7 +338,7 @@ if triton is not None:
             keep = tl.load(keeps_ptr + s * T + t)
             scale = tl.load(scales_ptr + s * T + t)
             first = tl.load(firsts_ptr + s)
-            last = tl.where(scale != 0, tl.load(firsts_ptr + s + 1), first)
+            last = tl.where(scale == scale, tl.load(firsts_ptr + s + 1), first)
             acc = _sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, NOISE, False, ASM)
             words = (q, q, q, q)
             if STOCHASTIC:
@@ -348,7 +348,7 @@ if triton is not None:
             for j in tl.static_range(16):
                 y = xs[j] * keep + acc[j] * scale
                 y = px.widen(px.cast(y, words, j, dtype, STOCHASTIC, ASM), ASM)
-                after = after + (tl.where(scale != 0, y, xs[j]),)
+                after = after + (tl.where(scale == scale, y, xs[j]),)
             xs = after
             s += 1
         for j in tl.static_range(16):
@@ -703,13 +703,14 @@ def add_noise_steps_triton_(xs, seeds, coefs, counts, streams, keeps, scales, no
             if not ts:
                 continue
             sizes = tuple(xs[t].numel() for t in ts)
-            scales_of = torch.where(skipped, 0.0, table_of(_scale_of(noise, scales[:, ts]), torch.float32))
+            factors = torch.where(scales[:, ts] == 0, math.nan, _scale_of(noise, scales[:, ts]))
+            factors = torch.where(skipped, math.nan, table_of(factors, torch.float32))
             addresses = _addresses("add_noise_steps_", "x", [xs[t] for t in ts])
             columns = table_of(_rows(addresses, sizes, [streams[t] for t in ts]), torch.int64)
             programs = _blocks(sizes, 16 * COUNTERS_STEPS, device)
             _add_noise_steps_kernel[(len(programs),)](
                 xs[ts[0]], columns[0], columns[1], columns[2], programs, table_of(keeps[:, ts], torch.float32),
-                scales_of, firsts, rounding_hashes, seeds, coefs,
+                factors, firsts, rounding_hashes, seeds, coefs,
                 S, len(ts), COUNTERS=COUNTERS_STEPS, STOCHASTIC=stochastic and dtype is not torch.float32,
                 num_warps=WARPS, **options,
             )  # fmt: skip
@@ -721,6 +722,8 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     out = x.new_empty(*index.shape, width)
     if out.numel() == 0:
         return out
+    if not scale:
+        return x[index]
     K = seeds.numel()
     _addresses("add_noise_rows", "x", [x])
     parts = width // 2048 if width % 2048 == 0 else (width - 2) // 2048 + 2

@@ -434,7 +434,8 @@ class EmaWindow:
     Sums in fp32 on a GPU (a fixed order, so deterministic), in fp64 on a CPU. Nothing waits for the device: if any
     coefficient is NaN or infinite (or loss is), all of the step's are zero, found_inf ([1] fp32) is 1, `skipped` counts
     it, and an entry whose own coefficient was not finite is dropped. update_ leaves the weights as they are in such a
-    step, weight decay included: the coefs bring found_inf along, as their attribute of that name.
+    step, weight decay included: the coefs bring found_inf along, as their attribute of that name (not out of what
+    torch.compile traces: give update_ found_inf=window.found_inf there).
     """
 
     _op: Callable  # window_step, see pseuzo_kernels.reference
@@ -519,7 +520,8 @@ class EmaWindow:
             seed, slot, used, self.momentum, self.eps,
         )  # fmt: skip
         self._slot, self._used, self._grouped = slot, used, groups is not None
-        coefs.found_inf = self.found_inf
+        if not torch.compiler.is_compiling():  # which cannot trace it
+            coefs.found_inf = self.found_inf
         return seeds, coefs
 
     @staticmethod

@@ -286,14 +286,16 @@ def add_noise_steps_(
 def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     """The op pseuzo::add_noise_rows: rows `index` of x + scale * sum_k coefs[k] z(seeds[k], stream), nothing else made.
 
-    x [N, D]; index int64, any shape, 0 <= index < N; returns index.shape + [D], rounded to nearest; skipped, the rows
-    of x. The noise of a row is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to the
-    bit.
+    x [N, D]; index int64, any shape, 0 <= index < N; returns index.shape + [D], rounded to nearest; skipped, or with a
+    scale of 0, the rows of x. The noise of a row is that of its elements in x, so add_noise_rows(x, index) equals
+    add_noise(x)[index] to the bit.
     """
     if index.numel() == 0:
         return x.new_empty(*index.shape, x.shape[1])
     if index.min() < 0:
         raise IndexError(f"add_noise_rows: index must be in 0 .. {x.shape[0] - 1}, got {int(index.min())}")
+    if not scale:
+        return x[index]
     rows, inverse = torch.unique(index, return_inverse=True)
     width = x.shape[1]
     elements = rows[:, None] * width + torch.arange(width, device=x.device)

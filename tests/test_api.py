@@ -383,6 +383,23 @@ def test_numbers_that_change_are_compiled_once(name):
     assert len(graphs) <= 2
 
 
+def test_the_window_and_its_update_are_compiled_together():
+    def step(window, x, seed, o0, o1, grad):
+        seeds, coefs = window.step(seed, o0, o1, grad)
+        pk.update_([x], seeds, coefs, lr=0.1, weight_decay=0.5, found_inf=window.found_inf)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    twins = [(run, pk.EmaWindow(2), torch.ones(300)) for run in (step, compiled)]
+    for seed in range(6):
+        o0, o1, grad = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed)).unbind()
+        before = twins[0][2].clone()
+        for run, window, x in twins:
+            run(window, x, seed, o0, o1 * (float("nan") if seed == 3 else 1.0), grad)
+        assert torch.equal(twins[0][2], twins[1][2])
+        assert torch.equal(before, twins[0][2]) == (seed == 3)
+
+
 def test_an_unsigned_seed_beyond_int64_is_compiled_as_a_constant():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, seed: pk.perturb_([x], seed, 0.1), backend="aot_eager", fullgraph=True)
