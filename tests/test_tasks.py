@@ -2,14 +2,17 @@
 
 import json
 import warnings
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pseuzo
 import pytest
 import torch
 from helpers import PUBLIC, write
 from pseuzo import CausalLMObjective
-from pseuzo.tasks import BUILTIN, Example, StratifiedSampler, Task, TaskData, load_task
+from pseuzo.tasks import BUILTIN, Example, StratifiedSampler, Task, TaskData, load_task, sources
 from pseuzo.tasks.task import PARTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,6 +191,23 @@ def test_layouts_of_local_data(tmp_path):
     assert load(tmp_path / "saved-dict") == {"train": (0, 0), "dev": (0, 0), "test": (1, 1)}
 
 
+def test_the_hubs_layout(tmp_path):
+    for split, start in (("train", 0), ("validation", 100), ("test", 200)):
+        write(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", numbered(12, start))
+        write(tmp_path / "lines" / "data" / f"{split}.jsonl", numbered(12, start))
+    (tmp_path / "hub" / "README.md").write_text("---\nsplits: 3\n")
+    (tmp_path / "hub" / "dataset_infos.json").write_text("{}")
+    for folder in ("hub", "lines"):
+        parts = TASK.load(tmp_path / folder, train=12, dev=12, test=12)
+        assert [min(numbers(parts[part])) for part in PARTS] == [0, 100, 200]
+        assert [len(parts[part]) for part in PARTS] == [12, 12, 12]
+    for name in ("one", "two"):  # data sets of several configurations have a folder for each
+        write(tmp_path / "many" / name / "train-00000-of-00001.parquet", numbered(12))
+    with pytest.raises(ValueError, match=r"the split 'train' is in several folders, .*/one, .*/two; give one of them"):
+        TASK.load(tmp_path / "many", train=1, dev=1, test=1)
+    assert len(TASK.load(tmp_path / "many" / "one", train=1, dev=1, test=1)["test"]) == 1
+
+
 TASK = Task(
     name="mine", kind="classification", prompt="{{ sentence }} is", label="label", labels={0: "bad", 1: "good"}
 )  # fmt: skip
@@ -285,6 +305,8 @@ GOOD = {"kind": "classification", "prompt": "{{ sentence }}", "label": "label", 
     ({"splits": {"validation": "x"}}, "splits has the unknown key 'validation'"),
     ({"prompt": 3}, "prompt must be text, got 3"),
     ({"max_new_tokens": 0}, "max_new_tokens must be"),
+    ({"max_new_tokens": True}, "max_new_tokens must be"),
+    ({"chat": "yes"}, "chat must be true or false, got 'yes'"),
     ({"prompt": None}, "prompt must be text, got None"),
     ({"name": 5}, "name must be text, got 5"),
     ({"data": 5}, "data must be the path of a local file or folder, got 5"),
@@ -341,9 +363,214 @@ def test_templates_are_sandboxed(tmp_path):
     ({"sentence": None, "label": 1}, "prompt cannot be filled in from the row: a value it prints is missing"),
 ])  # fmt: skip
 def test_rows_that_do_not_fit(row, sentence, tmp_path):
-    data = write(tmp_path / "x.jsonl", [{"sentence": "x", "label": "0"}] * 2 + [row] * 9)
-    with pytest.raises(ValueError, match=f"task mine, row . of those drawn: {sentence}"):
-        Task(**(GOOD | {"name": "mine"})).load(data, train=4, dev=4, test=3)
+    data = write(tmp_path / "x.jsonl", [{"sentence": "x", "label": "0"}] * 2 + [row] + [{"sentence": "y", "label": 1}])
+    with pytest.raises(ValueError, match=f"task mine, line 3 of {data}: {sentence}"):
+        Task(**(GOOD | {"name": "mine"})).load(data, train=2, dev=1, test=1)
+
+
+def test_the_place_of_a_row_that_does_not_fit(tmp_path):
+    """Its file and line, also after lines that are empty and in the second of two files; else its number."""
+    from datasets import Dataset
+
+    task, good, bad = Task(**(GOOD | {"name": "mine"})), {"sentence": "x", "label": 0}, {"sentence": None, "label": 1}
+    one = tmp_path / "one.jsonl"
+    one.write_text(f"{json.dumps(good)}\n\n{json.dumps(bad)}\n{json.dumps(good)}\n")
+    (tmp_path / "list.json").write_text(json.dumps([good, bad, good]))
+    write(tmp_path / "two" / "train-0.jsonl", [good] * 2)
+    write(tmp_path / "two" / "train-1.jsonl", [good, bad])
+    table = write(tmp_path / "rows.parquet", [good, bad, good])
+    Dataset.from_list([good, good, bad]).save_to_disk(str(tmp_path / "saved"))
+    for path, place in (
+        (one, f"line 3 of {one}"),
+        (tmp_path / "list.json", f"row 2 of {tmp_path}/list.json"),
+        (tmp_path / "two", f"line 2 of {tmp_path}/two/train-1.jsonl"),
+        (table, rf"row 1 \(from 0\) of the data in {table}"),
+        (tmp_path / "saved", rf"row 2 \(from 0\) of the data in {tmp_path}/saved"),
+    ):
+        with pytest.raises(ValueError, match=f"^task mine, {place}: prompt cannot be filled in"):
+            task.load(path, train=2 if path.name == "two" else 1, dev=1, test=1)
+    with pytest.raises(ValueError, match=r"^task mine, row 1 \(from 0\): prompt"):
+        task.examples([good, bad])
+    with pytest.raises(ValueError, match="labels must give each label a word, got nan for 0"):
+        Task(**(GOOD | {"name": "mine", "labels": {0: float("nan"), 1: "good"}}))
+
+
+NULLS = {"a": "x", "b": None, "xs": ["p", None], "ys": ["p", "q"], "d": {"k": None, "t": "v"}, "nan": float("nan")}
+REACH = [  # ways of a null into a text
+    "{{ b }}", "{{ a ~ b }}", "{{ b ~ a }}", "{{ xs | join(' ') }}", "{{ ' '.join(xs) }}", "{{ b | string }}",
+    "{{ b | upper }}", "{{ b | trim }}", "{{ b | title }}", "{{ b | e }}", "{{ '%s' | format(b) }}", "{{ '%s' % b }}",
+    "{{ '%(k)s' % d }}", "{{ '{}'.format(b) }}", "{{ '{k}'.format_map(d) }}", "{{ d.k }}", "{{ d['k'] ~ '' }}",
+    "{{ d.get('nothing') ~ '' }}", "{{ none ~ a }}", "{{ (none if a else a) ~ '' }}", "{{ b | replace('N', 'n') }}",
+    "{{ xs | map('upper') | join }}", "{{ xs[1:] | join }}", "{{ d | tojson }}", "{{ xs | tojson }}",
+    "{{ [b] | first }}",
+    "{{ b | int }}", "{{ b | float }}", "{{ nan }}", "{{ nan ~ '' }}", "{{ '%f' % nan }}", "{{ nan | int }}",
+    "{{ nan | round }}", "{{ b | default('x') }}", "{% for x in xs %}{{ x }}{% endfor %}", "{{ b | length }}",
+    "{% set c %}{{ b }}{% endset %}{{ c }}", "{{ d.values() | join }}", "{{ d | dictsort | map('last') | join }}",
+    "{{ (a, b) | join }}", "{{ {'k': b}['k'] ~ '' }}", "{{ b + a }}", "{{ b.c }}", "{{ 'N' ~ (b | lower) }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", REACH)
+def test_nulls_never_become_text(prompt):
+    task = Task(name="n", kind="generation", prompt=prompt, answers="a")
+    with pytest.raises(ValueError, match=r"task n, row 0 \(from 0\): prompt cannot be filled in from the row: .*null"):
+        task.examples([NULLS])
+
+
+@pytest.mark.parametrize("null", [None, float("nan"), np.float32("nan"), Decimal("nan"), pd.NA, pd.NaT])
+def test_every_kind_of_null(null):
+    task = Task(name="n", kind="generation", prompt="{{ a ~ '' }}", answers="b")
+    for row in ({"a": null, "b": "x"}, {"a": "x", "b": null}, {"a": "x", "b": ["y", null]}):
+        with pytest.raises(ValueError, match=r"(prompt|answers) cannot be filled in from the row: a value .* \(null\)"):
+            task.example(row)
+    for labels in ({0: "None", "None": "x"}, {"nan": "a", "<NA>": "b", "NaT": "c"}):  # not even those that look like it
+        label = Task(name="n", kind="classification", prompt="x", label="a", labels=labels)
+        with pytest.raises(ValueError, match=r"label cannot be filled in from the row: a value it gives is missing"):
+            label.example({"a": null})
+
+
+@pytest.mark.parametrize("prompt, text", [
+    ("{{ b or 'no b' }}", "no b"), ("{{ b | default('no b', true) }}", "no b"),
+    ("{% if b %}b{% else %}no b{% endif %}", "no b"), ("{% if b is none %}no b{% endif %}", "no b"),
+    ("{{ b is none }} {{ a is none }} {{ nan is none }}", "True False True"),
+    ("{{ b == none }} {{ a != none }} {{ none in xs }}", "True True True"), ("{{ xs | select | join }}", "p"),
+    ("{{ xs | reject('none') | join }}", "p"), ("{% for x in xs if x %}{{ x }}{% endfor %}", "p"),
+    ("{{ ys | join(', ') }}", "p, q"), ("{{ ys | map('upper') | join }}", "PQ"),
+    ("{{ ys[-1] }} {{ ys | length }}", "q 2"),
+    ("{% for x in ys %}{{ loop.index }}{{ x }}{% endfor %}", "1p2q"), ("{{ ys | tojson }}", '["p", "q"]'),
+    ("{{ d.items() | map('first') | join(' ') }}", "k t"), ("{% for k, v in d.items() %}{{ k }}{% endfor %}", "kt"),
+    ("{{ '{:,}'.format(1234567) }} {{ '%5.1f' % 2.25 }} {{ 'ab' * 2 }}", "1,234,567   2.2 abab"),
+    ("{{ '%s-%s' % (a, 1) }} {{ 1.26 | round(1) }} {{ 7 // 2 }}", "x-1 1.3 3"), ("{{ a | center(5) }}|", "  x  |"),
+    ("{% set ns = namespace(t='') %}{% for x in ys %}{% set ns.t = ns.t ~ x %}{% endfor %}{{ ns.t }}", "pq"),
+    ("{{ ys | groupby(0) | map(attribute='grouper') | join('-') }}", "p-q"), ("None null nan", "None null nan"),
+])  # fmt: skip
+def test_what_templates_do_with_nulls_and_lists(prompt, text):
+    assert Task(name="n", kind="generation", prompt=prompt, answers="a").example(NULLS).prompt == text
+
+
+@pytest.mark.parametrize("prompt", [
+    "{{ ys }}", "{{ d }}", "{{ ys ~ '' }}", "{{ ys | string }}", "{{ ys | upper }}", "{{ '%s' % ys }}",
+    "{{ ys[:1] ~ '' }}", "{{ '{}'.format(ys) }}", "{{ [ys] | join }}", "{{ [1, 2] }}", "{{ {'a': 1} ~ '' }}",
+    "{{ (1, 2) }}", "{{ range(3) }}", "{{ ys | map('upper') }}", "{{ d.values() }}",
+    "{% set c %}{{ ys }}{% endset %}{{ c }}",
+])  # fmt: skip
+def test_lists_where_a_text_is_wanted(prompt, tmp_path):
+    with pytest.raises(ValueError, match="prompt cannot be filled in from the row: it prints a list or mapping where"):
+        Task(name="n", kind="generation", prompt=prompt, answers="a").example(NULLS)
+
+
+def test_lists_in_rows_without_a_template(tmp_path):
+    for row, sentence in (
+        (
+            {"prompt": ["a", "b"], "answers": "x"},
+            "prompt cannot be .* it prints a list or mapping",
+        ),
+        ({"prompt": "a", "answers": [["x"]]}, r"answers must give text or a list of texts, got \[\['x'\]\]"),
+        ({"prompt": "a", "options": ["x", ["y"]], "answer": 0}, "options must give text or a list of texts"),
+        ({"prompt": "a", "options": {"x": 0, "y": 1}, "answer": 0}, "options must give text or a list of texts"),
+    ):
+        file = write(tmp_path / "x.jsonl", [row] * 3)
+        with pytest.raises(ValueError, match=f"task x, line . of {file}: {sentence}"):
+            load_task(file).load(train=1, dev=1, test=1)
+
+
+HOSTILE = {  # what would take minutes or gigabytes, or a traceback of the compiler's
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops that skip": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+    "a long text in a loop": "{% for a in range(99999) %}" + "x" * 60000 + "{% endfor %}",
+    "a search in a loop": "{% for a in range(99999) %}{% if big in big %}{% endif %}{% endfor %}",
+    "texts that double": "{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 60 + "{{ x }}",
+    "lists that double": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x == x }}",
+    "mappings that double": "{% set x = {1: 1} %}" + "{% set x = {1: x, 2: x} %}" * 60 + "{{ x | tojson }}",
+    "captures that double": "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60 + "{{ x }}",
+    "lists that double in a loop": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}",
+    "longest words in a loop": "{% for a in range(99999) %}{{ big | wordcount }}{% endfor %}",
+    "counts in a loop": "{% for a in range(99999) %}{{ big.count('z') }}{% endfor %}",
+    "a test in a loop": "{% for a in range(99999) %}{% if 'y' is in big %}{% endif %}{% endfor %}",
+    "long lists in a loop": "{% set x = range(9999) | list %}{% for a in x %}{{ x == x | list }}{% endfor %}",
+    "numbers that double": "{% set x = 3 %}" + "{% set x = x * x %}" * 60 + "{{ x }}",
+    "a power": "{{ 10 ** 10 ** 10 }}", "a product": "{{ 'x' * 10 ** 9 }}", "a list's product": "{{ 10 ** 9 * [1] }}",
+    "a width": "{{ 'x' | center(10 ** 9) }}", "a width of a method": "{{ 'x'.rjust(10 ** 9) }}",
+    "tabs": "{{ 'a\tb'.expandtabs(10 ** 9) }}", "an indent": "{{ 'x' | indent(10 ** 9, true) }}",
+    "a format": "{{ '%999999999d' % 1 }}", "a format's argument": "{{ '%*d' % (999999999, 1) }}",
+    "a filter's format": "{{ '%.999999999f' | format(1.5) }}", "a method's format": "{{ '{:999999999}'.format(1) }}",
+    "a nested format": "{{ '{:{}}'.format(1, 999999999) }}", "bytes": "{{ (5).to_bytes(10 ** 9, 'big') }}",
+    "a replacement": "{{ big | replace('', big) }}", "a join": "{{ range(99999) | join(big) }}",
+    "a translation": "{{ big.translate({122: big}) }}", "batches": "{{ [1] | batch(10 ** 9, 0) | list }}",
+    "slices": "{{ [1] | slice(10 ** 9) | list }}", "digits": "{{ 1.5 | round(10 ** 9) }}",
+    "a width by name": "{{ ['x'] | map('center', 10 ** 9) | list }}",
+    "a macro": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursion": "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "brackets": "{{ " + "[" * 300 + "]" * 300 + " }}",
+    "terms": "{{ " + "1 + " * 5000 + "1 }}", "conditions": "{% if " + " or ".join(["x"] * 9999) + " %}{% endif %}",
+    "a long template": "x" * 70000, "a long number": "{{ " + "9" * 5000 + " }}", "an include": "{% include 'x' %}",
+    "random text": "{{ lipsum(1000) }}", "a random choice": "{{ [1, 2] | random }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_templates(what):
+    row = {"big": "z" * 100_000, "x": 0, "a": "b"}
+    with pytest.raises(
+        ValueError, match=r"^task h: prompt is not a Jinja template|^prompt (cannot be filled|asks for)"
+    ):
+        Task(name="h", kind="generation", prompt=HOSTILE[what] + "x", answers="a").example(row)
+
+
+def test_work_is_for_each_row_and_template():
+    """Long prompts and loops of usual size are far from the limits."""
+    words = [f"word{i}" for i in range(2000)]
+    prompt = "{% for w in words %}{{ loop.index }}: {{ w | upper }}, {% endfor %}{{ text | replace('a', 'bb') }}"
+    task = Task(name="w", kind="generation", prompt=prompt, answers="text")
+    (one, two) = task.examples([{"words": words, "text": "a" * 50_000}] * 2)
+    assert one.prompt == two.prompt == "".join(f"{i}: {w.upper()}, " for i, w in enumerate(words, 1)) + "b" * 100_000
+
+
+def test_hostile_files(tmp_path):
+    laughs = "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9))
+    for content, sentence in (
+        ("name:\n" + laughs, r"line 3: aliases \(\*name\) are not read; write the value again"),
+        ("prompt: &x [*x]", "line 1: aliases"),
+        ("[" * 5000, "line 1: there are more than 32 levels"),
+        ("a:\n" + "".join(f"{' ' * i}-\n" for i in range(1, 60)), "line 33: there are more than 32 levels"),
+        ("x" * 300_000, "it is larger than 262144 bytes"),
+        ('a: !!int ""', "index out of range"), ("a: !!bool 5", "'5'"),
+        ("a: !!python/name:os.system", "could not determine"),
+        ("a: " + "1" * 5000, "Exceeds the limit"),
+    ):  # fmt: skip
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(ValueError, match=f"^task .*x.yaml is not YAML: .*{sentence}"):
+            load_task(tmp_path / "x.yaml")
+    for content, sentence in (
+        ("[" * 100_000, "x.jsonl cannot be read as JSON: it is nested too deeply"),
+        ('{"a": ' * 100_000, "line 1 of .*x.jsonl is not JSON: it is nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "line 1 of .*x.jsonl is not JSON: Exceeds the limit"),
+    ):
+        (tmp_path / "x.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=sentence):
+            TASK.load(tmp_path / "x.jsonl")
+    deep = json.loads("[" * 100 + "]" * 100)
+    with pytest.raises(ValueError, match="prompt cannot be filled in from the row: a value is nested more than 64"):
+        TASK.example({"sentence": deep, "label": 0})
+
+
+def test_json_of_any_size_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "JSON_BYTES", 1000)
+    file = write(tmp_path / "x.jsonl", numbered(100))
+    with pytest.raises(ValueError, match=r"x.jsonl has \d+ bytes, and JSON is read whole, up to 1000; save"):
+        TASK.load(file)
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path):
+    rows = [{"sentence": "bad \ud83d" if i == 2 else "bad \U0001f600", "label": i % 2} for i in range(4)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "\\ud83d\\ude00" in (tmp_path / "x.jsonl").read_text(), "the others are whole"
+    with pytest.raises(ValueError, match=r"task mine, line 3 of .*x.jsonl: after 'bad ' comes '\\ud83d', half of a "):
+        TASK.load(tmp_path / "x.jsonl", train=2, dev=1, test=1)
+    free = Task(name="g", kind="generation", prompt="?", answers="a")
+    with pytest.raises(ValueError, match="half of a character"):
+        free.examples([{"a": ["x", "\udc00"]}])
 
 
 def test_answers_that_do_not_fit():
@@ -578,6 +805,157 @@ def test_a_prompt_without_any_token_before_the_answer():
     assert TaskData([Example("x", (), None, ("y",))], free, gpt2_like, max_length=9)[0]["tokens"][0].prompt != []
     with pytest.raises(ValueError, match="task g: a prompt is empty"):
         TaskData([Example("", (), None, ("x",))], free, gpt2_like, max_length=9)[0]
+
+
+def with_chat(template):
+    """The demo's tokenizer, whose text begins with </s>, with a chat template and tokens for turns."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPACED = (  # no words of its own for a turn to come, and a space before the answer
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|> {{ m.content }} <|end|>"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = TURNS.replace(
+    "{{ m.content | trim }}",
+    "{% if m.role == 'assistant' and loop.last %}<x>\n\n</x>\n{% endif %}{{ m.content | trim }}",
+)
+CHAT = Task(**(vars(CODE) | {"chat": True, "labels": {"code": "code", "prose": "text"}}))
+
+
+@pytest.mark.parametrize("template", [TURNS, SPACED], ids=["turns", "spaced"])
+def test_chat(template):
+    """Prompts are what the tokenizer makes of the conversation; answers, the assistant's tokens after it; one BOS."""
+    tokenizer = with_chat(template)
+
+    def asked(*turns):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        last = len(turns) % 2 == 1
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=last, return_dict=False)
+
+    examples = examples_of(CHAT)
+    data = TaskData(examples, CHAT, tokenizer, max_length=100)
+    word = (" code", " text") if template == SPACED else ("code", "text")
+    assert data.train_on == "label-words" and data.options == [data._ids([w], "")[0][0] for w in word]
+    for i, example in enumerate(examples):
+        (row,) = data.token_rows(i, "label-words")
+        assert row.tokens == asked(example.prompt) and row.tokens.count(tokenizer.bos_token_id) == 1
+    shots = TaskData(examples[3:], CHAT, tokenizer, max_length=200, shots=examples[:3])
+    turns = [text for e in examples[:3] for text in (e.prompt, e.golds[0])] + [examples[3].prompt]
+    assert shots[0]["tokens"][0].tokens == asked(*turns) and shots[0]["tokens"][0].shots == 3
+    n = len(asked(*turns))  # room is left for the word: for one token less, the first shot goes
+    fewer = TaskData(examples[3:], CHAT, tokenizer, max_length=n, shots=examples[:3])
+    assert fewer[0]["tokens"][0].tokens == asked(*turns[2:]) and fewer[0]["tokens"][0].shots == 2
+
+    options = TaskData(examples, CHAT, tokenizer, max_length=100, train_on="options")
+    for row, w in zip(options[0]["tokens"], word, strict=True):
+        assert row.prompt == asked(examples[0].prompt) and tokenizer.decode(row.answer) == w
+    free = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", chat=True, max_new_tokens=20)
+    data = TaskData(free.examples([{"q": "Who is it?", "a": "the king"}]), free, tokenizer, max_length=100)
+    (row,), (prompt,) = data.token_rows(0, "answer"), data.token_rows(0, "prompt")
+    assert prompt.tokens == row.prompt == asked("Who is it?")
+    assert row.tokens == asked("Who is it?", "the king")[: len(row.tokens)], "it learns to end its turn"
+    end = "<|end|>" if template == TURNS else tokenizer.eos_token
+    assert tokenizer.convert_ids_to_tokens(row.answer)[-1] == end and data.end_tokens() == {row.answer[-1]}
+
+
+def test_a_chat_template_that_writes_before_an_answer():
+    """An empty thought, as of models that may think: it is asked with it, and the answer is what is scored."""
+    tokenizer = with_chat(THINKING)
+    data = TaskData(examples_of(CHAT), CHAT, tokenizer, max_length=100)
+    (row,) = data.token_rows(0, "label-words")
+    assert tokenizer.decode(row.tokens).endswith("<|end|>\n<|assistant|>\n<x>\n\n</x>\n")
+    assert data.options == tokenizer.convert_tokens_to_ids(["code", "text"])
+
+
+@pytest.mark.parametrize("length", [60, 24])
+def test_what_is_too_long_in_a_chat_is_cut_from_the_users_text(length):
+    tokenizer = with_chat(TURNS)
+    long = Task(**(vars(LONG) | {"chat": True}))
+    text = "one two three four five six seven eight nine ten " * 9
+    data = TaskData(long.examples([{"text": text, "label": "code"}, {"text": "x", "label": "code"}]), long, tokenizer,
+                    max_length=length)  # fmt: skip
+    cut, whole = data.token_rows(0, "options"), data.token_rows(1, "options")
+    assert data.fit() == {"cut_prompts": 1, "shots_mean": 0, "shots_least": 0} and cut[0].lost > 0 == whole[0].lost
+    longest = max(len(row.tokens) for row in cut)
+    assert length - 2 <= longest <= length, "a character less is a token less, or none"
+    (question,) = {tokenizer.decode(row.prompt) for row in cut}
+    assert question.startswith("</s><|user|>\n") and question.endswith("ten \n# kind:<|end|>\n<|assistant|>\n")
+    user = question.removeprefix("</s><|user|>\n").removesuffix("<|end|>\n<|assistant|>\n")
+    assert data.examples[0].prompt.endswith(user) and len(user) > 10
+    with pytest.raises(
+        ValueError, match=r"task long, row 0 .*: the chat template leaves no room for a prompt in 10 token"
+    ):
+        TaskData(data.examples, long, tokenizer, max_length=10)[0]
+
+
+def test_chats_that_cannot_be(tokenizer):
+    with pytest.raises(
+        ValueError, match="task kind: to ask as in a chat takes a tokenizer with a chat template, and this"
+    ):
+        TaskData(examples_of(CHAT), CHAT, tokenizer, max_length=100)
+    picky = "{% if messages | length > 2 %}{{ raise_exception('one, please') }}{% endif %}{{ messages[0].content }}"
+    examples = examples_of(CHAT)
+    assert TaskData(examples, CHAT, with_chat(picky), max_length=100)[0]
+    with pytest.raises(ValueError, match="task kind: the tokenizer's chat template cannot be filled in: one, please"):
+        TaskData(examples, CHAT, with_chat(picky), max_length=100, shots=examples[:1])[0]
+    with pytest.raises(ValueError, match="the tokenizer's chat template cannot be filled in"):
+        TaskData(examples, CHAT, with_chat("{% for"), max_length=100)
+
+
+def test_a_prompt_that_begins_as_every_text_does_gets_no_second_beginning(tokenizer):
+    for max_length in (100, 12):
+        plain, own = (
+            TaskData([Example(f"{begin}{text}", ("a", "b"), 0, ("a",)) for text in TEXTS], CODE, tokenizer,
+                     max_length=max_length, shots=[Example(f"{begin}one", ("a",), 0, ("a",))] * 2, train_on=train_on)
+            for begin, train_on in (("", "options"), ("</s>", "options"))
+        )  # fmt: skip
+        for i in range(len(TEXTS)):
+            assert own[i] == plain[i]
+            assert all(row.tokens.count(tokenizer.bos_token_id) == 1 for row in own[i]["tokens"])
+    assert plain.fit() == own.fit()
+
+
+def test_an_answer_without_a_token_is_refused():
+    """Else the last token of the prompt would be scored in its place, or nothing."""
+    from tokenizers import normalizers
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    free = Task(name="g", kind="generation", prompt="{{ q }}:\n", answers="a", stop="")
+    examples = free.examples([{"q": "x", "a": "y"}, {"q": "x", "a": "\u200b"}])
+    data = TaskData(examples, free, tokenizer, max_length=50)
+    assert data[0]["tokens"][0].answer
+    with pytest.raises(
+        ValueError, match=r"task g, row 1 \(from 0\): the answer '\\u200b' has no token of this tokenizer"
+    ):
+        data.fit()
+
+
+def test_answers_that_are_too_long_are_known_before_a_run(tokenizer):
+    """Not when the loss of the dev rows is computed, in the middle of it."""
+    free = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=5)
+    data = TaskData(
+        free.examples([{"q": "x", "a": "y"}, {"q": "x", "a": "long " * 50}]), free, tokenizer, max_length=30
+    )
+    with pytest.raises(ValueError, match=r"task g, row 1 \(from 0\): an answer of \d+ tokens, .* leaves no room"):
+        data.fit()
+
+
+def test_a_row_that_the_tokenizer_does_not_take_is_named(tokenizer):
+    examples = [
+        Example("x", ("a", "b"), 0, ("a",), "line 1 of x"),
+        Example("\ud83d", ("a", "b"), 0, ("a",), "line 2 of x"),
+    ]
+    with pytest.raises(ValueError, match=r"^task kind, line 2 of x: the tokenizer does not take the text of this row"):
+        TaskData(examples, CODE, tokenizer, max_length=50)
 
 
 @pytest.mark.parametrize("counts", [(500, 500), (30, 10), (7, 8, 9), (100, 3, 20, 1)])

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from pseuzo.machine import parts_of
 
+YAML_BYTES, YAML_DEPTH = 262_144, 32  # the most of a file
+
 MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
 
@@ -110,8 +112,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As write_atomically; numbers that are not finite become null, which JSON has no other word for."""
-    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    """As write_atomically, in the words of to_json."""
+    write_atomically(path, to_json(value, indent=1) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Numbers that are not finite become null, which JSON has no other word for."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -128,7 +135,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         value = json.loads(path.read_text())
         for key in keys:
             value[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be used ({type(error).__name__}: {error}); delete it, or choose another folder"
         ) from None
@@ -138,12 +145,44 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a file that we wrote. ValueError if somebody else did."""
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+        value = parse_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold `option: value` lines, got {type(value).__name__}")
     return value
+
+
+def parse_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
+    """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML, and for what could
+    take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH levels, and aliases, which a few lines
+    can multiply to billions of values."""
+
+    class Bounded(loader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            refused = "aliases (*name) are not read; write the value again" if self.check_event(yaml.AliasEvent) else ""
+            if refused or self.depth == YAML_DEPTH:
+                refused = refused or f"there are more than {YAML_DEPTH} levels"
+                raise yaml.composer.ComposerError(None, None, refused, self.peek_event().start_mark)
+            self.depth += 1
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    with open(path, "rb") as file:
+        content = file.read(YAML_BYTES + 1)
+    if len(content) > YAML_BYTES:
+        raise ValueError(f"it is larger than {YAML_BYTES} bytes")
+    try:
+        return yaml.load(content, Bounded)
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{where}{error.problem}") from None
+    except Exception as error:  # of the constructors: a date that there is not, `!!int ""`, `!!bool 5`
+        raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
 
 
 def differing(

@@ -47,7 +47,10 @@ class TaskData(Dataset):
     """The examples of a task as the tokens of one model; data[i] is what collate makes batches of.
 
     max_length: the most tokens of a row; longer prompts lose their beginning (after the tokens that the tokenizer puts
-    before every text), so that the end of the question and the whole option stay. train_on: "label-words", the cross
+    before every text), so that the end of the question and the whole option stay. A prompt that begins with those
+    tokens does not get them again. If the task is a chat, the prompt is the user's turn in the tokenizer's chat
+    template, which brings all special tokens itself, shots are turns before it, what is scored is the assistant's, and
+    of what is too long the user's text loses its beginning, not the template. train_on: "label-words", the cross
     entropy over the label words' logits, one row an example: they must be single tokens; "options", over the mean
     log-likelihoods of the options' tokens; "answer", the tokens of the right answer, as in language modelling. "auto"
     is, for a classification, label-words if its label words are single tokens (then the same as options) and else
@@ -79,10 +82,11 @@ class TaskData(Dataset):
         if max_length < 2:
             raise ValueError(f"max_length must be 2 tokens or more, got {max_length}")
         self.examples, self.task, self.tokenizer, self.max_length = list(examples), task, tokenizer, max_length
-        self.shots = [_joined(shot.prompt, shot.golds[0], task.separator) for shot in shots]
+        self.shots = [(shot.prompt, shot.golds[0]) for shot in shots]
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in pads if i is not None)
-        self._before = _special_tokens_before(tokenizer)
+        self._before = [] if task.chat else _special_tokens_before(tokenizer)
+        self._lead, self._end = self._around_answers() if task.chat else ("", task.stop)
         self._rows: dict[tuple[int, str], list[Row]] = {}
         self.labels = [e.answer for e in self.examples] if task.kind == "classification" else None
         self.options: list[int] | None = None
@@ -112,7 +116,10 @@ class TaskData(Dataset):
 
     def fit(self, what: str | None = None) -> dict[str, float]:
         """What of the examples fits into max_length, in rows of what (None: those that the metric is computed from):
-        cut_prompts, how many prompts lost their beginning; shots_mean and shots_least, the shots before a prompt."""
+        cut_prompts, how many prompts lost their beginning; shots_mean and shots_least, the shots before a prompt.
+        ValueError for an example that cannot be asked, or whose answer the loss cannot be computed of."""
+        for i in range(len(self)):
+            self.token_rows(i, self.train_on)
         if what is None:
             labels = "label-words" if self.options is not None else "options"
             what = "prompt" if self.task.kind == "generation" else labels
@@ -165,10 +172,66 @@ class TaskData(Dataset):
     def sampler(self, batch_size: int, seed: int) -> "StratifiedSampler":
         return StratifiedSampler(self.labels if self.labels is not None else [0] * len(self), batch_size, seed)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def end_tokens(self) -> set[int]:
+        """The tokens, besides the model's own, that end an answer: that of the end of the assistant's turn."""
+        ids = self.tokenizer(self._end, add_special_tokens=False)["input_ids"] if self.task.chat else []
+        return set(ids[:1]) & set(self.tokenizer.all_special_ids)
+
+    def _rendered(self, shots: Sequence[tuple[str, str]], prompt: str, answer: str | None = None) -> str:
+        """The conversation in the tokenizer's chat template: up to where the assistant answers, or with its answer."""
+        turns = [part for shot in (*shots, (prompt, answer)) for part in zip(("user", "assistant"), shot, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in turns if text is not None]
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                f"task {self.task.name}: to ask as in a chat takes a tokenizer with a chat template, and this model's "
+                "has none; leave out --chat (in a task: chat: true), or take an instruction-tuned model"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except Exception as error:  # whatever a template may raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"task {self.task.name}: the tokenizer's chat template cannot be filled in: {reason}"
+            ) from None
+
+    def _around_answers(self) -> tuple[str, str]:
+        """What the chat template writes between where the assistant begins and its answer (a space, or an empty
+        thought), and after that (the end of its turn)."""
+        question, answer = "question?", "answer."
+        before, whole = self._rendered((), question), self._rendered((), question, answer)
+        lead, found, end = whole.removeprefix(before).partition(answer)
+        if not found or not whole.startswith(before):  # then the answer just follows
+            return "", self.tokenizer.eos_token or self.task.stop
+        return lead, end.rstrip() or self.task.stop
+
+    def _ids(self, texts: list[str], place: str) -> list[list[int]]:
+        """The tokens of each text, without those that come before every text."""
+        try:
+            rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # each tokenizer raises its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self._at(place)}: the tokenizer does not take the text of this row: {reason}") from None
+        n = len(self._before)
+        return [row[n:] if n and row[:n] == self._before else row for row in rows]
+
+    def _at(self, place: str) -> str:
+        return f"task {self.task.name}" + (f", {place}" if place else "")
+
+    def _question(self, shots: Sequence[tuple[str, str]], prompt: str) -> str:
+        """The text up to the answer, without white space at its end that belongs to the answer."""
+        if self.task.chat:
+            return self._rendered(shots, prompt) + self._lead.rstrip(" ")
+        first, *more = [*(_joined(*shot, self.task.separator) for shot in shots), prompt.rstrip(" ")]
+        begin = self.tokenizer.bos_token or ""  # which a template may write, and which is there once
+        return SHOT_SEPARATOR.join([first, *(text.removeprefix(begin) for text in more)])
+
+    def _answered(self, question: str, answer: str) -> str:
+        if self.task.chat:
+            return question + self._lead[len(self._lead.rstrip(" ")) :] + answer
+        return _joined(question, answer, self.task.separator)
 
     def _encode(self, example: Example, what: str) -> list[Row]:
+        at = self._at(example.place)
         if what == "prompt":
             answers, room = [""], self.max_length - self.task.max_new_tokens
             if room < 1 + len(self._before):
@@ -181,42 +244,49 @@ class TaskData(Dataset):
         elif what == "label-words":
             answers, room = [""], self.max_length - 1  # as for options of one token: the same prompt, so the same loss
         else:
-            end = self.task.stop if self.task.kind == "generation" else ""  # else it would not learn to stop
+            end = self._end if self.task.kind == "generation" else ""  # else it would not learn to stop
             answers, room = [example.golds[0] + end], self.max_length
 
-        def rows_with(shots: list[str]) -> list[tuple[list[int], list[int]]]:
-            prompt = SHOT_SEPARATOR.join([*shots, example.prompt.rstrip(" ")])
-            whole = [_joined(prompt, answer, self.task.separator) if answer else prompt for answer in answers]
-            alone, *ids = self._ids([prompt, *whole])
+        def rows_with(shots: list[tuple[str, str]], prompt: str) -> list[tuple[list[int], list[int]]]:
+            question = self._question(shots, prompt)
+            whole = [self._answered(question, answer) if answer else question for answer in answers]
+            alone, *ids = self._ids([question, *whole], example.place)
+            for answer, tokens in zip(answers, ids, strict=True):
+                if answer and tokens == alone:
+                    raise ValueError(f"{at}: the answer {answer!r} has no token of this tokenizer")
             return [
                 _split(alone, tokens) if answer else (tokens, []) for answer, tokens in zip(answers, ids, strict=True)
             ]
 
-        def fits(dropped: int) -> bool:
+        def fits(shots: list[tuple[str, str]], prompt: str) -> bool:
             return all(
-                len(self._before) + len(prompt) + len(option) <= room
-                for prompt, option in rows_with(self.shots[dropped:])
+                len(self._before) + len(tokens) + len(option) <= room for tokens, option in rows_with(shots, prompt)
             )
 
-        dropped = bisect_left(range(len(self.shots)), True, key=fits)
+        dropped = bisect_left(range(len(self.shots)), True, key=lambda n: fits(self.shots[n:], example.prompt))
+        shots, prompt, lost = self.shots[dropped:], example.prompt, 0
+        found = rows_with(shots, prompt)
+        if self.task.chat and not fits(shots, prompt):
+            characters = bisect_left(range(len(prompt)), True, key=lambda n: fits(shots, prompt[n:]))
+            if characters == len(prompt):
+                raise ValueError(f"{at}: the chat template leaves no room for a prompt in {self.max_length} tokens")
+            whole, found = found, rows_with(shots, prompt[characters:])
+            lost = len(whole[0][0]) - len(found[0][0])
         rows = []
-        for prompt, option in rows_with(self.shots[dropped:]):
+        for prompt, option in found:
             left = room - len(self._before) - len(option)
             if left < 1:
                 what_is_long = f"an answer of {len(option)} tokens, beginning {self.tokenizer.decode(option[:8])!r},"
                 raise ValueError(
-                    f"task {self.task.name}: {what_is_long if option else 'that'} leaves no room for a prompt in "
-                    f"max_length, {self.max_length} tokens"
+                    f"{at}: {what_is_long if option else 'that'} leaves no room for a prompt in max_length, "
+                    f"{self.max_length} tokens"
                 )
             tokens = self._before + prompt[-left:]
-            lost = max(0, len(prompt) - left)
             if not tokens:
-                raise ValueError(
-                    f"task {self.task.name}: a prompt is empty, so that nothing predicts the first token of its answer"
-                )
+                raise ValueError(f"{at}: a prompt is empty, so that nothing predicts the first token of its answer")
             if rows and rows[-1].prompt == tokens:
                 tokens = rows[-1].prompt  # kept once, not for each option
-            rows.append(Row(tokens, option, len(self.shots) - dropped, lost))
+            rows.append(Row(tokens, option, len(self.shots) - dropped, lost or max(0, len(prompt) - left)))
         return rows
 
     def _find_label_words(self) -> str | None:

@@ -143,7 +143,10 @@ def generate(
     tokenizer, stop = data.tokenizer, data.task.stop
     rows = [data.token_rows(i, "prompt")[0] for i in index]
     texts = [""] * len(rows)
-    ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    ends = data.end_tokens() | {
+        tokenizer.eos_token_id,
+        *_as_list(getattr(model.generation_config, "eos_token_id", None)),
+    } - {None}
     config = GenerationConfig(
         max_new_tokens=data.task.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
         pad_token_id=data.pad, eos_token_id=sorted(ends) or None, use_cache=True,

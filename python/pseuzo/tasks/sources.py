@@ -8,6 +8,8 @@ from typing import Any
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 SUFFIXES = (".jsonl", ".json", ".parquet")
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # what the hub keeps beside them
+JSON_BYTES = 1 << 30  # the most of a file, which is read as a whole
 ALL = "all"  # the one split of data that is not split yet
 
 Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
@@ -24,6 +26,10 @@ class Source:
 
     def rows(self, split: str) -> Rows:
         raise NotImplementedError
+
+    def place(self, split: str, i: int) -> str:
+        """Where rows(split)[i] is to be found, for people."""
+        return f"row {i} (from 0) of " + ("the data" if split == ALL else f"the split {split!r}")
 
 
 class Hub(Source):
@@ -54,6 +60,7 @@ class Local(Source):
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[str, Any] = {}
+        self._places: dict[str, list[tuple[str, Path]]] = {}  # of rows in JSON: their lines and files
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
         if path.is_file():
@@ -71,18 +78,24 @@ class Local(Source):
 
     @staticmethod
     def _files(folder: Path) -> dict[str, list[Path]]:
-        """train.jsonl; train-00000-of-00002.parquet, ...; train/*.parquet: as people and the hub name them."""
-        files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix in SUFFIXES)
+        """train.jsonl; train-00000-of-00002.parquet, ...; train/*.parquet; data/train-*.parquet: as people and the hub
+        name them."""
+        inside = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix in SUFFIXES and p.is_file())
+        files = [p for p in inside if p.name not in NOT_ROWS]
         found: dict[str, list[Path]] = {}
         for file in files:
-            name = file.stem if file.parent == folder else file.parent.name
-            match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])", name, re.IGNORECASE)
-            found.setdefault(canonical(match[1] if match else name), []).append(file)
+            names = [file.stem] if file.parent == folder else [file.parent.name, file.stem]
+            split = next(filter(None, map(_split_in, names)), names[0])
+            found.setdefault(canonical(split), []).append(file)
         if not found:
             raise ValueError(
-                f"{folder} holds no data; wanted are files like train.jsonl, validation.parquet, test.jsonl; "
+                f"{folder} holds no data; wanted are files like train.jsonl, validation.parquet, test.jsonl or "
+                "data/train-00000-of-00001.parquet; "
                 f"found: {', '.join(p.name for p in sorted(folder.iterdir())[:8]) or 'nothing'}"
             )
+        for split, some in found.items():
+            if len(folders := sorted({str(file.parent) for file in some})) > 1:
+                raise ValueError(f"the split {split!r} is in several folders, {', '.join(folders)}; give one of them")
         return {ALL: files} if len(files) == 1 and not {"train", "validation", "test"} & found.keys() else found
 
     def rows(self, split: str) -> Rows:
@@ -100,29 +113,53 @@ class Local(Source):
                 raise ValueError(f"{found[0]} cannot be read as Parquet: {reason}") from error
         if ".parquet" in kinds:
             raise ValueError(f"the split {split!r} in {self.path} is there as Parquet and as JSON; remove one of them")
-        return [row for path in found for row in read_json(path)]
+        numbered = [(line, path, row) for path in found for line, row in read_json(path)]
+        self._places[split] = [(line, path) for line, path, _ in numbered]
+        return [row for *_, row in numbered]
+
+    def place(self, split: str, i: int) -> str:
+        if split not in self._places:
+            return f"{super().place(split, i)} in {self.path}"
+        line, path = self._places[split][i]
+        return f"{line} of {path}"
 
 
-def read_json(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of one JSON object a line, or of one JSON list. ValueError names the line that is neither."""
+def _split_in(name: str) -> str | None:
+    """The split that a file or folder is named after."""
+    match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])", name, re.IGNORECASE)
+    return match[1] if match else None
+
+
+def read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """("line 1", row), ...: of a file of one JSON object a line, or of one JSON list. ValueError names the line that is
+    neither, and refuses files of more than JSON_BYTES."""
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes, and JSON is read whole, up to {JSON_BYTES}; save it as Parquet")
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
-            rows = list(enumerate(json.loads(text), 1))
+            rows = [(f"row {i}", row) for i, row in enumerate(_parsed(text), 1)]
         else:  # split at newlines alone: a string in JSON may hold other separators as they are
-            rows = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     out = []
-    for number, row in rows:
+    for where, row in rows:
         try:
-            row = json.loads(row) if isinstance(row, str) else row
+            row = _parsed(row) if isinstance(row, str) else row
         except ValueError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
+            raise ValueError(f"{where} of {path} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {path} is not a JSON object with named columns")
-        out.append(row)
+            raise ValueError(f"{where} of {path} is not a JSON object with named columns")
+        out.append((where, row))
     return out
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def take(rows: Rows, index: list[int]) -> list[dict[str, Any]]:

@@ -10,13 +10,14 @@ they are does not depend on how many others are asked for, so that what is evalu
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pseuzo.files import parse_yaml
 from pseuzo.tasks import templates
 from pseuzo.tasks.sources import ALL, Hub, Local, Source, canonical, read_json, take
 
@@ -30,12 +31,14 @@ PARTS = ("train", "dev", "test")
 @dataclass(frozen=True)
 class Example:
     """A question. options: the texts to choose between, answer the number of the right one; both are empty for free
-    answers. golds: the texts that count as right, the first being the one that is trained on."""
+    answers. golds: the texts that count as right, the first being the one that is trained on. place: where its row is,
+    for people."""
 
     prompt: str
     options: tuple[str, ...] = ()
     answer: int | None = None
     golds: tuple[str, ...] = ()
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Task:
     metric: str = ""
     max_new_tokens: int = 50
     stop: str = "\n"
+    chat: bool = False  # the prompt is a user's turn in the tokenizer's chat template
     folder: str = ""  # of the file: what `data` is relative to
 
     def __post_init__(self):
@@ -85,7 +89,9 @@ class Task:
         for name in ("name", "prompt", "description", "separator", "stop", "label", "answer", "answers"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}; put it in quotes")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"chat must be true or false, got {self.chat!r}")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number from 1 up, got {self.max_new_tokens!r}")
         templates.check(self.prompt, "prompt")
         for name in ("label", "answer", "answers"):
@@ -101,7 +107,7 @@ class Task:
         if not isinstance(self.labels, Mapping):
             raise ValueError(f"labels must map each value of the label to its word, got {self.labels!r}")
         for value, word in self.labels.items():  # a null would be the word "None"
-            if isinstance(word, bool) or not isinstance(word, str | int | float):
+            if isinstance(word, bool) or not isinstance(word, str | int | float) or word != word:
                 raise ValueError(f"labels must give each label a word, got {word!r} for {value!r}; put it in quotes")
         words = [str(word).strip() for word in self.labels.values()]
         if self.labels and (len(words) < 2 or len(set(words)) < len(words) or not all(words)):
@@ -158,14 +164,19 @@ class Task:
                 raise ValueError(f"answer {answer!r} is none of the options {list(options)}")
         return Example(prompt, options, options.index(golds[0]), golds)
 
-    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """One for each row."""
+    def examples(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None) -> list[Example]:
+        """One for each row. places: where each row is, for people; by default its number in rows. ValueError names the
+        place of a row that does not fit."""
         out = []
         for number, row in enumerate(rows):
+            place = places[number] if places else f"row {number} (from 0)"
             try:
-                out.append(self.example(row))
+                example = replace(self.example(row), place=place)
+                for text in (example.prompt, *example.options, *example.golds):
+                    _check_characters(text)
+                out.append(example)
             except ValueError as error:
-                raise ValueError(f"task {self.name}, row {number} of those drawn: {error}") from None
+                raise ValueError(f"task {self.name}, {place}: {error}") from None
         return out
 
     def load(
@@ -186,7 +197,7 @@ class Task:
                 raise ValueError(f"task {self.name}: {name} must be a number of examples from 0 up, got {size!r}")
         if sum(sizes.values()) == 0:
             raise ValueError(f"task {self.name}: train, dev and test are all 0: there is nothing to load")
-        drawn: dict[str, list] = {part: [] for part in PARTS}
+        drawn: dict[str, tuple[list, list[str]]] = {part: ([], []) for part in PARTS}  # rows and their places
         try:
             source = self._source(data)
             by_split: dict[str, list[str]] = {}
@@ -198,10 +209,10 @@ class Task:
                     continue
                 rows = source.rows(split)
                 for part, index in self._draw(split, len(rows), wanted, len(parts) > 1, seed).items():
-                    drawn[part] = take(rows, index)
+                    drawn[part] = take(rows, index), [source.place(split, i) for i in index]
         except ValueError as error:
             raise ValueError(f"task {self.name}: {error}") from error.__cause__
-        return {part: self.examples(rows) for part, rows in drawn.items()}
+        return {part: self.examples(*rows) for part, rows in drawn.items()}
 
     def _source(self, data: str | Path | None) -> Source:
         if data is not None:
@@ -261,6 +272,19 @@ class Task:
         return {part: parts[part] for part in wanted}
 
 
+def _check_characters(text: str) -> None:
+    """ValueError for a code point that is no character and cannot be encoded: half of a surrogate pair, as of an emoji
+    that was cut in two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half, begin = text[error.start], text[max(0, error.start - 20) : error.start]
+        raise ValueError(
+            f"after {begin!r} comes {half!r}, half of a character of two, which no tokenizer takes; mend or remove the "
+            "row"
+        ) from None
+
+
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     """value as texts without outer white space, each once."""
     values = [value] if isinstance(value, str) else value
@@ -299,9 +323,9 @@ def _from_yaml(path: Path) -> Task:
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
-        raise ValueError(f"task {path} is not YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(path, Loader)
+    except ValueError as error:
+        raise ValueError(f"task {path} is not YAML: {error}") from None
     known = [f.name for f in fields(Task) if f.name != "folder"]
     if not isinstance(content, dict):
         raise ValueError(f"task {path} must be a YAML mapping with some of the keys {', '.join(known)}")
@@ -314,7 +338,7 @@ def _from_yaml(path: Path) -> Task:
 
 def _from_rows(path: Path) -> Task:
     """A task whose rows are its questions. The same options everywhere make it a classification."""
-    rows = read_json(path)
+    rows = [row for _, row in read_json(path)]
     if not rows:
         raise ValueError(f"task {path}: the file is empty")
     common = {"name": path.stem, "prompt": "{{ prompt }}", "data": path.name, "folder": str(path.resolve().parent)}
