@@ -432,8 +432,19 @@ def test_the_command_that_converts_pickled_weights(tmp_path, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def based_on(folder, base):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+
+
 @pytest.mark.parametrize("do, sentence", [
     (lambda f: (f / "adapter_config.json").write_text("[]"), "does not say which model the adapter is for"),
+    (lambda f: (f / "adapter_config.json").write_text("[" * 9999), "does not say which model the adapter is for"),
+    (lambda f: based_on(f, None), "does not say which model the adapter is for"),
+    (lambda f: based_on(f, ["a"]), "does not say which model the adapter is for"),
+    (lambda f: based_on(f, str(f)), "for the model /.*/adapter, and that is an adapter which in the end is for itself"),
+    (lambda f: (shutil.copytree(f, f"{f}-2"), based_on(f, f"{f}-2"), based_on(Path(f"{f}-2"), str(f))),
+     "adapter for the model /.*/adapter-2, and that is an adapter which in the end is for itself"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(b"no"), "the adapter in .* cannot be loaded"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), r"has no weights \(adapter_model.safetensors\)"),
     (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle.* saved anew by peft"),
@@ -448,6 +459,11 @@ def test_adapters_that_do_not_load(tmp_path, do, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         load_model(folder, device="cpu")
     assert "\n" not in str(error.value)
+
+
+def configured(folder, **settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 def damage(folder):
@@ -474,6 +490,11 @@ def widen_tokenizer(folder):
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
     (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: .*config"),
     (lambda f: (f / "config.json").write_text("{}"), "cannot be loaded: .*model_type"),
+    (lambda f: (f / "config.json").write_text('{"a": ' * 9999), "cannot be loaded: .*recursion"),
+    (lambda f: configured(f, vocab_size="x"), "cannot be loaded: .*'vocab_size' expected int, got str"),
+    (lambda f: configured(f, hidden_size=0), "cannot be loaded: "),
+    (lambda f: configured(f, num_attention_heads=0), "cannot be loaded: .*division"),
+    (lambda f: configured(f, activation_function="none"), "cannot be loaded: .*none"),
     (lambda f: (f / "model.safetensors").unlink(), r"has no weights \(model.safetensors\)"),
     (damage, "cannot be loaded"),
     (lose_weights, "lacks 1 of the weights of GPT2LMHeadModel, the first being lm_head.weight"),

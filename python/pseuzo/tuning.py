@@ -55,11 +55,9 @@ def load_model(
     adapter = folder / "adapter_config.json" if folder else None
     if adapter and adapter.is_file():
         _check_weights(folder, "adapter_model", "give the adapter saved anew by peft")
+        base = _base_of(adapter)
         try:
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"load_model: {adapter} does not say which model the adapter is for") from None
-        try:
+            _check_bases(folder)
             model, tokenizer = load_model(base, dtype=dtype, device=where, need_tokenizer=need_tokenizer)
         except ValueError as error:
             reason = str(error).removeprefix("load_model: ")
@@ -69,7 +67,12 @@ def load_model(
             ) from None
         model = _load_adapter(model, name, folder)
         return model, _load_tokenizer(name, model) if any(folder.glob("tokenizer*")) else tokenizer
-    model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
+    try:
+        model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
+    except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a config of wrong types makes of a model may fail in any way
+        raise ValueError(f"load_model: {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if not need_tokenizer and folder and not any(folder.glob("tokenizer*")):
         return model, None
     return model, _load_tokenizer(name, model)
@@ -296,6 +299,27 @@ def _folder(name: str) -> Path | None:
     if name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1 or not name:
         raise ValueError(f"load_model: there is no folder {name or 'of an empty name'}")
     return None
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that the adapter of this adapter_config.json is for."""
+    try:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"load_model: {adapter} does not say which model the adapter is for")
+    return base
+
+
+def _check_bases(folder: Path) -> None:
+    """ValueError if an adapter is, by way of others or not, for itself."""
+    seen: list[Path] = []
+    while folder and (folder / "adapter_config.json").is_file():
+        if folder.resolve() in seen:
+            raise ValueError("load_model: that is an adapter which in the end is for itself")
+        seen.append(folder.resolve())
+        folder = _folder(_base_of(folder / "adapter_config.json"))
 
 
 def _check_weights(folder: Path, stem: str, instead: str = "") -> None:
