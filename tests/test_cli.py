@@ -1,5 +1,6 @@
 """The command line: what runs write, that they can be replayed, and what is refused, with exit code 2."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -9,8 +10,11 @@ import pytest
 import torch
 import yaml
 from helpers import PUBLIC, SMALL, ZERO_ORDER, assert_same_weights, last_json, pseuzo, weights, write
+from pseuzo import files
 from pseuzo.runs import model_path
-from safetensors.torch import load_file
+from pseuzo.tasks import TaskData, evaluate, load_task
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pseuzo_kernels
 
@@ -110,6 +114,50 @@ def test_eval_shots_and_output(tmp_path):
     many = last_json(text)
     assert many["shots"] == 20 and 3 <= many["shots_least"] <= many["shots_mean"] < 12
     assert f"{many['shots_least']} at least: there are 12 training rows, 128 tokens" in text
+
+
+def test_eval_of_weights_that_are_not_finite(tmp_path):
+    """Its figures are JSON as anything reads it, and a line says why they are not there."""
+    for file in Path(model_path("demo")).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken = weights(tmp_path)
+    broken[min(broken)].fill_(float("nan"))
+    save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    args = ["--model", tmp_path, "--task", "demo", "--test-size", 8, "--quiet", "--output", tmp_path / "eval.json"]
+    *_, said, line = pseuzo("eval", *args).strip().splitlines()
+    figures = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert figures["test"] == {"accuracy": 0.0, "loss": None, "examples": 8}
+    assert json.loads((tmp_path / "eval.json").read_text()) == figures
+    assert "the loss on the test rows is nan: the model's logits are not finite" in said
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def test_a_run_asks_as_in_a_chat_and_so_does_its_evaluation(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(model_path("demo"))
+    tokenizer.chat_template = CHAT
+    files.save_model(AutoModelForCausalLM.from_pretrained(model_path("demo")), tokenizer, base)
+    sizes = ["--train-size", 24, "--dev-size", 4, "--test-size", 12]
+    pseuzo("train", "--model", base, *SMALL[2:4], *sizes, *SMALL[10:], "--method", "mezo", "--steps", 1, "--chat",
+           "--output", out)  # fmt: skip
+    assert yaml.safe_load((out / "config.yaml").read_text())["chat"] is True
+    results = json.loads((out / "results.json").read_text())
+    text = pseuzo("eval", "--model", out / "model", "--task", "demo", "--quiet")
+    assert f"rows as in {out}/config.yaml: --train-size 24 --dev-size 4 --test-size 12 --chat\n" in text
+    assert last_json(text)["test"] == pytest.approx(results["test"], rel=1e-4)
+    plain = last_json(pseuzo("eval", "--model", out / "model", "--task", "demo", "--no-chat", "--quiet"))["test"]
+    assert plain["loss"] != pytest.approx(results["test"]["loss"], rel=1e-3)
+    task, model = load_task("demo"), AutoModelForCausalLM.from_pretrained(out / "model")
+    lines = task.load(train=24, dev=4, test=12)["test"]
+    prompts = [dataclasses.replace(e, prompt=f"</s>user:\n{e.prompt}\nassistant:\n") for e in lines]
+    by_hand = TaskData(prompts, dataclasses.replace(task, separator=""), tokenizer, max_length=128)
+    assert evaluate(model, by_hand) == pytest.approx(results["test"], rel=1e-4)
+    assert "takes a tokenizer with a chat template" in pseuzo("eval", *SMALL[:4], "--chat", "--quiet", code=2)
 
 
 def test_plot_overlays_runs(tmp_path):

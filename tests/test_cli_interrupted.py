@@ -218,3 +218,46 @@ def test_a_refused_try_does_not_block_the_next(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert "not the folder of a run" in pseuzo(*args[:-4], "--output", tmp_path / "mine", "--resume", code=2)
+
+
+HOOK = """
+import os, sys
+class AtAnImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("INTERRUPTED_AT"):
+            del os.environ["INTERRUPTED_AT"]
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, AtAnImport())
+"""
+
+
+@pytest.mark.parametrize("command", ["-m pseuzo", "-c from~pseuzo.__main__~import~main;main()"])
+@pytest.mark.parametrize("module", ["click", "pseuzo.cli", "yaml", "numpy", "torch", "transformers.trainer"])
+def test_ctrl_c_during_the_imports(tmp_path, command, module):
+    """Wherever it comes, the command ends with 130 and a line: before there is a command line, too, and where an import
+    takes it for a module that is missing."""
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "config.yaml").write_text("model: demo\n")
+    start = [word.replace("~", " ") for word in command.split()]
+    done = subprocess.run(
+        [sys.executable, *start, "eval", "--config", tmp_path / "config.yaml", "--task", "demo"],
+        env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_package_imports_what_is_asked_for():
+    """Nothing else: torch takes seconds. And pseuzo.perturbed is the function, whoever imported its module first."""
+    code = """
+import sys
+import pseuzo, pseuzo.cli
+assert "torch" not in sys.modules and {"PseuZO", "perturbed"} <= set(dir(pseuzo))
+import pseuzo.perturbed
+from pseuzo.perturbed import perturbed as function
+from pseuzo import perturbed
+assert perturbed is pseuzo.perturbed is function and function.__name__ == "perturbed"
+assert pseuzo.optimizer.MeZO is pseuzo.MeZO and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -77,6 +77,11 @@ BAD_CONFIGS = {
     "unknown rate": (b"lr: fast\n", "lr: 'fast' is neither a number nor auto"),
     "unknown option": (b"learning_rat: 1\n", "unknown option 'learning_rat'"),
     "unhashable key": (b"? [a]\n: 1\n", "cannot be read as YAML"),
+    "aliases": (b"model: &a demo\ntask: *a\n", "line 2: aliases (*name) are not read; write the value again"),
+    "deep": (b"model: " + b"[" * 9999, "line 1: there are more than 32 levels"),
+    "large": (b"model: " + b"x" * 300_000, "it is larger than 262144 bytes"),
+    "a seed below 0": (b"seed: -1\n", "seed: -1 is not in the range 0<=x<=4294967295"),
+    "a seed too large": (b"data_seed: 99999999999999999999\n", "is not in the range 0<=x<=4294967295"),
 }
 
 
@@ -319,6 +324,30 @@ def test_errors_of_our_own_and_of_safetensors_are_sentences(tmp_path, monkeypatc
     assert "safetensors" in refused("train", *BASE, "--output", tmp_path / "run")
     monkeypatch.setattr(compare, "compare", lambda *args, **kwargs: compare.summarise({"edited by hand": [{}]}))
     assert "'train_seconds' is missing" in refused("compare", *BASE, "--output", tmp_path / "compared")
+
+
+def test_what_our_ops_refuse_is_a_sentence(tmp_path, monkeypatch):
+    """The traceback of a C++ error of ours ends in torch, which our code called for an op."""
+    source = "import torch\ndef run(given): torch.ops.aten.mm.default(torch.zeros(2, 3), torch.zeros(2, 3))"
+    for module, code in (("pseuzo_kernels.add_noise", 2), ("somebody.elses", 1)):
+        made = {"__name__": module}
+        exec(source, made)
+        monkeypatch.setattr(runs, "train", made["run"])
+        assert "cannot be multiplied" in pseuzo("train", *BASE, "--output", tmp_path / "run", code=code) or code == 1
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_at_the_start(tmp_path):
+    pytest.importorskip("pseuzo_kernels._C", reason="the C++ extension is not built")
+    done = subprocess.run([sys.executable, "-m", "pseuzo", "train", *SMALL, "--output", tmp_path / "run"],
+                          env=os.environ | {"PSEUZO_CPU_ISA": "avx3"}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: PSEUZO_CPU_ISA: must be one of ")
+
+
+def test_a_sentence_is_not_as_long_as_what_it_quotes(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", raising(ValueError(f"this {'x' * 10**6} is wrong; do that")))
+    sentence = refused("train", *BASE, "--output", tmp_path / "run")
+    assert len(sentence) < 2000 and sentence.startswith("this xxx") and sentence.endswith("xxx is wrong; do that")
 
 
 @pytest.mark.parametrize("bug", [
@@ -590,6 +619,36 @@ def test_eval_takes_the_rows_that_train_takes(monkeypatch):
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (1000, 500, None)
     pseuzo("eval", *BASE, "--train-size", 7, "--dev-size", 8, "--data-seed", 9)
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (7, 8, 9)
+
+
+LAUGHS = "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize("config, words", [
+    ("model: demo\ntask:\n" + LAUGHS, "line 4: aliases (*name) are not read"),
+    ("task: " + "[" * 9999, "line 1: there are more than 32 levels"),
+    ("task: demo\ntest_size: 0\n", "config.yaml: test_size: 0 is not in the range"),
+    ("task: demo\ndata_seed: 99999999999999999999\n", "config.yaml: data_seed: 99999999999999999999 is not in"),
+    ("- task\n", "must hold `option: value` lines"),
+])  # fmt: skip
+def test_eval_of_a_model_in_the_folder_of_a_hostile_run(tmp_path, monkeypatch, config, words):
+    monkeypatch.setattr(runs, "evaluate_run", lambda given: {})
+    (tmp_path / "model").mkdir()
+    (tmp_path / ".pseuzo").write_text("made by pseuzo train\n")
+    (tmp_path / "config.yaml").write_text(config)
+    assert words in refused("eval", "--model", tmp_path / "model", "--task", "demo")
+
+
+@pytest.mark.parametrize("config", [
+    "task: [demo]\n", "task: demo\ntest_size: [5]\ndev_size: true\ndata_seed: 1.5\nchat: 5\n", "task: 5\n", "{}\n",
+    "task: demo\ndata: {a: b}\n", "model: x\n",
+])  # fmt: skip
+def test_settings_of_a_run_that_are_of_other_types_are_not_taken(tmp_path, monkeypatch, config):
+    monkeypatch.setattr(runs, "evaluate_run", lambda given: {})
+    (tmp_path / "model").mkdir()
+    (tmp_path / ".pseuzo").write_text("made by pseuzo train\n")
+    (tmp_path / "config.yaml").write_text(config)
+    assert "rows as in" not in pseuzo("eval", "--model", tmp_path / "model", "--task", "demo")
 
 
 @pytest.mark.parametrize("results", [

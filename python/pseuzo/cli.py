@@ -39,6 +39,9 @@ class Failure(click.ClickException):
 
     exit_code = 2
 
+    def __init__(self, sentence: str):  # which may quote a file of any size
+        super().__init__(sentence if len(sentence) <= 2000 else f"{sentence[:1500]} ... {sentence[-400:]}")
+
 
 def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
     """Refusals become one sentence and exit code 2, an interruption 130. PSEUZO_DEBUG=1 shows where they came from."""
@@ -101,11 +104,13 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _module(error: BaseException) -> str:
-    """The module that an error comes from."""
-    at = error.__traceback__
-    while at.tb_next is not None:
+    """The module that an error comes from; of an op's, the one that calls the op."""
+    at, found = error.__traceback__, ""
+    while at is not None:
+        name = at.tb_frame.f_globals.get("__name__", "")
+        found = found if name == "torch._ops" else name
         at = at.tb_next
-    return at.tb_frame.f_globals.get("__name__", "")
+    return found
 
 
 def _listed(words: list[str] | tuple[str, ...], last: str = "and") -> str:
@@ -120,13 +125,12 @@ def configured(command: click.Command) -> click.Command:
             return
         import yaml
 
+        from pseuzo.files import parse_yaml
+
         try:  # every scalar as it is written: the options' own types read it, as on the command line
-            config = yaml.load(file.read_bytes(), yaml.BaseLoader)
-        except yaml.MarkedYAMLError as error:
-            where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise Failure(f"{file} cannot be read as YAML: {where}{error.problem}") from None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise Failure(f"{file} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+            config = parse_yaml(file, yaml.BaseLoader)
+        except (OSError, ValueError) as error:
+            raise Failure(f"{file} cannot be read as YAML: {error}") from None
         if not isinstance(config, dict):
             raise Failure(f"{file} must hold `option: value` lines")
         known = {p.name: p for p in context.command.params if p.name != "config"}
@@ -180,6 +184,7 @@ class Number(click.FloatRange):
 
 
 POSITIVE = Number(min=0, min_open=True)
+SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
 
 
 class LearningRate(click.ParamType):
@@ -234,9 +239,11 @@ WHAT = options(
     option("--train-size", type=click.IntRange(min=1), default=1000, help="Rows of the train split."),
     option("--dev-size", type=click.IntRange(min=1), default=500, help="Rows of the dev split, taken from train's."),
     option("--test-size", type=click.IntRange(min=1), default=1000, help="Rows of the test split."),
-    option("--data-seed", type=int, help="Which rows are drawn. Default: --seed."),
+    option("--chat/--no-chat", "chat", default=None, help="Ask in the tokenizer's chat template, for instruction-tuned "
+           "models. Default: what the task says."),
+    option("--data-seed", type=SEED, help="Which rows are drawn. Default: --seed."),
     option("--eval-batch-size", type=click.IntRange(min=1), default=16),
-    option("--seed", type=int, default=0, help="Of the batches and the perturbations; eval: of the shots."),
+    option("--seed", type=SEED, default=0, help="Of the batches and the perturbations; eval: of the shots."),
     option("--quiet", is_flag=True, help="No progress bars."),
 )  # fmt: skip
 
@@ -291,7 +298,19 @@ HOW = options(
 )  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """Plain too about what happens while the options of a command are read."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return plainly(self._invoke)(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        import numpy  # noqa: F401  # before torch, which takes a Ctrl-C during this import for a missing numpy
+
+        return super().invoke(ctx)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pseuzo")
 def main() -> None:
     """Fine-tune language models by forward passes alone, in the memory of inference."""
@@ -420,10 +439,8 @@ def evaluate(**settings: Any) -> None:
 
     A model in the folder of its run is evaluated on that run's test rows, unless sizes or --data-seed are given.
     """
-    import json
-
     from pseuzo import runs
-    from pseuzo.files import write_json
+    from pseuzo.files import to_json, write_json
 
     if settings["quiet"]:
         _hush()
@@ -432,24 +449,34 @@ def evaluate(**settings: Any) -> None:
     if settings["output"]:
         settings["output"].parent.mkdir(parents=True, exist_ok=True)
         write_json(settings["output"], figures)
-    click.echo(json.dumps(figures))
+    click.echo(to_json(figures))
 
 
 def _take_rows_of_run(settings: dict[str, Any]) -> None:
-    """Of a task in one file, other options would draw test rows that the run was trained on: its own are the defaults,
-    and a line says so."""
+    """Of a task in one file, other options would draw test rows that the run was trained on, or ask in another way: its
+    own are the defaults, and a line says so."""
     from pseuzo.runs import rows_of_run
 
     found = rows_of_run(settings["model"], settings["task"], settings["data"])
     if found is None:
         return
     run, own = found
-    source, default = click.get_current_context().get_parameter_source, click.core.ParameterSource.DEFAULT
-    before = settings | {"data_seed": settings["seed"]}
-    taken = {name: value for name, value in own.items() if source(name) == default and value != before[name]}
+    context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
+    types = {p.name: p.type for p in context.command.params}
+    before, taken = settings | {"data_seed": settings["seed"]}, {}
+    for name, value in own.items():
+        try:
+            value = types[name].convert(value, None, context)
+        except click.BadParameter as error:
+            raise Failure(f"{run / 'config.yaml'}: {name}: {error.message}") from None
+        if context.get_parameter_source(name) == default and value != before[name]:
+            taken[name] = value
     if taken:
         settings |= taken
-        options = " ".join(f"{_flag(name)} {value}" for name, value in taken.items())
+        options = " ".join(
+            _flag(name if value else f"no_{name}") if isinstance(value, bool) else f"{_flag(name)} {value}"
+            for name, value in taken.items()
+        )
         click.echo(f"rows as in {run / 'config.yaml'}: {options}", err=True)
 
 
@@ -589,7 +616,7 @@ def _print_comparison(summary: dict, output: Path) -> None:
         help="Folder for summary.json, metrics.jsonl, curves.png and model/.")  # fmt: skip
 @option("--steps", type=click.IntRange(min=1), default=300, help="Steps of each method; a step is two forward passes.")
 @option("--batch-size", type=click.IntRange(min=2), default=16)
-@option("--seed", type=int, default=0, help="Of the batches and of the perturbations.")
+@option("--seed", type=SEED, default=0, help="Of the batches and of the perturbations.")
 @option("--method", "methods", multiple=True, metavar="NAME",
         help="Only this method; may be given several times. Default: all four.")  # fmt: skip
 @option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one.")

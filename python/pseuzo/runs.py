@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -47,6 +48,7 @@ from pseuzo.trainer import (
     PseuZOTrainingArguments,
 )
 from pseuzo.tuning import load_model, tune
+from pseuzo_kernels import _C
 
 # Where no rate is given. Zeroth order: those published for OPT-1.3B. First order: common ones for such models.
 DEFAULT_LR = {
@@ -82,7 +84,7 @@ class Run:
 
     def __init__(self, c: dict[str, Any]):
         self.c = c
-        self.task: Task = load_task(c["task"])
+        self.task: Task = _task(c)
         self.examples = self.task.load(
             c["data"], train=c["train_size"], dev=c["dev_size"], test=c["test_size"], seed=c["data_seed"]
         )
@@ -143,6 +145,11 @@ class Run:
         return trainer
 
 
+def _task(c: dict[str, Any]) -> Task:
+    task = load_task(c["task"])
+    return task if c["chat"] is None else replace(task, chat=c["chat"])
+
+
 def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
     """data.fit of what is trained on or measured, and a line on stderr if prompts lost their beginning."""
     fit = data.fit(data.train_on if split == "train" else None)
@@ -181,6 +188,8 @@ def check_integrations(names: Collection[str]) -> None:
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in. ValueError for those that cannot be."""
     c = dict(c)
+    if _C:
+        _C.cpu_isa()  # refuses a PSEUZO_CPU_ISA that this CPU has not
     zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
@@ -456,8 +465,8 @@ def _rounded(lr: float) -> float:
 
 
 def rows_of_run(model: str, task: str, data: Any) -> tuple[Path, dict[str, int]] | None:
-    """The run in whose folder the model is, with the settings that decided which rows it was trained on; None if there
-    is none, or if it was of another task or other data."""
+    """The run in whose folder the model is, with the settings that decided which rows it was trained on, and whether
+    they were asked as in a chat; None if there is none, or if it was of another task or other data."""
     folder = Path(model).expanduser()
     if model == EMBEDDED or not folder.is_dir():
         return None
@@ -465,15 +474,18 @@ def rows_of_run(model: str, task: str, data: Any) -> tuple[Path, dict[str, int]]
     if not (run / MARKER).is_file() or not (run / "config.yaml").is_file():
         return None
     config = read_yaml(run / "config.yaml")
-    # by name: either path may be relative, to another directory
-    if [Path(str(x)).name for x in (task, data)] != [Path(str(config.get(key))).name for key in ("task", "data")]:
-        return None
-    return run, {key: config[key] for key in ROWS if isinstance(config.get(key), int)}
+    names = {"task": str(task), "data": None if data is None else str(data)}
+    for key, name in names.items():  # by name: either path may be relative, to another directory
+        other = config.get(key)
+        if not isinstance(other, str | None) or Path(other or "").name != Path(name or "").name:
+            return None
+    kinds = dict.fromkeys(ROWS, int) | {"chat": bool}
+    return run, {key: config[key] for key, kind in kinds.items() if type(config.get(key)) is kind}
 
 
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo eval`: zero-shot, or with `shots` examples of the training rows before every prompt."""
-    task = load_task(c["task"])
+    task = _task(c)
     examples = task.load(
         c["data"], train=c["train_size"], dev=c["dev_size"], test=c["test_size"],
         seed=c["seed"] if c["data_seed"] is None else c["data_seed"],
@@ -486,9 +498,13 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         used = f"{fit['shots_mean']:.1f} on average, {fit['shots_least']} at least"
         room = f"{len(examples['train'])} training rows, {data.max_length} tokens"
         print(f"of {c['shots']} shots, before a prompt were {used}: there are {room}", file=sys.stderr, flush=True)
+    figures = evaluate(model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"])
+    if not math.isfinite(figures["loss"]):
+        print(f"the loss on the test rows is {figures['loss']}: the model's logits are not finite, as after a run that "
+              "diverged; null stands for it in the figures", file=sys.stderr, flush=True)  # fmt: skip
     return {
         "task": task.name, "metric": task.metric, "model": c["model"], "shots": c["shots"], **fit, "seed": c["seed"],
-        "test": evaluate(model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"]),
+        "test": figures,
     }  # fmt: skip
 
 

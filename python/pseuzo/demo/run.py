@@ -5,7 +5,6 @@ as tuned on the validation lines. What each of them does is in METHODS; what was
 """
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pseuzo.files import claim, save_model, write_json
+from pseuzo.files import claim, save_model, to_json, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.objective import CausalLMObjective
 from pseuzo.optimizer import MeZO, PseuZO
@@ -180,7 +179,7 @@ def _run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, 
 
         def log(row: dict) -> None:
             rows.append(row)
-            metrics.write(json.dumps(row) + "\n")
+            metrics.write(to_json(row) + "\n")
             metrics.flush()
 
         for method in METHODS:
