@@ -76,7 +76,7 @@ def compile_kernel(
         out_ptr=f"*{dtype}", x_ptr=f"*{dtype}", dtype_ptr=f"*{dtype}", index_ptr="*i64",
         seeds_ptr="*i64", coefs_ptr="*fp32", hashes_ptr="*i64", rounded_ptr="*fp32",
         outs_ptr="*i64", xs_ptr="*i64", ns_ptr="*i64", streams_ptr="*i64", keeps_ptr="*fp32", scales_ptr="*fp32",
-        table_ptr="*i32", n="i64", width="i64", stream="i64", rounding_hash="i64", K="i32", parts="i32",
+        table_ptr="*i32", n="i64", N="i64", width="i64", stream="i64", rounding_hash="i64", K="i32", parts="i32",
         firsts_ptr="*i64", rounding_hashes_ptr="*i64", S="i32", T="i64", keep="fp32", scale="fp32",
     )  # fmt: skip
     constants["BLOCK"] = 128
@@ -87,7 +87,8 @@ def compile_kernel(
         (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = dict(num_warps=1 if name == ROWS else kernels.WARPS, enable_fp_fusion=False)
+    options = dict(num_warps=1, **kernels.ROWS_OPTIONS) if name == ROWS else dict(num_warps=kernels.WARPS)
+    options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

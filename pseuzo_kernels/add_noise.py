@@ -11,11 +11,11 @@ every access narrow; x is loaded after the sum, 8 planes at a time, as 16 would 
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
-from threading import Lock
+from threading import Lock, local
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
 
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
+ROWS_OPTIONS = dict(debug=True, sanitize_overflow=False)  # compiles asserts in, but none of integers that wrap
 PLANS = 1 << 27  # bytes of launch tables that are kept; those of a list take 8 for every 8192 elements
 PLAN = 1 << 16  # what each counts for beside them: its key, on the host, holds some numbers for every tensor
 
@@ -194,7 +195,8 @@ if triton is not None:
 
     @triton.jit
     def _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
-        """Is the op skipped?, and the K and the scale of the sums: such that adding them changes nothing if it is."""
+        """Is the op skipped?, and the K and the scale of the sums: such that adding them changes nothing if it is, or
+        if the scale is NaN, which stands for no noise."""
         if HASH:
             power = 1.0
             for k in tl.static_range(HASH_IN_KERNEL):
@@ -208,7 +210,8 @@ if triton is not None:
                 tl.store(found_inf_ptr, 1.0)
             skipped = skipped | (tl.load(found_inf_ptr) != 0)
         nothing: tl.constexpr = -0.0 if HAS_X else 0.0
-        return skipped, tl.where(skipped, 0, K), tl.where(skipped, nothing, scale * power)
+        still = skipped | (scale != scale)
+        return skipped, tl.where(still, 0, K), tl.where(still, nothing, scale * power)
 
     @triton.jit
     def _program(
@@ -247,7 +250,7 @@ if triton is not None:
         coefs_ptr,  # [K] fp32, or from _prepare_kernel [K + 1]
         K: tl.int32,
         keep: tl.float32,
-        scale: tl.float32,
+        scale: tl.float32,  # NaN: no noise
         rounding_hash: tl.int64,
         found_inf_ptr,  # [1] fp32 or None
         NOISE: tl.constexpr,
@@ -270,7 +273,7 @@ if triton is not None:
         ns_ptr,  # [T] int64
         streams_ptr,  # [T] int64
         keeps_ptr,  # [T] fp32
-        scales_ptr,  # [T] fp32
+        scales_ptr,  # [T] fp32, as scale above
         table_ptr,  # [programs, 2] int32: tensor, block
         seeds_ptr,
         coefs_ptr,
@@ -355,11 +358,12 @@ if triton is not None:
             y = px.cast(xs[j], None, j, dtype, False, ASM)  # exact
             tl.store(ptr + offs + j * 128, y, mask=_inside(offs, 0, left, j, False))
 
-    @triton.jit(do_not_specialize=["stream", "K", "width", "parts"])
+    @triton.jit(do_not_specialize=["stream", "K", "N", "width", "parts"])
     def _add_noise_rows_kernel(
         out_ptr,  # [M, width]
         x_ptr,  # [N, width]
         index_ptr,  # [M] int64
+        N: tl.int64,
         width: tl.int64,
         parts: tl.int32,  # programs a row: the most chunks that a row can touch
         stream: tl.int64,
@@ -374,7 +378,10 @@ if triton is not None:
     ):
         pid = tl.program_id(0).to(tl.int64)
         row = pid // parts
-        first = tl.load(index_ptr + row) * width  # element of x where the row begins
+        index = tl.load(index_ptr + row)
+        # An index out of range ends in an error of the device, as it does in torch's embedding. See ROWS_OPTIONS.
+        tl.device_assert(index.to(tl.uint64) < N.to(tl.uint64), "add_noise_rows: an index is out of range")
+        first = index * width  # element of x where the row begins
         chunk = first // 2048 + pid % parts
         start = chunk * 2048
         lo = tl.maximum(first - start, 0).to(tl.int32)
@@ -428,6 +435,11 @@ if triton is not None:
 def _scale_of(noise: str, scale):
     """What the sums are multiplied by; the kernel's radius of "normal" is in units of sqrt(2 log 2)."""
     return reference.scale_of(noise, scale) * (math.sqrt(2 * math.log(2)) if noise == "normal" else 1.0)
+
+
+def _factor(noise: str, scale: float) -> float:
+    """The scale as the kernels of one step take it: not 0, which in fp32 may be a very small one."""
+    return _scale_of(noise, scale) if scale else math.nan
 
 
 def _on(device: torch.device):
@@ -500,7 +512,27 @@ class _Plans(OrderedDict):
 
 _plans = _Plans()
 _plans_lock = Lock()  # of both
-_captured: dict[tuple, Any] = {}  # kept for good: graphs hold the addresses of their tables
+_captured: dict[tuple, Any] = {}  # kept for good: a graph that somebody else captures may always be replayed
+
+
+class _Graph(local):
+    """Of each thread: the tables of the graph that it captures, if it keeps them."""
+
+    tables: dict[tuple, Any] | None = None
+
+
+_graph = _Graph()
+
+
+@contextmanager
+def tables_of_a_graph() -> Iterator[dict[tuple, Any]]:
+    """Inside, a CUDA graph is captured. It holds the addresses of the launch tables that the dict has in the end, so
+    keep the dict as long as the graph."""
+    before, _graph.tables = _graph.tables, {}
+    try:
+        yield _graph.tables
+    finally:
+        _graph.tables = before
 
 
 def _capturing(device: torch.device) -> bool:
@@ -515,7 +547,7 @@ def _plan(key: tuple, build: Callable[[], Any], capturing: bool) -> Any:
         if plan is not None:
             _plans.move_to_end(key)
             if capturing:
-                _captured[key] = plan
+                (_captured if _graph.tables is None else _graph.tables)[key] = plan
     if plan is not None or capturing:
         return plan
     plan = build()  # other threads need not wait for that
@@ -550,7 +582,6 @@ class _Together(NamedTuple):
 class _Launches(NamedTuple):
     """How the tensors of a list are done."""
 
-    still: list[int]  # no noise to make: keep * x is all
     alone: list[int]
     together: list[_Together]
 
@@ -559,20 +590,19 @@ def _launches(columns: tuple, noise: str, device: torch.device, tables: bool) ->
     """columns: addresses of outs and of xs, sizes, streams, scales, dtypes. tables: they may be made."""
     to, of, sizes, _, scales, dtypes = columns
     ts = [t for t, n in enumerate(sizes) if n]
-    still = [t for t in ts if scales[t] == 0]
     many: dict[torch.dtype, list[int]] = {}
     for t in ts:
-        if tables and scales[t] and to[t] % 16 == of[t] % 16 == 0:
+        if tables and to[t] % 16 == of[t] % 16 == 0:
             many.setdefault(dtypes[t], []).append(t)
     together = []
     for group in many.values():
         ints = _rows(*([column[t] for t in group] for column in columns[:4]))
         together.append(_Together(
             group, _blocks([sizes[t] for t in group], 16 * COUNTERS, device), _to_device(ints, torch.int64, device),
-            _to_device([_scale_of(noise, scales[t]) for t in group], torch.float32, device),
+            _to_device([_factor(noise, scales[t]) for t in group], torch.float32, device),
         ))  # fmt: skip
-    done = set(still).union(*many.values())
-    return _Launches(still, [t for t in ts if t not in done], together)
+    done = set().union(*many.values())
+    return _Launches([t for t in ts if t not in done], together)
 
 
 def _launch(kernel: Any, programs: int, args: tuple, options: dict, launched: list | None) -> None:
@@ -611,15 +641,12 @@ def add_noise_list_out_triton(
                 kept.append(_plan((place, *values), partial(_to_device, values, torch.float32, device), capturing))
         if plan is None or any(keep is None for keep in kept):
             plan, kept = launches(tables=False), []
-        for t in plan.still:
-            zero = (xs[t : t + 1], seeds, coefs, [streams[t]], [keeps[t]], [0.0], noise, stochastic)
-            reference.add_noise_list_out(*zero, rounding_seed, found_inf, out=[out[t]])
         seeds, coefs, options = _prepared(seeds, coefs, noise, found_inf)
         options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
         for t in plan.alone:
             y = out[t]
             args = (
-                y, inputs[t], sizes[t], streams[t], seeds, coefs, K, keeps[t], _scale_of(noise, scales[t]),
+                y, inputs[t], sizes[t], streams[t], seeds, coefs, K, keeps[t], _factor(noise, scales[t]),
                 rounding_hash, found_inf,
             )  # fmt: skip
             options["STOCHASTIC"] = stochastic and y.dtype is not torch.float32
@@ -730,8 +757,8 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     with _on(x.device):
         seeds, coefs, options = _prepared(seeds, coefs, noise)
         _add_noise_rows_kernel[(index.numel() * parts,)](
-            out, x, index.contiguous(), width, parts, stream, seeds, coefs, K, _scale_of(noise, scale),
-            PLANES=width % 128 == 0, num_warps=1, **options,
+            out, x, index.contiguous(), x.shape[0], width, parts, stream, seeds, coefs, K, _scale_of(noise, scale),
+            PLANES=width % 128 == 0, num_warps=1, **options, **(ROWS_OPTIONS if options["ASM"] else {}),
         )  # fmt: skip
     return out
 

@@ -97,7 +97,7 @@ def test_skipped(K):
 
 def test_launches_are_made_again():
     """As perturbed passes do: what was launched once is launched again, over other seeds and other numbers."""
-    xs, scales, launches = [values(n, BF16) for n in SIZES], [1.0, 0.5, 2.0, -1.0], []
+    xs, scales, launches = [values(n, BF16) for n in SIZES], [1.0, 0.5, 0.0, -1.0], []
     outs = [torch.empty_like(x) for x in xs]
     seeds, coefs = torch.empty(1, dtype=torch.int64), torch.empty(1)
     args = (xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, "hadamard", False, 0, None)
@@ -128,6 +128,9 @@ def test_rows(widths):
         got = add_noise_rows_triton(x, index, seeds, coefs, 3, 0.5, "hadamard")
         reference.add_noise_list_([want], seeds, coefs, [3], [1.0], [0.5], "hadamard", False, 0)
         assert_same_bits(got, want[index])
+        for wrong in (-1, 40):
+            with ptx_emulator.memory_of(x, got), pytest.raises(AssertionError, match="an index is out of range"):
+                add_noise_rows_triton(x, torch.tensor([3, wrong]), seeds, coefs, 3, 0.5, "hadamard")
 
 
 def test_steps():

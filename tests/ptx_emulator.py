@@ -115,7 +115,8 @@ def parse(ptx: str, shared: int) -> Program:
     ).groups()
     body = re.sub(r"//[^\n]*|^\s*\.(?:loc|pragma|file)[^\n]*$", "", body, flags=re.MULTILINE)
     types = [dtype_of(kind) for kind in re.findall(r"\.param \.(\w+)", parameters)]
-    decoder, labels, code = _Decoder(), {}, []
+    said = re.search(r"assertMessage_0\[\d+\] = \{([\d, ]+)\}", ptx)
+    decoder, labels, code = _Decoder(bytes(map(int, said[1].split(","))).decode() if said else ""), {}, []
     # a brace where a statement may begin opens or closes a scope; any other is part of an operand
     for token in re.findall(r"\s*(\$[\w$]+:|[{}](?=\s*[\w.@$%{}]|\s*$)|[^;]+;)", body):
         if token.endswith(":"):
@@ -126,6 +127,8 @@ def parse(ptx: str, shared: int) -> Program:
             decoder.scopes.pop()
         elif token.startswith(".reg"):
             decoder.declare(token[4:-1])
+        elif token.startswith(".param"):  # of a call
+            continue
         else:
             guard, opcode, operands = re.fullmatch(r"(?:@(!?\S+)\s+)?([\w.:]+)\s*(.*);", token, re.DOTALL).groups()
             if guard:
@@ -222,9 +225,10 @@ COMPARISONS = {
 
 class _Decoder:
     """Turns instructions into functions of threads. scopes: registers that were declared, by name; a block of inline
-    asm has its own. The value is the register's unique name and the type of its bits."""
+    asm has its own. The value is the register's unique name and the type of its bits. message: of a failed assert."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = "") -> None:
+        self.message = message
         self.scopes: list[dict[str, tuple[str, np.dtype]]] = [{"%tid.x": ("%tid.x", np.dtype("u4"))}]
         self.scopes[0]["%ctaid.x"] = ("%ctaid.x", np.dtype("u4"))
         self.declared = 0
@@ -261,7 +265,7 @@ class _Decoder:
 
     @staticmethod
     def constant(operand: str, dtype: np.dtype) -> np.generic:
-        if operand == "global_smem":  # the beginning of shared memory
+        if operand == "global_smem" or operand.startswith("assert"):  # the beginning of shared memory; what is said
             return dtype.type(0)
         if operand in ("true", "false"):
             return np.bool_(operand == "true")
@@ -295,12 +299,14 @@ class _Decoder:
 
     def decode(self, opcode: str, operands: list[str]) -> Step | Jump | None:
         base, *parts = opcode.split(".")
-        if base in ("ret", "exit"):
+        if base in ("ret", "exit", "trap"):
             return None
         if base == "bra":
             return Jump(operands[0])
-        if base == "bar":  # threads of a program are in lockstep
+        if base in ("bar", "cvta") or opcode.startswith("st.param"):  # threads are in lockstep; arguments of a call
             return lambda threads, mask: None
+        if base == "call" and operands[0] == "__assertfail":
+            return self.fail
         if base in ("ld", "st"):
             return getattr(self, "decode_" + base)(opcode, parts, operands)
         if base == "mov" and "{" in "".join(operands):
@@ -312,6 +318,9 @@ class _Decoder:
             return self.decode_warp(opcode, parts, operands)
         function, kinds = self.arithmetic(opcode, base, parts)
         return self.function(function, operands, kinds)
+
+    def fail(self, threads: Threads, mask: np.ndarray | None) -> None:
+        raise AssertionError(self.message)
 
     def function(self, function: Callable, operands: list[str], kinds: list[str]) -> Step:
         """operands[0] <- function(*operands[1:]), which are of these kinds."""

@@ -204,6 +204,10 @@ def test_tables_of_a_captured_graph(monkeypatch):
     monkeypatch.setattr(module, "_capturing", lambda device: True)
     assert launches(others) == [2, 0] and launches(xs) == [0, 1]
     assert len(module._captured) == 2 and all(module._plans[key] is kept for key, kept in module._captured.items())
+    module._captured.clear()
+    with module.tables_of_a_graph() as tables:  # whoever has the graph has them, too
+        assert launches(xs) == [0, 1]
+    assert len(tables) == 2 and not module._captured
 
 
 def test_tables_are_forgotten_by_size(monkeypatch):
@@ -211,12 +215,12 @@ def test_tables_are_forgotten_by_size(monkeypatch):
     monkeypatch.setattr(module, "PLANS", 3 * module.PLAN + 100)
     plans = module._Plans()
     for t in range(5):
-        plans.keep((t,), module._Launches([], [], []))
+        plans.keep((t,), module._Launches([], []))
     assert list(plans) == [(2,), (3,), (4,)]
     large = module._Together(
         [0], torch.zeros(module.PLAN, dtype=torch.int8), torch.zeros(20, dtype=torch.int8), torch.zeros(0)
     )
-    plans.keep(("large",), module._Launches([], [], [large]))
+    plans.keep(("large",), module._Launches([], [large]))
     assert list(plans) == [(4,), ("large",)] and plans._bytes == 3 * module.PLAN + 20
     plans.keep(("too large",), torch.zeros(1 << 20))
     assert list(plans) == [("too large",)], "what is needed now is kept"
@@ -249,13 +253,17 @@ def test_tables_of_several_threads(monkeypatch):
     assert module._plans._bytes == sum(map(module._plans._size, module._plans.values())) <= 3 * module.PLAN
 
 
-def test_out_of_place_and_without_x():
-    seeds, coefs = seeds_coefs(2)
-    xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049)]
+@pytest.mark.parametrize("noise, K", [("hadamard", 2), ("hadamard-fp16", 17)])
+def test_out_of_place_and_without_x(noise, K):
+    """Tensors in one launch and one that is not aligned, each also with a scale of 0, for which no noise is made."""
+    seeds, coefs = seeds_coefs(K)
+    xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049, 2100)]
+    xs += [values(301, torch.float16).to(DEVICE)[1:] for _ in range(2)]
     for first_term in (xs, []):
-        got = [torch.full_like(x, 3.0) for x in xs]
+        got = [torch.full_like(x, 3.0) for x in xs[:3]]
+        got += [torch.full((301,), 3.0, dtype=torch.float16, device=DEVICE)[1:] for _ in range(2)]
         want = [torch.full_like(x, 3.0, device="cpu") for x in xs]
-        args = ([1, 2], [0.5, 2.0], [1.0, 0.5], "hadamard", True, 5)
+        args = ([1, 2, 3, 4, 5], [0.5, 2.0, 0.7, 0.3, 1.0], [1.0, 1e-60, 0.0, 0.0, 2.0], noise, True, 5)
         add_noise_list_out_triton(first_term, seeds, coefs, *args, out=got)
         cpu = [x.cpu() for x in first_term]
         reference.add_noise_list_out(cpu, seeds.cpu(), coefs.cpu(), *args, out=want)

@@ -4,7 +4,9 @@ it knows no Python, only the numbers and the memory that each op had when it was
 import copy
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +213,37 @@ def test_refusals(tapes, monkeypatch):
         for _ in range(5):
             opt.step(closure)
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch 2.11 stays on the stream of a graph if its end fails, and the end fails after an error in between."""
+    before, other = (SimpleNamespace(device=torch.device("cuda")) for _ in range(2))
+    current = [before]
+
+    @contextmanager
+    def graph(_, pool, stream, capture_error_mode):
+        current[0] = stream
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    with pytest.raises(RuntimeError, match="previous error"):
+        capture._record(lambda: 1 / 0, other, None)
+    assert current == [before]
+
+    graphs = capture.Graphs(torch.device("cpu"))
+    graphs._stream = other
+    for _ in range(capture.WARM_UP):
+        with graphs.step("key", ready=True):
+            graphs.run("pass", lambda: torch.ones(1))
+    calls = iter((torch.ones(1), None))  # a pass that works, and then fails while it is recorded
+    with pytest.raises(RuntimeError, match=r"cannot hold.*'NoneType'.*leave capture off"), graphs.step("key", True):
+        graphs.run("pass", lambda: next(calls).clone())
 
 
 def test_functions_that_are_new_each_time_are_warned_of(tapes, monkeypatch):

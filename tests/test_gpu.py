@@ -1,6 +1,8 @@
 """What only a GPU can show: the public functions and the optimizers on CUDA tensors, the same bits as on the CPU."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -31,6 +33,7 @@ def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
         pk.restore_(xs[6][3:], 3, 0.5, noise=noise, rounding="stochastic", rounding_seed=4)
         xs.append(pk.add_noise(xs[6], list(range(1024)), [0.01] * 1024, 2**32 - 1, keep=0.5, noise=noise))
         xs.append(pk.noise((3, 1000), -1, 5, dtype=dtype, noise=noise, device=where))
+        xs.append(pk.add_noise(xs[6], 1, 0.5, 2, keep=0.3, noise=noise, noise_scale=0.0, out=torch.empty_like(xs[6])))
     for h, d in zip(host, device, strict=True):
         assert torch.equal(h, d.cpu())
 
@@ -214,6 +217,41 @@ def test_cuda_graphs_give_the_same_bits(make, padding):
     assert any(not isinstance(known, int) for known in opt._graphs._steps.values()), "nothing was recorded"
     assert torch.equal(got, want)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_capture_that_fails_leaves_the_gpu_as_it_was():
+    model = causal_lm("opt").cuda().eval()
+    batch = {k: v.cuda() for k, v in {**batch_of(), "labels": LABELS}.items()}
+    forward, head = CausalLMObjective(model, [17, 4])(batch)
+    opt, waits = MeZO(model, 1e-4, 1e-2, capture=True), [1.0]
+
+    def closure():
+        loss = head(forward())
+        return loss * sum(float(loss.detach() < 1e9) for _ in waits) / len(waits) if waits else loss
+
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match=r"cannot hold.*leave capture off"):
+        for _ in range(6):
+            opt.step(closure)
+    assert torch.cuda.current_stream() == before
+    waits.clear()
+    losses = torch.stack([opt.step(lambda: closure()) for _ in range(3)] + [opt.step(closure) for _ in range(6)])
+    assert losses.isfinite().all() and any(not isinstance(known, int) for known in opt._graphs._steps.values())
+
+
+def test_rows_out_of_range_are_an_error():
+    """As in torch's embedding: of the device, which is of no use to this process from then on. So in another one."""
+    code = """
+import torch, pseuzo_kernels
+x, seeds, coefs = torch.ones(40, 128, device="cuda"), torch.ones(1, dtype=torch.int64).cuda(), torch.ones(1).cuda()
+for wrong in ([39, 0], [3, 40]):
+    torch.ops.pseuzo.add_noise_rows(x, torch.tensor(wrong).cuda(), seeds, coefs, 0, 1.0, "hadamard")
+    torch.cuda.synchronize()
+    print("fine", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("fine") == 1 and done.returncode != 0, done.stderr[-2000:]
+    assert "an index is out of range" in done.stdout + done.stderr and "device-side assert" in done.stderr
 
 
 def test_state_dict_resumes_to_the_bit():

@@ -454,3 +454,20 @@ def test_a_block_that_fails_and_is_caught(monkeypatch):
     assert model._pseuzo_forward.settled("any")
     assert len(model.caught) == 5 and all(w is weight for w in model.caught)
     assert torch.equal(got, perturbed_copy(model, 4, 1e-2).second(x))
+
+
+def test_nothing_is_prepared_anew_in_a_settled_pass(monkeypatch):
+    """Not for an embedding of which more rows are looked up than it has, either: it is copied."""
+    module = sys.modules["pseuzo.perturbed"]  # the function of the same name hides it
+    monkeypatch.setattr(module, "SMALL", 200)
+    made, repeated = [], module.RepeatedPerturb
+    monkeypatch.setattr(module, "RepeatedPerturb", lambda *args: made.append(1) or repeated(*args))
+    model = causal_lm("opt").eval()  # 66 positions
+    batch = batch_of(rows=8)
+    for seed in range(6):
+        known = len(made)
+        with torch.no_grad(), perturbed(model, seed, 1e-2):
+            got = model(**batch).logits
+        with torch.no_grad():
+            assert torch.equal(got, perturbed_copy(model, seed, 1e-2)(**batch).logits)
+    assert len(made) == known > 0

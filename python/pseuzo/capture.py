@@ -9,11 +9,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pseuzo_kernels.add_noise import tables_of_a_graph
 
 WARM_UP = 2  # steps before the passes of one are recorded: they compile kernels and make what is kept
 MOST = 64  # kinds of step kept, the ones used last: a graph is small, but a long run may see many shapes
@@ -26,11 +29,22 @@ def check_device(name: str, device: torch.device) -> None:
 
 def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
     """What call() returned while it was recorded, and the replay that writes it anew. Nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    # relaxed: some kernels are first needed, and loaded, in here
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"):
-        outputs = call()
-    return outputs, graph.replay
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
+    try:
+        # relaxed: some kernels are first needed, and loaded, in here
+        with (
+            tables_of_a_graph() as tables,
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
+        ):
+            outputs = call()
+    finally:  # torch stays on the stream of a graph whose end fails, as it does after an error in between
+        torch.cuda.set_stream(current)
+    return outputs, partial(_replay, graph, tables)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, tables: object) -> None:
+    """tables: what the graph reads; they are freed with it."""
+    graph.replay()
 
 
 class Graphs:
@@ -82,9 +96,11 @@ class Graphs:
             if name not in self._graphs:
                 self._graphs[name] = _record(call, self._stream, self._pool)
         except Exception as error:
+            self._pool = None  # torch may still take the failed graph for one that is being captured into it
+            first = error.__context__ or error  # the end of a graph that failed says no more than that
             raise RuntimeError(
                 "capture: a pass does what a CUDA graph cannot hold, such as waiting for the device "
-                f"({str(error).splitlines()[0]}); change it, or leave capture off"
+                f"({str(first).splitlines()[0]}); change it, or leave capture off"
             ) from error
         return outputs
 
@@ -93,7 +109,9 @@ class Graphs:
         if self.device.type != "cuda":
             return call()
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

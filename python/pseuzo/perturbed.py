@@ -124,7 +124,10 @@ class _Scratch:
         sizes = [_room(x) for x in like]
         if key not in self._buffers or self._buffers[key].numel() < sum(sizes):
             self._made.clear()  # they hold the memory, which is freed before the larger one is made
-            self.replaced += self._buffers.pop(key, None) is not None
+            if self._buffers.pop(key, None) is not None:
+                self.replaced += 1
+                if key[2].type == "cuda":  # streams other than the one that it was made on may still read it
+                    torch.cuda.synchronize(key[2])
             self._buffers[key] = torch.empty(max(sum(sizes), self._least[key[1:]]), dtype=key[1], device=key[2])
             self._addresses = {buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()}
         parts = self._buffers[key].split(sizes + [self._buffers[key].numel() - sum(sizes)])
@@ -229,6 +232,7 @@ class PerturbedForward:
         self._copies: dict[nn.Parameter, Tensor] = {}  # of the pass that runs
         self._kept: dict[nn.Parameter, Tensor] = {}  # memory of the copies that last a whole pass
         self._kept_by_storage: dict[int, nn.Parameter] = {}
+        self._alone: dict[nn.Parameter, _Copies] = {}  # those that are made when they are first used in a pass
         # made by _plan: what is copied for a whole pass, where it is, and all else by the modules that have it
         self._whole_pass: list[_Copies] = []
         self._whole_places: list[tuple[_Place, Tensor]] = []
@@ -325,8 +329,10 @@ class PerturbedForward:
     def copy_of(self, param: nn.Parameter) -> Tensor:
         """The perturbed weight, for the rest of the pass."""
         if param not in self._copies:
-            self._copies[param] = self._memory_for(param)
-            _Group(self, [param]).copies([self._copies[param]]).make()
+            if param not in self._alone:
+                self._alone[param] = _Group(self, [param]).copies([self._memory_for(param)])
+            self._alone[param].make()
+            self._copies[param] = self._kept[param]
         return self._copies[param]
 
     @torch.inference_mode(False)
@@ -335,6 +341,13 @@ class PerturbedForward:
             self._kept[param] = torch.empty(param.shape, dtype=param.dtype, device=param.device)
             self._kept_by_storage[self._kept[param].untyped_storage().data_ptr()] = param
         return self._kept[param]
+
+    def _forget(self, param: nn.Parameter) -> None:
+        memory = self._kept.pop(param)
+        self._alone.pop(param, None)
+        self._kept_by_storage.pop(memory.untyped_storage().data_ptr())
+        if memory.is_cuda:  # it may have been made on another stream than the one that uses it now
+            memory.record_stream(torch.cuda.current_stream(memory.device))
 
     def substitute(self, x: Tensor) -> Tensor:
         """x, unless it is (a view of) a real weight to be perturbed: then the same view of the perturbed one."""
@@ -477,7 +490,7 @@ class PerturbedForward:
             _put(before)
             _put(self._strays)
             for p in {place.param for place, _ in self._strays}:  # memory that is not needed again
-                self._kept_by_storage.pop(self._kept.pop(p).untyped_storage().data_ptr())
+                self._forget(p)
             self._strays.clear()
             self._calls.clear()
             self._copies.clear()
