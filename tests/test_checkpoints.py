@@ -380,3 +380,18 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path):
     with files.claim(tmp_path / "out", "train"):
         assert (tmp_path / "out" / ".model.saving" / "thesis.txt").exists()
     assert foreign.exists() and (model / "weights").read_text() == "old"
+
+
+def test_a_folder_is_usable_after_a_kill_before_its_mark_was_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / files.MARKER).touch()
+    for _ in range(2):
+        with files.claim(tmp_path / "run", "train"):
+            pass
+    (tmp_path / "run" / "theirs").touch()
+    (tmp_path / "run" / files.MARKER).write_text("")
+    with (
+        pytest.raises(ValueError, match="is not empty, and not the folder of a run"),
+        files.claim(tmp_path / "run", "train"),
+    ):
+        pass

@@ -840,7 +840,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
         for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=name)
     other = arguments(tmp_path, **settings | {"weight_decay": 0.0, "method": "mezo" if method == "pseuzo" else method})
-    with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed with these arguments"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be resumed: .*; a run goes on with the method"):
         PseuZOTrainer(causal_lm("opt"), other, train_dataset=Rows(7)).train(str(tmp_path / "checkpoint-2"))
     caplog.clear()
     again = PseuZOTrainer(causal_lm("opt"), arguments(tmp_path, **settings), train_dataset=Rows(7))

@@ -37,7 +37,9 @@ def claim(folder: Path, command: str) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
-    if folder.exists() and any(folder.iterdir()) and not (marker.is_file() and marker.read_text().startswith(mark)):
+    others = folder.exists() and any(path != marker or path.is_dir() for path in folder.iterdir())
+    found = marker.read_text() if marker.is_file() else ""  # a process that was killed as it began leaves it empty
+    if (others or found) and not found.startswith(mark):
         raise ValueError(
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
         )

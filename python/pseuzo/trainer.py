@@ -741,8 +741,8 @@ class PseuZOTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise ValueError(
-                f"{checkpoint} cannot be resumed with these arguments (was it of another method, noise_on or head, or "
-                f"without weight decay?): {error}"
+                f"{checkpoint} cannot be resumed: {' '.join(str(error).split())}; a run goes on with the method, "
+                "noise_on, head and kind of weight decay that it began with"
             ) from error
         for name, value in self._settings().items():
             if value != given[name]:
