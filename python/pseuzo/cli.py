@@ -96,8 +96,9 @@ def _sentence(error: BaseException) -> str | None:
         return f"not YAML: {text}"
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged: {text}"
-    if isinstance(error, KeyError) and _module(error) in ("pseuzo.compare", "pseuzo.plots"):  # they read runs' files
-        return f"{error.args[0]!r} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
+    if isinstance(error, LookupError) and _module(error) in ("pseuzo.compare", "pseuzo.plots"):  # they read runs' files
+        what = repr(error.args[0]) if isinstance(error, KeyError) else "an evaluation"
+        return f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
     if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
         return text
     return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
