@@ -231,18 +231,22 @@ sys.meta_path.insert(0, AtAnImport())
 """
 
 
-@pytest.mark.parametrize("command", ["-m pseuzo", "-c from~pseuzo.__main__~import~main;main()"])
-@pytest.mark.parametrize("module", ["click", "pseuzo.cli", "yaml", "numpy", "torch", "transformers.trainer"])
-def test_ctrl_c_during_the_imports(tmp_path, command, module):
+MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; main()"]
+
+
+@pytest.mark.parametrize("start, module", [
+    *((MODULE, name) for name in ("click", "pseuzo.cli", "yaml", "numpy", "torch", "transformers.trainer")),
+    *((SCRIPT, name) for name in ("click", "pseuzo.cli", "torch")),
+], ids=lambda x: x if isinstance(x, str) else x[0])  # fmt: skip
+def test_ctrl_c_during_the_imports(tmp_path, start, module):
     """Wherever it comes, the command ends with 130 and a line: before there is a command line, too, and where an import
     takes it for a module that is missing."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     (tmp_path / "config.yaml").write_text("model: demo\n")
-    start = [word.replace("~", " ") for word in command.split()]
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *start, "eval", "--config", tmp_path / "config.yaml", "--task", "demo"],
-        env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"},
-        capture_output=True, text=True,
+        env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
