@@ -423,6 +423,20 @@ def test_rows_of_several_texts():
     torch.testing.assert_close(o, second, rtol=0, atol=1e-5)  # as in test_padding_changes_nothing
 
 
+@pytest.mark.parametrize("collated", [False, True])
+def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
+    """As where the row is alone, though its label says that it carries a loss."""
+    model = causal_lm("llama").eval()
+    batch = batch_of()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    alone = [ids[None, mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    with torch.no_grad():
+        want = sum(model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in alone)
+        want /= sum(ids.shape[1] - 1 for ids in alone)
+        forward, head = CausalLMObjective(model)(with_positions(dict)(batch) if collated else batch)
+        torch.testing.assert_close(head(forward()), want, rtol=1e-5, atol=0)  # sums of fp32 in another order
+
+
 def test_a_collator_with_positions():
     labels = batch_of()["input_ids"].clone()
     labels[0, :7] = -100
@@ -431,8 +445,10 @@ def test_a_collator_with_positions():
         plain = {**batch_of(), "labels": labels}
         batch = with_positions(lambda rows: rows)(kind({k: v[[2, 0]] for k, v in plain.items()}))
         assert type(batch) is kind and set(batch) == {*plain, "positions", "targets"}
-        for got, want in zip((batch["positions"], batch["targets"]), loss_positions(labels[[2, 0]]), strict=True):
+        mask = plain["attention_mask"][[2, 0]]
+        for got, want in zip((batch["positions"], batch["targets"]), loss_positions(labels[[2, 0]], mask), strict=True):
             assert torch.equal(got, want)
+        assert (batch["labels"] != labels[[2, 0]]).nonzero().tolist() == [[0, 1], [0, 2]]  # it begins at 2
         with Waits() as waits:
             objective(batch)
         assert kind is dict or waits.seen == []  # the first one is verified

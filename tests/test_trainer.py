@@ -15,7 +15,7 @@ from pseuzo import CausalLMObjective, MeZO, PseuZO
 from pseuzo.cli import main
 from pseuzo.journal import read_journal
 from pseuzo.machine import Fetched
-from pseuzo.objective import with_positions
+from pseuzo.objective import predicted, with_positions
 from pseuzo.placement import param_groups, place
 from pseuzo.runs import max_length, model_path
 from pseuzo.tasks import TaskData, load_task
@@ -140,9 +140,9 @@ def test_trains_and_evaluates_any_dataset_with_labels(tmp_path, method):
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     with torch.no_grad():
         model.eval()
-        batch = torch.utils.data.default_collate(rows.rows)
-        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # GPT-2 alone would count the padding
-        whole = float(model(**batch, position_ids=positions).loss)
+        texts = [row["input_ids"][None, row["attention_mask"] == 1] for row in rows.rows]
+        sums = [model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in texts]  # each row alone
+        whole = float(sum(sums) / sum(ids.shape[1] - 1 for ids in texts))
     assert len(losses) == 2 and losses[-1] < losses[0]
     assert losses[-1] == pytest.approx(whole, rel=1e-5) and losses[0] > 0.9 * math.log(VOCAB)
 
@@ -297,6 +297,7 @@ def test_untied_head_is_frozen_or_descends_its_exact_gradient(tmp_path, head):
     rows = Rows(4)
     args = arguments(tmp_path, head=head, head_lr=0.25, max_steps=1, per_device_train_batch_size=4, weight_decay=0.1)
     batch = torch.utils.data.default_collate(rows.rows)
+    batch["labels"] = predicted(batch["labels"], batch["attention_mask"])
     model.eval()
     (gradient,) = torch.autograd.grad(model(**batch).loss, model.lm_head.weight)
     PseuZOTrainer(model, args, train_dataset=rows).train()
@@ -714,7 +715,8 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
         assert [row["skipped_steps"] for row in logged] == [1, 1, 1]
         assert [record.skipped for record in read_journal(tmp_path / "run.pzj")[1]] == [True, False, False]
     plain = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, use_cpu=True, report_to="none")
-    stock = Trainer(model, plain, torch.utils.data.default_collate, eval_dataset=rows)
+    texts = [row | {"labels": predicted(row["labels"][None], row["attention_mask"][None])[0]} for row in rows]
+    stock = Trainer(model, plain, torch.utils.data.default_collate, eval_dataset=texts)
     trainer.data_collator = with_positions(torch.utils.data.default_collate)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
 

@@ -58,11 +58,17 @@ class _HeadReached(Exception):
     """Ends a forward where its output head would begin."""
 
 
-def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+def predicted(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """labels [R, T], -100 where the token before is padding: it is the first of its text, which nothing predicts. What
+    a model makes of the padding before it is noise, another one on each attention backend."""
+    return labels if mask is None else labels.masked_fill(F.pad(mask[:, :-1], (1, 0), value=1) == 0, IGNORED)
+
+
+def loss_positions(labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """positions, targets [R, P]: where the next token carries a loss, and that token; aligned to the right, with
-    positions -1 and targets -100 where a row has fewer. P is at least 1. Waits for the device that labels [R, T] are
-    on."""
-    shifted = F.pad(labels[:, 1:], (0, int(labels.shape[1] < 2)), value=IGNORED)
+    positions -1 and targets -100 where a row has fewer. P is at least 1. mask [R, T]: 0 for padding, on which no
+    position is. Waits for the device that labels [R, T] are on."""
+    shifted = F.pad(predicted(labels, mask)[:, 1:], (0, int(labels.shape[1] < 2)), value=IGNORED)
     carries = shifted != IGNORED
     count = max(int(carries.sum(1).max()), 1)
     order = torch.argsort(carries.to(torch.int8), dim=1, stable=True)[:, -count:]  # loss positions last, in order
@@ -89,8 +95,9 @@ def rows_of_options(examples: Tensor, n: int) -> Tensor:
 
 
 def with_positions(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A collator whose batches also have `positions` and `targets` (loss_positions), and no attention_mask if there is
-    no padding: found on the CPU, so that CausalLMObjective need not wait for the device to find them.
+    """A collator whose batches also have `positions` and `targets` (loss_positions), labels only where a token is
+    predicted (see predicted), and no attention_mask if there is no padding: found on the CPU, so that
+    CausalLMObjective need not wait for the device to find them.
 
     Only batches of token ids to predict, labels [B, T], get them; others are left as they are. The objective keeps both
     from the model; a loss of your own has to do that too."""
@@ -101,8 +108,9 @@ def _collated_with_positions(collate: Callable[[Any], dict[str, Any]], items: An
     batch = collate(items)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2 and not {"examples", "positions", "targets"} & set(batch):
-        batch["positions"], batch["targets"] = loss_positions(labels)
         mask = batch.get("attention_mask")
+        batch["labels"] = predicted(labels, mask)
+        batch["positions"], batch["targets"] = loss_positions(batch["labels"])
         if isinstance(mask, Tensor) and bool(mask.all()):
             del batch["attention_mask"]
     return batch
@@ -265,7 +273,7 @@ class CausalLMObjective:
                     f"CausalLMObjective: without options, labels must be token ids in the shape of input_ids, "
                     f"{tuple(inputs['input_ids'].shape)}, got {tuple(labels.shape)}"
                 )
-            positions, targets = loss_positions(labels)
+            positions, targets = loss_positions(labels, inputs.get("attention_mask"))
             if "examples" in batch and bool((targets == IGNORED).all(1).any()):
                 raise ValueError("CausalLMObjective: a row of the batch has no token of its option (all are -100)")
         if "examples" in batch:
