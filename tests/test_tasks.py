@@ -921,6 +921,12 @@ def test_a_prompt_that_begins_as_every_text_does_gets_no_second_beginning(tokeni
             assert own[i] == plain[i]
             assert all(row.tokens.count(tokenizer.bos_token_id) == 1 for row in own[i]["tokens"])
     assert plain.fit() == own.fit()
+    chat = with_chat(TURNS)
+    plain, own = (
+        TaskData([Example(f"{begin}{TEXTS[0]}", ("a", "b"), 0, ("a",))], CHAT, chat, max_length=100,
+                 shots=[Example(f"{begin}one", ("a",), 0, ("a",))]) for begin in ("", "</s>")
+    )  # fmt: skip
+    assert own[0] == plain[0] and own[0]["tokens"][0].tokens.count(chat.bos_token_id) == 1
 
 
 def test_an_answer_without_a_token_is_refused():

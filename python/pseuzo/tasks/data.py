@@ -219,10 +219,11 @@ class TaskData(Dataset):
 
     def _question(self, shots: Sequence[tuple[str, str]], prompt: str) -> str:
         """The text up to the answer, without white space at its end that belongs to the answer."""
+        begin = self.tokenizer.bos_token or ""  # which a task's prompt may write, and which is there once
         if self.task.chat:
-            return self._rendered(shots, prompt) + self._lead.rstrip(" ")
+            turns = [(asked.removeprefix(begin), answer) for asked, answer in shots]
+            return self._rendered(turns, prompt.removeprefix(begin)) + self._lead.rstrip(" ")
         first, *more = [*(_joined(*shot, self.task.separator) for shot in shots), prompt.rstrip(" ")]
-        begin = self.tokenizer.bos_token or ""  # which a template may write, and which is there once
         return SHOT_SEPARATOR.join([first, *(text.removeprefix(begin) for text in more)])
 
     def _answered(self, question: str, answer: str) -> str:
