@@ -866,6 +866,19 @@ def test_chat(template):
     assert tokenizer.convert_ids_to_tokens(row.answer)[-1] == end and data.end_tokens() == {row.answer[-1]}
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="templates are tried within limits on Linux alone")
+@pytest.mark.parametrize("template", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='x' * 99999) %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{{ 'x' * 10 ** 11 }}",
+], ids=["loops", "doubles", "wide"])  # fmt: skip
+def test_a_chat_template_without_bounds_is_refused(template, monkeypatch):
+    monkeypatch.setattr("pseuzo.tasks.data.TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("pseuzo.tasks.data.TEMPLATE_MEMORY", 1 << 28)
+    with pytest.raises(ValueError, match="the tokenizer's chat template takes more than 1 s or 256 MB"):
+        TaskData(examples_of(CHAT), CHAT, with_chat(TURNS + template), max_length=100)
+
+
 def test_a_chat_template_that_writes_before_an_answer():
     """An empty thought, as of models that may think: it is asked with it, and the answer is what is scored."""
     tokenizer = with_chat(THINKING)

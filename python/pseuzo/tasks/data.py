@@ -13,9 +13,11 @@ and targets, as the objective would make them from the rest, so that no step has
 A batch without any padding has no attention_mask: the objective takes one as the sign of padding.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from pseuzo.tasks.task import Example, Task
 
 TRAIN_ON = ("auto", "label-words", "options", "answer")
 SHOT_SEPARATOR = "\n\n"
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10, 1 << 30  # of a chat template: and a second more for 100 examples
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class TaskData(Dataset):
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in pads if i is not None)
         self._before = [] if task.chat else _special_tokens_before(tokenizer)
+        if task.chat:
+            self._check_template()
         self._lead, self._end = self._around_answers() if task.chat else ("", task.stop)
         self._rows: dict[tuple[int, str], list[Row]] = {}
         self.labels = [e.answer for e in self.examples] if task.kind == "classification" else None
@@ -193,6 +198,42 @@ class TaskData(Dataset):
             raise ValueError(
                 f"task {self.task.name}: the tokenizer's chat template cannot be filled in: {reason}"
             ) from None
+
+    def _check_template(self) -> None:
+        """ValueError if the chat template takes too much time or memory for these examples. It comes with the model,
+        whoever made that: it is first rendered in a process of its own, which the system ends at its limits."""
+        memory = Path("/proc/self/statm")
+        if not memory.is_file():  # no Linux
+            return
+        used = int(memory.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        seconds = TEMPLATE_SECONDS + len(self.examples) // 100
+        child = os.fork()
+        if not child:
+            try:
+                os._exit(self._try_template(seconds, used + TEMPLATE_MEMORY))
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        if status:
+            raise ValueError(
+                f"task {self.task.name}: the tokenizer's chat template takes more than {seconds} s or "
+                f"{TEMPLATE_MEMORY >> 20} MB for these examples; do not use it"
+            )
+
+    def _try_template(self, seconds: int, memory: int) -> int:
+        """The exit code of the process that tries it."""
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds,) * 2)
+        for example in self.examples:
+            for answer in (None, "answer."):
+                try:
+                    self._rendered(self.shots, example.prompt, answer)
+                except ValueError as error:  # what else it raises is said where it is used
+                    if isinstance(error.__context__, MemoryError):
+                        return 1
+        return 0
 
     def _around_answers(self) -> tuple[str, str]:
         """What the chat template writes between where the assistant begins and its answer (a space, or an empty
