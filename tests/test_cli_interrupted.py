@@ -248,7 +248,9 @@ def test_ctrl_c_during_the_imports(tmp_path, start, module):
         [sys.executable, *start, "eval", "--config", tmp_path / "config.yaml", "--task", "demo"],
         env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    libraries, line = done.stderr.split("interrupted\n")  # what these say of themselves as they are imported
+    assert (done.returncode, done.stdout, line) == (130, "", "") and "Traceback" not in libraries
+    assert not libraries or module == "transformers.trainer"
 
 
 def test_the_package_imports_what_is_asked_for():
