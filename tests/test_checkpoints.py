@@ -14,6 +14,8 @@ from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+pytestmark = pytest.mark.slow
+
 
 def trainer_of(folder: Path, **changes) -> PseuZOTrainer:
     """Of a module so small that a checkpoint takes milliseconds; its loss on the dev row falls at every step."""

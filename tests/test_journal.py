@@ -53,6 +53,7 @@ def train(opt, model, steps, poison=()):
             opt.step(lambda f=forward, h=head, c=factor: h(f()) * c)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

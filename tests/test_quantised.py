@@ -18,6 +18,7 @@ from pseuzo.tuning import keep_as_loaded, load_model, quantised, tune
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+pytestmark = pytest.mark.slow
 KINDS = ("bitsandbytes 8-bit", "bitsandbytes 4-bit", "torchao", "torchao, activations too")
 
 

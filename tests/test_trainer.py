@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo():

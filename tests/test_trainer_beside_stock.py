@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerCallback as Events
 
+pytestmark = pytest.mark.slow
 LR = 1e-30  # rounds away
 METHODS = ("pseuzo", "mezo", "fo-sgd")
 OWN = {"forwards", "train_seconds", "tokens_per_second", "peak_memory_mib", "projected_grad", "momentum", "window",
