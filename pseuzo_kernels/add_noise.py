@@ -209,7 +209,8 @@ if triton is not None:
             if HASH and skipped:  # else _prepare_kernel has done that
                 tl.store(found_inf_ptr, 1.0)
             skipped = skipped | (tl.load(found_inf_ptr) != 0)
-        nothing: tl.constexpr = -0.0 if HAS_X else 0.0
+        bits_of_zero: tl.constexpr = 0x80000000 if HAS_X else 0  # by its bits: Triton 3.6 takes a constant -0.0 for 0.0
+        nothing = tl.full((), bits_of_zero, tl.uint32).to(tl.float32, bitcast=True)
         still = skipped | (scale != scale)
         return skipped, tl.where(still, 0, K), tl.where(still, nothing, scale * power)
 
