@@ -26,9 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 AS_IS, RIGHT, ALONE = "as they are", "padded on the right", "without padding only"
 WORDS, REFUSED, UNTESTED = "label words and options only", "refused", "not tested"
-QUICK = ("opt", "gpt2", "llama", "mixtral", "gemma2", "granite", "hyperclovax", "falcon_h1", "mamba", "rwkv", "roberta",
-         "bart", "prophetnet", "inkling_text")  # fmt: skip
-QUICK_ADAPTERS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS", "IA3", "ADALORA", "LILY")
+QUICK = ("opt", "gpt2", "llama", "granite", "rwkv", "bart")
+QUICK_ADAPTERS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
 IDS = [torch.randint(3, 120, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 13)]
 TOKENS = [2, 9, 40]
 # losses about 5 and logits about 1, in fp32: in another shape sums round differently, some tens of times by 2^-24
@@ -155,6 +154,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("what", VARIANTS)
 def test_the_loss_of_lora_in_other_places(what, tied):

@@ -221,6 +221,7 @@ class Wrapped(nn.Module):
         return self.layer.b(self.layer.a(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("together", [3 * 90112, 1 << 24], ids=["layers", "all"])

@@ -509,6 +509,7 @@ HOSTILE = {  # what would take minutes or gigabytes, or a traceback of the compi
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_templates(what):
     row = {"big": "z" * 100_000, "x": 0, "a": "b"}
@@ -866,6 +867,7 @@ def test_chat(template):
     assert tokenizer.convert_ids_to_tokens(row.answer)[-1] == end and data.end_tokens() == {row.answer[-1]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="templates are tried within limits on Linux alone")
 @pytest.mark.parametrize("template", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -150,6 +150,7 @@ def test_random_starts_come_from_the_seed_alone(mode):
     assert not all(torch.equal(a, b) for a, b in zip(first, start(5), strict=True))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("mode", MODES)
@@ -184,6 +185,7 @@ def test_padding_does_not_matter(kind, mode):
         torch.testing.assert_close(CausalLMObjective(model, OPTIONS)(alone)[0]()[0], o[row], rtol=0, atol=4e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt-projected", "gpt2", "qwen3", "neox"])
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
 def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
@@ -218,6 +220,7 @@ def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
             assert step.abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, kind, mode, lr", [
     (MeZO, "opt", "lora", 0.03), (PseuZO, "opt", "lora", 3e-3), (MeZO, "neox", "lora", 0.01),
     (MeZO, "opt", "prefix", 10.0), (PseuZO, "gpt2", "prefix", 1.0), (PseuZO, "qwen3", "prefix", 0.1),
@@ -273,6 +276,7 @@ def test_head_parameters(kind):
         assert head_parameters(model) == [model.get_output_embeddings().weight]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
