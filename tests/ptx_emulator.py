@@ -307,7 +307,7 @@ class _Decoder:
             return lambda threads, mask: None
         if base == "call" and operands[0] == "__assertfail":
             return self.fail
-        if base in ("ld", "st"):
+        if base in ("ld", "st", "ldmatrix"):
             return getattr(self, "decode_" + base)(opcode, parts, operands)
         if base == "mov" and "{" in "".join(operands):
             return self.decode_mov_of_parts(parts[-1], operands)
@@ -457,6 +457,22 @@ class _Decoder:
             memory[at] = values[there]
 
         return store
+
+    def decode_ldmatrix(self, opcode: str, parts: list[str], operands: list[str]) -> Step:
+        """Four matrices of 8 rows of 16 bytes. Thread 8 m + r of a warp has the address of row r of matrix m; thread
+        4 r + c gets word c of that row."""
+        writes, address = [self.write(x) for x in inside(operands[0])], self.address(operands[1])
+        if opcode != "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+            raise NotImplementedError(opcode)
+
+        def load(threads: Threads, mask: np.ndarray | None) -> None:
+            rows, lane = address(threads).reshape(-1, WARP), np.arange(WARP)
+            for matrix, write in enumerate(writes):
+                at = (rows[:, 8 * matrix + lane // 4] + 4 * (lane % 4)).reshape(-1)
+                memory, at = elements(threads, "shared", at, np.ones(threads.count, bool), np.dtype("u4"), 1)
+                write(threads, memory[at][:, 0], mask)
+
+        return load
 
     def decode_warp(self, opcode: str, parts: list[str], operands: list[str]) -> Step:
         write, read = self.write(operands[0]), self.read(operands[1], parts[-1])
