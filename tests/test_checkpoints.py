@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SMALL, ZERO_ORDER, pseuzo
 from pseuzo import checkpoints, files
 from pseuzo.checkpoints import MANIFEST, flaw, last_checkpoint, step_of
 from pseuzo.journal import JournalError, owner, replay
@@ -397,3 +399,25 @@ def test_a_folder_is_usable_after_a_kill_before_its_mark_was_written(tmp_path):
         files.claim(tmp_path / "run", "train"),
     ):
         pass
+
+
+def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):
+    args = [
+        "train",
+        *SMALL,
+        *ZERO_ORDER,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--keep",
+        "last",
+        "--output",
+        tmp_path / "run",
+    ]
+    pseuzo(*args)
+    read = Counter()
+    checksum = checkpoints.checksum
+    monkeypatch.setattr(checkpoints, "checksum", lambda file: (read.update([file.name]), checksum(file))[1])
+    pseuzo(*args, "--resume")
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= read.keys() and set(read.values()) == {1}

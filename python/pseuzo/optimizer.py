@@ -316,7 +316,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 else:
                     for p in half:
                         p.copy_(self._originals[p])
-        torch.clear_autocast_cache()  # its casts are of the weights as they were
+        torch.clear_autocast_cache()  # a pass that turns the cache on itself leaves casts of the weights as they were
         if self.journal is not None:
             self.journal.note_weights()
 

@@ -337,7 +337,7 @@ def train(c: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
-    new = not c["resume"]
+    new, newest = not c["resume"], c["resume"] == "auto"
     if c["resume"]:
         c = _resumed(c, output, run_id)
     made = _to_make(output, c["journal"]) if new else []
@@ -357,6 +357,7 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
             trainer.create_optimizer()  # what cannot be is refused here, before the folder is that of a run
             write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
         trainer.run_id = run_id
+        trainer.found_whole = c["resume"] if newest else None
         reset_peak(c["device"])
         outcome = trainer.train(resume_from_checkpoint=c["resume"])
     except Exception:

@@ -286,6 +286,7 @@ class PseuZOTrainer(Trainer):
         self._loss_only = False  # of the prediction_step that runs
         self._journal: Journal | None = None
         self.run_id: str | None = None  # for the header of the journal; None: a random one
+        self.found_whole: str | None = None  # a checkpoint that last_checkpoint gave: train() need not read it again
         self.kept_step: int | None = None  # of the checkpoint that train() loaded in the end; None: the last step's
         self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._losses = torch.zeros(2)  # sum and number of the finite
@@ -814,8 +815,9 @@ class PseuZOTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
-        elif isinstance(resume_from_checkpoint, str) and (wrong := checkpoints.flaw(Path(resume_from_checkpoint))):
-            raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: {wrong}")
+        elif isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != self.found_whole:
+            if wrong := checkpoints.flaw(Path(resume_from_checkpoint)):
+                raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: {wrong}")
         if resume_from_checkpoint:
             step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
             if step >= self._planned_steps():
