@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     import torch
@@ -35,7 +35,11 @@ def cuda_home() -> str | None:
     """Where the CUDA toolkit is. torch takes nvcc's folder for it, which holds no headers where that nvcc is a script
     that calls another (of ccache, of a package manager): then nvcc is asked where it is at home."""
     home = cpp_extension.CUDA_HOME
-    if home is None or Path(home, "include", "cuda_runtime.h").exists() or not Path(home, "bin", "nvcc").exists():
+    if (
+        home is None
+        or Path(home, "include", "cuda_runtime.h").exists()
+        or not Path(home, "bin", "nvcc").exists()
+    ):
         return home
     command = [str(Path(home, "bin", "nvcc")), "--dryrun", "-x", "cu", os.devnull]
     try:
@@ -43,7 +47,11 @@ def cuda_home() -> str | None:
     except OSError:
         return home
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return str(Path(top[1]).resolve()) if top and Path(top[1], "include", "cuda_runtime.h").exists() else home
+    return (
+        str(Path(top[1]).resolve())
+        if top and Path(top[1], "include", "cuda_runtime.h").exists()
+        else home
+    )
 
 
 def missing_for_cuda() -> str | None:
@@ -56,8 +64,14 @@ def missing_for_cuda() -> str | None:
 
 
 def missing_for_cpu() -> str | None:
-    compilers = os.environ.get("CXX", "c++ g++ clang++" if sys.platform != "win32" else "cl").split()
-    return None if any(map(shutil.which, compilers)) else f"there is no C++ compiler ({', '.join(compilers)})"
+    compilers = os.environ.get(
+        "CXX", "c++ g++ clang++" if sys.platform != "win32" else "cl"
+    ).split()
+    return (
+        None
+        if any(map(shutil.which, compilers))
+        else f"there is no C++ compiler ({', '.join(compilers)})"
+    )
 
 
 def extension(mode: str):
@@ -95,7 +109,11 @@ def best_mode() -> str:
     asked = os.environ.get("PSEUZO_BUILD", "auto")
     if asked not in MODES:
         raise SystemExit(f"pseuzo: PSEUZO_BUILD must be one of {', '.join(MODES)}, got {asked!r}")
-    missing = {"cuda": missing_for_cuda() or missing_for_cpu(), "cpu": missing_for_cpu(), "none": None}
+    missing = {
+        "cuda": missing_for_cuda() or missing_for_cpu(),
+        "cpu": missing_for_cpu(),
+        "none": None,
+    }
     if asked != "auto":
         if missing[asked]:
             raise SystemExit(f"pseuzo: PSEUZO_BUILD={asked} is impossible here: {missing[asked]}")
@@ -138,7 +156,10 @@ class BuildExtension(cpp_extension.BuildExtension):
 cpp_extension.CUDA_HOME = cuda_home()
 mode = best_mode()
 setup(
-    packages=["pseuzo_kernels", "pseuzo", "pseuzo.demo", "pseuzo.tasks"],
+    packages=[
+        *find_packages(include=["pseuzo_kernels*"]),
+        *find_packages("python", include=["pseuzo*"]),
+    ],
     package_dir={"pseuzo": "python/pseuzo"},
     package_data={
         "pseuzo.demo": ["assets/**/*"],

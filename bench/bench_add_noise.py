@@ -22,10 +22,13 @@ from harness import HERE, QUANTILES, Table, parser
 from predict import CHIPS
 from torch import Tensor
 
-from pseuzo_kernels import NOISES, EmaWindow, add_noise, api, noise, perturb_, reference, update_
+from pseuzo_kernels import NOISES, EmaWindow, add_noise, checks, noise, perturb_, reference, update_
 
 N = 8192 * 2048
-SEVERAL = {"cpu": 14, "cuda": 64}  # the most seeds that ways with a pass per seed are timed with: more takes minutes
+SEVERAL = {
+    "cpu": 14,
+    "cuda": 64,
+}  # the most seeds that ways with a pass per seed are timed with: more takes minutes
 LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
 WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
@@ -38,8 +41,10 @@ OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, updat
 if os.environ.get("TRITON_INTERPRET") == "1":
     import importlib
 
-    kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
-    OPS = api.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton)
+    kernels = importlib.import_module(
+        "pseuzo_kernels.ops"
+    )  # the function of the same name hides the module
+    OPS = checks.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton)
 
 
 def coefs_of(K: int) -> list[float]:
@@ -50,7 +55,10 @@ def torch_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> No
     """As MeZO's and PseuZO's code do it: reseed, make the whole perturbation, add it, once per seed."""
     for seed, coef in zip(seeds, coefs, strict=True):
         torch.manual_seed(seed)
-        x.add_(torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device), alpha=-lr * coef)
+        x.add_(
+            torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device),
+            alpha=-lr * coef,
+        )
 
 
 @torch.compile(dynamic=False)
@@ -101,7 +109,9 @@ def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 2000
             args = dict(lr=0.1, noise=kind, rounding=rounding_of(x), rounding_seed=3)
             OPS.update_(got := x.clone(), list(range(K)), coefs_of(K), **args)
             reference.update_(want := host.clone(), list(range(K)), coefs_of(K), **args)
-            assert torch.equal(got.cpu(), want), f"update, K = {K}, {kind}: differs from the reference"
+            assert torch.equal(got.cpu(), want), (
+                f"update, K = {K}, {kind}: differs from the reference"
+            )
 
 
 def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.device) -> None:
@@ -110,7 +120,9 @@ def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.
     loop(x, list(range(K)), coefs_of(K), 1.0)
     x, size = x.float(), torch.tensor(coefs_of(K)).norm().item()
     assert abs(x.mean().item()) < 6 * size / n**0.5, "the mean is not 0"
-    assert abs(x.std().item() / size - 1) < 0.02 + 6 / (2 * n) ** 0.5, "not the variance of the other ways"
+    assert abs(x.std().item() / size - 1) < 0.02 + 6 / (2 * n) ** 0.5, (
+        "not the variance of the other ways"
+    )
 
 
 def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
@@ -128,7 +140,14 @@ def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
 def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> float | None:
     """What predict.py expects of an update of n elements; None for a device or a kernel that it does not know."""
     chip = next((chip for chip in CHIPS if chip.name.split()[0] in device), None)
-    words = [kind, {torch.float32: "fp32", torch.bfloat16: "bf16 stochastic", torch.float16: "fp16 stochastic"}[dtype]]
+    words = [
+        kind,
+        {
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16 stochastic",
+            torch.float16: "fp16 stochastic",
+        }[dtype],
+    ]
     costs = json.loads((HERE / "results/sass.json").read_text()) if chip else []
     for c in costs:
         if c["arch"] == chip.arch and c["kernel"] == " ".join(["add_noise_many_kernel", *words]):
@@ -137,20 +156,29 @@ def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> 
     return None
 
 
-def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: bool, checked: bool) -> None:
+def measure(
+    table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: bool, checked: bool
+) -> None:
     """checked: compare the ways with each other."""
     device, loops = table.device, LOOPS | ({COMPILED: (compiled_loop, 2)} if compiled else {})
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
     size, copied = x.element_size(), None
 
-    def row(op, impl, call, K, passes, kind=None):  # passes over x, of reading or writing; kind of our update's noise
+    def row(
+        op, impl, call, K, passes, kind=None
+    ):  # passes over x, of reading or writing; kind of our update's noise
         ms = table.time(call, kernel=impl.startswith("pseuzo"))
-        rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6, gnormals_per_s=K * n / ms["ms_p50"] / 1e6)
+        rates = dict(
+            gb_per_s=passes * size * n / ms["ms_p50"] / 1e6,
+            gnormals_per_s=K * n / ms["ms_p50"] / 1e6,
+        )
         if copied:
             rates["pct_of_copy"] = 100 * rates["gb_per_s"] / copied
         if kind and (predicted := predicted_ms(table.common["device"], dtype, kind, n, K)):
             rates["pct_of_predicted"] = 100 * predicted / ms["ms_p50"]
-        table.add(op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates)
+        table.add(
+            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates
+        )
         return ms["ms_p50"]
 
     copy = row("copy", "torch copy_", lambda: y.copy_(x), 0, 2)
@@ -159,7 +187,9 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: b
     for kind in NOISES:
         call = partial(OPS.noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device)
         row("noise", f"pseuzo {kind}", call, 1, 1)
-    perturb = row("perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2)
+    perturb = row(
+        "perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2
+    )
     print(f"    -> perturb: {perturb / copy:.2f} copies")
     row("perturb", "pseuzo, in place", lambda: OPS.perturb_(y, 1, EPS), 1, 2)
     if compiled and checked:
@@ -173,26 +203,38 @@ def measure(table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: b
             call = partial(OPS.update_, x, *on_device, **args)
             took[impl] = row("update", impl, call, K, 2, kind)
         for impl, (loop, passes) in loops.items():
-            if K > SEVERAL[device.type] or (device.type == "cpu" and loop is compiled_loop and K > 1):
+            if K > SEVERAL[device.type] or (
+                device.type == "cpu" and loop is compiled_loop and K > 1
+            ):
                 continue
             if checked:
                 check_law(loop, K, dtype, n, device)
             took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K)
-        times = ", ".join(f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in loops if impl in took)
+        times = ", ".join(
+            f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in loops if impl in took
+        )
         print(f"    -> update K {K}: {took['pseuzo'] / copy:.2f} copies; {times}")
 
 
-def check_window(shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups, device: torch.device) -> None:
+def check_window(
+    shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups, device: torch.device
+) -> None:
     """Seeds are the reference's; coefs too, to the errors of sums in fp32 of terms of the sizes at hand."""
     draw = torch.Generator().manual_seed(0)
-    got, want, sizes = EmaWindow(K, eps=EPS), reference.EmaWindow(K, eps=EPS), reference.EmaWindow(K, eps=EPS)
+    got, want, sizes = (
+        EmaWindow(K, eps=EPS),
+        reference.EmaWindow(K, eps=EPS),
+        reference.EmaWindow(K, eps=EPS),
+    )
     for seed in range(K + 2):
         o0, o1, e = (torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
         seeds, coefs = got.step(seed, o0.to(device), o1.to(device), e.to(device), groups)
         on_cpu = groups if groups is None else groups.cpu()
         want_seeds, want_coefs = want.step(seed, o0, o1, e, on_cpu)
         size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), on_cpu)[1]
-        assert torch.equal(seeds.cpu(), want_seeds), "the window's seeds differ from the reference's"
+        assert torch.equal(seeds.cpu(), want_seeds), (
+            "the window's seeds differ from the reference's"
+        )
         # a thread adds 4 columns of each row, then rows; an old entry is a mean of rows; product, result
         far = (coefs.cpu() - want_coefs).abs() > (5 * shape[0] + 41) * 2**-24 * size
         assert not far.any(), "the window's coefs differ from the reference's"
@@ -203,18 +245,27 @@ def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14)
     for shape in WINDOW_SHAPES:
         n, rows = shape[0] * shape[1] * shape[2], shape[0]
         o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
-        for impl, groups in (("rows", None), ("labels", torch.arange(rows, device=table.device) % 2)):
+        for impl, groups in (
+            ("rows", None),
+            ("labels", torch.arange(rows, device=table.device) % 2),
+        ):
             if checked:
                 check_window(shape, dtype, K, groups, table.device)
             window = EmaWindow(K, eps=EPS)
             for seed in range(K):
                 window.step(seed, o0, o1, e, groups)
-            kept = n if groups is None else n * 2 // rows  # floats of an entry; K - 1 are read and one is written
+            kept = (
+                n if groups is None else n * 2 // rows
+            )  # floats of an entry; K - 1 are read and one is written
             moved = 3 * n * o0.element_size() + 4 * K * kept
-            a, b = (torch.empty(moved // 2, dtype=torch.uint8, device=table.device) for _ in range(2))
+            a, b = (
+                torch.empty(moved // 2, dtype=torch.uint8, device=table.device) for _ in range(2)
+            )
             copy = table.time(lambda a=a, b=b: b.copy_(a), kernel=True)
             ms = table.time(partial(window.step, K, o0, o1, e, groups), kernel=True)
-            common = dict(op="window", dtype=str(dtype)[6:], n=n, K=K, shape="x".join(map(str, shape)))
+            common = dict(
+                op="window", dtype=str(dtype)[6:], n=n, K=K, shape="x".join(map(str, shape))
+            )
             of = f"torch copy_ of the bytes of {impl}"
             table.add(**common, impl=of, **copy, gb_per_s=moved / copy["ms_p50"] / 1e6)
             table.add(**common, impl=f"pseuzo, {impl}", **ms, gb_per_s=moved / ms["ms_p50"] / 1e6,
@@ -224,12 +275,20 @@ def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14)
 def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) -> None:
     """The same updates one by one and in one pass over the weights, as `pseuzo replay` makes them; ms of all."""
     device = table.device
-    one, many = (torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype) for _ in range(2))
-    seeds, coefs = torch.arange(steps * K, device=device), torch.linspace(-1, 1, steps * K, device=device) * LR
+    one, many = (
+        torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        for _ in range(2)
+    )
+    seeds, coefs = (
+        torch.arange(steps * K, device=device),
+        torch.linspace(-1, 1, steps * K, device=device) * LR,
+    )
     rest = ([0.9999] * steps, [1.0] * steps, "hadamard", True, list(range(steps)))
 
     def one_by_one() -> None:
-        for s, (some_seeds, some_coefs) in enumerate(zip(seeds.split(K), coefs.split(K), strict=True)):
+        for s, (some_seeds, some_coefs) in enumerate(
+            zip(seeds.split(K), coefs.split(K), strict=True)
+        ):
             torch.ops.pseuzo.add_noise_list_(
                 [one], some_seeds, some_coefs, [0], [0.9999], [1.0], "hadamard", True, s, None
             )
@@ -241,27 +300,40 @@ def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) ->
     assert torch.equal(one, many), "steps in one pass differ from the same steps one by one"
     common = dict(op=f"{steps} updates", dtype=str(dtype).removeprefix("torch."), n=n, K=K)
     for impl, call in (("pseuzo, one by one", one_by_one), ("pseuzo, in one pass", together)):
-        table.add(**common, impl=impl, **(ms := table.time(call)), gnormals_per_s=steps * K * n / ms["ms_p50"] / 1e6)
+        table.add(
+            **common,
+            impl=impl,
+            **(ms := table.time(call)),
+            gnormals_per_s=steps * K * n / ms["ms_p50"] / 1e6,
+        )
 
 
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    p.add_argument("--n", type=int, help="elements; default: those of fc1, on a GPU 16 times as many")
+    p.add_argument(
+        "--n", type=int, help="elements; default: those of fc1, on a GPU 16 times as many"
+    )
     p.add_argument("--K", type=int, nargs="*", help="default: 1 4 14 64; on a GPU also 1000")
-    p.add_argument("--compile", action="store_true", help="time MeZO's loop under torch.compile, too")
+    p.add_argument(
+        "--compile", action="store_true", help="time MeZO's loop under torch.compile, too"
+    )
     p.add_argument("--check", action="store_true", help="check that all agree, and time nothing")
     args = p.parse_args()
     device = torch.device(args.device)
-    if isinstance(OPS, api.NoiseApi) and not args.check:
-        p.error("Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET")
+    if isinstance(OPS, checks.NoiseApi) and not args.check:
+        p.error(
+            "Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET"
+        )
     Ks = args.K or [1, 4, 14, 64, *[1000] * (device.type == "cuda")]
     n = args.n or N * (16 if device.type == "cuda" else 1)
     dtypes = [getattr(torch, name) for name in args.dtype]
     for dtype in dtypes if args.check or not args.no_check else ():
         check(dtype, Ks, device, min(n, 20000))
     if args.check:
-        print(f"{'the Triton kernels' if isinstance(OPS, api.NoiseApi) else 'the ops'} agree with the reference")
+        print(
+            f"{'the Triton kernels' if isinstance(OPS, checks.NoiseApi) else 'the ops'} agree with the reference"
+        )
         return
     table = Table("add_noise", args, COLUMNS)
     for dtype in dtypes:

@@ -43,7 +43,12 @@ def main() -> None:
         seeds, coefs = torch.arange(K, device=device), torch.ones(K, device=device)
         call = partial(update_, x, seeds, coefs, lr=LR, rounding="stochastic", rounding_seed=3)
         fixed = f"K = {K}" if against == "parameters" else f"{n} parameters"
-        row(call, against=against, x=n if against == "parameters" else K, what=f"update, bf16, {fixed}")
+        row(
+            call,
+            against=against,
+            x=n if against == "parameters" else K,
+            what=f"update, bf16, {fixed}",
+        )
 
     for log2 in range(most - 8, most + 1, 2):
         for K in (1, WINDOW):

@@ -43,7 +43,9 @@ COLUMNS = (
     "device_gb",
 )  # fmt: skip
 WAYS = ("ours", "published", "backward")
-Parts = Iterator[tuple]  # a name, what to time, after what it needs was made, and maybe how many launches that is
+Parts = Iterator[
+    tuple
+]  # a name, what to time, after what it needs was made, and maybe how many launches that is
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -77,7 +79,9 @@ class Count(TorchDispatchMode):
         self.device, self.ops, self.syncs = device, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
         self.ops += not view and "empty" not in func.__name__
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.syncs += args[0].device.type == self.device.type
@@ -113,7 +117,9 @@ class PublishedPseuZO(PublishedMeZO):
         super().__init__(model)
         self.window = [(seed, torch.zeros_like(output)) for seed in range(WINDOW)]
 
-    def step(self, output: Callable[[], Tensor], head: Callable[[Tensor], Tensor], seed: int) -> None:
+    def step(
+        self, output: Callable[[], Tensor], head: Callable[[Tensor], Tensor], seed: int
+    ) -> None:
         with torch.no_grad():
             o0 = output()
         o = o0.clone().requires_grad_()
@@ -158,19 +164,28 @@ def perturb_alone(perturbed_forward: Callable[[], None]) -> tuple[Callable[[], N
 def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     """A perturbed forward is the forward of perturbed weights; an update is the reference's; both to the bit."""
     params = list(model.parameters())
-    room = params[0].device.type == "cpu" or 2.2 * sum(p.nbytes for p in params) < torch.cuda.mem_get_info()[1]
+    room = (
+        params[0].device.type == "cpu"
+        or 2.2 * sum(p.nbytes for p in params) < torch.cuda.mem_get_info()[1]
+    )
     before = [p.detach().clone() if room else p.detach().cpu() for p in params]
     with torch.no_grad():
         with perturbed(model, 3, EPS):
             got = forward()
-        assert all(torch.equal(p, was.to(p.device)) for p, was in zip(params, before, strict=True)), "a forward wrote"
+        assert all(
+            torch.equal(p, was.to(p.device)) for p, was in zip(params, before, strict=True)
+        ), "a forward wrote"
         perturb_(params, 3, EPS)
         assert torch.equal(forward(), got), "the perturbed forward is not that of perturbed weights"
         some = params[2].view(-1)[:5000].cpu()
         seeds, coefs = list(range(WINDOW)), [0.5 + k for k in range(WINDOW)]
         update_(params, seeds, coefs, lr=1e-3, rounding="stochastic", rounding_seed=3)
-        reference.update_(some, seeds, coefs, lr=1e-3, streams=[2], rounding="stochastic", rounding_seed=3)
-        assert torch.equal(params[2].view(-1)[:5000].cpu(), some), "the update differs from the reference"
+        reference.update_(
+            some, seeds, coefs, lr=1e-3, streams=[2], rounding="stochastic", rounding_seed=3
+        )
+        assert torch.equal(params[2].view(-1)[:5000].cpu(), some), (
+            "the update differs from the reference"
+        )
         for p, was in zip(params, before, strict=True):
             p.copy_(was)
 
@@ -202,7 +217,9 @@ def ways(
 
     def inference() -> Parts:
         yield "two forwards", two_forwards
-        forward, head = CausalLMObjective(model, LABEL_WORDS)({k: torch.cat([x, x]) for k, x in batch.items()})
+        forward, head = CausalLMObjective(model, LABEL_WORDS)(
+            {k: torch.cat([x, x]) for k, x in batch.items()}
+        )
 
         @torch.no_grad()
         def both_at_once() -> None:
@@ -221,13 +238,17 @@ def ways(
     if not checked:
         check(model, forward)
     with torch.no_grad():
-        close = dict(rtol=0, atol=4 * torch.finfo(params[0].dtype).eps + 1e-5)  # logits below 4, rounded
+        close = dict(
+            rtol=0, atol=4 * torch.finfo(params[0].dtype).eps + 1e-5
+        )  # logits below 4, rounded
         want = loss()
         for other in (published_loss(), published_head(published_output())):
             torch.testing.assert_close(other, want, **close)
 
     def pseuzo(**options) -> Parts:
-        opt = PseuZO(model, 0.0, EPS, WINDOW, **options)  # the weights stay until the losses have been compared
+        opt = PseuZO(
+            model, 0.0, EPS, WINDOW, **options
+        )  # the weights stay until the losses have been compared
         for _ in range(WINDOW):
             torch.testing.assert_close(opt.step(forward, head, groups=groups), want, **close)
         opt.param_groups[0]["lr"] = LR
@@ -245,7 +266,10 @@ def ways(
         for seed in range(WINDOW):
             seeds, coefs = window.step(seed, o, o, o, groups)
         yield "window", lambda: window.step(1, o, o, o, labels)
-        yield "update", lambda: update_(params, seeds, coefs, lr=LR, rounding="stochastic", rounding_seed=3)
+        yield (
+            "update",
+            lambda: update_(params, seeds, coefs, lr=LR, rounding="stochastic", rounding_seed=3),
+        )
 
     def mezo(**options) -> Parts:
         opt = MeZO(model, LR, EPS, **options)
@@ -280,10 +304,17 @@ def ways(
         **({"pseuzo MeZO, captured": lambda: mezo(capture=True)} if graphs else {}),
     }
     published = {"MeZO as published": published_mezo, "PseuZO as published": published_pseuzo}
-    backward = {f"FO {kind.__name__}": partial(first_order, kind) for kind in (torch.optim.SGD, torch.optim.Adam)}
+    backward = {
+        f"FO {kind.__name__}": partial(first_order, kind)
+        for kind in (torch.optim.SGD, torch.optim.Adam)
+    }
     return {
         "inference": inference,
-        **({"inference, captured": lambda: iter([("two forwards", captured(two_forwards))])} if graphs else {}),
+        **(
+            {"inference, captured": lambda: iter([("two forwards", captured(two_forwards))])}
+            if graphs
+            else {}
+        ),
         **(ours if "ours" in kinds else {}),
         **(published if "published" in kinds else {}),
         **(backward if "backward" in kinds else {}),
@@ -325,7 +356,9 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                     row = dict(zip(("ops",), launches, strict=False))
                     if gpu:
                         torch.cuda.synchronize()
-                        row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9  # before others are timed
+                        row["reserved_gb"] = (
+                            torch.cuda.max_memory_reserved() / 1e9
+                        )  # before others are timed
                         torch.cuda.reset_peak_memory_stats()
                     if part in whole and "captured" not in impl and "FO" not in impl:
                         with Count(table.device) as count:
@@ -346,8 +379,14 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                         floors[impl] = step
                         memory = memory or row
                     elif floor := part == "step" and floors.get(floor_of(impl)):
-                        more = f", {row[kind] / memory[kind]:.3f} times the memory of inference" if gpu else ""
-                        print(f"    -> {step - floor:.3f} ms beyond two forwards, {step / floor:.2f} times them{more}")
+                        more = (
+                            f", {row[kind] / memory[kind]:.3f} times the memory of inference"
+                            if gpu
+                            else ""
+                        )
+                        print(
+                            f"    -> {step - floor:.3f} ms beyond two forwards, {step / floor:.2f} times them{more}"
+                        )
             except torch.cuda.OutOfMemoryError:
                 does_not_fit(tokens, impl, part)
             except Exception:
@@ -361,14 +400,20 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--model", nargs="*", choices=MODELS, help="default: tiny on a CPU, all others on a GPU")
+    p.add_argument(
+        "--model", nargs="*", choices=MODELS, help="default: tiny on a CPU, all others on a GPU"
+    )
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--rows", type=int, default=16)
     p.add_argument("--tokens", type=int, nargs="*", default=[64, 256])
-    p.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="beside inference; default: all")
+    p.add_argument(
+        "--ways", nargs="*", choices=WAYS, default=WAYS, help="beside inference; default: all"
+    )
     args = p.parse_args()
     table, fine = Table("steps", args, COLUMNS), True
-    for name in args.model or (["tiny"] if table.device.type == "cpu" else list(MODELS)[1:]):  # the largest last
+    for name in args.model or (
+        ["tiny"] if table.device.type == "cpu" else list(MODELS)[1:]
+    ):  # the largest last
         fine &= measure(table, name, args)
         gc.collect()
         if table.device.type == "cuda":

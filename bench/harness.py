@@ -41,8 +41,12 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1, help="on a CPU")
-    p.add_argument("--seconds", type=float, default=0.5, help="for each measurement, at least three calls")
-    p.add_argument("--no-check", action="store_true", help="time without comparing with the reference first")
+    p.add_argument(
+        "--seconds", type=float, default=0.5, help="for each measurement, at least three calls"
+    )
+    p.add_argument(
+        "--no-check", action="store_true", help="time without comparing with the reference first"
+    )
     return p
 
 
@@ -62,7 +66,9 @@ def commit() -> str:
         return given
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(HERE.parent), *args], capture_output=True, text=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
@@ -73,7 +79,9 @@ def commit() -> str:
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """call recorded as a CUDA graph, after what it does for the first time only."""
-    stream = torch.cuda.Stream()  # of the first calls, too: launch tables belong to the stream that they were made on
+    stream = (
+        torch.cuda.Stream()
+    )  # of the first calls, too: launch tables belong to the stream that they were made on
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(), call()
@@ -99,14 +107,18 @@ def _ms_between_events(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def quantiles_ms(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float, float]:
+def quantiles_ms(
+    call: Callable[[], object], device: torch.device, seconds: float
+) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed
     unless a call takes so long that only three are made."""
     measure = _ms_between_events if device.type == "cuda" else _ms_on_host
     if measure(call) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
-        return tuple(triton.testing.do_bench(call, warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8]))
+        return tuple(
+            triton.testing.do_bench(call, warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8])
+        )
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         times.append(measure(call))
@@ -180,7 +192,9 @@ class Table:
             device=device_name(self.device), threads=args.threads if self.device.type == "cpu" else "",
             torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
         )  # fmt: skip
-        print(f"{self.common['device']}, torch {torch.__version__}, threads {torch.get_num_threads()}")
+        print(
+            f"{self.common['device']}, torch {torch.__version__}, threads {torch.get_num_threads()}"
+        )
 
     def time(self, call: Callable[[], object], kernel: bool = False) -> dict[str, float]:
         """The columns of QUANTILES, in ms. kernel: of the GPU alone, without what Python does before a launch."""

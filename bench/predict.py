@@ -18,7 +18,19 @@ PREDICTION, ESTIMATE = "prediction, no GPU was used", "estimate, no GPU was used
 MEMORY, MATRIX = 0.9, 0.5  # shares of the data sheet's rates
 TILE = 128  # rows of a matrix product's tile
 ROWS, LENGTHS, WINDOW = 16, (64, 256), 14
-COLUMNS = ("commit", "chip", "model", "params", "what", "noise", "K", "tokens", "ms", "bound", "label")
+COLUMNS = (
+    "commit",
+    "chip",
+    "model",
+    "params",
+    "what",
+    "noise",
+    "K",
+    "tokens",
+    "ms",
+    "bound",
+    "label",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,9 @@ class Chip:
     terabytes: float
     teraflops: float
 
-    def ms(self, instructions: float = 0, bytes_moved: float = 0, flops: float = 0) -> tuple[float, str]:
+    def ms(
+        self, instructions: float = 0, bytes_moved: float = 0, flops: float = 0
+    ) -> tuple[float, str]:
         """The longest of the three, and which it is. instructions: of one lane each."""
         times = {
             "arithmetic": instructions / (128 * self.multiprocessors * self.ghz * 1e6),
@@ -68,20 +82,35 @@ def forward(chip: Chip, model: str, length: int) -> tuple[float, str]:
     return chip.ms(bytes_moved=2 * sizes(model)[0], flops=flops)
 
 
-def rows_of(chip: Chip, model: str, update_costs: dict[str, float], perturb_cost: tuple[float, float]) -> list[dict]:
+def rows_of(
+    chip: Chip, model: str, update_costs: dict[str, float], perturb_cost: tuple[float, float]
+) -> list[dict]:
     """update_costs: noise -> (cycles a normal in the loop, around it); perturb_cost: the same of one seed."""
     n, in_layers = sizes(model)
     rows = []
 
     def add(what: str, ms: tuple[float, str], **more) -> float:
-        row = dict(chip=chip.name, model=model, params=n, what=what, ms=ms[0], bound=ms[1], label=PREDICTION)
+        row = dict(
+            chip=chip.name,
+            model=model,
+            params=n,
+            what=what,
+            ms=ms[0],
+            bound=ms[1],
+            label=PREDICTION,
+        )
         rows.append(row | more)
         return ms[0]
 
-    perturb = add("perturb", chip.ms(in_layers * sum(perturb_cost), 4 * in_layers), noise="hadamard", K=1)
+    perturb = add(
+        "perturb", chip.ms(in_layers * sum(perturb_cost), 4 * in_layers), noise="hadamard", K=1
+    )
     entry = ROWS * MODELS[model][3]  # one position with a loss
     window = add("window", chip.ms(bytes_moved=entry * (3 * 2 + 4 * WINDOW)), K=WINDOW)
-    forwards = {length: add("forward", forward(chip, model, length), tokens=ROWS * length) for length in LENGTHS}
+    forwards = {
+        length: add("forward", forward(chip, model, length), tokens=ROWS * length)
+        for length in LENGTHS
+    }
     for noise in update_costs:
         for K in (1, WINDOW):
             loop, around = update_costs["hadamard" if K == 1 else noise]  # one term needs no sum
@@ -98,9 +127,19 @@ def crossover(chip: Chip, noise_cost: float) -> list[dict]:
     less time than making the weights in scratch takes: 2 bytes a parameter read and 2 written, and 2 more if those that
     the product reads count too, as hidden behind its noise."""
     made = chip.ms(noise_cost)[0]
-    common = dict(chip=chip.name, what="fused perturbed linear pays up to", noise="hadamard", K=1, label=ESTIMATE)
+    common = dict(
+        chip=chip.name,
+        what="fused perturbed linear pays up to",
+        noise="hadamard",
+        K=1,
+        label=ESTIMATE,
+    )
     return [
-        common | dict(tokens=TILE * int(chip.ms(bytes_moved=extra)[0] / made), bound=f"{extra} bytes a parameter")
+        common
+        | dict(
+            tokens=TILE * int(chip.ms(bytes_moved=extra)[0] / made),
+            bound=f"{extra} bytes a parameter",
+        )
         for extra in (4, 6)
     ]
 
@@ -110,8 +149,18 @@ def markdown(rows: list[dict]) -> str:
         where |= dict(chip=chip, model=model, what=what)
         return next(r["ms"] for r in rows if all(r.get(k) == v for k, v in where.items()))
 
-    head = ["model", "parameters", "perturb", "update K = 1", "K = 14", "window", "beyond two forwards, K = 14"]
-    head += [f"one forward, {ROWS} x {length}" for length in LENGTHS] + ["beyond, of the step at 16 x 256"]
+    head = [
+        "model",
+        "parameters",
+        "perturb",
+        "update K = 1",
+        "K = 14",
+        "window",
+        "beyond two forwards, K = 14",
+    ]
+    head += [f"one forward, {ROWS} x {length}" for length in LENGTHS] + [
+        "beyond, of the step at 16 x 256"
+    ]
     out = []
     for noise in dict.fromkeys(r["noise"] for r in rows if r["what"] == "update"):
         where = dict(noise=noise, K=WINDOW)
@@ -121,12 +170,27 @@ def markdown(rows: list[dict]) -> str:
             for model in [m for m in MODELS if m != "tiny"]:
                 at = (chip.name, model)
                 beyond = ms(*at, "beyond two forwards", **where)
-                cells = [ms(*at, "perturb"), ms(*at, "update", noise=noise, K=1), ms(*at, "update", **where)]
-                cells += [ms(*at, "window"), beyond, *(ms(*at, "forward", tokens=ROWS * t) for t in LENGTHS)]
+                cells = [
+                    ms(*at, "perturb"),
+                    ms(*at, "update", noise=noise, K=1),
+                    ms(*at, "update", **where),
+                ]
+                cells += [
+                    ms(*at, "window"),
+                    beyond,
+                    *(ms(*at, "forward", tokens=ROWS * t) for t in LENGTHS),
+                ]
                 share = 100 * beyond / ms(*at, "step", tokens=ROWS * 256, **where)
-                cells = [model, f"{sizes(model)[0] / 1e9:.3g} G", *(f"{c:.3g}" for c in cells), f"{share:.0f} %"]
+                cells = [
+                    model,
+                    f"{sizes(model)[0] / 1e9:.3g} G",
+                    *(f"{c:.3g}" for c in cells),
+                    f"{share:.0f} %",
+                ]
                 out.append("| " + " | ".join(cells) + " |")
-    out.append(f"\n**A perturbed linear layer that makes its own noise** could pay up to ({ESTIMATE}):\n")
+    out.append(
+        f"\n**A perturbed linear layer that makes its own noise** could pay up to ({ESTIMATE}):\n"
+    )
     out += ["| | " + " | ".join(c.name for c in CHIPS) + " |", "| --- |" + " --- |" * len(CHIPS)]
     for bound in dict.fromkeys(r["bound"] for r in rows if r["label"] == ESTIMATE):
         tokens = [str(r["tokens"]) for r in rows if r["label"] == ESTIMATE and r["bound"] == bound]

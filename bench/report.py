@@ -58,13 +58,17 @@ class Case(dict):
         """Peak in GB, and over that of inference: of what is allocated in a call, or, with graphs, of all that is held
         from the first call on, since their memory is allocated only while they are recorded."""
         kind = "reserved_gb" if "captured" in impl else "peak_gb"
-        peaks = [self.get(at, {}).get(kind) for at in ((impl, "step"), ("inference", "two forwards"))]
+        peaks = [
+            self.get(at, {}).get(kind) for at in ((impl, "step"), ("inference", "two forwards"))
+        ]
         return (float(peaks[0]), float(peaks[0]) / float(peaks[1])) if all(peaks) else None
 
     def best(self) -> str | None:
         """Our faster way."""
         return min(
-            (impl for impl in OURS if self.beyond(impl) is not None), key=lambda i: self.ms(i, "step"), default=None
+            (impl for impl in OURS if self.beyond(impl) is not None),
+            key=lambda i: self.ms(i, "step"),
+            default=None,
         )
 
     def lost(self, impl: str) -> bool:
@@ -76,7 +80,9 @@ class Case(dict):
 def cases_of(rows: Rows) -> dict[tuple[str, ...], Case]:
     cases: dict[tuple[str, ...], Case] = collections.defaultdict(Case)
     for row in rows:
-        cases[tuple(row[k] for k in ("model", "dtype", "rows", "tokens"))][row["impl"], row["part"]] = row
+        cases[tuple(row[k] for k in ("model", "dtype", "rows", "tokens"))][
+            row["impl"], row["part"]
+        ] = row
     return cases
 
 
@@ -85,13 +91,22 @@ def split(rows: Rows) -> str:
     lines = []
     for (model, dtype, batch, tokens), case in cases_of(rows).items():
         floor = case.ms("inference", "two forwards")
-        line = {"model": model, "batch": f"{batch} x {tokens}", "dtype": dtype, "two forwards, ms": floor}
+        line = {
+            "model": model,
+            "batch": f"{batch} x {tokens}",
+            "dtype": dtype,
+            "two forwards, ms": floor,
+        }
         line["one of twice the rows"] = case.ms("inference", "one forward of twice the rows")
         line |= {part: case.ms(OURS[0], part) for part in ("perturb", "head", "window", "update")}
         for impl in OURS:
             ours, beyond, memory = case.ms(impl, "step"), case.beyond(impl), case.memory(impl)
             name = "step" + impl.removeprefix(OURS[0])
-            line |= {name: ours, f"{name}: beyond": beyond, f"{name}: % of it": beyond and 100 * beyond / ours}
+            line |= {
+                name: ours,
+                f"{name}: beyond": beyond,
+                f"{name}: % of it": beyond and 100 * beyond / ours,
+            }
             line[f"{name}: memory, of inference"] = memory and memory[1]
         for impl in ("MeZO as published", PUBLISHED, "FO SGD", "FO Adam"):
             line[impl] = "does not fit" if case.lost(impl) else case.ms(impl, "step")
@@ -108,7 +123,9 @@ def judged(rows: Rows, device: str) -> bool:
 Target = tuple[str, str, str]  # what we set out to reach, what was measured, and whether it is met
 
 
-def target(text: str, measured: dict[str, float | None], met: Callable[[float], bool], unit: str = "") -> Target:
+def target(
+    text: str, measured: dict[str, float | None], met: Callable[[float], bool], unit: str = ""
+) -> Target:
     """measured: by where it was measured."""
     if not measured or None in measured.values():
         return text, "not measured", "-"
@@ -129,8 +146,18 @@ def kernel_targets(rows: Rows, device: str) -> list[Target]:
     update = of("pct_of_predicted", op="update", impl="pseuzo", K="14")
     perturb = of("pct_of_copy", op="perturb", impl="pseuzo, out of place")
     return [
-        target("update, bf16, K = 14: at least 80 % of the predicted rate", update, lambda x: x >= 80, " %"),
-        target("perturb, bf16: at least 85 % of the bandwidth of copy_", perturb, lambda x: x >= 85, " %"),
+        target(
+            "update, bf16, K = 14: at least 80 % of the predicted rate",
+            update,
+            lambda x: x >= 80,
+            " %",
+        ),
+        target(
+            "perturb, bf16: at least 85 % of the bandwidth of copy_",
+            perturb,
+            lambda x: x >= 85,
+            " %",
+        ),
     ]
 
 
@@ -162,11 +189,29 @@ def step_targets(rows: Rows, device: str) -> list[Target]:
         return 100 * case.beyond(best) / case.ms(best, "step")
 
     found = [
-        target("OPT-1.3B, K = 14: at most 7 ms beyond two forwards", both(Case.beyond), lambda ms: ms <= 7, " ms"),
-        target("at most 25 % of the step at 16 x 256", of("opt-1.3b", "256", share), lambda x: x <= 25, " %"),
-        target("at least 15 times less than PseuZO as published", both(times_less), lambda x: x >= 15, "x"),
         target(
-            "whole step at least 5 times faster at 16 x 64", of("opt-1.3b", "64", times_faster), lambda x: x >= 5, "x"
+            "OPT-1.3B, K = 14: at most 7 ms beyond two forwards",
+            both(Case.beyond),
+            lambda ms: ms <= 7,
+            " ms",
+        ),
+        target(
+            "at most 25 % of the step at 16 x 256",
+            of("opt-1.3b", "256", share),
+            lambda x: x <= 25,
+            " %",
+        ),
+        target(
+            "at least 15 times less than PseuZO as published",
+            both(times_less),
+            lambda x: x >= 15,
+            "x",
+        ),
+        target(
+            "whole step at least 5 times faster at 16 x 64",
+            of("opt-1.3b", "64", times_faster),
+            lambda x: x >= 5,
+            "x",
         ),
     ]
     for impl, how in zip(OURS, ("", ", captured"), strict=True):
@@ -185,7 +230,9 @@ def step_targets(rows: Rows, device: str) -> list[Target]:
         if any(case.lost(OURS[0]) or case.lost("inference") for case in here.values()):
             found.append((text, "does not fit", "NOT MET"))
         elif on in device:
-            peaks = {f"16 x {tokens}": m[0] for tokens, c in here.items() if (m := c.memory(OURS[0]))}
+            peaks = {
+                f"16 x {tokens}": m[0] for tokens, c in here.items() if (m := c.memory(OURS[0]))
+            }
             found.append(target(text, peaks, lambda peak, gb=gb: peak <= gb, " GB"))
     return found
 
@@ -196,10 +243,16 @@ TARGETS = {"add_noise": kernel_targets, "steps": step_targets}
 def plot_growth(rows: Rows, device: str, file: str) -> list[str]:
     """Log-log plots with fits; returns the fits as sentences."""
     kinds = list(dict.fromkeys(row["against"] for row in rows))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained"
+    )
     axes, sentences = dict(zip(kinds, axes[0], strict=True)), []
     for (kind, what), (a, b) in fits(rows).items():
-        found = [(float(r["x"]), float(r["ms_p50"])) for r in rows if (r["against"], r["what"]) == (kind, what)]
+        found = [
+            (float(r["x"]), float(r["ms_p50"]))
+            for r in rows
+            if (r["against"], r["what"]) == (kind, what)
+        ]
         xs, ys = zip(*sorted(found), strict=True)
         sentences.append(f"{what}: {a:.3g} ms + {b:.3g} ms per {'K' if kind == 'K' else kind[:-1]}")
         (points,) = axes[kind].loglog(xs, ys, "o", label=sentences[-1])
@@ -211,11 +264,18 @@ def plot_growth(rows: Rows, device: str, file: str) -> list[str]:
     return sentences
 
 
-def plot_bars(groups: dict[str, list[tuple[str, dict[str, float]]]], title: str, file: str, **axis) -> None:
+def plot_bars(
+    groups: dict[str, list[tuple[str, dict[str, float]]]], title: str, file: str, **axis
+) -> None:
     """A panel a group, a bar a label, stacked from named parts."""
     heights = [1 + len(bars) for bars in groups.values()]
     figure, axes = plt.subplots(
-        len(groups), 1, figsize=(9, 1 + 0.22 * sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+        len(groups),
+        1,
+        figsize=(9, 1 + 0.22 * sum(heights)),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
     )
     parts = list(dict.fromkeys(part for bars in groups.values() for _, bar in bars for part in bar))
     for (name, bars), ax in zip(groups.items(), axes[:, 0], strict=True):
@@ -229,7 +289,12 @@ def plot_bars(groups: dict[str, list[tuple[str, dict[str, float]]]], title: str,
         ax.set_title(name, fontsize=8)
         ax.set(**axis)
     if len(parts) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(parts), fontsize=7)
+        figure.legend(
+            *axes[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(parts),
+            fontsize=7,
+        )
     save(figure, title, file)
 
 
@@ -252,7 +317,10 @@ def bars_of_steps(rows: Rows) -> dict[str, list[tuple[str, dict[str, float]]]]:
                 bar |= {p: case.ms(impl, p) for p in ("perturb", "head", "window", "update")}
             name = "forwards" if part == "two forwards" else "rest, or not split"
             groups[model].append(
-                (f"{dtype} {batch} x {tokens} {impl}", bar | {name: max(0, whole - sum(bar.values()))})
+                (
+                    f"{dtype} {batch} x {tokens} {impl}",
+                    bar | {name: max(0, whole - sum(bar.values()))},
+                )
             )
     return groups
 
@@ -263,7 +331,11 @@ def predictions() -> str:
     if not (text.exists() and rows):
         return ""
     groups: dict[str, list[tuple[str, dict[str, float]]]] = collections.defaultdict(list)
-    parts = {"forward": {"tokens": "4096"}, "perturb": {}, "update": {"K": "14", "noise": "hadamard"}}
+    parts = {
+        "forward": {"tokens": "4096"},
+        "perturb": {},
+        "update": {"K": "14", "noise": "hadamard"},
+    }
     for chip, model in dict.fromkeys((r["chip"], r["model"]) for r in rows if r["model"]):
         bar = {}
         for r in rows:
@@ -276,19 +348,33 @@ def predictions() -> str:
                 bar[name] = times * float(r["ms"]) / (float(r["params"]) / 1e9)
         groups[chip].append((model, bar))
     plot_bars(
-        groups, "prediction, no GPU was used", "predicted.png", xlabel="ms a billion parameters, 16 x 256, K = 14"
+        groups,
+        "prediction, no GPU was used",
+        "predicted.png",
+        xlabel="ms a billion parameters, 16 x 256, K = 14",
     )
     return f"{text.read_text().strip()}\n\n![predicted](predicted.png)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--add", metavar="DIR", type=Path, nargs="*", default=[], help="take in the rows of these too")
+    parser.add_argument(
+        "--add",
+        metavar="DIR",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="take in the rows of these too",
+    )
     args = parser.parse_args()
     for folder in args.add:
         for name in KEYS:
             known = read(RESULTS / f"{name}.csv")
-            new = [row for row in read(folder / f"{name}.csv") if not any(row.items() <= old.items() for old in known)]
+            new = [
+                row
+                for row in read(folder / f"{name}.csv")
+                if not any(row.items() <= old.items() for old in known)
+            ]
             if new:
                 append(RESULTS / f"{name}.csv", new)
             print(f"{folder / name}.csv: {len(new)} new rows")
@@ -302,12 +388,19 @@ def main() -> None:
             commands = "; ".join(sorted({f"`{row['command']}` at {row['commit']}" for row in rows}))
             head = f"## {name}: {device}\n\n{commands}\n\n![{name}]({file})"
             if name == "growth":
-                parts.append(f"{head}\n\nFits: " + "; ".join(plot_growth(rows, device, file)) + f".\n\n{table(rows)}")
+                parts.append(
+                    f"{head}\n\nFits: "
+                    + "; ".join(plot_growth(rows, device, file))
+                    + f".\n\n{table(rows)}"
+                )
             elif name == "steps":
                 plot_bars(bars_of_steps(rows), device, file, xlabel="ms (median)")
                 parts.append(f"{head}\n\n{split(rows)}\n\n{table(rows)}")
             else:
-                bars = [(f"{r['op']} {r['dtype']} K={r['K']} {r.get('shape', '')}: {r['impl']}", r) for r in rows]
+                bars = [
+                    (f"{r['op']} {r['dtype']} K={r['K']} {r.get('shape', '')}: {r['impl']}", r)
+                    for r in rows
+                ]
                 bars = {"": [(label, {"ms": float(r["ms_p50"])}) for label, r in bars]}
                 plot_bars(bars, device, file, xscale="log", xlabel="ms (median)")
                 parts.append(f"{head}\n\n{table(rows)}")
@@ -316,11 +409,16 @@ def main() -> None:
     for device, lines in checked.items():
         if lines:
             table_of = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            text = f"**Targets**, {device}\n\n| target | measured | |\n| --- | --- | --- |\n{table_of}"
+            text = (
+                f"**Targets**, {device}\n\n| target | measured | |\n| --- | --- | --- |\n{table_of}"
+            )
             print(text)
             parts.insert(0, text)
     if not any(checked.values()):
-        parts.insert(0, "No target has been checked: they are for an H100 or H200, and there are no rows of one here.")
+        parts.insert(
+            0,
+            "No target has been checked: they are for an H100 or H200, and there are no rows of one here.",
+        )
     title = "# Measurements\n\nMade by `python bench/report.py` from the CSV files here."
     (RESULTS / "tables.md").write_text("\n\n".join([title, *parts]) + "\n")
     print(f"{RESULTS / 'tables.md'} and {len(list(RESULTS.glob('*.png')))} plots")

@@ -20,13 +20,17 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing; this must precede the import of triton
+os.environ.pop(
+    "TRITON_INTERPRET", None
+)  # the interpreter compiles nothing; this must precede the import of triton
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernels = importlib.import_module("pseuzo_kernels.add_noise")  # the function of the same name hides the module
+kernels = importlib.import_module(
+    "pseuzo_kernels.ops"
+)  # the function of the same name hides the module
 ONE, MANY, ROWS, STEPS = (f"_add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
@@ -84,10 +88,14 @@ def compile_kernel(
     signature = {a: "constexpr" if a in constants else types[a] for a in names}
     constants = {(names.index(a),): v for a, v in constants.items() if a in names}
     attrs = {
-        (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a.endswith("_ptr") and a != "found_inf_ptr"
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(names)
+        if a.endswith("_ptr") and a != "found_inf_ptr"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = dict(num_warps=1, **kernels.ROWS_OPTIONS) if name == ROWS else dict(num_warps=kernels.WARPS)
+    options = (
+        dict(num_warps=1, **kernels.ROWS_OPTIONS) if name == ROWS else dict(num_warps=kernels.WARPS)
+    )
     options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -106,7 +114,9 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], st
             inside = True
         elif inside and (m := re.match(r"(\.L\S+):", line)):
             labels[m[1]] = len(code)
-        elif inside and (m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", line)):
+        elif inside and (
+            m := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", line)
+        ):
             code.append((m[1], m[2]))
     return code, labels, usage
 
@@ -141,13 +151,21 @@ def cost(name: str, arch: int, **options) -> Cost:
     compiled = compile_kernel(name, arch, **options)
     code, labels, usage = disassemble(compiled.asm["cubin"])
     counters = COUNTERS.get(name, kernels.COUNTERS)
-    normals = 16 * counters // (32 * (1 if name == ROWS else kernels.WARPS))  # a thread makes in one pass
+    normals = (
+        16 * counters // (32 * (1 if name == ROWS else kernels.WARPS))
+    )  # a thread makes in one pass
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     ops = collections.Counter(op.split(".")[0] for op, _ in code)
     best, start = None, 0
     loops = _loops(code, labels)
-    ends = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")} - {last for _, last in loops}
-    loops = [(first, last) for first, last in loops if any(_pipe(op) == "wide" for op, _ in code[first:last])]
+    ends = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")} - {
+        last for _, last in loops
+    }
+    loops = [
+        (first, last)
+        for first, last in loops
+        if any(_pipe(op) == "wide" for op, _ in code[first:last])
+    ]
     for first, last in loops:
         if any((first, last) != (a, b) and first <= a and b <= last for a, b in loops):
             continue  # not an innermost one
@@ -166,7 +184,9 @@ def cost(name: str, arch: int, **options) -> Cost:
     cycles = _cycles(loop)
     busiest = max(cycles, key=cycles.get)
     label = [options.get("noise", "hadamard"), options.get("dtype", "bf16")]
-    label += ["stochastic"] * options.get("stochastic", False) + ["hash"] * options.get("hash_in_kernel", False)
+    label += ["stochastic"] * options.get("stochastic", False) + ["hash"] * options.get(
+        "hash_in_kernel", False
+    )
     label += [] if options.get("has_x", True) else ["no x"]
     label += ["whole planes"] * options.get("planes", False)
     label += [] if options.get("asm", True) else ["no asm"]
@@ -196,23 +216,39 @@ USUAL = (
     (ONE, dict(dtype="bf16", asm=False)),
 )
 ALL = tuple(
-    (name, dict(dtype=dtype, noise=noise, stochastic=stochastic, hash_in_kernel=name in (ONE, ROWS), asm=asm))
+    (
+        name,
+        dict(
+            dtype=dtype,
+            noise=noise,
+            stochastic=stochastic,
+            hash_in_kernel=name in (ONE, ROWS),
+            asm=asm,
+        ),
+    )
     for name in (ONE, MANY, ROWS, STEPS)
     for noise in ("hadamard", "hadamard-fp16", "hadamard-fp16 blocks", "rademacher", "normal")
     for dtype in ("fp32", "bf16", "fp16")
     for stochastic in (False, True)
     for asm in (True, False)
-    if not (stochastic and (dtype == "fp32" or name == ROWS)) and not (name == STEPS and "fp16" in noise)
+    if not (stochastic and (dtype == "fp32" or name == ROWS))
+    and not (name == STEPS and "fp16" in noise)
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=[90], help="compute capabilities, 80 and up")
+    parser.add_argument(
+        "--arch", type=int, nargs="*", default=[90], help="compute capabilities, 80 and up"
+    )
     parser.add_argument("--all", action="store_true", help="every variant, not just the usual ones")
-    parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16", "fp16"], help="only kernels for these")
+    parser.add_argument(
+        "--dtype", nargs="*", default=["fp32", "bf16", "fp16"], help="only kernels for these"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--predict", action="store_true", help="and milliseconds of OPT models, see predict.py")
+    parser.add_argument(
+        "--predict", action="store_true", help="and milliseconds of OPT models, see predict.py"
+    )
     args = parser.parse_args()
     costs = []
     for arch in args.arch:

@@ -1,4 +1,4 @@
-// What window_step's implementations check: only what would corrupt memory. Python explains, see pseuzo_kernels/api.py.
+// What window_step's implementations check: only what would corrupt memory. Python explains, see pseuzo_kernels/checks.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

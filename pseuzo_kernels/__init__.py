@@ -6,8 +6,8 @@ CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, others (or a build w
 """
 
 from pseuzo_kernels import reference
-from pseuzo_kernels.add_noise import add_noise, add_noise_, noise, perturb_, restore_, update_
-from pseuzo_kernels.api import NOISES, ROUNDINGS
+from pseuzo_kernels.checks import NOISES, ROUNDINGS
+from pseuzo_kernels.ops import add_noise, add_noise_, noise, perturb_, restore_, update_
 from pseuzo_kernels.window import EmaWindow
 
 try:  # the schemas above must exist before the library registers its implementations of them

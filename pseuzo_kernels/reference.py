@@ -44,18 +44,24 @@ import math
 import torch
 from torch import Tensor
 
-from pseuzo_kernels import api
+from pseuzo_kernels import checks
 
 CHUNK, PLANE = 2048, 128  # elements
-COUNTERS_AT_ONCE = 1 << 16  # bounds the int64 temporaries: about 16 MiB, whatever the size of the tensor
+COUNTERS_AT_ONCE = (
+    1 << 16
+)  # bounds the int64 temporaries: about 16 MiB, whatever the size of the tensor
 
 # The second only for planes 8..15 of "normal". Its half of the first spares a multiplication: round 1 ends alike.
 KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x85A308D3))
 KEY_ROUNDING = (0x13198A2E, 0x03707344)
-ROUNDING_VERSION = 2  # of round_stochastically: what was rounded by one version cannot be continued by another
+ROUNDING_VERSION = (
+    2  # of round_stochastically: what was rounded by one version cannot be continued by another
+)
 FP16_BLOCK = 16  # seeds that "hadamard-fp16" sums in fp16
 HADAMARD_SCALE = 1 / (4 * math.sqrt(0.7050395011901855))
-ANGLE = 219 / 2**22  # half a step of the angle, nearly: with it, one fused multiply-add on bits makes the angle
+ANGLE = (
+    219 / 2**22
+)  # half a step of the angle, nearly: with it, one fused multiply-add on bits makes the angle
 MASK32 = 0xFFFFFFFF
 
 
@@ -64,7 +70,7 @@ def hash_seed(seed: int) -> int:
     z = (seed + 0x9E3779B97F4A7C15) % (1 << 64)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % (1 << 64)
-    return api.signed64("hash_seed", z ^ (z >> 31))
+    return checks.signed64("hash_seed", z ^ (z >> 31))
 
 
 def hash_seeds(seeds: Tensor) -> Tensor:
@@ -79,7 +85,9 @@ def hash_seeds(seeds: Tensor) -> Tensor:
     return z ^ shift_right(z, 31)
 
 
-def philox4x32(counter: tuple[Tensor | int, ...], key: tuple[int, int], rounds: int) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor | int, ...], key: tuple[int, int], rounds: int
+) -> tuple[Tensor, ...]:
     """Four words, int64 in 0 .. 2^32 - 1, of the shape that the four counter words broadcast to."""
     c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c) for c in counter)
     k0, k1 = key
@@ -99,7 +107,9 @@ def round17(coefs: Tensor) -> Tensor:
 
 def fp16_coefs(coefs: Tensor) -> tuple[Tensor, Tensor]:
     """c' [K] and 2^e [] of "hadamard-fp16", both fp32; NaN if the largest |c| is above 2^126 or not finite."""
-    largest = (coefs.view(torch.int32) & 0x7FFFFFFF).max().long()  # as integers, since these put NaN on top
+    largest = (
+        (coefs.view(torch.int32) & 0x7FFFFFFF).max().long()
+    )  # as integers, since these put NaN on top
     exponent = (largest + 0x7FFFFF >> 23).clamp(1, 253)
     power = torch.where(largest > 0x7E800000, 0x7FC00000, exponent << 23).int().view(torch.float32)
     return torch.round(coefs / power * 1024) / 1024, power
@@ -130,7 +140,9 @@ def column_noise(noise: str, q: Tensor, stream: int, seed_hash: Tensor) -> Tenso
         return _half_patterns(philox4x32(counter, KEYS_NOISE[0], 7), 0x8F708F70, 0x30003000)
     if noise == "rademacher":
         return _half_patterns(philox4x32(counter, KEYS_NOISE[0], 7), 0x80008000, 0x3C003C00)
-    words = torch.stack(philox4x32(counter, KEYS_NOISE[0], 10) + philox4x32(counter, KEYS_NOISE[1], 10))  # [8, n]
+    words = torch.stack(
+        philox4x32(counter, KEYS_NOISE[0], 10) + philox4x32(counter, KEYS_NOISE[1], 10)
+    )  # [8, n]
     radius = torch.sqrt(-2 * torch.log(((words >> 16).float() + 0.5) / 65536))
     angle = ((words & 0xFFFF).float() - 32768) * (math.pi / 32768) + ANGLE
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).flatten(0, 1)
@@ -152,13 +164,17 @@ def prepared_coefs(noise: str, coefs: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, torch.where(rounded.isfinite().all(), 1.0, float("nan"))
 
 
-def noise_sum(noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor, noise_scale: float) -> Tensor:
+def noise_sum(
+    noise: str, q: Tensor, stream: int, hashes: Tensor, coefs: Tensor, noise_scale: float
+) -> Tensor:
     """d = noise_scale * sum_k coefs[k] z_k for whole columns, [16, n] fp32. q [n], hashes [K] int64, coefs [K] fp32."""
     acc = torch.zeros(16, q.numel(), dtype=torch.float32, device=q.device)
     scale = torch.tensor(scale_of(noise, noise_scale), dtype=torch.float32, device=q.device)
     coefs, power = prepared_coefs(noise, coefs)
     if noise == "hadamard-fp16" and len(hashes) > 1:
-        for block, block_coefs in zip(hashes.split(FP16_BLOCK), coefs.split(FP16_BLOCK), strict=True):
+        for block, block_coefs in zip(
+            hashes.split(FP16_BLOCK), coefs.split(FP16_BLOCK), strict=True
+        ):
             h = torch.zeros_like(acc, dtype=torch.float16)
             for seed_hash, coef in zip(block, block_coefs, strict=True):
                 h = (h.float() + coef * column_noise(noise, q, stream, seed_hash)).half()
@@ -181,7 +197,9 @@ def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tenso
         out = torch.where(x.isnan(), 0x7FC0, out)
     else:
         u = bits & 0x7FFFFFFF
-        subnormal = ((torch.where(u < 0x38800000, x.abs(), 0) * 2.0**40).to(torch.int64) + dither) >> 16
+        subnormal = (
+            (torch.where(u < 0x38800000, x.abs(), 0) * 2.0**40).to(torch.int64) + dither
+        ) >> 16
         out = torch.where(u >= 0x38800000, (u - 0x38000000 + (dither >> 3)) >> 13, subnormal)
         out = torch.where(u >= 0x47800000, 0x7C00, out)
         out = torch.where(u > 0x7F800000, 0x7E00, out) | ((bits >> 16) & 0x8000)
@@ -211,7 +229,9 @@ def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tenso
     return q, elements
 
 
-def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash, skipped) -> None:
+def _add_noise_into(
+    out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash, skipped
+) -> None:
     """out and x are flat, x may be None or out itself. skipped: [] bool, out <- x, or 0 without it."""
     n = out.numel()
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
@@ -220,20 +240,35 @@ def _add_noise_into(out, x, stream, hashes, coefs, keep, scale, noise, stochasti
         if scale:
             y = noise_sum(noise, q, stream, hashes, coefs, scale)
         else:  # adding -0 changes nothing
-            y = torch.full(elements.shape, 0.0 if x is None else -0.0, dtype=torch.float32, device=out.device)
+            y = torch.full(
+                elements.shape, 0.0 if x is None else -0.0, dtype=torch.float32, device=out.device
+            )
         inside = elements < n
         at = elements[inside]
         y = y[inside]
         if x is not None:
             y = x[at].float() * keep + y
         if stochastic and out.dtype is not torch.float32:
-            y = round_stochastically(y, rounding_dither(q, stream, rounding_hash)[inside], out.dtype)
+            y = round_stochastically(
+                y, rounding_dither(q, stream, rounding_hash)[inside], out.dtype
+            )
         untouched = torch.zeros_like(y, dtype=out.dtype) if x is None else x[at]
         out[at] = torch.where(skipped, untouched, y.to(out.dtype))
 
 
 def add_noise_list_out(
-    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None, *, out
+    xs,
+    seeds,
+    coefs,
+    streams,
+    keeps,
+    scales,
+    noise,
+    stochastic,
+    rounding_seed,
+    found_inf=None,
+    *,
+    out,
 ):
     """The op pseuzo::add_noise_list_out:
     out[t] <- keeps[t] * xs[t] + scales[t] * sum_k coefs[k] z(seeds[k], streams[t]).
@@ -254,21 +289,54 @@ def add_noise_list_out(
         keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)
         x = xs[t].view(-1) if xs else None
         _add_noise_into(
-            y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], noise, stochastic, rounding_hash, skipped
+            y.view(-1),
+            x,
+            streams[t],
+            hashes,
+            coefs,
+            keep,
+            scales[t],
+            noise,
+            stochastic,
+            rounding_hash,
+            skipped,
         )
 
 
-def add_noise_list_(xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None):
+def add_noise_list_(
+    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None
+):
     """The op pseuzo::add_noise_list_: add_noise_list_out in place; where scales[t] is 0 nothing is made or written."""
     for x, stream, keep, scale in zip(xs, streams, keeps, scales, strict=True):
         if scale:
             add_noise_list_out(
-                [x], seeds, coefs, [stream], [keep], [scale], noise, stochastic, rounding_seed, found_inf, out=[x]
+                [x],
+                seeds,
+                coefs,
+                [stream],
+                [keep],
+                [scale],
+                noise,
+                stochastic,
+                rounding_seed,
+                found_inf,
+                out=[x],
             )
 
 
 def add_noise_steps_(
-    xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds, *, op=add_noise_list_
+    xs,
+    seeds,
+    coefs,
+    counts,
+    streams,
+    keeps,
+    scales,
+    noise,
+    stochastic,
+    rounding_seeds,
+    *,
+    op=add_noise_list_,
 ):
     """The op pseuzo::add_noise_steps_: updates in a row, each rounded as if it were alone, for replaying a run.
 
@@ -279,7 +347,17 @@ def add_noise_steps_(
     T, first = len(xs), 0
     for s, count in enumerate(counts):
         terms, ts = slice(first, first + count), slice(s * T, (s + 1) * T)
-        op(xs, seeds[terms], coefs[terms], streams, keeps[ts], scales[ts], noise, stochastic, rounding_seeds[s])
+        op(
+            xs,
+            seeds[terms],
+            coefs[terms],
+            streams,
+            keeps[ts],
+            scales[ts],
+            noise,
+            stochastic,
+            rounding_seeds[s],
+        )
         first += count
 
 
@@ -293,7 +371,9 @@ def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     if index.numel() == 0:
         return x.new_empty(*index.shape, x.shape[1])
     if index.min() < 0:
-        raise IndexError(f"add_noise_rows: index must be in 0 .. {x.shape[0] - 1}, got {int(index.min())}")
+        raise IndexError(
+            f"add_noise_rows: index must be in 0 .. {x.shape[0] - 1}, got {int(index.min())}"
+        )
     if not scale:
         return x[index]
     rows, inverse = torch.unique(index, return_inverse=True)
@@ -307,8 +387,24 @@ def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     return torch.where(skipped, x[rows], (x[rows].float() + d).to(x.dtype))[inverse]
 
 
-def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps):
-    """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See api.EmaWindow.
+def window_step(
+    values,
+    seeds,
+    groups,
+    counts,
+    skipped,
+    o0,
+    o1,
+    grad,
+    group,
+    loss,
+    seed,
+    slot,
+    used,
+    momentum,
+    eps,
+):
+    """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See checks.EmaWindow.
 
     State, written in place: values [K, R, P, D] fp32, an entry's rows (means over a group), aligned to the last
     position; seeds [K] int64; groups [K, R] int64; counts [K, R] int32, how many rows of the batch a row stands for: 0
@@ -322,10 +418,14 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     change = o1.float() if o0 is None else o1.float() - o0.float()
     group = torch.arange(rows, device=o1.device) if group is None else group
     same = group[:, None] == group[None, :]
-    leader = same.int().argmax(1) == torch.arange(rows, device=o1.device)  # the first row of its group
+    leader = same.int().argmax(1) == torch.arange(
+        rows, device=o1.device
+    )  # the first row of its group
 
     values[slot] = 0
-    pooled = torch.einsum("ij,jpd->ipd", same.double(), change.double()) / same.sum(1)[:, None, None]
+    pooled = (
+        torch.einsum("ij,jpd->ipd", same.double(), change.double()) / same.sum(1)[:, None, None]
+    )
     values[slot, :rows, positions_max - positions :] = pooled.float()
     groups[slot, :rows] = group
     counts[slot] = 0
@@ -336,7 +436,9 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     slots = [(slot - age) % capacity for age in range(used - 1, -1, -1)]
     dots = []
     for k in slots[:-1]:
-        pairs = ((groups[k, :, None] == group[None, :]) & (counts[k, :, None] > 0)).double()  # [R, B]
+        pairs = (
+            (groups[k, :, None] == group[None, :]) & (counts[k, :, None] > 0)
+        ).double()  # [R, B]
         old = values[k, :, positions_max - positions :].double()
         old = torch.where(counts[k, :, None, None] > 0, old, 0.0)
         dots.append((old * torch.einsum("rb,bpd->rpd", pairs, grad.double())).sum())
@@ -344,7 +446,11 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     weights = torch.pow(torch.full_like(ages, momentum, dtype=torch.float64), ages) / eps
     coefs = (torch.stack([*dots, own]) * weights).float()
 
-    loss_ok = torch.ones((), dtype=torch.bool, device=o1.device) if loss is None else loss.isfinite().all()
+    loss_ok = (
+        torch.ones((), dtype=torch.bool, device=o1.device)
+        if loss is None
+        else loss.isfinite().all()
+    )
     ok = coefs.isfinite().all() & loss_ok
     counts[slot] = torch.where(coefs[-1].isfinite() & loss_ok, counts[slot], 0)
     skipped += (~ok).long()
@@ -352,11 +458,11 @@ def window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, los
     return seeds[(slot - ages) % capacity], coefs, (~ok).float().view(1)
 
 
-_api = api.NoiseApi(add_noise_list_, add_noise_list_out)
+_api = checks.NoiseApi(add_noise_list_, add_noise_list_out)
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 
 
-class EmaWindow(api.EmaWindow):
-    __doc__ = api.EmaWindow.__doc__
+class EmaWindow(checks.EmaWindow):
+    __doc__ = checks.EmaWindow.__doc__
     _op = staticmethod(window_step)

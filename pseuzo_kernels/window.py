@@ -6,7 +6,7 @@ which defines what is correct. Source: PseuZO (NeurIPS 2025), the EMA of Jacobia
 
 import torch
 
-from pseuzo_kernels import api, reference
+from pseuzo_kernels import checks, reference
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
 lib.define(
@@ -18,7 +18,21 @@ lib.impl("window_step", reference.window_step, "CompositeExplicitAutograd")
 
 
 def _window_step_fake(
-    values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, seed, slot, used, momentum, eps
+    values,
+    seeds,
+    groups,
+    counts,
+    skipped,
+    o0,
+    o1,
+    grad,
+    group,
+    loss,
+    seed,
+    slot,
+    used,
+    momentum,
+    eps,
 ):
     return seeds.new_empty(used), values.new_empty(used), values.new_empty(1)
 
@@ -26,6 +40,6 @@ def _window_step_fake(
 torch.library.register_fake("pseuzo::window_step", _window_step_fake, lib=lib)
 
 
-class EmaWindow(api.EmaWindow):
-    __doc__ = api.EmaWindow.__doc__
+class EmaWindow(checks.EmaWindow):
+    __doc__ = checks.EmaWindow.__doc__
     _op = torch.ops.pseuzo.window_step.default

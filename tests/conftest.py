@@ -1,6 +1,6 @@
 """Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason.
 
-PSEUZO_EMULATE=90 pytest tests/test_add_noise_triton.py: without a GPU, the kernels are compiled for compute capability
+PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py: without a GPU, the kernels are compiled for compute capability
 9.0 and their PTX is run on the CPU (ptx_emulator.py), in place of the interpreter.
 """
 
@@ -48,3 +48,11 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """The tapes that stand in for CUDA graphs, in the order in which they were recorded."""
+    from tape import record_on_tapes
+
+    return record_on_tapes(monkeypatch)

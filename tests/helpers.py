@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from pseuzo import CausalLMObjective, MeZO, PseuZO
-from pseuzo.schedule import Schedule
+from pseuzo.optim.schedule import Schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pseuzo_kernels import reference
@@ -23,7 +23,9 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     assert got.dtype is want.dtype and got.shape == want.shape
     integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
     same = (got.view(integer) == want.view(integer)) | (got.isnan() & want.isnan())
-    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, first {got[~same][0]} for {want[~same][0]}"
+    assert same.all(), (
+        f"{(~same).sum()} of {same.numel()} differ, first {got[~same][0]} for {want[~same][0]}"
+    )
 
 
 # elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k] z(seeds[k], 3), rounding_seed 9
@@ -36,7 +38,9 @@ KNOWN_ROUNDED = {
 }
 
 
-def rounded_by_definition(x: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounded_by_definition(
+    x: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x, in float64: at most 40 bits."""
     exact, info = x.double(), torch.finfo(dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent - 1
@@ -58,7 +62,16 @@ def perturbed_copy(model, seed, eps, noise="hadamard"):
 class Waits(TorchDispatchMode):
     """Counts ops whose result's value or size the host has to wait for."""
 
-    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "unique", "_unique2", "masked_select", "equal", "bincount")
+    NAMES = (
+        "_local_scalar_dense",
+        "is_nonzero",
+        "nonzero",
+        "unique",
+        "_unique2",
+        "masked_select",
+        "equal",
+        "bincount",
+    )
 
     def __init__(self):
         super().__init__()
@@ -83,11 +96,13 @@ ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
 
 def pseuzo(*args: object, code: int = 0) -> str:
     from click.testing import CliRunner
-    from pseuzo.cli import main
+    from pseuzo.cli.commands import main
 
     result = CliRunner().invoke(main, [str(a) for a in args])
     if result.exit_code != code:
-        raise AssertionError(f"exit code {result.exit_code}, not {code}: {result.output}") from result.exception
+        raise AssertionError(
+            f"exit code {result.exit_code}, not {code}: {result.output}"
+        ) from result.exception
     return result.output
 
 
@@ -109,7 +124,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def start(args: list[str], killed_at: tuple[str, int] | None = None) -> None:
-    from pseuzo.cli import main
+    from pseuzo.cli.commands import main
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if killed_at:
@@ -132,7 +147,7 @@ def _die_at(function: str, call: int) -> None:
 
 def _ended(*args: object) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pseuzo.runs"])
+    context.set_forkserver_preload(["pseuzo.cli.run"])
     process = context.Process(target=start, args=args)
     process.start()
     process.join()
@@ -155,14 +170,16 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
     """Steps on batches of changing content; functions and memory are those of a length's first batch."""
-    from models import batch_of
+    from tiny_models import batch_of
 
     objective, functions, losses = CausalLMObjective(model, [17, 4]), {}, []
     device = next(model.parameters()).device
     for t in range(steps):
         length = lengths[t % len(lengths)]
         batch = {**batch_of(length=length, seed=t), "labels": LABELS}
-        plan = objective.plan({k: v.to(device) for k, v in batch.items() if padding or k != "attention_mask"})
+        plan = objective.plan(
+            {k: v.to(device) for k, v in batch.items() if padding or k != "attention_mask"}
+        )
         if length not in functions:
             static = {k: v.clone() for k, v in plan.items()}
             forward, head = objective.functions(static, reduction="none")
@@ -172,7 +189,9 @@ def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
             x.copy_(plan[name])
         for group in opt.param_groups if lrs else ():
             group["lr"] = lrs[t]
-        losses.append(opt.step(forward, head, groups=LABELS) if isinstance(opt, PseuZO) else opt.step(closure))
+        losses.append(
+            opt.step(forward, head, groups=LABELS) if isinstance(opt, PseuZO) else opt.step(closure)
+        )
     return torch.stack(losses)
 
 
@@ -183,7 +202,9 @@ class OffEveryThird(Schedule):
 
 MAKERS = {
     "pseuzo": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2, **k),
-    "pseuzo two-sided, clipped": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, two_sided=True, clip_examples=1.5, **k),
+    "pseuzo two-sided, clipped": lambda m, **k: PseuZO(
+        m, 1e-3, 1e-2, 3, two_sided=True, clip_examples=1.5, **k
+    ),
     "pseuzo scheduled": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, OffEveryThird(), **k),
     "mezo": lambda m, **k: MeZO(m, 1e-3, 1e-2, directions=2, momentum=0.5, window=2, **k),
     "mezo one-sided": lambda m, **k: MeZO(m, 1e-3, 1e-2, two_sided=False, **k),

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Is it right on this GPU? At most 4.5 minutes; docs/gpu.md says what each part shows.
 source "$(dirname "$0")/common.sh"
-read -ra files <<<"$(grep -lE 'mark\.gpu\b' tests/test_*.py | tr '\n' ' ')"
+read -ra files <<<"$(grep -lE 'mark\.gpu\b' tests/*/test_*.py | tr '\n' ' ')"
 workers=$(($(nproc) < 12 ? $(nproc) : 12))
 tests=(-q -ra -m gpu -p no:cacheprovider --dist worksteal -o faulthandler_timeout=60)
 if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then tests+=(--timeout=90 --timeout-method=thread); fi
 sizes=(--seconds 0.2)
-if [ -n "$dry" ]; then workers=0 files=(tests/test_window.py) sizes=(--n 20000 --seconds 0 --device cpu); fi
+if [ -n "$dry" ]; then workers=0 files=(tests/kernels/test_window.py) sizes=(--n 20000 --seconds 0 --device cpu); fi
 
 part device 75 "$PYTHON" bench/gpu/device.py
 part mask 30 "$PYTHON" bench/gpu/mask.py

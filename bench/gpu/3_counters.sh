@@ -2,7 +2,7 @@
 # What does the hardware count, and how does time grow? At most 3 minutes; docs/gpu.md says what each part shows.
 source "$(dirname "$0")/common.sh"
 growth=(--max 28 --tokens 64 256 --seconds 0.15)
-checked=(-q -ra -p no:cacheprovider tests/test_window.py tests/test_add_noise_triton.py)
+checked=(-q -ra -p no:cacheprovider tests/kernels/test_window.py tests/kernels/test_add_noise_triton.py)
 tails="gpu_bad_step or (gpu_matches_formula and 14-7-torch.bfloat16) or test_list_in_one_launch or hadamard-100"
 sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
 if [ -n "$dry" ]; then growth=(--max 12 --tokens 4 8 --seconds 0 --device cpu) sanitizer=(); fi

@@ -44,7 +44,9 @@ def add_tl_randn_kernel(x_ptr, out_ptr, n, seed, c: tl.float32, BLOCK: tl.conste
     """out = x + c z, as a few lines of Triton have it."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
-    tl.store(out_ptr + offs, (x + c * tl.randn(seed, offs)).to(out_ptr.dtype.element_ty), mask=offs < n)
+    tl.store(
+        out_ptr + offs, (x + c * tl.randn(seed, offs)).to(out_ptr.dtype.element_ty), mask=offs < n
+    )
 
 
 def run() -> None:
@@ -79,7 +81,11 @@ def counted(file: Path, metrics: dict[str, str]) -> bool:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not rows_of(file):
-        print(done.stdout[-2000:] + done.stderr[-2000:] + (file.read_text()[-2000:] if file.exists() else ""))
+        print(
+            done.stdout[-2000:]
+            + done.stderr[-2000:]
+            + (file.read_text()[-2000:] if file.exists() else "")
+        )
         return False
     return True
 
@@ -94,7 +100,9 @@ def table(rows: list[dict[str, str]]) -> str:
     kernels = collections.defaultdict(list)
     for row in rows:
         what, value = METRICS.get(row["Metric Name"], row["Metric Name"]), row["Metric Value"]
-        kernels[row["ID"], row["Kernel Name"]].append(f"{what} {value} {row['Metric Unit'].replace('%', '')}".strip())
+        kernels[row["ID"], row["Kernel Name"]].append(
+            f"{what} {value} {row['Metric Unit'].replace('%', '')}".strip()
+        )
     return "\n".join(f"{name[:60]}: " + ", ".join(values) for (_, name), values in kernels.items())
 
 
@@ -108,7 +116,9 @@ def main() -> None:
     if not counted(file, METRICS) and not counted(file, FEW):
         sys.exit("ncu counts nothing here; what it says is above")
     print(table(rows_of(file)))
-    print(f"{N} elements; an instruction of a warp is one of 32 lanes; an update makes {WINDOW} normals an element")
+    print(
+        f"{N} elements; an instruction of a warp is one of 32 lanes; an update makes {WINDOW} normals an element"
+    )
 
 
 if __name__ == "__main__":

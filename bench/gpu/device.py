@@ -20,15 +20,23 @@ def built() -> dict | None:
 def build() -> None:
     env = {"PSEUZO_BUILD": "auto", **os.environ}
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], env=env, capture_output=True, text=True
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("pseuzo:")]
-    print(*(said if done.returncode == 0 else (done.stdout + done.stderr).splitlines()[-40:]), sep="\n")
+    print(
+        *(said if done.returncode == 0 else (done.stdout + done.stderr).splitlines()[-40:]),
+        sep="\n",
+    )
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers", "numpy", "pytest"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "triton", "transformers", "numpy", "pytest")
+    )
     print(f"python {sys.version.split()[0]}, {packages}, {os.cpu_count()} CPUs")
     if gpu:
         query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
@@ -41,7 +49,9 @@ def main() -> None:
         found = built()
     if not os.environ.get("DRY"):
         assert gpu, "torch sees no GPU"
-        assert found is not None and found["cuda"], "the extension is without CUDA: the window runs in plain torch"
+        assert found is not None and found["cuda"], (
+            "the extension is without CUDA: the window runs in plain torch"
+        )
 
 
 if __name__ == "__main__":

@@ -28,11 +28,15 @@ def masks(tokens: int, padding: int) -> dict[str, Tensor]:
     keep[0, :padding] = False
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()
     nothing = causal & keep[:, None, None, :]
-    itself = nothing | (~nothing.any(-1, keepdim=True) & torch.eye(tokens, dtype=torch.bool, device=DEVICE))
+    itself = nothing | (
+        ~nothing.any(-1, keepdim=True) & torch.eye(tokens, dtype=torch.bool, device=DEVICE)
+    )
     return {"nothing": nothing, "itself": itself}
 
 
-def errors(dtype: torch.dtype, shape: tuple[int, int], backend: SDPBackend | None) -> dict[str, tuple[float, int]]:
+def errors(
+    dtype: torch.dtype, shape: tuple[int, int], backend: SDPBackend | None
+) -> dict[str, tuple[float, int]]:
     """What padded queries see -> the largest error of a real row, and the NaN in padded ones; nothing for a mask that
     the backend does not take."""
     draw, (tokens, width), found = torch.Generator().manual_seed(0), shape, {}
@@ -47,20 +51,34 @@ def errors(dtype: torch.dtype, shape: tuple[int, int], backend: SDPBackend | Non
         worst = []
         for i, start in enumerate(starts):
             alone = (x[i : i + 1, :, start:].float() for x in (q, k, v))
-            worst.append((out[i, :, start:] - F.scaled_dot_product_attention(*alone, is_causal=True)[0]).abs().max())
+            worst.append(
+                (out[i, :, start:] - F.scaled_dot_product_attention(*alone, is_causal=True)[0])
+                .abs()
+                .max()
+            )
         found[sees] = torch.stack(worst).max().item(), int(out[0, :, : starts[0]].isnan().sum())
     return found
 
 
 def main() -> None:
     right = True
-    for dtype, (name, backend) in itertools.product((torch.bfloat16, torch.float16), BACKENDS.items()):
+    for dtype, (name, backend) in itertools.product(
+        (torch.bfloat16, torch.float16), BACKENDS.items()
+    ):
         found, said = {shape: errors(dtype, shape, backend) for shape in SHAPES}, []
         for sees in ("nothing", "itself"):
             taken = {shape: at[sees] for shape, at in found.items() if sees in at}
             # values are below 5 and rounded to 8 bits, and so are the weights; NaN is not below
-            wrong = [f"{tokens} x {width}" for (tokens, width), (error, _) in taken.items() if not error < 0.05]
-            text = f"error {max(error for error, _ in taken.values()):.4f}" if taken else "takes no such mask"
+            wrong = [
+                f"{tokens} x {width}"
+                for (tokens, width), (error, _) in taken.items()
+                if not error < 0.05
+            ]
+            text = (
+                f"error {max(error for error, _ in taken.values()):.4f}"
+                if taken
+                else "takes no such mask"
+            )
             text += f", {nan} NaN" if (nan := sum(nan for _, nan in taken.values())) else ""
             said.append(f"{sees}: {text}" + (f", WRONG for {', '.join(wrong)}" if wrong else ""))
             right &= not wrong or (name, sees) != ("torch's choice", "itself")

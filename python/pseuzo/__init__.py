@@ -1,31 +1,29 @@
 """Zeroth-order fine-tuning of language models: PseuZO and MeZO at the speed and in the memory of inference.
 
-Names are imported when they are first asked for: torch and Transformers take seconds, which the command line has no
-need of to show its help, and in which Ctrl-C would end in a traceback.
+Names are imported when they are first asked for: torch and Transformers take seconds to import, the command line shows
+its help without them, and Ctrl-C during such an import would end in a traceback.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pseuzo.journal import Journal, replay
-    from pseuzo.objective import CausalLMObjective
-    from pseuzo.optimizer import MeZO, PseuZO
-    from pseuzo.perturbed import perturbed
-    from pseuzo.schedule import Constant, CyclicHyperbola, Linear, Schedule
-    from pseuzo.trainer import PseuZOTrainer, PseuZOTrainingArguments
+    from pseuzo.models.objective import CausalLMObjective
+    from pseuzo.optim.base import MeZO, PseuZO
+    from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
+    from pseuzo.perturb.module import perturbed
+    from pseuzo.train.journal import Journal, replay
+    from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments
 
-_MODULES = {
-    "journal": ("Journal", "replay"),
-    "objective": ("CausalLMObjective",),
-    "optimizer": ("MeZO", "PseuZO"),
-    "perturbed": ("perturbed",),
-    "schedule": ("Constant", "CyclicHyperbola", "Linear", "Schedule"),
-    "trainer": ("PseuZOTrainer", "PseuZOTrainingArguments"),
+_NAMES = {  # the public names by the module that defines them
+    "models.objective": ("CausalLMObjective",),
+    "optim": ("Constant", "CyclicHyperbola", "Linear", "MeZO", "PseuZO", "Schedule"),
+    "perturb": ("perturbed",),
+    "train.journal": ("Journal", "replay"),
+    "train.trainer": ("PseuZOTrainer", "PseuZOTrainingArguments"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_PACKAGES = ("cli", "demo", "models", "optim", "perturb", "tasks", "train")
 
 __all__ = [
     "CausalLMObjective", "Constant", "CyclicHyperbola", "Journal", "Linear", "MeZO", "PseuZO", "PseuZOTrainer",
@@ -38,22 +36,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"pseuzo.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
-    if name in _MODULES:
+    if name in _PACKAGES:
         return importlib.import_module(f"pseuzo.{name}")
     raise AttributeError(f"module 'pseuzo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """pseuzo.perturbed is the function. An import of the module of that name, which anyone may be first to do, sets the
-    attribute to the module."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name == "perturbed" and isinstance(value, ModuleType)
-        super().__setattr__(name, value.perturbed if is_module else value)
-
-
-sys.modules[__name__].__class__ = _Package

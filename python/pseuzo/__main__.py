@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     try:
-        from pseuzo.cli import main as command
+        from pseuzo.cli.commands import main as command
 
         command(prog_name="pseuzo")
     except KeyboardInterrupt:

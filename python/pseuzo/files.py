@@ -38,7 +38,9 @@ def claim(folder: Path, command: str) -> Iterator[str]:
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
     others = folder.exists() and any(path != marker or path.is_dir() for path in folder.iterdir())
-    found = marker.read_text() if marker.is_file() else ""  # a process that was killed as it began leaves it empty
+    found = (
+        marker.read_text() if marker.is_file() else ""
+    )  # a process that was killed as it began leaves it empty
     if (others or found) and not found.startswith(mark):
         raise ValueError(
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
@@ -155,7 +157,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(
+    path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader
+) -> Any:
     """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML, and for what could
     take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH levels, and aliases, which a few lines
     can multiply to billions of values."""
@@ -164,7 +168,11 @@ def parse_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader]
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            refused = "aliases (*name) are not read; write the value again" if self.check_event(yaml.AliasEvent) else ""
+            refused = (
+                "aliases (*name) are not read; write the value again"
+                if self.check_event(yaml.AliasEvent)
+                else ""
+            )
             if refused or self.depth == YAML_DEPTH:
                 refused = refused or f"there are more than {YAML_DEPTH} levels"
                 raise yaml.composer.ComposerError(None, None, refused, self.peek_event().start_mark)
@@ -183,7 +191,9 @@ def parse_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader]
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where}{error.problem}") from None
-    except Exception as error:  # of the constructors: a date that there is not, `!!int ""`, `!!bool 5`
+    except (
+        Exception
+    ) as error:  # of the constructors: a date that there is not, `!!int ""`, `!!bool 5`
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
 
 
@@ -213,7 +223,9 @@ def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
         sync(target.parent)
 
 
-def write_model(model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def write_model(
+    model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None
+) -> None:
     """The files of save_model. state_dict: the weights to write, by default the model's."""
     model.save_pretrained(folder, state_dict=state_dict)
     if tokenizer is not None:
@@ -221,7 +233,10 @@ def write_model(model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict
 
 
 def check_saving(
-    save: Callable[[Path, dict[str, Any] | None], None], model: nn.Module, folder: Path, extra: int = 0
+    save: Callable[[Path, dict[str, Any] | None], None],
+    model: nn.Module,
+    folder: Path,
+    extra: int = 0,
 ) -> None:
     """Make what can only fail at a save fail now: run save(scratch folder, state_dict) within folder for all that is
     saved but the weights' bytes, and ask whether the disk has room for those, and `extra` bytes more.
@@ -234,7 +249,9 @@ def check_saving(
     weights = model.state_dict()
     adapter = hasattr(model, "peft_type")
     saved = [p for p in model.parameters() if p.requires_grad] if adapter else weights.values()
-    sizes = {_address(p): p.nbytes for x in saved if isinstance(x, Tensor) for p in parts_of(x)}  # tied ones count once
+    sizes = {
+        _address(p): p.nbytes for x in saved if isinstance(x, Tensor) for p in parts_of(x)
+    }  # tied ones count once
     needed, free = sum(sizes.values()) + extra, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
@@ -246,7 +263,9 @@ def check_saving(
             save(scratch / "new", None if adapter else _one_element_each(model, weights))
     except Exception as error:  # each of the libraries involved raises its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"a checkpoint of this model could not be saved, so no step is made: {reason}") from error
+        raise ValueError(
+            f"a checkpoint of this model could not be saved, so no step is made: {reason}"
+        ) from error
 
 
 def _address(x: Tensor) -> int:
@@ -265,7 +284,9 @@ def _one_element_each(model: nn.Module, weights: dict[str, Any]) -> dict[str, An
         shared = Counter(at.values())
         weights = {name: weights[name] for name, address in at.items() if shared[address] > 1}
     return {
-        name: x.as_strided((1,), (1,)) if isinstance(x, Tensor) and x.is_contiguous() and x.numel() else x
+        name: x.as_strided((1,), (1,))
+        if isinstance(x, Tensor) and x.is_contiguous() and x.numel()
+        else x
         for name, x in weights.items()
     }
 
@@ -287,9 +308,13 @@ def _saving(target: Path) -> Iterator[Path]:
     number = os.open(scratch, os.O_RDONLY)
     try:
         if not lock(number):
-            raise ValueError(f"{target} is being saved by another process; wait for its end, or choose another folder")
+            raise ValueError(
+                f"{target} is being saved by another process; wait for its end, or choose another folder"
+            )
         if other := next((f for f in scratch.iterdir() if f.name not in ("new", "old")), None):
-            raise ValueError(f"{other} is in the way: pseuzo saves models in {scratch} and did not write that")
+            raise ValueError(
+                f"{other} is in the way: pseuzo saves models in {scratch} and did not write that"
+            )
         try:
             _clear(scratch, target)
             yield scratch

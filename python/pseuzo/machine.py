@@ -14,7 +14,9 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
     return where
 
 
@@ -50,7 +52,9 @@ def reset_peak(device: torch.device | str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: the resident set's high-water mark starts anew
     except OSError:
         pass
 
@@ -89,8 +93,12 @@ class Fetched:
     def __init__(self, *tensors: Tensor):
         self._host, self._event = tensors, None
         if tensors[0].is_cuda:
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in tensors]
-            self._host = tuple(to.copy_(t, non_blocking=True) for to, t in zip(pinned, tensors, strict=True))
+            pinned = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True, device="cpu") for t in tensors
+            ]
+            self._host = tuple(
+                to.copy_(t, non_blocking=True) for to, t in zip(pinned, tensors, strict=True)
+            )
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensors[0].device))
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pseuzo.files import claim, save_model, to_json, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak
-from pseuzo.objective import CausalLMObjective
-from pseuzo.optimizer import MeZO, PseuZO
-from pseuzo.placement import place
+from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.placement import place
+from pseuzo.optim.base import MeZO, PseuZO
 from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"
@@ -71,7 +71,10 @@ def load() -> Demo:
     lines = task.load(train=1000, dev=400, test=1000)
     folder = Path(str(ASSETS)) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    parts = (TaskData(lines[part], task, tokenizer, max_length=POSITIONS) for part in ("train", "dev", "test"))
+    parts = (
+        TaskData(lines[part], task, tokenizer, max_length=POSITIONS)
+        for part in ("train", "dev", "test")
+    )
     return Demo(folder, tokenizer, *parts)
 
 
@@ -108,7 +111,9 @@ def train(
             batch = {k: v.to(device) for k, v in next(drawn).items()}
             forward, head = objective(batch)
             if isinstance(optimizer, PseuZO):
-                loss = optimizer.step(forward, head, groups=batch["groups"] if method.grouped else None)
+                loss = optimizer.step(
+                    forward, head, groups=batch["groups"] if method.grouped else None
+                )
             else:
                 loss = optimizer.step(lambda f=forward, h=head: h(f()))
             losses.append(loss)
@@ -157,17 +162,24 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
+def run(
+    out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device
+) -> dict[str, Any]:
     """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary. ValueError if
     files are in it that no demo wrote."""
     with claim(out, "demo"):
         return _run(out, methods, steps, batch_size, seed, device)
 
 
-def _run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
+def _run(
+    out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device
+) -> dict[str, Any]:
     demo = load()
     pretrained = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
-    start = {part: evaluate(pretrained, getattr(demo, part), batch_size=100)["accuracy"] for part in ("val", "test")}
+    start = {
+        part: evaluate(pretrained, getattr(demo, part), batch_size=100)["accuracy"]
+        for part in ("val", "test")
+    }
     del pretrained
     rows: list[dict] = []
     summary: dict[str, Any] = {
@@ -185,7 +197,15 @@ def _run(out: Path, methods: list[str], steps: int, batch_size: int, seed: int, 
         for method in METHODS:
             if method.name not in methods:
                 continue
-            log({"method": method.name, "step": 0, "seconds": 0.0, "loss": None, "val_accuracy": start["val"]})
+            log(
+                {
+                    "method": method.name,
+                    "step": 0,
+                    "seconds": 0.0,
+                    "loss": None,
+                    "val_accuracy": start["val"],
+                }
+            )
             model, figures = train(method, demo, steps, batch_size, seed, device, log)
             summary["methods"][method.name] = {"test_accuracy_before": start["test"], **figures}
             # chosen on the validation lines, the test lines are for the report

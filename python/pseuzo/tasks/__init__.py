@@ -11,4 +11,13 @@ from pseuzo.tasks.data import StratifiedSampler, TaskData
 from pseuzo.tasks.evaluation import evaluate, nondiff_loss
 from pseuzo.tasks.task import BUILTIN, Example, Task, load_task
 
-__all__ = ["BUILTIN", "Example", "StratifiedSampler", "Task", "TaskData", "evaluate", "load_task", "nondiff_loss"]
+__all__ = [
+    "BUILTIN",
+    "Example",
+    "StratifiedSampler",
+    "Task",
+    "TaskData",
+    "evaluate",
+    "load_task",
+    "nondiff_loss",
+]

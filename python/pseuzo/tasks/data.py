@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from pseuzo.objective import IGNORED, loss_positions, rows_of_options
+from pseuzo.models.objective import IGNORED, loss_positions, rows_of_options
 from pseuzo.tasks.task import Example, Task
 
 TRAIN_ON = ("auto", "label-words", "options", "answer")
 SHOT_SEPARATOR = "\n\n"
-TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10, 1 << 30  # of a chat template: and a second more for 100 examples
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = (
+    10,
+    1 << 30,
+)  # of a chat template: and a second more for 100 examples
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,21 @@ class TaskData(Dataset):
         if train_on not in TRAIN_ON:
             raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
         if train_on == "label-words" and task.kind != "classification":
-            raise ValueError(f"task {task.name}: train_on 'label-words' is for classifications, this is a {task.kind}")
+            raise ValueError(
+                f"task {task.name}: train_on 'label-words' is for classifications, this is a {task.kind}"
+            )
         if train_on == "options" and task.kind == "generation":
-            raise ValueError(f"task {task.name}: train_on 'options' needs options, and a generation has none")
+            raise ValueError(
+                f"task {task.name}: train_on 'options' needs options, and a generation has none"
+            )
         if max_length < 2:
             raise ValueError(f"max_length must be 2 tokens or more, got {max_length}")
-        self.examples, self.task, self.tokenizer, self.max_length = list(examples), task, tokenizer, max_length
+        self.examples, self.task, self.tokenizer, self.max_length = (
+            list(examples),
+            task,
+            tokenizer,
+            max_length,
+        )
         self.shots = [(shot.prompt, shot.golds[0]) for shot in shots]
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in pads if i is not None)
@@ -99,7 +111,9 @@ class TaskData(Dataset):
         if train_on == "label-words" or (train_on == "auto" and task.kind == "classification"):
             why_not = self._find_label_words()
             if train_on == "label-words" and why_not:
-                raise ValueError(f"task {task.name}: {why_not}; choose shorter words, or train_on 'options'")
+                raise ValueError(
+                    f"task {task.name}: {why_not}; choose shorter words, or train_on 'options'"
+                )
             self.train_on = "options" if why_not else "label-words"
         elif train_on == "auto":
             self.train_on = "answer"
@@ -110,7 +124,11 @@ class TaskData(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"row": i, "tokens": [Row], "answer": class or option}: what collate takes."""
         i = range(len(self))[i]
-        return {"row": i, "tokens": self.token_rows(i, self.train_on), "answer": self.examples[i].answer}
+        return {
+            "row": i,
+            "tokens": self.token_rows(i, self.train_on),
+            "answer": self.examples[i].answer,
+        }
 
     def token_rows(self, i: int, what: str) -> list[Row]:
         """The rows of example i for a batch of what: label-words (the prompt), options, answer, or prompt, which
@@ -131,7 +149,11 @@ class TaskData(Dataset):
         rows = [self.token_rows(i, what) for i in range(len(self))]
         shots = [some[0].shots for some in rows]
         cut = sum(any(row.lost for row in some) for some in rows)
-        return {"cut_prompts": cut, "shots_mean": sum(shots) / len(shots), "shots_least": min(shots)}
+        return {
+            "cut_prompts": cut,
+            "shots_mean": sum(shots) / len(shots),
+            "shots_least": min(shots),
+        }
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of these items, see the module."""
@@ -175,16 +197,28 @@ class TaskData(Dataset):
         return batch
 
     def sampler(self, batch_size: int, seed: int) -> "StratifiedSampler":
-        return StratifiedSampler(self.labels if self.labels is not None else [0] * len(self), batch_size, seed)
+        return StratifiedSampler(
+            self.labels if self.labels is not None else [0] * len(self), batch_size, seed
+        )
 
     def end_tokens(self) -> set[int]:
         """The tokens, besides the model's own, that end an answer: that of the end of the assistant's turn."""
-        ids = self.tokenizer(self._end, add_special_tokens=False)["input_ids"] if self.task.chat else []
+        ids = (
+            self.tokenizer(self._end, add_special_tokens=False)["input_ids"]
+            if self.task.chat
+            else []
+        )
         return set(ids[:1]) & set(self.tokenizer.all_special_ids)
 
-    def _rendered(self, shots: Sequence[tuple[str, str]], prompt: str, answer: str | None = None) -> str:
+    def _rendered(
+        self, shots: Sequence[tuple[str, str]], prompt: str, answer: str | None = None
+    ) -> str:
         """The conversation in the tokenizer's chat template: up to where the assistant answers, or with its answer."""
-        turns = [part for shot in (*shots, (prompt, answer)) for part in zip(("user", "assistant"), shot, strict=True)]
+        turns = [
+            part
+            for shot in (*shots, (prompt, answer))
+            for part in zip(("user", "assistant"), shot, strict=True)
+        ]
         messages = [{"role": role, "content": text} for role, text in turns if text is not None]
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
@@ -192,7 +226,9 @@ class TaskData(Dataset):
                 "has none; leave out --chat (in a task: chat: true), or take an instruction-tuned model"
             )
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer is None
+            )
         except Exception as error:  # whatever a template may raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
@@ -251,7 +287,9 @@ class TaskData(Dataset):
             rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # each tokenizer raises its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{self._at(place)}: the tokenizer does not take the text of this row: {reason}") from None
+            raise ValueError(
+                f"{self._at(place)}: the tokenizer does not take the text of this row: {reason}"
+            ) from None
         n = len(self._before)
         return [row[n:] if n and row[:n] == self._before else row for row in rows]
 
@@ -260,11 +298,16 @@ class TaskData(Dataset):
 
     def _question(self, shots: Sequence[tuple[str, str]], prompt: str) -> str:
         """The text up to the answer, without white space at its end that belongs to the answer."""
-        begin = self.tokenizer.bos_token or ""  # which a task's prompt may write, and which is there once
+        begin = (
+            self.tokenizer.bos_token or ""
+        )  # which a task's prompt may write, and which is there once
         if self.task.chat:
             turns = [(asked.removeprefix(begin), answer) for asked, answer in shots]
             return self._rendered(turns, prompt.removeprefix(begin)) + self._lead.rstrip(" ")
-        first, *more = [*(_joined(*shot, self.task.separator) for shot in shots), prompt.rstrip(" ")]
+        first, *more = [
+            *(_joined(*shot, self.task.separator) for shot in shots),
+            prompt.rstrip(" "),
+        ]
         return SHOT_SEPARATOR.join([first, *(text.removeprefix(begin) for text in more)])
 
     def _answered(self, question: str, answer: str) -> str:
@@ -284,12 +327,19 @@ class TaskData(Dataset):
         elif what == "options":
             answers, room = example.options, self.max_length
         elif what == "label-words":
-            answers, room = [""], self.max_length - 1  # as for options of one token: the same prompt, so the same loss
+            answers, room = (
+                [""],
+                self.max_length - 1,
+            )  # as for options of one token: the same prompt, so the same loss
         else:
-            end = self._end if self.task.kind == "generation" else ""  # else it would not learn to stop
+            end = (
+                self._end if self.task.kind == "generation" else ""
+            )  # else it would not learn to stop
             answers, room = [example.golds[0] + end], self.max_length
 
-        def rows_with(shots: list[tuple[str, str]], prompt: str) -> list[tuple[list[int], list[int]]]:
+        def rows_with(
+            shots: list[tuple[str, str]], prompt: str
+        ) -> list[tuple[list[int], list[int]]]:
             question = self._question(shots, prompt)
             whole = [self._answered(question, answer) if answer else question for answer in answers]
             alone, *ids = self._ids([question, *whole], example.place)
@@ -297,21 +347,29 @@ class TaskData(Dataset):
                 if answer and tokens == alone:
                     raise ValueError(f"{at}: the answer {answer!r} has no token of this tokenizer")
             return [
-                _split(alone, tokens) if answer else (tokens, []) for answer, tokens in zip(answers, ids, strict=True)
+                _split(alone, tokens) if answer else (tokens, [])
+                for answer, tokens in zip(answers, ids, strict=True)
             ]
 
         def fits(shots: list[tuple[str, str]], prompt: str) -> bool:
             return all(
-                len(self._before) + len(tokens) + len(option) <= room for tokens, option in rows_with(shots, prompt)
+                len(self._before) + len(tokens) + len(option) <= room
+                for tokens, option in rows_with(shots, prompt)
             )
 
-        dropped = bisect_left(range(len(self.shots)), True, key=lambda n: fits(self.shots[n:], example.prompt))
+        dropped = bisect_left(
+            range(len(self.shots)), True, key=lambda n: fits(self.shots[n:], example.prompt)
+        )
         shots, prompt, lost = self.shots[dropped:], example.prompt, 0
         found = rows_with(shots, prompt)
         if self.task.chat and not fits(shots, prompt):
-            characters = bisect_left(range(len(prompt)), True, key=lambda n: fits(shots, prompt[n:]))
+            characters = bisect_left(
+                range(len(prompt)), True, key=lambda n: fits(shots, prompt[n:])
+            )
             if characters == len(prompt):
-                raise ValueError(f"{at}: the chat template leaves no room for a prompt in {self.max_length} tokens")
+                raise ValueError(
+                    f"{at}: the chat template leaves no room for a prompt in {self.max_length} tokens"
+                )
             whole, found = found, rows_with(shots, prompt[characters:])
             lost = len(whole[0][0]) - len(found[0][0])
         rows = []
@@ -325,10 +383,14 @@ class TaskData(Dataset):
                 )
             tokens = self._before + prompt[-left:]
             if not tokens:
-                raise ValueError(f"{at}: a prompt is empty, so that nothing predicts the first token of its answer")
+                raise ValueError(
+                    f"{at}: a prompt is empty, so that nothing predicts the first token of its answer"
+                )
             if rows and rows[-1].prompt == tokens:
                 tokens = rows[-1].prompt  # kept once, not for each option
-            rows.append(Row(tokens, option, len(self.shots) - dropped, lost or max(0, len(prompt) - left)))
+            rows.append(
+                Row(tokens, option, len(self.shots) - dropped, lost or max(0, len(prompt) - left))
+            )
         return rows
 
     def _find_label_words(self) -> str | None:
@@ -365,7 +427,12 @@ class StratifiedSampler(Sampler[int]):
     def __init__(self, classes: Sequence[int], batch_size: int, seed: int):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        self.classes, self.batch_size, self.seed, self.epoch = torch.as_tensor(classes), batch_size, seed, 0
+        self.classes, self.batch_size, self.seed, self.epoch = (
+            torch.as_tensor(classes),
+            batch_size,
+            seed,
+            0,
+        )
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -376,7 +443,9 @@ class StratifiedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + self.epoch) % 2**63)
         place = torch.empty(len(self), dtype=torch.float64)
-        for c in self.classes.unique():  # the n rows of a class, shuffled, at even distances 1/n from a random start
+        for c in (
+            self.classes.unique()
+        ):  # the n rows of a class, shuffled, at even distances 1/n from a random start
             rows = (self.classes == c).nonzero()[:, 0]
             start = torch.rand((), generator=generator, dtype=torch.float64)
             place[rows] = (torch.randperm(len(rows), generator=generator) + start) / len(rows)

@@ -12,13 +12,15 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from pseuzo.objective import IGNORED, CausalLMObjective
-from pseuzo.perturbed import frozen_mode
+from pseuzo.models.objective import IGNORED, CausalLMObjective
+from pseuzo.perturb.module import frozen_mode
 from pseuzo.tasks.data import Row, TaskData
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: TaskData, *, batch_size: int = 16, progress: bool = False) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: TaskData, *, batch_size: int = 16, progress: bool = False
+) -> dict[str, float]:
     """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", as it is trained on; "examples", how many.
 
     batch_size: rows (an option is a row) a forward. Each module's train or eval mode is as before afterwards.
@@ -38,7 +40,12 @@ def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | T
 
 
 def _measure(
-    model: nn.Module, data: TaskData, index: Sequence[int], batch_size: int, progress: bool, loss: bool
+    model: nn.Module,
+    data: TaskData,
+    index: Sequence[int],
+    batch_size: int,
+    progress: bool,
+    loss: bool,
 ) -> dict[str, float]:
     verify = True if loss else "once"  # a training step asks for no loss
     with frozen_mode(model):
@@ -60,7 +67,11 @@ def _batches(rows: Sequence[Row], size: int, progress: bool, what: str, one_leng
 
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     parts = groupby(order, key=lambda i: len(rows[i].tokens) if one_length else None)
-    some = [part[first : first + size] for part in (list(p) for _, p in parts) for first in range(0, len(part), size)]
+    some = [
+        part[first : first + size]
+        for part in (list(p) for _, p in parts)
+        for first in range(0, len(part), size)
+    ]
     for numbers in tqdm(some, desc=what, unit="batch", leave=False, disable=not progress):
         yield numbers, [rows[i] for i in numbers]
 
@@ -87,7 +98,10 @@ def _by_label_words(model, data, index, batch_size, progress, verify) -> dict[st
 def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
     """Of each row the mean log-likelihood of its scored tokens, and their number; [R], on the CPU."""
     objective = CausalLMObjective(model, verify=verify)
-    scores, counts = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.float64)
+    scores, counts = (
+        torch.empty(len(rows), dtype=torch.float64),
+        torch.empty(len(rows), dtype=torch.float64),
+    )
     for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
         batch = data.pad_rows(some)
         scores[numbers] = objective.row_scores(_moved(batch, model)).double().cpu()
@@ -104,7 +118,9 @@ def _by_options(model, data, index, batch_size, progress, verify) -> dict[str, f
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine = data.examples[i], scores[first:end]
-        right += bool(mine.isfinite().all()) and example.options[int(mine.argmax())] in example.golds
+        right += (
+            bool(mine.isfinite().all()) and example.options[int(mine.argmax())] in example.golds
+        )
         if data.train_on == "options":
             losses += float(mine.logsumexp(0) - mine[example.answer])
             tokens += 1
@@ -135,7 +151,11 @@ def _generated(model, data, index, batch_size, progress) -> dict[str, float]:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, data: TaskData, index: Sequence[int], batch_size: int = 16, progress: bool = False
+    model: nn.Module,
+    data: TaskData,
+    index: Sequence[int],
+    batch_size: int = 16,
+    progress: bool = False,
 ) -> list[str]:
     """What the model writes greedily after the prompts of these examples, up to the task's stop or max_new_tokens."""
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -151,7 +171,9 @@ def generate(
         max_new_tokens=data.task.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
         pad_token_id=data.pad, eos_token_id=sorted(ends) or None, use_cache=True,
     )  # fmt: skip
-    for numbers, some in _batches(rows, batch_size, progress, "writing", _padding_counts(model, data, rows)):
+    for numbers, some in _batches(
+        rows, batch_size, progress, "writing", _padding_counts(model, data, rows)
+    ):
         batch = _moved(data.pad_rows(some), model)
         start = batch["input_ids"].shape[1]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -165,7 +187,9 @@ def generate(
                 input_ids=batch["input_ids"], attention_mask=mask, generation_config=config,
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )  # fmt: skip
-        for number, text in zip(numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):
+        for number, text in zip(
+            numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True
+        ):
             texts[number] = (text.split(stop)[0] if stop else text).strip()
     return texts
 
@@ -179,7 +203,11 @@ def _padding_counts(model: nn.Module, data: TaskData, rows: Sequence[Row]) -> bo
     try:
         objective = CausalLMObjective(model, [0, 1], verify="once")
         objective.plan(batch | {"labels": batch["input_ids"][:, 0]})
-    except (TypeError, ValueError, RuntimeError):  # models that the objective refuses may write all the same
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # models that the objective refuses may write all the same
         return True
     return objective.padding != "anywhere"
 

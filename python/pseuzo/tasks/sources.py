@@ -60,18 +60,26 @@ class Local(Source):
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[str, Any] = {}
-        self._places: dict[str, list[tuple[str, Path]]] = {}  # of rows in JSON: their lines and files
+        self._places: dict[
+            str, list[tuple[str, Path]]
+        ] = {}  # of rows in JSON: their lines and files
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
         if path.is_file():
             if path.suffix not in SUFFIXES:
-                raise ValueError(f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is wanted")
+                raise ValueError(
+                    f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is wanted"
+                )
             self._found = {ALL: [path]}
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             from datasets import load_from_disk
 
             data = load_from_disk(str(path))
-            self._found = {canonical(k): v for k, v in data.items()} if isinstance(data, dict) else {ALL: data}
+            self._found = (
+                {canonical(k): v for k, v in data.items()}
+                if isinstance(data, dict)
+                else {ALL: data}
+            )
         else:
             self._found = self._files(path)
         self.splits = tuple(self._found)
@@ -80,7 +88,11 @@ class Local(Source):
     def _files(folder: Path) -> dict[str, list[Path]]:
         """train.jsonl; train-00000-of-00002.parquet, ...; train/*.parquet; data/train-*.parquet: as people and the hub
         name them."""
-        inside = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix in SUFFIXES and p.is_file())
+        inside = sorted(
+            p
+            for p in (*folder.glob("*"), *folder.glob("*/*"))
+            if p.suffix in SUFFIXES and p.is_file()
+        )
         files = [p for p in inside if p.name not in NOT_ROWS]
         found: dict[str, list[Path]] = {}
         for file in files:
@@ -95,8 +107,14 @@ class Local(Source):
             )
         for split, some in found.items():
             if len(folders := sorted({str(file.parent) for file in some})) > 1:
-                raise ValueError(f"the split {split!r} is in several folders, {', '.join(folders)}; give one of them")
-        return {ALL: files} if len(files) == 1 and not {"train", "validation", "test"} & found.keys() else found
+                raise ValueError(
+                    f"the split {split!r} is in several folders, {', '.join(folders)}; give one of them"
+                )
+        return (
+            {ALL: files}
+            if len(files) == 1 and not {"train", "validation", "test"} & found.keys()
+            else found
+        )
 
     def rows(self, split: str) -> Rows:
         found = self._found[split]
@@ -109,10 +127,14 @@ class Local(Source):
             try:
                 return Dataset.from_parquet([str(path) for path in found])
             except Exception as error:  # pyarrow's and datasets' own kinds
-                reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+                reason = (
+                    str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+                )[0]
                 raise ValueError(f"{found[0]} cannot be read as Parquet: {reason}") from error
         if ".parquet" in kinds:
-            raise ValueError(f"the split {split!r} in {self.path} is there as Parquet and as JSON; remove one of them")
+            raise ValueError(
+                f"the split {split!r} in {self.path} is there as Parquet and as JSON; remove one of them"
+            )
         numbered = [(line, path, row) for path in found for line, row in read_json(path)]
         self._places[split] = [(line, path) for line, path, _ in numbered]
         return [row for *_, row in numbered]
@@ -134,13 +156,17 @@ def read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """("line 1", row), ...: of a file of one JSON object a line, or of one JSON list. ValueError names the line that is
     neither, and refuses files of more than JSON_BYTES."""
     if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes, and JSON is read whole, up to {JSON_BYTES}; save it as Parquet")
+        raise ValueError(
+            f"{path} has {size} bytes, and JSON is read whole, up to {JSON_BYTES}; save it as Parquet"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(_parsed(text), 1)]
         else:  # split at newlines alone: a string in JSON may hold other separators as they are
-            rows = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = [
+                (f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()
+            ]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     out = []

@@ -15,7 +15,16 @@ import functools
 import re
 import string
 import threading
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any
@@ -53,7 +62,9 @@ GROWING = {
 
 NOTHING: Mapping[str, Any] = {}
 
-_work = threading.local()  # left: units of the row that is being filled in; step: what a step of a loop costs
+_work = (
+    threading.local()
+)  # left: units of the row that is being filled in; step: what a step of a loop costs
 
 
 def _spend(units: int) -> None:
@@ -180,19 +191,27 @@ def _size(value: Any, number: bool = False) -> int:
     return abs(value) if number and isinstance(value, int) else 1
 
 
-def _check_growth(name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = NOTHING) -> None:
+def _check_growth(
+    name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = NOTHING
+) -> None:
     if name == "replace":  # what is looked for does not make it longer
         args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "old"}
-    largest = max((_size(argument, number=True) for argument in (*args, *kwargs.values())), default=1)
+    largest = max(
+        (_size(argument, number=True) for argument in (*args, *kwargs.values())), default=1
+    )
     if (1 + _size(value)) * largest > GROWTH:
         raise TemplateError(f"{name!r} would make more than {GROWTH} characters or items of a row")
 
 
-def _check_format(specifications: Iterable[str], text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _check_format(
+    specifications: Iterable[str], text: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
     """Widths and precisions are parts of the text; what would take them from an argument is refused."""
     if any(re.search(r"\d{5}|[*{]", specification) for specification in specifications):
         raise TemplateError("widths in a format must be numbers below 10000")
-    arguments = [argument for argument in (*args, *kwargs.values()) if not isinstance(argument, Number)]
+    arguments = [
+        argument for argument in (*args, *kwargs.values()) if not isinstance(argument, Number)
+    ]
     _check_growth("format", text, arguments)
 
 
@@ -209,10 +228,14 @@ class _Rewritten(NodeTransformer):
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         known = isinstance(node, (*STATEMENTS, nodes.Expr))
-        if (isinstance(node, nodes.AssignBlock) and node.filter) or (isinstance(node, nodes.For) and node.recursive):
+        if (isinstance(node, nodes.AssignBlock) and node.filter) or (
+            isinstance(node, nodes.For) and node.recursive
+        ):
             known = False
         if not known:
-            raise TemplateSyntaxError(f"{type(node).__name__} of this kind is not for prompts", node.lineno)
+            raise TemplateSyntaxError(
+                f"{type(node).__name__} of this kind is not for prompts", node.lineno
+            )
         node = super().generic_visit(node, *args, **kwargs)
         if isinstance(node, nodes.For):
             node.iter = _filtered(node.iter, "_steps")
@@ -237,7 +260,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.filters = {k: _bounded_filter(k, f) for k, f in self.filters.items() if k not in NOT_OFFERED}
+        self.filters = {
+            k: _bounded_filter(k, f) for k, f in self.filters.items() if k not in NOT_OFFERED
+        }
         self.filters |= {"_guarded": _guarded, "_steps": _steps, "_looked_at": _looked_at}
         self.tests["none"] = _is_null
         self.globals.pop("lipsum")
@@ -250,7 +275,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         name, text = getattr(function, "__name__", ""), getattr(function, "__self__", None)
         for value in (text, *args, *kwargs.values()):
             _looked_at(value)
-        if text is None and name in ("format", "format_map"):  # the sandbox's own function in place of a text's method
+        if text is None and name in (
+            "format",
+            "format_map",
+        ):  # the sandbox's own function in place of a text's method
             text = getattr(function, "__wrapped__", None).__self__
         if isinstance(text, str) and name in ("format", "format_map"):
             _check_format(_braces(text), text, args, kwargs)
@@ -260,19 +288,25 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _check_format(_percent(left), left, right if isinstance(right, tuple) else [right], NOTHING)
+            _check_format(
+                _percent(left), left, right if isinstance(right, tuple) else [right], NOTHING
+            )
         numbers = isinstance(left, Number) and isinstance(right, Number)
         if operator == "*" and not numbers:
             values, times = (right, left) if isinstance(left, Number) else (left, right)
             _check_growth("*", values, [times])
         bits = [x.bit_length() for x in (left, right) if isinstance(x, int)]
-        if (operator == "*" and sum(bits) > 4096) or (operator == "**" and max(bits, default=0) > 12):
+        if (operator == "*" and sum(bits) > 4096) or (
+            operator == "**" and max(bits, default=0) > 12
+        ):
             raise TemplateError(f"{operator!r} of numbers that are too large")
         return _guarded(super().call_binop(context, operator, left, right))
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # after the environment or context that it is given
+    first = (
+        1 if hasattr(function, "jinja_pass_arg") else 0
+    )  # after the environment or context that it is given
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -283,7 +317,9 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             _check_format(_percent(str(value)), str(value), more, kwargs)
         elif name == "tojson" and (more or kwargs):
             raise TemplateError("'tojson' takes no arguments in a prompt")
-        elif name == "round" and any(isinstance(n, int) and abs(n) > 100 for n in (*more, *kwargs.values())):
+        elif name == "round" and any(
+            isinstance(n, int) and abs(n) > 100 for n in (*more, *kwargs.values())
+        ):
             raise TemplateError("'round' is for at most 100 digits")
         elif name in GROWING:
             _check_growth(name, value, more, kwargs)
@@ -302,7 +338,11 @@ def _printed(context: Any, value: Any) -> str:
 
 
 _ENVIRONMENT = _Environment(
-    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printed, optimized=False
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+    autoescape=False,
+    finalize=_printed,
+    optimized=False,
 )
 
 
@@ -320,7 +360,11 @@ def _compiled(source: str, expression: bool) -> tuple[Callable[..., Any], frozen
             needs = meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
     except (RecursionError, MemoryError):
         raise TemplateSyntaxError("it is nested too deeply", 1) from None
-    except (SyntaxError, ValueError, OverflowError) as error:  # of the Python that it is compiled to
+    except (
+        SyntaxError,
+        ValueError,
+        OverflowError,
+    ) as error:  # of the Python that it is compiled to
         raise TemplateSyntaxError(str(error), 1) from None
     return function, frozenset(needs)
 
@@ -351,4 +395,6 @@ def fill(source: str, row: Mapping[str, Any], field: str, expression: bool = Fal
                 f"{field} asks for the column {missing[0]!r}, which the data does not have; "
                 f"its columns: {', '.join(sorted(row))}"
             ) from None
-        raise ValueError(f"{field} cannot be filled in from the row: {error or type(error).__name__}") from None
+        raise ValueError(
+            f"{field} cannot be filled in from the row: {error or type(error).__name__}"
+        ) from None

@@ -1,0 +1,1 @@
+"""The noise op in Triton."""

@@ -1,0 +1,1 @@
+"""The trainer, its options, checkpoints and the journal of updates."""

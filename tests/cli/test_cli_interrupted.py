@@ -1,0 +1,334 @@
+"""Runs of the command line that were killed or interrupted, or are over: what goes on from where, to the same bits."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run, weights
+from pseuzo.cli import run as runs
+from pseuzo.tasks import evaluate
+from pseuzo.train.checkpoints import last_checkpoint
+from pseuzo.train.journal import _part, held, owner, read_journal
+from pseuzo.train.trainer import PseuZOTrainer
+
+
+def records(journal):
+    """All but the header, which has the identifier of its run."""
+    content = journal.read_bytes()
+    return content[8 + 12 + int.from_bytes(content[8:12], "little") :]
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", ["pseuzo", "mezo-momentum"])
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
+    base = ["train", *SMALL, *ZERO_ORDER, "--method", method, "--steps", "30", "--keep", "last", "--eval-every", "0",
+            "--save-every", "4", "--dtype", "bf16", "--window", "5", "--lr-scheduler", "linear"]  # fmt: skip
+    whole, journal = tmp_path / "whole", tmp_path / "whole.pzj"
+    run([*base, "--output", str(whole), "--journal", str(journal)])
+    out, again = tmp_path / "killed", tmp_path / "killed.pzj"
+    args = [*base, "--output", str(out), "--journal", str(again)]
+
+    record = "pseuzo.train.journal.Journal.record"
+    killed(args, record, 10)  # weights updated, but the step is not in the journal: 9 are
+    assert sum(1 for _ in read_journal(again)[1]) == 9 and last_checkpoint(out).endswith(
+        "checkpoint-8"
+    )
+    killed([*args, "--resume"], record, 11)
+    assert sum(1 for _ in read_journal(again)[1]) == 18 and last_checkpoint(out).endswith(
+        "checkpoint-16"
+    )
+    killed([*args, "--resume"], "transformers.trainer_callback.TrainerState.save_to_json", 2)
+    torn = out / "checkpoint-24"
+    assert (torn / "model.safetensors").exists() and not (torn / "trainer_state.json").exists()
+    assert last_checkpoint(out).endswith("checkpoint-20")
+    run([*args, "--resume"])
+    assert_same_weights(whole / "model", out / "model")
+    assert records(again) == records(journal)
+
+
+def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
+    base = ["train", *SMALL, "--method", "fo-adam", "--lr", "1e-3", "--noise-on", "auto", "--clip-examples", "2",
+            "--steps", "24", "--keep", "last", "--eval-every", "0", "--save-every", "4"]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    run([*base, "--output", str(whole)])
+    args = [*base, "--output", str(out)]
+    killed(args, "pseuzo.train.trainer.PseuZOTrainer.training_step", 7)
+    assert last_checkpoint(out).endswith("checkpoint-4")
+    decided = (out / "noise_on.json").read_text()
+    run([*args, "--resume"])
+    assert (out / "noise_on.json").read_text() == decided, "it is not decided again"
+    assert_same_weights(whole / "model", out / "model")
+
+
+def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", "100000", "--eval-every", "0", "--save-every", "5", "--keep",
+            "last", "--output", str(out)]  # fmt: skip
+    # what a shell runs in the background ignores the signal, and so would what the tests start there
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-m", "pseuzo", *args], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listens)  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while not (out.exists() and last_checkpoint(out)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (
+        process.returncode == 130
+        and "interrupted; the run goes on from its last checkpoint" in errors
+    )
+    assert "Traceback" not in errors and last_checkpoint(out) is not None
+
+
+def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 5, "--save-every", 5, "--keep", "last", "--journal", journal,
+            "--lr-scheduler", "linear", "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    results = json.loads((out / "results.json").read_text())
+    assert results["lr"] == 2e-4, "the rate it began with"
+    (out / "results.json").unlink()  # killed while the test rows were evaluated
+    pseuzo(*args, "--resume")
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert journal.read_bytes() == recorded
+    again = json.loads((out / "results.json").read_text())
+    assert again["steps"] == 5 and again["test"] == results["test"] and again["lr"] == 2e-4
+
+
+def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
+    """The steps that it recorded are kept: with the weights that it began with, they are all there is of it."""
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 4, "--save-every", 0, "--keep", "last", "--journal", journal,
+            "--output", out]  # fmt: skip
+    pseuzo(*args)
+    before, recorded = weights(out / "model"), journal.read_bytes()
+    text = pseuzo(*args, "--resume")
+    assert (
+        "no whole checkpoint" in text
+        and f"the 4 step(s) in {journal} can be replayed from {journal}.1, " in text
+    )
+    assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())
+    assert (tmp_path / "run.pzj.1").read_bytes() == recorded and records(journal) == records(
+        tmp_path / "run.pzj.1"
+    )
+    assert owner(journal) == owner(tmp_path / "run.pzj.1")
+
+    other = recorded.replace(owner(journal)[0].encode(), b"another run's id")
+    start = 8 + 12 + int.from_bytes(other[8:12], "little")
+    journal.write_bytes(other[:8] + _part(other[20:start]) + other[start:])
+    other = journal.read_bytes()
+    assert f"and {journal} is the journal of another run: put its file back" in pseuzo(
+        *args, "--resume", code=2
+    )
+    assert journal.read_bytes() == other and (tmp_path / "run.pzj.1").read_bytes() == recorded
+
+
+def test_a_run_goes_on_with_its_own_journal_alone(tmp_path, monkeypatch):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    args = [
+        "train",
+        *SMALL,
+        *ZERO_ORDER,
+        "--save-every",
+        2,
+        "--keep",
+        "last",
+        "--output",
+        out,
+        "--journal",
+        "run.pzj",
+    ]
+    monkeypatch.chdir(tmp_path)
+    pseuzo(*args, "--steps", 4)
+    assert yaml.safe_load((out / "config.yaml").read_text())["journal"] == str(tmp_path / "run.pzj")
+    longer = [*args, "--steps", 6, "--resume"]
+
+    monkeypatch.chdir(elsewhere)  # a relative path names another file here
+    words = f"records its steps in {tmp_path}/run.pzj, and {elsewhere}/run.pzj is not there, or empty: put its file"
+    assert words in pseuzo(*longer, code=2)
+    assert not list(elsewhere.iterdir())
+    os.rename(tmp_path / "run.pzj", elsewhere / "moved.pzj")
+    monkeypatch.chdir(tmp_path)
+    assert f"and {tmp_path}/run.pzj is not there, or empty" in pseuzo(*longer, code=2)
+    assert not (tmp_path / "run.pzj").exists()
+    text = pseuzo("train", "--config", out / "config.yaml", "--output", out, "--resume", code=2)
+    assert "take the line `journal:` out of" in text
+
+    with held(elsewhere / "moved.pzj"):
+        assert "is in use by another run" in pseuzo(
+            *longer, "--journal", elsewhere / "moved.pzj", code=2
+        )
+    pseuzo(*longer, "--journal", elsewhere / "moved.pzj")
+    pseuzo(
+        "replay",
+        "--base",
+        "demo",
+        "--journal",
+        elsewhere / "moved.pzj",
+        "--output",
+        tmp_path / "replayed",
+    )
+    assert_same_weights(out / "model", tmp_path / "replayed")
+
+    (elsewhere / "moved.pzj").unlink()
+    config = (out / "config.yaml").read_text().replace(f"journal: {elsewhere}/moved.pzj\n", "")
+    (out / "config.yaml").write_text(config)
+    pseuzo("train", "--config", out / "config.yaml", "--output", out, "--steps", 7, "--resume")
+    assert not (elsewhere / "moved.pzj").exists()
+
+
+def test_two_runs_are_given_one_journal(tmp_path, monkeypatch):
+    """The second is refused, whenever it comes, and does not remove the file of the first."""
+    journal, out = tmp_path / "run.pzj", tmp_path / "run"
+    args = ["train", *SMALL, *ZERO_ORDER, "--steps", 2, "--journal", journal, "--output", out]
+    with held(journal), monkeypatch.context() as patched:  # by a run that loads its model
+        patched.setattr(runs, "load_model", None)  # the second one is not let to load its own
+        assert "run.pzj is in use by another run" in pseuzo(*args, code=2)
+        assert journal.exists() and not list(out.iterdir())
+    journal.unlink()
+
+    def overtaken(trainer, resume_from_checkpoint):
+        journal.write_bytes(b"of the other run")
+        return train(trainer, resume_from_checkpoint)
+
+    train = PseuZOTrainer.train
+    monkeypatch.setattr(PseuZOTrainer, "train", overtaken)
+    assert "is not a journal" in pseuzo(*args, code=2)
+    assert journal.read_bytes() == b"of the other run" and not list(out.iterdir())
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    out = tmp_path / "run"
+    args = [
+        "train",
+        *SMALL,
+        *ZERO_ORDER,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--keep",
+        "last",
+        "--output",
+        out,
+    ]
+    pseuzo(*args)
+    config = (out / "config.yaml").read_text()
+    for other in (["--lr", "1e-4"], ["--batch-size", "4"], ["--method", "mezo"], ["--window", "3"], ["--seed", "7"],
+                  ["--noise-on", "last-half"]):  # fmt: skip
+        text = pseuzo(*args, *other, "--resume", code=2)
+        assert (
+            other[0].strip("-").replace("-", "_") in text.splitlines()[-1]
+            and "own settings" in text
+        )
+    assert (out / "config.yaml").read_text() == config
+    pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path, monkeypatch):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    accuracies = (
+        1 / n for n in itertools.count(1)
+    )  # falling: which step is the best does not rest on rounding
+    monkeypatch.setattr(
+        "pseuzo.train.trainer.evaluate",
+        lambda *a, **k: evaluate(*a, **k) | {"accuracy": next(accuracies)},
+    )
+    args = ["train", *SMALL, "--method", "mezo", "--lr", "1e-2", "--steps", 5, "--eval-every", 1, "--journal", journal,
+            "--output", out]  # fmt: skip
+    text = pseuzo(*args)
+    results = json.loads((out / "results.json").read_text())
+    best = results["best_step"]
+    assert best == 1 and f"model/ is step {best}, the best checkpoint on the dev rows" in text
+    assert_same_weights(out / "model", out / f"checkpoint-{best}")
+    shutil.rmtree(out / f"checkpoint-{best}")
+    text = pseuzo(*args, "--resume")
+    results = json.loads((out / "results.json").read_text())
+    assert results["best_step"] is None and results["steps"] == 5 and "model/ is step" not in text
+    assert (
+        f"checkpoint-{best}, the best checkpoint, cannot be loaded: it is not there; the weights are those"
+        in text
+    )
+    assert f"step, 5 (pseuzo replay --until {best} makes those of the best)\n" in text
+    pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")
+    assert_same_weights(out / "model", tmp_path / "replayed")
+
+
+def test_a_refused_try_does_not_block_the_next(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", *SMALL, "--steps", 2, "--output", out, "--method", "mezo"]
+    pseuzo(*args, "--noise-on", "no_such_layer", code=2)
+    text = pseuzo(*args, "--noise-on", "attention-out", "--resume")
+    assert "no run to resume" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "not the folder of a run" in pseuzo(
+        *args[:-4], "--output", tmp_path / "mine", "--resume", code=2
+    )
+
+
+HOOK = """
+import os, sys
+class AtAnImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("INTERRUPTED_AT"):
+            del os.environ["INTERRUPTED_AT"]
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, AtAnImport())
+"""
+
+
+MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; main()"]
+
+
+@pytest.mark.parametrize("start, module", [
+    *((MODULE, name) for name in ("click", "pseuzo.cli.commands", "yaml", "numpy", "torch", "transformers.trainer")),
+    *((SCRIPT, name) for name in ("click", "pseuzo.cli.commands", "torch")),
+], ids=lambda x: x if isinstance(x, str) else x[0])  # fmt: skip
+def test_ctrl_c_during_the_imports(tmp_path, start, module):
+    """Wherever it comes, the command ends with 130 and a line: before there is a command line, too, and where an import
+    takes it for a module that is missing."""
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "config.yaml").write_text("model: demo\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *start, "eval", "--config", tmp_path / "config.yaml", "--task", "demo"],
+        env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    libraries, line = done.stderr.split(
+        "interrupted\n"
+    )  # what these say of themselves as they are imported
+    assert (done.returncode, done.stdout, line) == (130, "", "") and "Traceback" not in libraries
+    assert not libraries or module == "transformers.trainer"
+
+
+def test_the_package_imports_what_is_asked_for():
+    """Nothing else: torch takes seconds."""
+    code = """
+import sys
+import pseuzo, pseuzo.cli.commands
+assert "torch" not in sys.modules and {"PseuZO", "perturbed"} <= set(dir(pseuzo))
+from pseuzo import perturbed
+assert perturbed.__name__ == "perturbed"
+assert pseuzo.optim.MeZO is pseuzo.MeZO and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,187 @@
+"""The kernels' PTX against the reference, to the bit. test_ptx.py runs this file for each compute capability, in a
+process of its own: PSEUZO_EMULATE=90 pytest tests/kernels/ptx_cases.py.
+
+Compiling takes most of the time, so each path through the kernels is compiled once, and fewer of them for sm_80. All
+cases that the interpreter is tested with: PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py.
+"""
+
+import importlib
+import inspect
+import os
+import re
+
+import ptx_emulator
+import pytest
+import torch
+from helpers import assert_same_bits
+from test_add_noise_triton import assert_close_normal, seeds_coefs, values
+from triton.runtime import JITFunction
+
+from pseuzo_kernels import reference
+from pseuzo_kernels.triton import device as philox
+from pseuzo_kernels.ops import (
+    add_noise_list_out_triton,
+    add_noise_list_triton_,
+    add_noise_rows_triton,
+    add_noise_steps_triton_,
+)
+
+kernels = importlib.import_module(
+    "pseuzo_kernels.ops"
+)  # the function of the same name hides the module
+SM_90 = os.environ["PSEUZO_EMULATE"] == "90"
+only_sm_90 = pytest.mark.skipif(not SM_90, reason="run for sm_90")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SIZES = (2 * 8192 + 5, 1, 2047, 8192)  # whole programs and masked tails
+
+
+@pytest.mark.parametrize(
+    "noise, dtype, stochastic, Ks",
+    [
+        ("hadamard", BF16, True, (14, 40, 1, 4)),
+        ("hadamard", FP16, True, (14,)),
+        pytest.param("hadamard", FP32, False, (14, 40), marks=only_sm_90),
+        ("hadamard-fp16", BF16, True, (14, 40)),
+        pytest.param("rademacher", FP16, False, (14,), marks=only_sm_90),
+        ("normal", FP32, False, (14,)),
+    ],
+)
+def test_lists(noise, dtype, stochastic, Ks):
+    got = [values(n, dtype) for n in SIZES]
+    want = [x.clone() for x in got]
+    args = (
+        [7, 2**32 - 1, 0, 3],
+        [0.75, 1.0, 0.9, -0.5],
+        [1.5, 1.0, -0.7, 1.0],
+        noise,
+        stochastic,
+        9,
+    )
+    found_inf = torch.zeros(1) if noise == "hadamard" and dtype is FP32 else None
+    for K in Ks if SM_90 else Ks[:1]:
+        seeds, coefs = seeds_coefs(K)
+        with ptx_emulator.memory_of(*got):
+            add_noise_list_triton_(got, seeds, coefs, *args, found_inf)
+        reference.add_noise_list_(want, seeds, coefs, *args, found_inf)
+        for g, w in zip(got, want, strict=True):
+            if noise == "normal":
+                assert_close_normal(g, w, K)
+            else:
+                assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize("dtype, has_x, misaligned", [(FP32, False, False), (FP16, True, True)])
+def test_one_tensor(dtype, has_x, misaligned):
+    seeds, coefs = seeds_coefs(1)
+    band = torch.full((8192 + 2100,), 7.0, dtype=dtype)
+    got = band[16 + misaligned : 16 + misaligned + 8192 + 2049]
+    x = [values(len(got), dtype)] if has_x else []
+    want = torch.empty_like(got)
+    args = (seeds, coefs, [5], [0.5], [1.0], "hadamard", False, 0)
+    with ptx_emulator.memory_of(got):
+        add_noise_list_out_triton(x, *args, out=[got])
+    reference.add_noise_list_out(x, *args, out=[want])
+    assert_same_bits(got, want)
+    assert (band != 7).sum() == len(got)
+
+
+@only_sm_90
+@pytest.mark.parametrize("K", [14, 1])
+def test_skipped(K):
+    """In place nothing is read or written, out of place x is copied, and the flag is set."""
+    seeds, coefs = seeds_coefs(K)
+    coefs[-1] = float("nan")
+    xs = [values(n, FP32) for n in SIZES]
+    got, out = [x.clone() for x in xs], [torch.empty_like(x) for x in xs]
+    args = (
+        [7, 2**32 - 1, 0, 3],
+        [0.75, 1.0, 0.9, -0.5],
+        [1.5, 1.0, -0.7, 1.0],
+        "hadamard",
+        False,
+        9,
+    )
+    flags = torch.zeros(2, 1)
+    with ptx_emulator.memory_of():
+        add_noise_list_triton_(got, seeds, coefs, *args, flags[0])
+    with ptx_emulator.memory_of(*xs, *out):
+        add_noise_list_out_triton(xs, seeds, coefs, *args, flags[1], out=out)
+    for x, g, o in zip(xs, got, out, strict=True):
+        assert torch.equal(g.view(torch.int32), x.view(torch.int32))
+        assert_same_bits(o, x)
+    assert (flags == 1).all()
+
+
+def test_launches_are_made_again():
+    """As perturbed passes do: what was launched once is launched again, over other seeds and other numbers."""
+    xs, scales, launches = [values(n, BF16) for n in SIZES], [0.0, 0.5, 2.0, -1.0], []
+    outs = [torch.empty_like(x) for x in xs]
+    seeds, coefs = torch.empty(1, dtype=torch.int64), torch.empty(1)
+    args = (xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, "hadamard", False, 0, None)
+    for step in range(3):
+        seeds.fill_(step)
+        coefs.fill_(0.25 + step)
+        for x in xs:
+            x *= -1.5  # in place
+        with ptx_emulator.memory_of(*xs, *outs):
+            if step == 0:
+                add_noise_list_out_triton(*args, out=outs, launched=launches)
+            for launch in launches if step else ():
+                launch(stream=5)
+        want = [torch.empty_like(x) for x in xs]
+        reference.add_noise_list_out(*args, out=want)
+        for got, wanted in zip(outs, want, strict=True):
+            assert_same_bits(got, wanted)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("widths", [(128, 2048, 2176), (1, 100, 2050)], ids=["planes", "anywhere"])
+def test_rows(widths):
+    seeds, coefs = seeds_coefs(2)
+    index = torch.tensor([[0, 39, 5], [5, 17, 1]])
+    for width in widths:
+        x = values(40 * width, BF16).view(40, width)
+        want = x.clone()
+        got = add_noise_rows_triton(x, index, seeds, coefs, 3, 0.5, "hadamard")
+        reference.add_noise_list_([want], seeds, coefs, [3], [1.0], [0.5], "hadamard", False, 0)
+        assert_same_bits(got, want[index])
+        for wrong in (-1, 40):
+            with (
+                ptx_emulator.memory_of(x, got),
+                pytest.raises(AssertionError, match="an index is out of range"),
+            ):
+                add_noise_rows_triton(x, torch.tensor([3, wrong]), seeds, coefs, 3, 0.5, "hadamard")
+
+
+def test_steps():
+    """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block."""
+    counts, dtypes = [2, 0, 1], (BF16, FP16)
+    seeds, coefs = seeds_coefs(3)
+    xs = [values(n, dtype) for n in (1, 4095, 4097) for dtype in dtypes]
+    got, want = [x.clone() for x in xs], [x.clone() for x in xs]
+    keeps = [(0.9, 1.0, 0.75, -0.3)[i % 4] for i in range(len(xs) * len(counts))]
+    scales = [(1.0, 0.0, 0.7, 0.5)[i * i % 7 % 4] for i in range(len(keeps))]
+    args = (counts, list(range(3, 3 + len(xs))), keeps, scales, "hadamard", True, [5, -1, 2**40])
+    with ptx_emulator.memory_of(*got):
+        add_noise_steps_triton_(got, seeds, coefs, *args)
+    reference.add_noise_steps_(want, seeds, coefs, *args)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+def test_all_kernels_and_all_inline_asm_were_run():
+    """By the cases above: this one is the last."""
+    names = {
+        name
+        for name, f in vars(kernels).items()
+        if isinstance(f, JITFunction) and name.endswith("_kernel")
+    }
+    assert ptx_emulator.kernels_run == names
+    source = inspect.getsource(philox) + inspect.getsource(kernels)
+    asm = " ".join(
+        re.findall(r"inline_asm_elementwise\(\s*(\"\"\"[^\"]*\"\"\"|\"[^\"]*\")", source)
+    )
+    opcodes = set(re.findall(r"[{;\"]\s*([a-z]\w*\.[\w.]+)", asm))
+    assert len(opcodes) > 10 and opcodes <= ptx_emulator.opcodes_run, (
+        opcodes - ptx_emulator.opcodes_run
+    )

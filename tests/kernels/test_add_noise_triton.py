@@ -1,0 +1,517 @@
+"""The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
+
+import importlib
+import inspect
+import sys
+import threading
+import warnings
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, assert_same_bits
+
+from pseuzo_kernels import NOISES, reference
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from pseuzo_kernels.ops import (
+    _prepared,
+    add_noise_list_out_triton,
+    add_noise_list_triton_,
+    add_noise_rows_triton,
+    add_noise_steps_triton_,
+)
+from pseuzo_kernels.triton import device as px
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the interpreter is
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 127, 2047, 2048, 2049, 5000, 8192, 8192 * 2 + 5)
+SPECIAL = (
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    -0.0,
+    1e-8,
+    -6e-5,
+    3e-39,
+    65504.0,
+    -65519.0,
+    3.38e38,
+)
+
+
+def seeds_coefs(K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(K)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (K,), generator=g)
+    return seeds.to(DEVICE), torch.randn(K, generator=g).to(DEVICE)
+
+
+def values(n: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    x[: len(SPECIAL)] = torch.tensor(SPECIAL[:n]).to(dtype)
+    return x
+
+
+def assert_close_normal(got, want, K):
+    """Fast logarithm, sine and cosine: 5e-5 a term at worst (near a radius of 0), and a rounding of the result."""
+    want = want.cpu().float()
+    torch.testing.assert_close(got.cpu().float(), want, rtol=2**-8 if got.dtype is torch.bfloat16 else 2**-10,
+                               atol=5e-5 * K, equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("K", [1, 5])
+def test_one_tensor(noise, dtype, stochastic, K):
+    if stochastic and (dtype is torch.float32 or noise == "normal"):
+        pytest.skip("fp32 is not rounded; the dithers of a sum that differs say nothing")
+    seeds, coefs = seeds_coefs(K)
+    for n in SIZES if K == 1 and noise == "hadamard" else (2049, 8192):
+        band = torch.full((n + 64,), 7.0, dtype=dtype)
+        band[32 : 32 + n] = values(n, dtype)
+        want = band.clone()
+        got = band.to(DEVICE)
+        args = ([2**32 - 1], [0.75], [1.5], noise, stochastic, 9)
+        add_noise_list_triton_([got[32 : 32 + n]], seeds, coefs, *args)
+        reference.add_noise_list_([want[32 : 32 + n]], seeds.cpu(), coefs.cpu(), *args)
+        if noise == "normal":
+            assert_close_normal(got, want, K)
+        else:
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", KNOWN_ROUNDED, ids=str)
+def test_known_answers(dtype):
+    x = torch.full((4096,), 0.5, dtype=dtype, device=DEVICE)
+    seeds, coefs = (torch.tensor(values, device=DEVICE) for values in KNOWN_TERMS)
+    add_noise_list_triton_([x], seeds, coefs, [3], [0.75], [1.0], "hadamard", True, 9)
+    got = [bits & 0xFFFF for bits in x.view(torch.int16)[KNOWN_ELEMENTS].tolist()]
+    assert got == KNOWN_ROUNDED[dtype]
+
+
+@triton.jit
+def _round_kernel(
+    x_ptr, out_ptr, stream: tl.int64, rounding_hash: tl.int64, N: tl.constexpr, ASM: tl.constexpr
+):
+    i = tl.arange(0, N)
+    q, stream = i.to(tl.uint32), stream.to(tl.uint32)
+    words = px.philox(q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, 7, ASM)
+    x = tl.load(x_ptr + i)
+    for j in tl.static_range(16):
+        tl.store(out_ptr + j * N + i, px.cast(x, words, j, out_ptr.dtype.element_ty, True, ASM))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_value_is_rounded_as_the_reference_does(dtype):
+    """Every upper half that an fp32 has, over other bits, in all 16 planes."""
+    upper = torch.arange(-(2**15), 2**15).int()
+    x = ((upper << 16) | (upper * 40503 & 0xFFFF)).view(torch.float32)
+    q, seed_hash = torch.arange(len(x)), reference.hash_seeds(torch.tensor(9))
+    dither = reference.rounding_dither(q, 3, seed_hash)
+    want = reference.round_stochastically(x.expand(16, -1).contiguous(), dither, dtype)
+    got = torch.empty(16, len(x), dtype=dtype, device=DEVICE)
+    asm = isinstance(_round_kernel, triton.runtime.JITFunction)
+    _round_kernel[(1,)](x.to(DEVICE), got, 3, int(seed_hash), len(x), asm)
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "K, noise",
+    [
+        (14, "hadamard"),
+        (100, "hadamard"),
+        (14, "hadamard-fp16"),
+        (16, "hadamard-fp16"),
+        (40, "hadamard-fp16"),
+    ],
+)
+def test_many_seeds(K, noise):
+    seeds, coefs = seeds_coefs(K)
+    x = values(5000, torch.bfloat16)
+    want, got = x.clone(), x.to(DEVICE)
+    args = ([7], [1.0], [0.5], noise, True, 3)
+    add_noise_list_triton_([got], seeds, coefs, *args)
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), *args)
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("K, noise", [(3, "hadamard"), (9, "hadamard"), (9, "hadamard-fp16")])
+def test_strided_seeds_and_coefs(K, noise):
+    seeds, coefs = seeds_coefs(2 * K)
+    for s, c in ((seeds[::2], coefs[1::2]), (seeds[:1].expand(K), coefs[:1].expand(K))):
+        want, got = torch.ones(300), torch.ones(300, device=DEVICE)
+        args = ([7], [1.0], [0.5], noise, False, 3)
+        add_noise_list_triton_([got], s, c, *args)
+        reference.add_noise_list_([want], s.cpu(), c.cpu(), *args)
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])
+def test_fp16_coefs_of_any_size(size):
+    """The ends of 2^e; beyond them nothing is done. More coefs than a program prepares, the largest not the first."""
+    with warnings.catch_warnings():  # the interpreter's numpy: of NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for K in (2, 129, 300):
+            seeds, coefs = seeds_coefs(K)
+            coefs *= torch.linspace(0.1, 1, K, device=DEVICE) * size
+            hashes, prepared, _ = _prepared(seeds, coefs, "hadamard-fp16")
+            assert torch.equal(hashes, reference.hash_seeds(seeds))
+            rounded, power = reference.fp16_coefs(coefs.cpu())
+            assert_same_bits(
+                prepared, torch.cat([rounded + 0.0, power.view(1)])
+            )  # the sign of 0 does not matter
+        seeds, coefs = seeds_coefs(2)
+        coefs *= size
+        want, got = torch.ones(300), torch.ones(300, device=DEVICE)
+        add_noise_list_triton_([got], seeds, coefs, [7], [1.0], [0.5], "hadamard-fp16", False, 3)
+    reference.add_noise_list_(
+        [want], seeds.cpu(), coefs.cpu(), [7], [1.0], [0.5], "hadamard-fp16", False, 3
+    )
+    assert_same_bits(got, want)
+    assert (got == 1).all() if not size < 1 else got.isfinite().all()
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_list_in_one_launch(stochastic):
+    """Aligned tensors of several sizes and dtypes, one misaligned view, one empty, one skipped by a scale of 0."""
+    seeds, coefs = seeds_coefs(3)
+    xs = [
+        values(n, dtype)
+        for n, dtype in zip((8192 * 2 + 1, 5000, 0, 1, 130, 2048), DTYPES * 2, strict=True)
+    ]
+    xs.append(torch.ones(4099, dtype=torch.bfloat16)[1:])
+    xs.append(values(300, torch.bfloat16))
+    streams, keeps = list(range(10, 18)), [1.0, 0.5, 0.5, 0.25, 1.0, 0.9, 0.9, 0.1]
+    scales = [1.0, 2.0, 1.0, 0.3, 1.0, 1.0, 1.0, 0.0]
+    got = [x.clone().to(DEVICE) for x in xs[:6]] + [
+        xs[6].clone().to(DEVICE),
+        xs[7].clone().to(DEVICE),
+    ]
+    got[6] = torch.ones(4099, dtype=torch.bfloat16, device=DEVICE)[1:]
+    want = [x.clone() for x in xs]
+    for _ in range(2):  # the second time with the tables of the first
+        add_noise_list_triton_(got, seeds, coefs, streams, keeps, scales, "hadamard", stochastic, 5)
+        reference.add_noise_list_(
+            want, seeds.cpu(), coefs.cpu(), streams, keeps, scales, "hadamard", stochastic, 5
+        )
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+def test_tables_of_a_captured_graph(monkeypatch):
+    """A graph launches over a table that was there before, which then stays; it makes none, for its address would be
+    of memory that is filled when it is captured, not when it is replayed."""
+    seeds, coefs = seeds_coefs(1)
+    rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
+
+    module = importlib.import_module(
+        "pseuzo_kernels.ops"
+    )  # the function of the same name hides it
+
+    def launches(xs):
+        counts = []
+        with monkeypatch.context() as patch:
+            for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
+                kernel, calls = getattr(module, name), []
+                spy = type(
+                    "Spy",
+                    (),
+                    {
+                        "__getitem__": lambda self, grid, k=kernel, c=calls: (
+                            c.append(grid) or k[grid]
+                        )
+                    },
+                )
+                patch.setattr(module, name, spy())
+                counts.append(calls)
+            want = [x.cpu().clone() for x in xs]
+            reference.add_noise_list_(want, seeds.cpu(), coefs.cpu(), *rest)
+            add_noise_list_triton_(xs, seeds, coefs, *rest)
+        for x, w in zip(xs, want, strict=True):
+            assert_same_bits(x, w)
+        return [len(calls) for calls in counts]
+
+    monkeypatch.setattr(module, "_plans", type(module._plans)())
+    monkeypatch.setattr(module, "_captured", {})
+    xs = [values(n, torch.bfloat16).to(DEVICE) for n in (5000, 300)]
+    others = [x.clone() for x in xs]
+    assert launches(xs) == [0, 1] and not module._captured
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    assert launches(others) == [2, 0] and launches(xs) == [0, 1]
+    assert len(module._captured) == 2 and all(
+        module._plans[key] is kept for key, kept in module._captured.items()
+    )
+    module._captured.clear()
+    with module.tables_of_a_graph() as tables:  # whoever has the graph has them, too
+        assert launches(xs) == [0, 1]
+    assert len(tables) == 2 and not module._captured
+
+
+def test_tables_are_forgotten_by_size(monkeypatch):
+    module = importlib.import_module("pseuzo_kernels.ops")
+    monkeypatch.setattr(module, "PLANS", 3 * module.PLAN + 100)
+    plans = module._Plans()
+    for t in range(5):
+        plans.keep((t,), module._Launches([], []))
+    assert list(plans) == [(2,), (3,), (4,)]
+    large = module._Together(
+        [0],
+        torch.zeros(module.PLAN, dtype=torch.int8),
+        torch.zeros(20, dtype=torch.int8),
+        torch.zeros(0),
+    )
+    plans.keep(("large",), module._Launches([], [large]))
+    assert list(plans) == [(4,), ("large",)] and plans._bytes == 3 * module.PLAN + 20
+    plans.keep(("too large",), torch.zeros(1 << 20))
+    assert list(plans) == [("too large",)], "what is needed now is kept"
+
+
+def test_tables_of_several_threads(monkeypatch):
+    """One may forget what another is about to use; each gets the table of its key, and their sizes add up."""
+    module = importlib.import_module("pseuzo_kernels.ops")
+    monkeypatch.setattr(module, "PLANS", 3 * module.PLAN)
+    monkeypatch.setattr(module, "_plans", type(module._plans)())
+    errors, interval = [], sys.getswitchinterval()
+
+    def work(first: int) -> None:
+        try:
+            for i in range(first, first + 4000):
+                assert module._plan((i % 5,), lambda i=i: torch.full((1,), i % 5), False) == i % 5
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert (
+        module._plans._bytes
+        == sum(map(module._plans._size, module._plans.values()))
+        <= 3 * module.PLAN
+    )
+
+
+@pytest.mark.parametrize("noise, K", [("hadamard", 2), ("hadamard-fp16", 17)])
+def test_out_of_place_and_without_x(noise, K):
+    """Tensors in one launch and one that is not aligned, each also with a scale of 0, for which no noise is made."""
+    seeds, coefs = seeds_coefs(K)
+    xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049, 2100)]
+    xs += [values(301, torch.float16).to(DEVICE)[1:] for _ in range(2)]
+    for first_term in (xs, []):
+        got = [torch.full_like(x, 3.0) for x in xs[:3]]
+        got += [torch.full((301,), 3.0, dtype=torch.float16, device=DEVICE)[1:] for _ in range(2)]
+        want = [torch.full_like(x, 3.0, device="cpu") for x in xs]
+        args = (
+            [1, 2, 3, 4, 5],
+            [0.5, 2.0, 0.7, 0.3, 1.0],
+            [1.0, 1e-60, 0.0, 0.0, 2.0],
+            noise,
+            True,
+            5,
+        )
+        add_noise_list_out_triton(first_term, seeds, coefs, *args, out=got)
+        cpu = [x.cpu() for x in first_term]
+        reference.add_noise_list_out(cpu, seeds.cpu(), coefs.cpu(), *args, out=want)
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize("noise, K, bad, found", [
+    ("hadamard", 1, "nan", 0.0), ("hadamard", 200, "-nan", 0.0), ("hadamard-fp16", 3, "-inf", 0.0),
+    ("hadamard-fp16", 20, "nan", 0.0), ("rademacher", 4, "3.4028235e38", 0.0), ("normal", 5, "3.4028235e38", 0.0),
+    ("hadamard", 1, "1", 0.5), ("hadamard", 5, "1", float("nan")),
+])  # fmt: skip
+def test_skipped(noise, K, bad, found):
+    """By a coefficient that is not finite (the largest fp32 is not, once it is rounded), which sets found_inf, or by
+    found_inf: in place nothing is written; out of place x is copied. Tensors in one launch, and one by one."""
+    seeds, coefs = seeds_coefs(K)
+    coefs[K - 1] = torch.tensor(float(bad))
+    xs = [values(8193, torch.bfloat16), values(300, torch.float32), values(2100, torch.float16)]
+    xs[2] = torch.cat([xs[2][:1], xs[2]])[1:]  # not aligned
+    args = ([7] * 3, [0.5] * 3, [1.5, -1.0, 0.3], noise, True, 3)
+    got, flag = [x.clone().to(DEVICE) for x in xs], torch.full((1,), found, device=DEVICE)
+    add_noise_list_triton_(got, seeds, coefs, *args, flag)
+    assert_same_bits(flag, torch.full((1,), found or 1.0))
+    for g, x in zip(got, xs, strict=True):
+        assert torch.equal(g.cpu().view(torch.uint8), x.view(torch.uint8))
+    flag = flag if found else None
+    out = [torch.full_like(g, 7.0) for g in got]
+    add_noise_list_out_triton(got, seeds, coefs, *args, flag, out=out)
+    for o, x in zip(out, xs, strict=True):
+        assert_same_bits(o, x)
+    add_noise_list_out_triton([], seeds, coefs, *args, flag, out=out)
+    assert not any(o.view(torch.uint8).any() for o in out)
+    if K < 5 and found == 0:
+        x, index = values(40 * 128, torch.bfloat16).view(40, 128), torch.tensor([5, 39, 5])
+        rows = add_noise_rows_triton(x.to(DEVICE), index.to(DEVICE), seeds, coefs, 3, 0.5, noise)
+        assert_same_bits(rows, x[index])
+
+
+def test_not_skipped():
+    """A flag of 0 stays 0, and changes nothing."""
+    seeds, coefs = seeds_coefs(14)
+    for K in (1, 14):
+        xs = [values(300, torch.float16)]
+        got, want = [x.clone().to(DEVICE) for x in xs], xs
+        args = ([7], [0.5], [1.0], "hadamard", True, 3)
+        flag = torch.zeros(1, device=DEVICE)
+        add_noise_list_triton_(got, seeds[:K], coefs[:K], *args, flag)
+        reference.add_noise_list_(want, seeds[:K].cpu(), coefs[:K].cpu(), *args, flag.cpu())
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g, w)
+        assert flag == 0
+
+
+def test_freed_memory_is_refused():
+    seeds, coefs = seeds_coefs(1)
+    x, out = torch.ones(300, device=DEVICE), torch.ones(300, device=DEVICE)
+    x.untyped_storage().resize_(0)
+    args = (seeds, coefs, [7], [0.5], [1.0], "hadamard", False, 3)
+    for call in (
+        lambda: add_noise_list_triton_([x], *args), lambda: add_noise_list_out_triton([x], *args, out=[out]),
+        lambda: add_noise_list_out_triton([out], *args, out=[x]),
+        lambda: add_noise_steps_triton_([x], seeds, coefs, [1], *args[2:-1], [3]),
+        lambda: add_noise_rows_triton(x.view(3, 100), torch.tensor([1], device=DEVICE), seeds, coefs, 7, 1.0, "normal"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the memory of (x|out) was freed"):
+            call()
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_steps(noise, stochastic):
+    """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block, 4096."""
+    counts = [2, 0, 1]
+    seeds, coefs = seeds_coefs(3)
+    sizes = (0, 1, 4095, 4097) if stochastic else (2049,)
+    xs = [values(n, dtype) for n in sizes for dtype in DTYPES]
+    got, want = [x.clone().to(DEVICE) for x in xs], [x.clone() for x in xs]
+    size = len(xs) * len(counts)
+    keeps = [(0.9, 1.0, 0.75, -0.3)[i % 4] for i in range(size)]
+    scales = [(1.0, 0.0, 0.7, 0.5)[i * i % 7 % 4] for i in range(size)]
+    args = (counts, list(range(3, 3 + len(xs))), keeps, scales, noise, stochastic, [5, -1, 2**40])
+    add_noise_steps_triton_(got, seeds, coefs, *args)
+    reference.add_noise_steps_(want, seeds.cpu(), coefs.cpu(), *args)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+def test_scales_that_fp32_does_not_hold():
+    """Are still scales: keep applies. In a row, only a scale of 0 leaves a tensor alone."""
+    seeds, coefs = seeds_coefs(3)
+    start = torch.cat([torch.tensor([-0.0, 0.0]), values(300, torch.float32)])
+    for scale in (1e-60, 0.0):
+        got, want = (start.clone().to(DEVICE), start.to(DEVICE)), (start.clone(), start)
+        args = ([1, 2], [3], [0.9, 0.8], [scale] * 2, "hadamard", True, [5, 6])
+        add_noise_steps_triton_([got[0]], seeds, coefs, *args)
+        reference.add_noise_steps_([want[0]], seeds.cpu(), coefs.cpu(), *args)
+        assert_same_bits(got[0], want[0])
+        args = ([3], [0.9], [scale], "hadamard", True, 5)
+        out, wanted = torch.empty_like(got[1]), torch.empty_like(start)
+        add_noise_list_out_triton([got[1]], seeds, coefs, *args, out=[out])
+        reference.add_noise_list_out([want[1]], seeds.cpu(), coefs.cpu(), *args, out=[wanted])
+        assert_same_bits(out, wanted)
+    rows, index = torch.full((4, 5), -0.0, device=DEVICE), torch.tensor([1, 3], device=DEVICE)
+    same = add_noise_rows_triton(rows, index, seeds, coefs, 0, 0.0, "hadamard")
+    assert_same_bits(same, rows[index])
+
+
+@pytest.mark.parametrize("noise, step", [("hadamard", 0), ("hadamard-fp16", 2)])
+def test_a_step_in_a_row_is_skipped(noise, step):
+    counts, dtypes = [2, 0, 3], (torch.float32, torch.bfloat16)
+    seeds, coefs = seeds_coefs(5)
+    coefs[4 if step == 2 else 0] = float("nan")
+    xs = [values(300, dtype) for dtype in dtypes]
+    got, want = [x.clone().to(DEVICE) for x in xs], [x.clone() for x in xs]
+    keeps, scales = [0.9, 1.0, 0.75] * len(xs), [1.0, 0.7, 0.5] * len(xs)
+    args = (counts, list(range(len(xs))), keeps, scales, noise, True, [5, -1, 2**40])
+    add_noise_steps_triton_(got, seeds, coefs, *args)
+    reference.add_noise_steps_(want, seeds.cpu(), coefs.cpu(), *args)
+    for g, w, x in zip(got, want, xs, strict=True):
+        assert_same_bits(g, w)
+        assert not torch.equal(g.cpu().nan_to_num(), x.nan_to_num())
+
+
+@pytest.mark.parametrize("width", [1, 7, 100, 128, 768, 2048, 2050, 4096])
+@pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16"])
+def test_rows(width, noise):
+    seeds, coefs = seeds_coefs(2)
+    x = torch.randn(40, width).to(torch.bfloat16)
+    index = torch.tensor([[0, 39, 5], [5, 17, 1]])
+    got = add_noise_rows_triton(x.to(DEVICE), index.to(DEVICE), seeds, coefs, 3, 0.5, noise)
+    want = x.clone()
+    reference.add_noise_list_([want], seeds.cpu(), coefs.cpu(), [3], [1.0], [0.5], noise, False, 0)
+    assert got.shape == (2, 3, width)
+    assert_same_bits(got, want[index])
+    assert_same_bits(
+        reference.add_noise_rows(x, index, seeds.cpu(), coefs.cpu(), 3, 0.5, noise), want[index]
+    )
+
+
+class Jitted:
+    """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)` returns what takes all
+    arguments by position, constants included."""
+
+    def __init__(self, kernel):
+        self.kernel, self.names = kernel, list(inspect.signature(kernel.fn).parameters)
+        self.params = [SimpleNamespace(name=name) for name in self.names]
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.kernel[grid](*args, **options)
+            return Compiled(self, {k: v for k, v in options.items() if k not in self.names})
+
+        return launch
+
+
+class Compiled(NamedTuple):
+    of: Jitted
+    options: dict
+
+    def __getitem__(self, grid):
+        def launch(*args, stream):
+            assert len(args) == len(self.of.names) and len(grid) == 3
+            self.of.kernel[grid[:1]](*args, **self.options)
+
+        return launch
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/bench/test_gpu.py has it with compiled kernels")
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_launches_are_made_again(noise, dtype, monkeypatch):
+    module = importlib.import_module("pseuzo_kernels.ops")
+    for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
+        monkeypatch.setattr(module, name, Jitted(getattr(module, name)))
+    sizes, scales = (1, 2048, 5000, 9000), [1.0, 0.5, 2.0, -1.0]
+    xs = [values(n, dtype) for n in sizes]
+    outs = [torch.empty(n + 1, dtype=dtype)[n == 5000 :][:n] for n in sizes]  # one is not aligned
+    seeds, coefs, launches = torch.empty(1, dtype=torch.int64), torch.empty(1), []
+    args = (xs, seeds, coefs, [3, 0, 7, 9], [1.0] * 4, scales, noise, False, 0, None)
+    for step in range(3):
+        seeds.fill_(step)
+        coefs.fill_(0.25 + step)
+        for x in xs:
+            x += 1  # in place
+        if step == 0:
+            add_noise_list_out_triton(*args, out=outs, launched=launches)
+        for launch in launches if step else ():
+            launch(stream=5)
+        want = [torch.empty_like(x) for x in xs]
+        add_noise_list_out_triton(*args, out=want)
+        for got, wanted in zip(outs, want, strict=True):
+            assert_same_bits(got, wanted)
+    assert len(launches) == 2

@@ -1,0 +1,358 @@
+"""Where the noise goes: patterns, presets and groups over the architectures; the probe where the answer is known."""
+
+import copy
+import math
+import re
+from itertools import islice
+
+import pytest
+import torch
+from pseuzo import CausalLMObjective, MeZO, PseuZO
+from pseuzo.models.placement import Row, choose, equal_change, groups_of, param_groups, place, probe
+from tiny_models import ALL_KINDS, batch_of, causal_lm
+from torch import nn
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+ATTENTION_OUT = {
+    "opt": ["self_attn.v_proj.weight", "self_attn.out_proj.weight"],
+    "opt-projected": ["self_attn.v_proj.weight", "self_attn.out_proj.weight"],
+    "gpt2": ["attn.c_attn.weight", "attn.c_proj.weight"],
+    "llama": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
+    "qwen2": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
+    "qwen3": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
+    "mistral": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
+    "gemma": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
+    "neox": ["attention.query_key_value.weight", "attention.dense.weight"],
+    "roberta": ["attention.self.value.weight", "attention.output.dense.weight"],
+}
+
+
+assert set(ATTENTION_OUT) == {*ALL_KINDS, "roberta"}
+
+
+def make(kind):
+    if kind != "roberta":
+        return causal_lm(kind)
+    sizes = dict(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return RobertaForMaskedLM(RobertaConfig(**sizes))
+
+
+def names(model, placement):
+    name_of = {p: n for n, p in model.named_parameters()}
+    return [name_of[p] for p in placement]
+
+
+@pytest.mark.parametrize("kind", ATTENTION_OUT)
+def test_presets_know_the_architectures(kind):
+    model = make(kind)
+    got = names(model, place(model, ["attention-out"]))
+    assert sorted(re.split(r"\.1\.", name)[1] for name in got) == sorted(ATTENTION_OUT[kind])
+    assert len(got) == 2  # and the first of the two layers has none
+    every = [n for n, _ in model.named_parameters()]
+    assert names(model, place(model, ["all"])) == every
+    assert names(model, place(model, ["last-half"])) == [n for n in every if ".1." in n]
+
+
+@pytest.mark.parametrize("kind", ATTENTION_OUT)
+def test_groups_of_cover_each_parameter_once_and_know_it(kind):
+    model = make(kind)
+    groups = groups_of(model)
+    found = [id(p) for ps in groups.values() for p in ps]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    roles = {name.split(":")[0] for name in groups}
+    fused = kind in ("gpt2", "neox")
+    assert roles >= {"embedding", "out", "mlp-in", "mlp-out", "small"} | (
+        {"qkv"} if fused else {"q", "k", "v"}
+    )
+    assert ("head" in roles) == (kind in ("llama", "qwen3", "mistral", "neox", "roberta"))
+    other = names(model, groups.get("other", []))
+    assert other == (["model.decoder.project_out.weight", "model.decoder.project_in.weight"]
+                     if kind == "opt-projected" else [])  # fmt: skip
+    assert {n.split(":")[1] for n in groups if ":" in n} == {"early", "middle"}
+    for name, params in groups.items():
+        assert set(place(model, [name])) == set(params)
+
+
+def test_patterns_and_scales():
+    model = causal_lm("opt")
+    every = dict(model.named_parameters())
+    for pattern, want in (
+        ("model.decoder.layers.0.fc1.bias", ["model.decoder.layers.0.fc1.bias"]),
+        ("fc1.bias", [f"model.decoder.layers.{i}.fc1.bias" for i in (0, 1)]),
+        ("layers.1.*.weight", [n for n in every if ".layers.1." in n and n.endswith("weight")]),
+        ("q:*", [f"model.decoder.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]),
+        ("layers.[0].fc?.weight", [f"model.decoder.layers.0.fc{i}.weight" for i in (1, 2)]),
+    ):
+        assert names(model, place(model, [pattern])) == want
+    placement = place(model, ["all=0.5", "attention-out=2", "embedding=0", "fc2.bias=1e-2"])
+    assert {s: names(model, [p for p in placement if placement[p] == s]) for s in (2.0, 0.01)} == {
+        2.0: [f"model.decoder.layers.1.self_attn.{m}.weight" for m in ("v_proj", "out_proj")],
+        0.01: [f"model.decoder.layers.{i}.fc2.bias" for i in (0, 1)],
+    }
+    assert set(every) - set(names(model, placement)) == {"model.decoder.embed_tokens.weight"}
+    model.model.decoder.layers[1].requires_grad_(False)
+    assert all(".layers.1." not in n for n in names(model, place(model, ["all"])))
+
+
+def test_peft_models():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        causal_lm("opt"),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    got = names(model, place(model, ["attention-out"]))
+    base = "base_model.model.model.decoder.layers.1.self_attn.v_proj"
+    assert got == [f"{base}.lora_A.default.weight", f"{base}.lora_B.default.weight"]
+    assert set(groups_of(model)) == {"q:early", "q:middle", "v:early", "v:middle"}
+    assert len(place(model, ["all"])) == 8
+    prefix = peft.get_peft_model(
+        causal_lm("opt"), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    )
+    assert len(place(prefix, ["all"])) == 1
+    with pytest.raises(ValueError, match="no parameter that is trained matches 'attention-out'"):
+        place(prefix, ["attention-out"])
+
+
+@pytest.mark.parametrize("patterns, sentence", [
+    (["v_prj.weight"], r"no parameter that is trained matches 'v_prj.weight'; near it: .*v_proj.weight"),
+    (["attention_out"], "matches 'attention_out'; near it: attention-out"),
+    (["xyzzy"], "matches 'xyzzy'; some names: all, attention-out, last-half"),
+    (["all=-1"], "the scale in 'all=-1' must be a number from 0, got '-1'"),
+    (["all=two"], "got 'two'"),
+    (["all=nan"], "got 'nan'"),
+    (["all="], "got ''"),
+    (["all", "all=0"], "no parameter is left to take noise after all all=0"),
+    ([], "after no pattern"),
+])  # fmt: skip
+def test_bad_patterns(patterns, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        place(causal_lm("opt"), patterns)
+
+
+def test_presets_refuse_what_they_do_not_know():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="Sequential has no attention weights of a known name"):
+        place(model, ["attention-out"])
+    with pytest.raises(ValueError, match="Linear has no layers that are known here"):
+        place(nn.Linear(3, 4), ["last-half"])
+    assert names(model, place(model, ["last-half"])) == ["1.weight", "1.bias"]
+    assert names(model, place(model, "0.*")) == [
+        "0.weight",
+        "0.bias",
+    ]  # one pattern, not its letters
+
+
+def test_param_groups_spare_norms_and_biases_and_train():
+    model = causal_lm("gpt2")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    placement = place(model, ["last-half", "attention-out=2", "small:*=0.5"])
+    groups = param_groups(model, placement, lr=1e-3, weight_decay=0.1)
+    seen = {(g["noise_scale"], g["weight_decay"]): names(model, g["params"]) for g in groups}
+    assert set(seen) == {(1.0, 0.1), (2.0, 0.1), (0.5, 0.0)} and all(
+        g["lr"] == 1e-3 for g in groups
+    )
+    assert all(n.endswith("bias") or ".ln_" in n for n in seen[0.5, 0.0])
+    assert seen[2.0, 0.1] == [
+        "transformer.h.1.attn.c_attn.weight",
+        "transformer.h.1.attn.c_proj.weight",
+    ]
+    assert sum(map(len, seen.values())) == len(placement)
+    opt = MeZO(groups, lr=9.0, eps=1e-3, model=model)
+    forward, head = CausalLMObjective(model, [17, 4])(
+        {**batch_of(), "labels": torch.tensor([0, 1, 1, 0])}
+    )
+    opt.step(lambda: head(forward()))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(names(model, placement))
+    torch.optim.SGD(groups, lr=1e-3)  # torch's own take them too
+
+
+class Quadratic(nn.Module):
+    """L(x) = sum over groups of (g . x + x^T diag(h) x / 2): |g|^2 and tr H are what was put in."""
+
+    def __init__(self, sizes, slopes, curvatures):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.x = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes)
+        self.g = [torch.randn(n, generator=generator) for n in sizes]
+        self.g = [g * s / g.norm() for g, s in zip(self.g, slopes, strict=True)]
+        self.h = [torch.rand(n, generator=generator) for n in sizes]
+        self.h = [h * t / h.sum() for h, t in zip(self.h, curvatures, strict=True)]
+
+    def forward(self):
+        terms = zip(self.x, self.g, self.h, strict=True)
+        return sum((g * x).sum() + (h * x * x).sum() / 2 for x, g, h in terms)
+
+
+def test_probe_on_a_quadratic():
+    """The mean over directions of (z.g)^2 is |g|^2 with sd sqrt(2) |g|^2, that of z^T H z is tr H; with noise scales
+    too. Standard errors hold what they promise."""
+    model = Quadratic((500, 3000), (2.0, 1.0), (5.0, 40.0))
+    before = [p.clone() for p in model.parameters()]
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return model()
+
+    a, b = model.x
+    groups = {"a": [a], "b": [b], "both": [a, b], "scaled": {a: 2.0, b: 0.5}}
+    rows = {
+        r.name: r for r in probe(model, groups, [closure] * 3, eps=1e-2, directions=100, seed=5)
+    }
+    assert len(calls) == 3 + 4 * 2 * 300 == 3 + sum(r.forwards for r in rows.values())
+    want = {"a": (4.0, 5.0, 500), "b": (1.0, 40.0, 3000), "both": (5.0, 45.0, 3500),
+            "scaled": (4 * 4 + 0.25, 4 * 5 + 0.25 * 40, 4 * 500 + 0.25 * 3000)}  # fmt: skip
+    for name, (slope2, curvature, parameters) in want.items():
+        row = rows[name]
+        assert row.parameters == parameters
+        assert abs(row.slope2 - slope2) < 4 * row.slope2_error
+        assert 0.6 < row.slope2_error / (math.sqrt(2 / 300) * slope2) < 1.5
+        assert abs(row.curvature - curvature) < 4 * row.curvature_error + 1e-3 * curvature
+        assert row.curvature_error < 0.02 * curvature
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert "_pseuzo_forward" not in model.__dict__
+    assert all(
+        math.isnan(row.fisher) and row.cost == (row.curvature, row.curvature_error)
+        for row in rows.values()
+    )
+    assert choose(rows.values()) == ["a", "scaled"]  # .80 and .54 against .025 and .11
+    lr, eps, how = equal_change(1e-3, 1e-2, rows["both"], rows["a"])
+    assert lr == pytest.approx(1e-3 * 9, rel=0.02) and eps == pytest.approx(1e-2 * 3, rel=0.01)
+    assert "the curvature along the noise is 0.111 of that" in how
+
+
+def test_probe_on_logistic_regression():
+    """Against autograd's gradient, gradients of the examples, and Hessian; the batch's gradient is what it sees."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(40, 3)).double().float()
+    x, y = torch.randn(64, 40, generator=generator), torch.randint(0, 3, (64,), generator=generator)
+    losses = lambda: nn.functional.cross_entropy(model(x), y, reduction="none")  # noqa: E731
+    weight = model[0].weight
+    (g,) = torch.autograd.grad(losses().mean(), weight)
+    of_examples = [
+        float(torch.autograd.grad(loss, weight, retain_graph=True)[0].square().sum())
+        for loss in losses()
+    ]
+    fisher = sum(of_examples) / 64
+    hessian = torch.autograd.functional.hessian(
+        lambda w: nn.functional.cross_entropy(nn.functional.linear(x, w, model[0].bias), y),
+        weight.detach(),
+    )
+    trace = float(hessian.reshape(120, 120).trace())
+    (row,) = probe(model, {"weight": [weight]}, [losses], eps=1e-2, directions=400)
+    assert abs(row.slope2 - float(g.square().sum())) < 4 * row.slope2_error
+    # eps^2 z^T H z is about 1e-3 of a loss of 1, known to 1e-7; the fourth order is eps^2 of it
+    assert abs(row.curvature - trace) < 4 * row.curvature_error + 2e-3 * trace
+    assert (
+        abs(row.fisher - fisher) < 4 * row.fisher_error + 2e-3 * fisher
+        and row.fisher_error < 0.05 * fisher
+    )
+    assert row.cost == (row.fisher, row.fisher_error)
+    assert row.slope2_error < 0.15 * row.slope2 and row.curvature_error < 0.05 * trace
+
+
+def test_small_groups_are_probed_with_longer_noise():
+    model = Quadratic((16, 48, 8000), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    seen = []
+
+    def closure():
+        seen.append([float(x.square().mean().sqrt()) for x in model.x])
+        return model()
+
+    a, b, c = model.x
+    probe(model, {"a": [a], "b": [b], "c": [c]}, [closure], eps=1e-2, directions=1)
+    lengths = [max(s) for s in seen[1::2]]
+    assert lengths[0] == pytest.approx(0.1, rel=0.5)  # at most ten times; sqrt(8064 / 16) = 22
+    assert lengths[1] == pytest.approx(0.1, rel=0.5)
+    assert lengths[2] == pytest.approx(1e-2, rel=0.1)
+
+
+def row(name, slope2, slope2_error, curvature, curvature_error, parameters=100.0):
+    return Row(name, parameters, slope2, slope2_error, curvature, curvature_error)
+
+
+def test_choose_is_robust():
+    good, half = row("good", 10, 2, 10, 1), row("half", 4.9, 1, 10, 1)
+    weak = row("weak", 1, 0.2, 10, 1)
+    assert choose([good, half, weak]) == ["good", "half"]
+    # a curvature that came out negative or tiny wins only what its error allows
+    assert choose([good, row("negative", 1, 0.2, -5, 10), row("zero", 1, 0.2, 1e-9, 10), weak]) == [
+        "good"
+    ]
+    assert choose([good, row("nan", math.nan, 1, 1, 1), row("inf", math.inf, 1, 1, 1)]) == ["good"]
+    # one slope that is all noise does not set the mark
+    assert choose([good, row("lucky", 100, 150, 10, 1), weak]) == ["good", "lucky"]
+    assert choose([good, Row("fisher", 100.0, 1, 0.2, -5, 10, 2.0, 0.2), weak]) == [
+        "good",
+        "fisher",
+    ]
+    unsure = [row("a", 1, 2, 1, 1), row("b", 3, 4, 1, 1)]
+    assert choose(unsure) == ["a", "b"]
+    assert choose([row("once", 1, math.inf, 1, math.inf)]) == ["once"]
+
+
+@pytest.mark.parametrize(
+    "curvature, error", [(-3.0, 1.0), (3.0, 2.0), (math.nan, 1.0), (3.0, math.inf)]
+)
+def test_equal_change_falls_back_to_the_share_of_parameters(curvature, error):
+    everywhere, here = (
+        row("all", 1, 1, 100, 1, parameters=1000.0),
+        row("here", 1, 1, curvature, error, 40.0),
+    )
+    lr, eps, how = equal_change(2e-3, 1e-3, everywhere, here)
+    assert lr == pytest.approx(2e-3 * 25) and eps == pytest.approx(1e-3 * 5)
+    assert "could not be measured" in how and "by the share of the parameters, 0.04" in how
+
+
+def test_probe_refuses():
+    model = Quadratic((5,), (1.0,), (1.0,))
+    for groups, closures, arguments, sentence in (
+        ({}, [model], {}, "at least one group"),
+        ({"a": list(model.x)}, [], {}, "at least one group, one closure"),
+        ({"a": []}, [model], {}, "a group has no parameters: a"),
+        ({"a": list(model.x)}, [model], {"eps": 0.0}, "eps must be positive"),
+        ({"a": list(model.x)}, [model], {"directions": 0}, "one direction"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            probe(model, groups, closures, **arguments)
+
+
+@pytest.mark.slow
+def test_probe_on_the_demo_model_sees_what_its_documentation_says():
+    """The value and output projections have a far better ratio than the embedding, of which most is noise; and training
+    goes on afterwards as if nothing had been probed."""
+    from pseuzo.demo import run
+    from transformers import AutoModelForCausalLM
+
+    demo = run.load()
+    model = AutoModelForCausalLM.from_pretrained(demo.model_folder)
+    twin = copy.deepcopy(model)
+    objective = CausalLMObjective(model, demo.train.options)
+    batches = list(islice(run.batches(demo.train, 16, 0), 12))
+    split = [objective(batch, reduction="none") for batch in batches]
+    closures = [lambda f=f, h=h: h(f()) for f, h in split]  # the losses of the examples
+    groups = {"all": place(model, ["all"]), "attention-out": place(model, ["attention-out"])}
+    groups["embedding"] = groups_of(model)["embedding"]
+    everywhere, attention, embedding = probe(
+        model, groups, closures, eps=1e-3, directions=2, seed=1
+    )
+    assert embedding.fisher > 10 * attention.fisher > 0
+    assert abs(embedding.fisher - embedding.curvature) < 2 * embedding.curvature_error
+    assert choose([attention, embedding]) == ["attention-out"]
+    lr, eps, how = equal_change(4e-4, 1e-3, everywhere, attention)
+    assert "the curvature along the noise is" in how
+    assert 3e-3 < lr < 5e-2 and 3e-3 < eps < 1.2e-2  # tuned by hand in the demo: 3.5e-3 and 5.2e-3
+    for m in (model, twin):
+        opt = PseuZO(m, 1e-4, 1e-3)
+        for _ in range(2):
+            opt.step(*CausalLMObjective(m, demo.train.options)(batches[0]))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )

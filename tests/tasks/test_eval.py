@@ -1,0 +1,285 @@
+"""Evaluation against figures worked out by hand: with a model of word pairs, whose every probability is known."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pseuzo
+import pytest
+import torch
+from pseuzo import perturbed
+from pseuzo.tasks import Example, Task, TaskData, evaluate, load_task, nondiff_loss
+from pseuzo.tasks.evaluation import generate
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    OPTConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+DEMO_MODEL = Path(pseuzo.__file__).parent / "demo" / "assets" / "model"
+VOCAB = 2048
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+class Pairs(PreTrainedModel, GenerationMixin):
+    """The next token's logits depend on the last token alone: lm_head.weight[next, last]."""
+
+    config_class = OPTConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(VOCAB, VOCAB)
+        self.drop = nn.Dropout(0.9)
+        self.lm_head = nn.Linear(VOCAB, VOCAB, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.eye(VOCAB))
+            self.lm_head.weight.zero_()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        return CausalLMOutput(logits=self.lm_head(self.drop(self.embed(input_ids))))
+
+
+def model_of(tokenizer, *texts, logits=10.0):
+    """After a token of a text comes the next one with this logit, or one for each text; all others have 0."""
+    model = Pairs(
+        OPTConfig(vocab_size=VOCAB, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+    ).train()
+    logits = logits if isinstance(logits, tuple) else (logits,) * len(texts)
+    with torch.no_grad():
+        for text, logit in zip(texts, logits, strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            for last, following in itertools.pairwise(ids):
+                model.lm_head.weight[following, last] = logit
+    return model
+
+
+CHOICE = Task(name="c", kind="choice", prompt="{{ q }}", options="options", answer="answer")
+# the second is several tokens
+OPTIONS = (" x", " return value of it")
+
+
+def logp(*logits, total=None):
+    """Log-probability of the first of these logits among all VOCAB, the rest of which are 0."""
+    return logits[0] - math.log(sum(map(math.exp, logits)) + VOCAB - len(logits))
+
+
+def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):
+    ids = tokenizer(" =" + OPTIONS[1], add_special_tokens=False)["input_ids"]
+    n = len(ids) - 1
+    assert (
+        n >= 3
+        and len(set(ids)) == n + 1
+        and len(tokenizer(" = x", add_special_tokens=False)["input_ids"]) == 2
+    )
+    # of the one token: logit 4 against 1 for the other's first token; of the others, 7 each
+    model = model_of(tokenizer, " = x", " =" + OPTIONS[1], logits=(4.0, 7.0))
+    with torch.no_grad():
+        model.lm_head.weight[ids[1], ids[0]] = 1.0
+    short = logp(4.0, 1.0)
+    total = logp(1.0, 4.0) + (n - 1) * logp(7.0)
+    assert total < short < total / n, "by the sum it would be the short one"
+    examples = [Example("a =", tuple(o.strip() for o in OPTIONS), answer, (OPTIONS[answer].strip(),))
+                for answer in (0, 1, 1)]  # fmt: skip
+    data = TaskData(examples, CHOICE, tokenizer, max_length=60)
+    figures = evaluate(model, data, batch_size=2)
+    assert figures["accuracy"] == pytest.approx(2 / 3) and figures["examples"] == 3
+    # trained on the answers' tokens
+    assert figures["loss"] == pytest.approx(-(short + 2 * total) / (1 + 2 * n), abs=1e-5)
+    data = TaskData(examples, CHOICE, tokenizer, max_length=60, train_on="options")
+    figures = evaluate(model, data)
+    normaliser = math.log(math.exp(short) + math.exp(total / n))
+    assert figures["loss"] == pytest.approx(normaliser - (short + 2 * total / n) / 3, abs=1e-5)
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert float(nondiff_loss(model, data, torch.tensor([0, 1]))) == 0.5
+    assert (
+        float(nondiff_loss(model, data, [1, 2])) == 0.0
+        and nondiff_loss(model, data, [0]).dtype is torch.float32
+    )
+
+
+def test_any_accepted_option_is_right(tokenizer):
+    model = model_of(tokenizer, " = x")
+    both = Example("a =", ("y", "x"), 0, ("y", "x"))
+    one = Example("a =", ("y", "x"), 0, ("y",))
+    data = TaskData([both, one, one, both], CHOICE, tokenizer, max_length=60)
+    assert evaluate(model, data)["accuracy"] == 0.5
+
+
+def test_scores_that_are_not_finite_are_never_right(tokenizer):
+    """argmax takes a NaN for the largest: a diverged model would be right whenever the first option is."""
+    words = Task(
+        name="w", kind="classification", prompt="{{ q }}", label="a", labels={0: "x", 1: "y"}
+    )
+    examples = [Example("a =", ("x", "y"), a, ("xy"[a],)) for a in (0, 1, 0)] + [
+        Example("a :", ("x", "y"), 0, ("x",))
+    ]
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        model = model_of(tokenizer, " = x", " : x")
+        ids = tokenizer(" =", add_special_tokens=False)["input_ids"]
+        both = []
+        for train_on in ("label-words", "options"):
+            data = TaskData(examples, words, tokenizer, max_length=60, train_on=train_on)
+            assert evaluate(model, data)["accuracy"] == 0.75
+            both.append(data)
+        with torch.no_grad():
+            model.embed.weight[ids[0], ids[0]] = broken  # so are all logits after " ="
+        for data in both:
+            assert evaluate(model, data)["accuracy"] == 0.25
+            assert float(nondiff_loss(model, data, [0, 1, 2])) == 1.0
+
+
+def test_ragged_options(tokenizer):
+    model = model_of(tokenizer, " = x")
+    examples = [Example("a =", ("y", "x"), 1, ("x",)), Example("a =", ("z", "y", "w", "x"), 0, ("z",)),
+                Example("a =", ("y", "z", "x"), 2, ("x",))]  # fmt: skip
+    assert evaluate(model, TaskData(examples, CHOICE, tokenizer, max_length=60), batch_size=2)[
+        "accuracy"
+    ] == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_demo_task(tokenizer, batch_size):
+    """Label words, options and the demo's own count agree; how rows are put into batches does not matter."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    task = load_task("demo")
+    examples = task.load(train=0, dev=0, test=1000)["test"]
+    some = examples[:60]
+    words = TaskData(some, task, tokenizer, max_length=126)
+    options = TaskData(some, task, tokenizer, max_length=126, train_on="options")
+    a, b = (
+        evaluate(model, words, batch_size=batch_size),
+        evaluate(model, options, batch_size=batch_size),
+    )
+    assert a["accuracy"] == b["accuracy"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    if batch_size == 64:
+        everything = TaskData(examples, task, tokenizer, max_length=126)
+        right = 0
+        for i, example in enumerate(examples):  # the model's own logits, a prompt at a time
+            ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"][:, -126:]
+            with torch.no_grad():
+                logits = model(ids).logits[0, -1, everything.options]
+            right += int(logits.argmax()) == everything.labels[i]
+        assert evaluate(model, everything, batch_size=100)["accuracy"] == right / 1000 == 0.634
+
+
+def test_modes_are_put_back(tokenizer):
+    model = model_of(tokenizer, " = x").train()
+    model.embed.eval()
+    data = TaskData([Example("a =", ("y", "x"), 1, ("x",))], CHOICE, tokenizer, max_length=60)
+    evaluate(model, data)
+    assert model.training and model.drop.training and not model.embed.training
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+FREE = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=8)
+
+
+def test_generation_f1_and_exact_match(tokenizer):
+    # what it writes after "=", ":" and "("; two of them on different lines, one without end
+    model = model_of(tokenizer, " = The result value\nis", " : a string\nis", " ( loop if loop")
+    prompts = [Example("what follows =", (), None, golds) for golds in (
+        ("result value",),  # all of it, but for case and the article
+        ("value", "other"),  # precision 1/2 of "result value", recall 1: 2/3
+        ("none",),
+        ("the wrong thing", "result value of it"),  # precision 1, recall 1/2
+    )]  # fmt: skip
+    other = [Example("longer, so that rows are padded :", (), None, ("A string!",))]
+    data = TaskData(prompts + other, FREE, tokenizer, max_length=60)
+    assert generate(model, data, range(5), batch_size=2) == ["The result value"] * 4 + ["a string"]
+    figures = evaluate(model, data, batch_size=3)
+    assert figures["f1"] == pytest.approx((1 + 2 / 3 + 0 + 2 / 3 + 1) / 5, abs=1e-6)
+    assert figures["em"] == pytest.approx(2 / 5) and figures["examples"] == 5
+    assert float(nondiff_loss(model, data, [1, 2])) == pytest.approx(1 - 1 / 3, abs=1e-6)
+    endless = TaskData([Example("f (", (), None, ("x",))], FREE, tokenizer, max_length=60)
+    (text,) = generate(model, endless, [0])
+    assert len(
+        tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+    ) == 8 and text.startswith("loop if loop if")
+    assert model.training
+
+
+def test_generation_stops_row_by_row(tokenizer):
+    """The short answer is not gone on with while the long one of the same batch is written."""
+    model = model_of(
+        tokenizer, " = x\nx is None", " : a if value in self and not result or other\n"
+    )
+    examples = [Example(p, (), None, ("x",)) for p in ("a =", "a longer :")]
+    together = TaskData(examples, FREE, tokenizer, max_length=60)
+    texts = generate(model, together, [0, 1], batch_size=2)
+    assert texts[0] == "x" and texts[1].startswith("a if value")
+    assert generate(model, together, [1], batch_size=1) == [texts[1]]
+    no_stop = Task(
+        name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=3, stop=""
+    )
+    assert generate(model, TaskData(examples[:1], no_stop, tokenizer, max_length=60), [0])[
+        0
+    ].startswith("x\n")
+
+
+def test_generation_is_greedy_whatever_the_model_has_set(tokenizer):
+    model = model_of(tokenizer, " = x y\n", logits=2.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    model.generation_config.do_sample, model.generation_config.temperature = True, 50.0
+    model.generation_config.repetition_penalty = 100.0
+    model.generation_config.num_beams = 3
+    data = TaskData([Example("x y =", (), None, ("x y",))], FREE, tokenizer, max_length=60)
+    assert [generate(model, data, [0]) for _ in range(3)] == [["x y"]] * 3
+
+
+def test_loss_of_a_generation_is_that_of_training(tokenizer):
+    from pseuzo import CausalLMObjective
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    examples = [
+        Example("def f(x):", (), None, ("return x + 1",)),
+        Example("import", (), None, ("sys",)),
+    ]
+    data = TaskData(examples, FREE, tokenizer, max_length=60)
+    forward, head = CausalLMObjective(model)(data.collate([data[0], data[1]]))
+    with torch.no_grad():
+        want = float(head(forward()))
+    assert evaluate(model, data, batch_size=1)["loss"] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_perturbed_model_is_seen_perturbed(tokenizer):
+    """nondiff_loss under a perturbed pass is that of a model with those weights, and leaves them alone."""
+    from pseuzo_kernels import perturb_
+
+    task = load_task("demo")
+    examples = task.load(train=0, dev=0, test=40)["test"]
+    free = [Example(e.prompt, (), None, e.golds) for e in examples[:6]]
+    for data in (
+        TaskData(examples, task, tokenizer, max_length=126),
+        TaskData(examples, task, tokenizer, max_length=126, train_on="options"),
+        TaskData(free, Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=2), tokenizer,
+                 max_length=126),
+    ):  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+        before = [p.detach().clone() for p in model.parameters()]
+        rows = list(range(len(data)))
+        clean = float(nondiff_loss(model, data, rows))
+        values = []
+        for seed in range(2):
+            with torch.no_grad(), perturbed(model, seed, 3e-2):
+                got = float(nondiff_loss(model, data, rows))
+            other = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+            with torch.no_grad():
+                perturb_(list(other.parameters()), seed, 3e-2)
+            assert got == float(nondiff_loss(other, data, rows))
+            values.append(got)
+        assert set(values) != {clean}, "a test that could tell"
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
