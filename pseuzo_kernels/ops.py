@@ -912,7 +912,25 @@ def _traceable(op: Any) -> Callable[..., None]:
     return call
 
 
+lib.impl("window_step", reference.window_step, "CompositeExplicitAutograd")
+
+# For optimizers: the ops as their schemas above take them, one launch each. Nothing is checked here, autograd is not
+# told (call torch.autograd.graph.increment_version), and nothing of ours runs in Python before a kernel of C++.
+# `pseuzo_kernels.reference` has functions of the same names, which say what the arguments are.
 _ops = torch.ops.pseuzo
+add_noise_list_ = (
+    _ops.add_noise_list_.default
+)  # (xs, seeds, coefs, streams, keeps, scales, noise, stochastic,
+#                                                  rounding_seed, found_inf): x <- keep x + scale sum_k c_k z(s_k)
+add_noise_list_out = _ops.add_noise_list_out.default  # the same, *, out: into other tensors
+add_noise_steps_ = (
+    _ops.add_noise_steps_.default
+)  # (xs, seeds, coefs, counts, streams, keeps, scales, noise,
+#                                                    stochastic, rounding_seeds): updates in a row, one read and write
+add_noise_rows = (
+    _ops.add_noise_rows.default
+)  # (x, index, seeds, coefs, stream, scale, noise): rows of x + noise
+
 _api = checks.NoiseApi(_traceable(_ops.add_noise_list_), _traceable(_ops.add_noise_list_out))
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_

@@ -44,7 +44,7 @@ import math
 import torch
 from torch import Tensor
 
-from pseuzo_kernels import checks
+from pseuzo_kernels import checks, window
 
 CHUNK, PLANE = 2048, 128  # elements
 COUNTERS_AT_ONCE = (
@@ -404,7 +404,7 @@ def window_step(
     momentum,
     eps,
 ):
-    """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See checks.EmaWindow.
+    """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones. See window.EmaWindow.
 
     State, written in place: values [K, R, P, D] fp32, an entry's rows (means over a group), aligned to the last
     position; seeds [K] int64; groups [K, R] int64; counts [K, R] int32, how many rows of the batch a row stands for: 0
@@ -463,6 +463,6 @@ noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 
 
-class EmaWindow(checks.EmaWindow):
-    __doc__ = checks.EmaWindow.__doc__
+class EmaWindow(window.EmaWindow):
+    __doc__ = window.EmaWindow.__doc__
     _op = staticmethod(window_step)

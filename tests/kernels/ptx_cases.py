@@ -18,13 +18,13 @@ from test_add_noise_triton import assert_close_normal, seeds_coefs, values
 from triton.runtime import JITFunction
 
 from pseuzo_kernels import reference
-from pseuzo_kernels.triton import device as philox
 from pseuzo_kernels.ops import (
     add_noise_list_out_triton,
     add_noise_list_triton_,
     add_noise_rows_triton,
     add_noise_steps_triton_,
 )
+from pseuzo_kernels.triton import device as philox
 
 kernels = importlib.import_module(
     "pseuzo_kernels.ops"

@@ -210,9 +210,7 @@ def test_tables_of_a_captured_graph(monkeypatch):
     seeds, coefs = seeds_coefs(1)
     rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
 
-    module = importlib.import_module(
-        "pseuzo_kernels.ops"
-    )  # the function of the same name hides it
+    module = importlib.import_module("pseuzo_kernels.ops")  # the function of the same name hides it
 
     def launches(xs):
         counts = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pseuzo_kernels import checks, reference
+from pseuzo_kernels import reference, window
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,9 +316,9 @@ def test_no_rows_or_no_positions(libraries):
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_many_steps(libraries, grouped):
-    """Through checks.EmaWindow: ragged batches and lengths, growth, wrap-around, a bad step."""
+    """Through window.EmaWindow: ragged batches and lengths, growth, wrap-around, a bad step."""
 
-    class Emulated(checks.EmaWindow):
+    class Emulated(window.EmaWindow):
         _op = staticmethod(lambda *args: emulate(libraries["small"], 2, *args))
 
     generator = torch.Generator().manual_seed(3)
