@@ -43,5 +43,5 @@ def record_on_tapes(monkeypatch):
         return outputs, tape.replay
 
     monkeypatch.setattr(capture, "_record", record)
-    monkeypatch.setattr("pseuzo.optim.base.check_device", lambda *args: None)
+    monkeypatch.setattr("pseuzo.optim.passes.check_device", lambda *args: None)
     return made

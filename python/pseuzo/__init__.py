@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pseuzo.models.objective import CausalLMObjective
-    from pseuzo.optim.base import MeZO, PseuZO
-    from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
+    from pseuzo.optim import Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
     from pseuzo.perturb.module import perturbed
     from pseuzo.train.journal import Journal, replay
     from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments

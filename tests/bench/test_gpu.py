@@ -224,7 +224,7 @@ def test_a_step_of_a_transformer_does_not_wait_for_the_device(make, kind, paddin
     for _ in range(6):
         step()
     if capture:
-        assert not any(isinstance(known, int) for known in opt._graphs._steps.values()), (
+        assert not any(isinstance(known, int) for known in opt.passes._graphs._steps.values()), (
             "it was not recorded"
         )
     torch.cuda.synchronize()
@@ -244,7 +244,7 @@ def test_cuda_graphs_give_the_same_bits(make, padding):
     want = run_steps(make(model), model, 10, (12, 9), padding=padding)
     opt = make(twin, capture=True)
     got = run_steps(opt, twin, 10, (12, 9), padding=padding)
-    assert any(not isinstance(known, int) for known in opt._graphs._steps.values()), (
+    assert any(not isinstance(known, int) for known in opt.passes._graphs._steps.values()), (
         "nothing was recorded"
     )
     assert torch.equal(got, want)
@@ -273,7 +273,7 @@ def test_a_capture_that_fails_leaves_the_gpu_as_it_was():
         [opt.step(lambda: closure()) for _ in range(3)] + [opt.step(closure) for _ in range(6)]
     )
     assert losses.isfinite().all() and any(
-        not isinstance(known, int) for known in opt._graphs._steps.values()
+        not isinstance(known, int) for known in opt.passes._graphs._steps.values()
     )
 
 

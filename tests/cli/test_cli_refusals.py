@@ -19,7 +19,7 @@ from pseuzo.cli import compare
 from pseuzo.cli import run as runs
 from pseuzo.cli.commands import main
 from pseuzo.cli.plots import mean_and_spread
-from pseuzo.optim.base import MeZO
+from pseuzo.optim import MeZO
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 

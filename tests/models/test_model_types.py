@@ -14,7 +14,7 @@ from helpers import Waits, perturbed_copy
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from pseuzo.models.loading import head_parameters
 from pseuzo.models.objective import padded, padded_on_the_right
-from pseuzo.optim.base import step_seed
+from pseuzo.optim.seeds import step_seed
 from pseuzo.tasks import Example, Task, TaskData, evaluate
 from pseuzo.tasks.evaluation import generate
 from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments

@@ -15,7 +15,7 @@ from peft import PeftModel
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from pseuzo.files import save_model
 from pseuzo.models.loading import MODES, head_parameters, load_model, tune
-from pseuzo.optim.base import step_seed
+from pseuzo.optim.seeds import step_seed
 from safetensors.torch import save_file
 from tiny_models import ALL_KINDS, VOCAB, batch_of, causal_lm
 from tokenizers import Tokenizer

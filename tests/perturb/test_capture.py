@@ -234,7 +234,7 @@ def test_functions_that_are_new_each_time_are_warned_of(tapes, monkeypatch):
             opt.step(lambda f=forward, h=head: h(f()))
     assert not tapes
     assert sum("every step brings new functions" in str(w.message) for w in caught) == 1
-    assert len(opt._graphs._steps) <= capture.MOST, "a long run would keep every batch"
+    assert len(opt.passes._graphs._steps) <= capture.MOST, "a long run would keep every batch"
 
 
 def test_needs_a_gpu():

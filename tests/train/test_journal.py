@@ -209,7 +209,7 @@ def test_going_back_while_the_journal_is_open_cuts_it_as_well(tmp_path):
             JournalError,
             r"run.pzj holds 3 step\(s\) already",
         )
-        assert opt._step == 0 and path.read_bytes() == whole
+        assert opt.steps == 0 and path.read_bytes() == whole
 
 
 CHANGES = {
@@ -243,7 +243,7 @@ def test_what_cannot_be_recorded_is_not_made(change, tmp_path):
             RuntimeError,
             "groups, noise or rounding were changed since it was opened",
         )
-    assert opt._step == 1 and path.read_bytes() == whole
+    assert opt.steps == 1 and path.read_bytes() == whole
     assert torch.equal(opt.window.state_dict()["seeds"], window["seeds"])
 
 
@@ -781,12 +781,12 @@ def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_
     opened._file = Full(real)
     with pytest.raises(OSError, match="No space left"):
         train(opt, model, [2])
-    assert opt._step == 3 and path.stat().st_size == size, (
+    assert opt.steps == 3 and path.stat().st_size == size, (
         "the step is made, and half a record is taken back"
     )
     opened._file.left = 10
     unchanged_after(lambda: train(opt, model, [3]), model, OSError, "No space left")
-    assert opt._step == 3 and path.stat().st_size == size
+    assert opt.steps == 3 and path.stat().st_size == size
     opened._file = real
     train(opt, model, [3])
     opened.sync()
@@ -848,7 +848,7 @@ def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
         JournalError,
         f"run.pzj: weights {WRITES[write][1]}",
     )
-    assert opt._step == steps and path.stat().st_size == size
+    assert opt.steps == steps and path.stat().st_size == size
     opened.close()
     if steps:  # nor is it forgotten when the journal is opened again
         with pytest.raises(
@@ -900,7 +900,7 @@ def test_a_write_to_bare_parameters_is_noticed(between, tmp_path):
         with pytest.raises(JournalError, match="weights were written since the last step"):
             opt.step() if between == "estimate and step" else opt.step(loss)
         changed = x.detach() != before
-        assert changed.sum() == 1 and changed[7] and opt._step == 3
+        assert changed.sum() == 1 and changed[7] and opt.steps == 3
     assert replay(path, base) == 3 and torch.equal(base["parameter 0"], before)
 
 

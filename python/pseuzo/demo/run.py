@@ -22,7 +22,7 @@ from pseuzo.files import claim, save_model, to_json, write_json
 from pseuzo.machine import hardware, peak_memory, reset_peak
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.placement import place
-from pseuzo.optim.base import MeZO, PseuZO
+from pseuzo.optim import MeZO, PseuZO
 from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pseuzo.optim.base import step_seed
+from pseuzo.optim.seeds import step_seed
 from pseuzo.perturb.module import forward_of, frozen_mode
 
 PROBE_DOMAIN = 0x70726F6265  # keeps the probe's noise apart from the run's

@@ -338,7 +338,7 @@ class Journal:
             "version": VERSION, "noise": optimizer.noise, "rounding": optimizer.rounding,
             "rounding_version": ROUNDING_VERSION, "groups": len(optimizer.param_groups),
             "params": [
-                {"name": names.get(p, f"parameter {i}"), "group": g, "stream": optimizer._streams[p],
+                {"name": names.get(p, f"parameter {i}"), "group": g, "stream": optimizer.streams[p],
                  "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
                 for i, (g, p) in enumerate(trained)
             ],
@@ -348,10 +348,8 @@ class Journal:
         }  # fmt: skip
         self._layout = layout
         self._pending: deque[tuple[Record, Fetched]] = deque()
-        self._late = int(
-            optimizer._device.type == "cuda"
-        )  # records that may wait for the next step
-        self._next, self.run = optimizer._step, run
+        self._late = int(optimizer.device.type == "cuda")  # records that may wait for the next step
+        self._next, self.run = optimizer.steps, run
         watched = optimizer.model.parameters() if optimizer.model is not None else self._position
         self._watched = [p for p in watched if not p.is_inference() and not holds_codes(p)]
         self._places: list[int] = []  # of these in memory
@@ -389,7 +387,7 @@ class Journal:
     def _go_on(self) -> None:
         """Go on where the optimizer does: cut off what the file holds of later steps. Raises JournalError if it is not
         this optimizer's file."""
-        step = self.optimizer._step
+        step = self.optimizer.steps
         with open(self.path, "rb") as file:
             header, end = _read_header(file), file.tell()
             if any(header[key] != value for key, value in self._layout.items()):
@@ -474,7 +472,7 @@ class Journal:
                 "open a new one"
             )
         self._write_pending(self._late)  # of a step before, where the disk was full
-        if optimizer._step != self._next or optimizer.journal_run != self.run:  # a state was loaded
+        if optimizer.steps != self._next or optimizer.journal_run != self.run:  # a state was loaded
             self._write_pending()
             self._go_on()
         self.check_weights()

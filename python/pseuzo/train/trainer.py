@@ -42,7 +42,9 @@ from pseuzo.machine import Fetched, peak_memory, refuse_replicas
 from pseuzo.models import placement
 from pseuzo.models.loading import head_parameters, keep_as_loaded, quantised
 from pseuzo.models.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, with_positions
-from pseuzo.optim.base import MeZO, PseuZO, ZeroOrder, row_factors
+from pseuzo.optim import MeZO, PseuZO
+from pseuzo.optim.base import ZeroOrder
+from pseuzo.optim.clip import row_factors
 from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.perturb.graphs import MOST
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss

@@ -1,0 +1,108 @@
+"""Parameter groups: what is trained, and what a group may say."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from pseuzo_kernels.checks import check_not_negative, check_tensors
+
+NUMBERS = ("lr", "weight_decay", "noise_scale")
+
+
+def is_frozen(p: Tensor) -> bool:
+    """Whether p is left alone: a parameter that requires no grad. Plain tensors need not require it."""
+    return isinstance(p, nn.Parameter) and not p.requires_grad
+
+
+def not_frozen(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.requires_grad or not is_frozen(p)]
+
+
+def check_trains(op: str, groups: Iterable[Mapping[str, Any]]) -> None:
+    if all(is_frozen(p) for group in groups for p in group["params"]):
+        raise ValueError(f"{op}: no parameter requires grad; there is nothing to train")
+
+
+def check_numbers(
+    name: str, *, eps: float, clip_examples: float | None, **not_negative: float
+) -> None:
+    for key, value in not_negative.items():
+        check_not_negative(name, key, value)
+    if not check_not_negative(name, "eps", eps):
+        raise ValueError(f"{name}: eps must be positive, got 0")
+    if clip_examples is None:
+        return
+    if not check_not_negative(name, "clip_examples", clip_examples):
+        raise ValueError(f"{name}: clip_examples must be positive, or None, got 0")
+
+
+def model_streams(model: nn.Module | None) -> dict[Tensor, int] | None:
+    """The stream of each parameter of a model: its position in model.parameters()."""
+    return None if model is None else {p: i for i, p in enumerate(model.parameters())}
+
+
+def new_streams(
+    name: str, params: Iterable[Tensor], positions: Mapping[Tensor, int] | None, first: int
+) -> dict[Tensor, int]:
+    """The streams of a new group's parameters.
+
+    positions: model_streams of the optimizer's model; without a model they are the numbers from
+    `first` on.
+    """
+    if positions is None:
+        return {p: i for i, p in enumerate(params, first)}
+    for p in params:
+        if p not in positions:
+            raise ValueError(
+                f"{name}: a parameter of shape {tuple(p.shape)} is not one of the model's"
+            )
+    return {p: positions[p] for p in params}
+
+
+def check_group(
+    name: str,
+    group: Mapping[str, Any],
+    given: Iterable[str],
+    known: Iterable[str],
+    has_gradient: bool,
+) -> None:
+    """Refuse a new group whose options or parameters cannot be meant.
+
+    given: the options that the user wrote. known: those that groups have. has_gradient: whether the
+    optimizer differentiates a head.
+    """
+    for key in NUMBERS:
+        check_not_negative(name, key, group[key])
+    if group["exact_gradient"] and not has_gradient:
+        raise ValueError(
+            f"{name}: exact_gradient=True needs the head that PseuZO differentiates; use PseuZO"
+        )
+    if "eps" in given:
+        raise ValueError(
+            f"{name}: eps is one for all groups; give it to {name}, or a group a noise_scale"
+        )
+    for key in set(given) - set(known):
+        if meant := get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"{name}: a group has no option {key!r}; did you mean {meant[0]!r}?")
+    used = not_frozen(group["params"])
+    for device in {p.device for p in used}:
+        if device.type == "meta":
+            raise ValueError(
+                f"{name}: a parameter is on the meta device (offloaded?); load the weights first"
+            )
+        check_tensors(name, [p for p in used if p.device == device], "parameter")
+
+
+def trained(op: str, groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """The groups with their parameters that take noise. Checks what schedulers and users write."""
+    groups = list(groups)
+    for group in groups:
+        for key in NUMBERS:
+            check_not_negative(op, key, group[key])
+    return [
+        (group, not_frozen(group["params"]))
+        for group in groups
+        if group["noise_scale"] and not group["exact_gradient"]
+    ]

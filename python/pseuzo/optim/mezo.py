@@ -1,0 +1,220 @@
+"""MeZO: two forward passes and one seed a step.
+
+Source: Malladi et al., "Fine-tuning language models with just forward passes" (2023), Algorithms 1
+and 2.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.base import Measured, ZeroOrder
+from pseuzo.optim.clip import clip_limit
+from pseuzo.optim.seeds import direction_seed
+from pseuzo.optim.update import Direction
+from pseuzo.perturb.in_place import filled
+
+
+@dataclass(frozen=True)
+class Slopes(Measured):
+    """The projected gradients along q directions.
+
+    seeds: of the directions. slopes: [q] fp32, 0 where not finite. finite: [] bool, whether all of
+    the step's losses and slopes are.
+    """
+
+    seeds: tuple[int, ...]
+    slopes: Tensor
+    finite: Tensor
+
+
+def measure_slopes(
+    optimizer: ZeroOrder,
+    key: tuple,
+    loss_of: Callable[[], Any],
+    two_sided: bool = True,
+    directions: int = 1,
+) -> Slopes:
+    """c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along `directions` z_j.
+
+    key: what the passes are made of, for CUDA graphs. two_sided False: (L(x + eps z_j) - L(x)) / eps.
+    """
+    o, eps = optimizer, optimizer.eps
+    seeds = tuple(direction_seed(o.seed, o.steps, j) for j in range(directions))
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=o.device)
+        clean = None if two_sided else as_losses(o, o.passes.clean(loss_of))
+        for seed in seeds:
+            plus = as_losses(o, o.passes.perturbed(seed, eps, "loss", loss_of))
+            minus = clean
+            if two_sided:
+                minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", loss_of))
+            if plus.shape != minus.shape:
+                raise ValueError(
+                    f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
+                    f"{tuple(minus.shape)}; they must run on the same batch"
+                )
+            slope = (plus - minus) / (2 * eps if two_sided else eps)
+            loss = (plus + minus) / 2 if two_sided else clean
+            ok = ok & slope.isfinite().all() & loss.isfinite().all()
+            if o.clip_examples is not None:
+                limit = clip_limit(slope.abs(), o.clip_examples)
+                slope = slope.clamp(-limit, limit)
+            losses.append(loss.mean())
+            slopes.append(slope.mean())
+        c = torch.stack(slopes)
+        return torch.stack(losses).mean(), torch.where(ok, c, torch.zeros_like(c)), ok
+
+    loss, slopes, ok = o.passes.run("loss", (two_sided, *key), run)
+    return Slopes(loss, "loss", seeds, slopes, ok)
+
+
+def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) -> Direction:
+    """The mean of c_j z_j over the directions."""
+    c = measured.slopes
+    return Direction(
+        filled(measured.seeds, torch.int64, optimizer.device),
+        c / len(measured.seeds),
+        (~measured.finite).float().view(1),
+        measured.kind,
+        state,
+        {"projected_grad": c, "momentum": 0.0, "window": 0},
+    )
+
+
+def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
+    """fp32 on the device: [] of a scalar tensor or a number, [B] of per-example losses."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0):
+            raise ValueError(
+                "step: the loss must be a scalar, or a vector of per-example losses, got shape "
+                f"{tuple(loss.shape)}; reduce it, e.g. .mean()"
+            )
+        loss = loss.detach().to(device=optimizer.device, dtype=torch.float32)
+        loss = loss if loss.dim() == 1 else loss.reshape(())
+    elif isinstance(loss, int | float):
+        loss = torch.full((), float(loss), dtype=torch.float32, device=optimizer.device)
+    else:
+        raise TypeError(
+            f"step: the closure must return a scalar tensor or a number, got {type(loss).__name__}"
+        )
+    if optimizer.clip_examples is not None and loss.dim() == 0:
+        raise ValueError(
+            "step: clip_examples needs the loss of each example, [B], and got one number; return "
+            "the losses before their mean, or leave clip_examples off"
+        )
+    return loss
+
+
+class MeZO(ZeroOrder):
+    """x <- x - lr * (L(x + eps z) - L(x - eps z)) / (2 eps) * z: two forward passes and one seed.
+
+    params: a module, whose weights a perturbation never writes (see pseuzo.perturbed), or
+    parameters or parameter groups as in every torch optimizer, which are perturbed in place; give
+    `model` to have them perturbed exactly. Options of a group: lr, weight_decay (decoupled, applied
+    once), noise_scale (multiplies z; 0 freezes the group), maximize.
+    eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding: see
+    pseuzo_kernels; rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs with
+    a seed made from (seed, t).
+    directions: q; the update is the mean over q perturbations (2 q passes, or q + 1 if not
+    two_sided).
+    momentum: mu; the update is sum_age mu^age * (that of `age` steps ago) over the last `window`
+    steps: the momentum of SGD cut off after K steps, in seeds and coefficients in place of a buffer
+    of the model's size. It costs the noise of K * q seeds an update. A skipped step counts as one of
+    gradient 0.
+    clip_examples: r; the projected gradient of each example is clamped to r times the batch's median
+    size (not where that is 0). The closure must then return per-example losses, [B].
+    The passes of a step run with the module in eval mode; with bare parameters that is the caller's
+    business. Under torch.autocast no step uses or leaves a cast that is cached, wherever the autocast
+    block begins and ends. One process only: ValueError where the process group has several ranks, as
+    replicas would drift apart.
+    capture: record the passes as CUDA graphs, from the third step with the same closure on, and
+    replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure must
+    then be the same object at every step (or one of a few), read its batch from tensors that you
+    write before the step (tensor.copy_(...)), and never wait for the device. lr, weight decay and eps
+    may change; weights and what else the closure reads must stay where they are in memory.
+    Source: Malladi et al. 2023, Algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        two_sided: bool = True,
+        directions: int = 1,
+        momentum: float = 0.0,
+        window: int = 14,
+        **options: Any,
+    ):
+        for key, value in (("directions", directions), ("window", window)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"MeZO: {key} must be an int of at least 1, got {value!r}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MeZO: momentum must be in 0 .. 1, got {momentum}")
+        self.two_sided, self.directions = two_sided, directions
+        self.momentum, self.window = float(momentum), window
+        # Seeds and coefficients of the last steps, [n, q], the newest last.
+        self._past: tuple[Tensor, Tensor] | None = None
+        super().__init__(params, lr=lr, eps=eps, **options)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
+        """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice.
+
+        Returns the mean of both (the clean loss if not two_sided), on the device: reading it waits.
+        Without a closure, applies the last estimate; RuntimeError if there is none. A loss that is
+        NaN or infinite skips the update, is counted (`skipped_steps`) and warned of.
+        """
+        return super().step() if closure is None else super().step(closure)
+
+    def measure(self, closure: Callable[[], Any]) -> Slopes:
+        """The passes of a step; see step."""
+        if not callable(closure):
+            raise TypeError("MeZO.step: needs a closure that returns the loss, called twice a step")
+        return measure_slopes(self, (closure,), closure, self.two_sided, self.directions)
+
+    def coefficients(self, measured: Slopes) -> Direction:
+        now = mean_direction(self, measured)
+        if not self.momentum:
+            return now
+        seeds, coefs = now.seeds, now.coefs
+        past = self._past
+        if past is None:
+            past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
+        past = tuple(
+            torch.cat([old, new[None]])[-self.window :]
+            for old, new in zip(past, (seeds, coefs), strict=True)
+        )
+        seeds, coefs = past
+        ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
+        decays = torch.full_like(ages, self.momentum, dtype=torch.float64)
+        faded = (coefs * torch.pow(decays, ages)[:, None]).float().flatten()
+        return replace(
+            now,
+            seeds=seeds.flatten(),
+            coefs=torch.where(now.found_inf != 0, 0.0, faded),
+            state=past,
+            stats=now.stats | {"momentum": self.momentum, "window": len(coefs)},
+        )
+
+    def keep(self, state: tuple[Tensor, Tensor] | None) -> None:
+        if state is not None:
+            self._past = state
+
+    def own_state(self) -> dict[str, Any]:
+        seeds, coefs = self._past or (None, None)
+        past = {"seeds": seeds, "coefs": coefs, "directions": self.directions}
+        past |= {"momentum": self.momentum, "window": self.window}
+        return super().own_state() | {"past": past}
+
+    def load_own_state(self, own: Mapping[str, Any]) -> None:
+        past = own["past"]
+        self.directions, self.momentum = past["directions"], past["momentum"]
+        self.window, self._past = past["window"], None
+        if past["seeds"] is not None:
+            self._past = past["seeds"].to(self.device), past["coefs"].to(self.device)

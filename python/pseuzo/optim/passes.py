@@ -1,0 +1,159 @@
+"""The passes of a step: where they see perturbed weights, and CUDA graphs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.machine import refuse_replicas
+from pseuzo.optim import groups
+from pseuzo.perturb.graphs import Graphs, check_device
+from pseuzo.perturb.in_place import InPlace, Shift
+from pseuzo.perturb.module import ModulePasses, frozen_mode, no_cached_casts, passes_of
+
+if TYPE_CHECKING:
+    from pseuzo.optim.base import ZeroOrder
+
+
+@contextmanager
+def without_autograd() -> Iterator[None]:
+    """Disable autograd without entering inference mode: a step's tensors are used outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class Passes:
+    """Runs passes of an optimizer's model at x and at x + scale * z(seed).
+
+    With a model the weights are never written; bare parameters stay shifted between the passes of a
+    step, until `restore` or an update. capture: record the passes as CUDA graphs.
+    """
+
+    def __init__(self, optimizer: ZeroOrder, capture: bool):
+        if capture:
+            check_device(type(optimizer).__name__, optimizer.device)
+        self._optimizer = optimizer
+        self._of_module: ModulePasses | None = None  # once a step with a model was made
+        self._in_place = InPlace(optimizer.noise, self._before_writing, self._after_writing)
+        self._known: dict[str, list[int]] = {}  # from a loaded state: kind of pass -> streams
+        # The parameters that take noise, and what they were found from.
+        self._places: tuple[list, dict[nn.Parameter, tuple[int, float]]] = [], {}
+        self._graphs = Graphs(optimizer.device) if capture else None
+        self._recorded_of: tuple | None = None  # the memory that the graphs read and write
+
+    @property
+    def _perturbing(self) -> ModulePasses | InPlace:
+        return self._in_place if self._of_module is None else self._of_module
+
+    def run(self, kind: str, key: tuple, call: Callable[[], Any]) -> Any:
+        """call(), which makes the passes of a step, without autograd and dropout.
+
+        kind: of the perturbed passes. key: what they are made of; CUDA graphs are recorded under
+        both.
+        """
+        optimizer = self._optimizer
+        op = f"{type(optimizer).__name__}.step"
+        refuse_replicas(op)
+        trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
+        groups.check_trains(op, optimizer.param_groups)
+        if optimizer.model is None:
+            shifted = [(group["noise_scale"], params) for group, params in trained]
+            self._in_place.serve(shifted, optimizer.streams)
+        else:
+            passes = passes_of(optimizer.model, self._find_places(), optimizer.noise)
+            if passes is not self._of_module:  # it begins with what this optimizer knows
+                passes.note_used(self.used())
+                self._of_module, self._recorded_of = passes, None
+        graphs = nullcontext()
+        if self._graphs is not None:
+            memory = (self._of_module, self._perturbing.replaced)
+            if memory != self._recorded_of:  # what the graphs read or write is not there any more
+                self._recorded_of = memory
+                self._graphs.clear()
+            graphs = self._graphs.step((kind, *key), self._perturbing.settled(kind))
+        with without_autograd(), frozen_mode(optimizer.model), no_cached_casts(), graphs:
+            return call()
+
+    def clean(self, call: Callable[[], Any], name: str = "clean") -> Any:
+        """call(), or the graph that was recorded of the pass of this name in such a step."""
+        return call() if self._graphs is None else self._graphs.run(name, call)
+
+    def perturbed(self, seed: int, scale: float, kind: str, call: Callable[[], Any]) -> Any:
+        """call() at x + scale * z(seed)."""
+        perturbing = self._perturbing
+        perturbing.aim(seed, scale)  # outside of the call, which may be replayed without Python
+
+        def perturbed_call() -> Any:
+            with perturbing.passing(kind):
+                return call()
+
+        return self.clean(perturbed_call, kind)
+
+    def restore(self) -> None:
+        """Undo what passes left in the weights or the model, if anything. Idempotent."""
+        with without_autograd():
+            self._perturbing.restore()
+
+    def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
+        """What an update must take back, see InPlace."""
+        return self._in_place.pending()
+
+    def forget(self) -> None:
+        """An update took back what was pending. Idempotent."""
+        self._in_place.forget()
+
+    def unused(self, op: str, kind: str) -> set[Tensor]:
+        """The weights that no pass of this kind has used: noise is all that they would get.
+
+        RuntimeError if it has used none of the model's.
+        """
+        if self._of_module is None:
+            return set()
+        unused = self._of_module.unused(kind)
+        if unused and unused == self._of_module.params.keys():
+            raise RuntimeError(
+                f"{op}: the pass used no weight of the model that is trained; run that very model "
+                "in it (not a copy, and not a scripted or exported one), or give the optimizer its "
+                "parameters"
+            )
+        return unused
+
+    def used(self) -> dict[str, list[int]]:
+        """The streams of the weights that each kind of pass has used, for the optimizer's state."""
+        return self._known if self._of_module is None else self._of_module.used()
+
+    def load(self, used: Mapping[str, list[int]]) -> None:
+        """Begin anew with what `used` gave when the state was saved."""
+        self._known = {kind: list(streams) for kind, streams in used.items()}
+        self._of_module = None
+        noise = self._optimizer.noise
+        self._in_place = InPlace(noise, self._before_writing, self._after_writing)
+
+    def _find_places(self) -> dict[nn.Parameter, tuple[int, float]]:
+        """The stream and noise scale of each parameter that may take noise.
+
+        It is the same dict while they are the same.
+        """
+        found = [
+            (group["noise_scale"], groups.not_frozen(group["params"]))
+            for group in self._optimizer.param_groups
+            if not group["exact_gradient"]
+        ]
+        found_from = [(scale, list(map(id, params))) for scale, params in found]
+        if self._places[0] != found_from:
+            streams = self._optimizer.streams
+            places = {p: (streams[p], scale) for scale, params in found for p in params}
+            self._places = found_from, places
+        return self._places[1]
+
+    def _before_writing(self) -> None:
+        if self._optimizer.journal is not None:
+            self._optimizer.journal.check_weights()
+
+    def _after_writing(self) -> None:
+        if self._optimizer.journal is not None:
+            self._optimizer.journal.note_weights()

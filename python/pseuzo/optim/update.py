@@ -1,0 +1,196 @@
+"""One update of the weights, x <- keep * x + sum_k c_k z(s_k), prepared group by group and then run.
+
+Everything that can be refused is refused while it is prepared, before a weight is written. Then
+every launch is made exactly once, also where `run` is interrupted and called again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+from operator import call
+from typing import Any
+
+import torch
+from pseuzo_kernels.bits import hash_seed, round_stochastically
+from torch import Tensor
+
+from pseuzo.perturb.in_place import Shift
+from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
+
+CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bounds its temporaries
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The update that a step makes: x <- keep x - lr sum_k coefs[k] z(seeds[k]).
+
+    seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: of the passes that
+    it was measured by. state: what the estimator keeps once the weights have moved, see
+    `ZeroOrder.keep`. stats: what `ZeroOrder.stats` becomes. gradients: parameters of exact_gradient
+    groups -> dg/dx.
+    """
+
+    seeds: Tensor
+    coefs: Tensor
+    found_inf: Tensor
+    kind: str
+    state: Any = None
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    gradients: Mapping[Tensor, Tensor] = field(default_factory=dict)
+
+
+class Update:
+    """Launches that move the weights, and how many of them were made.
+
+    moved: the parameters that take noise with their lr * noise_scale, by group. unused: those that
+    were skipped. rounding_seed: of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        launches: Sequence[Callable[[], Any]],
+        moved: list[tuple[list[Tensor], float]],
+        unused: Set[Tensor],
+        rounding_seed: int,
+    ) -> None:
+        self._launches, self._made = launches, []
+        self.moved, self.unused, self.rounding_seed = moved, unused, rounding_seed
+
+    @property
+    def begun(self) -> bool:
+        """Whether a weight may have been written."""
+        return bool(self._made)
+
+    def run(self) -> None:
+        """Make the launches that were not made yet.
+
+        Python code between a launch and its count could be interrupted: `extend` and `map` have
+        none.
+        """
+        self._made.extend(map(call, self._launches[len(self._made) :]))
+
+
+def prepare(
+    groups: Iterable[tuple[dict[str, Any], list[Tensor]]],
+    streams: Mapping[Tensor, int],
+    direction: Direction,
+    *,
+    noise: str,
+    rounding: str,
+    rounding_seed: int,
+    unused: Set[Tensor],
+    pending: tuple[Shift, Mapping[Tensor, Tensor]] | None,
+    exact_groups: Iterable[dict[str, Any]],
+) -> Update:
+    """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all groups.
+
+    The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
+    the parameters in `unused`, as noise is all that they would get, and changes nothing but the
+    shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
+    """
+    seeds, coefs, found_inf = direction.seeds, direction.coefs, direction.found_inf
+    shift, copies = pending if pending is not None else (None, {})
+    stochastic = rounding == "stochastic"
+    together: dict[tuple, tuple[list[Tensor], list[float], list[float]]] = {}
+    moved: list[tuple[list[Tensor], float]] = []
+    for group, params in groups:
+        params = [p for p in params if p not in unused] if unused else params
+        moved.append((params, group["lr"] * group["noise_scale"]))
+        step = group["lr"] if group["maximize"] else -group["lr"]
+        decay = group["lr"] * group["weight_decay"]
+        for device, copied, part in _alike(params, copies):
+            # What is taken back decays with its weight, so that a launch has one rate of decay.
+            back = decay if shift is not None and not copied else None
+            key = (step, back, copied, device)
+            members, keeps, scales = together.setdefault(key, ([], [], []))
+            members += part
+            keeps += [1.0 - decay] * len(part)
+            scales += [group["noise_scale"]] * len(part)
+    launches: list[Callable[[], Any]] = []
+    for (step, back, copied, device), (members, keeps, scales) in together.items():
+        s, c = seeds.to(device), (coefs * step).to(device)
+        # The op sets its flag where coefs * step overflows. That concerns one launch; the step's
+        # own flag stays as it is.
+        skip = found_inf.to(device, copy=abs(step) > 0.25)
+        at = [streams[p] for p in members]
+        if back is None:
+            arguments = (s, c, at, keeps, scales, noise, stochastic, rounding_seed, skip)
+            if copied:
+                from_copies = [copies[p] for p in members]
+                launches.append(partial(add_noise_list_out, from_copies, *arguments, out=members))
+            else:
+                launches.append(partial(add_noise_list_, members, *arguments))
+            continue
+        exact_sums = noise.removesuffix("-fp16")  # sums in half precision would not restore x
+        s = torch.cat([s, s.new_full((1,), shift.seed)])
+        c = torch.cat([c, c.new_full((1,), -shift.offset * keeps[0])])
+        arguments = (s, c, at, keeps, scales, exact_sums, stochastic, rounding_seed, skip)
+        launches.append(partial(add_noise_list_, members, *arguments))
+        arguments = (s[-1:], at, scales, exact_sums)
+        launches.append(partial(_take_back_if_skipped, members, *arguments, shift.offset, skip))
+    launches += _descents(exact_groups, direction, streams, stochastic, rounding_seed)
+    written = [p for params, _ in moved for p in params]
+    launches.append(partial(torch.autograd.graph.increment_version, written))
+    launches.append(torch.clear_autocast_cache)  # its casts are of the weights before the update
+    return Update(launches, moved, unused, rounding_seed)
+
+
+def _take_back_if_skipped(members, seed, at, scales, noise, offset, skip) -> None:
+    """A launch that was skipped took no shift back; after any other one, do nothing."""
+    only_if_skipped = torch.full_like(skip, float("nan")).masked_fill_(skip != 0, -offset)
+    keeps = [1.0] * len(members)
+    add_noise_list_(members, seed, only_if_skipped, at, keeps, scales, noise, False, 0, None)
+
+
+def _alike(
+    params: list[Tensor], copies: Mapping[Tensor, Tensor]
+) -> Iterator[tuple[torch.device, bool, list[Tensor]]]:
+    """params by their device, and by whether a copy of them holds x."""
+    devices = {p.device for p in params}
+    for device in devices:
+        there = params if len(devices) == 1 else [p for p in params if p.device == device]
+        copied = [p for p in there if p in copies] if copies else []
+        if copied:
+            yield device, True, copied
+            there = [p for p in there if p not in copies]
+        if there:
+            yield device, False, there
+
+
+def _descents(
+    groups: Iterable[dict[str, Any]],
+    direction: Direction,
+    streams: Mapping[Tensor, int],
+    stochastic: bool,
+    rounding_seed: int,
+) -> Iterator[Callable[[], Any]]:
+    """x <- (1 - lr * weight decay) x - lr * gradient, rounded like every update."""
+    gradients, found_inf = direction.gradients, direction.found_inf
+    for group in groups:
+        step = group["lr"] if group["maximize"] else -group["lr"]
+        keep = 1.0 - group["lr"] * group["weight_decay"]
+        for p in group["params"]:
+            if p not in gradients:
+                continue
+            seed = hash_seed(rounding_seed + streams[p])
+            generator = torch.Generator(p.device).manual_seed(seed)
+            skip = found_inf.to(p.device) != 0
+            ready: dict[str, Any] = {}
+            chunks = zip(
+                p.view(-1).split(CHUNK), gradients[p].reshape(-1).split(CHUNK), strict=True
+            )
+            for i, (x, gradient) in enumerate(chunks):
+                bits = generator if stochastic and p.dtype is not torch.float32 else None
+                yield partial(_descend, i, x, gradient, keep, step, skip, bits, ready)
+
+
+def _descend(i, x, gradient, keep, step, skip, generator, ready) -> None:
+    """One chunk of a descent. Its result is kept until it is written, so that a second call after an
+    interrupt writes the same one."""
+    if ready.get("chunk") != i:
+        y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
+        if generator is not None:
+            size = {"dtype": torch.int64, "device": x.device, "generator": generator}
+            y = round_stochastically(y, torch.randint(1 << 16, y.shape, **size), x.dtype)
+        ready.update(chunk=i, y=y)
+    x.copy_(ready["y"])

@@ -1,0 +1,191 @@
+"""Perturbs bare parameters, which belong to no known module, by writing them.
+
+The interface is that of `pseuzo.perturb.module.ModulePasses`. The parameters stay shifted until
+`restore()`, or until an update takes the shift back in the same pass over the weights. fp32 is
+restored through the noise op, to its rounding. bf16 and fp16 are restored from a copy of x, to the
+bit, as their rounding errors would add up to the size of the updates.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from operator import call
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pseuzo.interrupts import uninterrupted
+from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
+
+
+class Part(NamedTuple):
+    """Parameters of one device that are shifted in one launch."""
+
+    params: list[Tensor]
+    streams: list[int]
+    scale: float
+    device: torch.device
+
+
+class Shift(NamedTuple):
+    """What the parameters hold in place of x: x + offset * z(seed)."""
+
+    seed: int
+    offset: float
+
+
+class InPlace:
+    """Shifts bare parameters to x + scale * noise_scale * z(seed) and back.
+
+    on_first: called before the first shift away from x; on_change: called after every shift.
+    """
+
+    replaced = 0  # no scratch memory is ever replaced
+
+    def __init__(
+        self, noise: str, on_first: Callable[[], None], on_change: Callable[[], None]
+    ) -> None:
+        # Sums in half precision would not restore x; they are of the same z.
+        self.noise = noise.removesuffix("-fp16")
+        self._on_first, self._on_change = on_first, on_change
+        self._fp32: list[Part] = []
+        self._half: list[Part] = []
+        self._shifts: list[Shift] = []  # of each part of _fp32
+        # An fp32 shift that is being made: the launches that were made, and what they lead to.
+        self._moving: tuple[list[None], list[Shift]] | None = None
+        self._copies: dict[Tensor, Tensor] = {}  # of bf16 and fp16 parameters: x while _copied
+        self._copied = False
+        self._aim = Shift(0, 0.0)  # what was asked for last
+
+    def serve(self, groups: Iterable[tuple[float, Sequence[Tensor]]], streams: Mapping) -> None:
+        """Say which parameters are shifted from now on: (noise scale, parameters) by group."""
+        parts = [
+            Part(part, [streams[p] for p in part], scale, device)
+            for scale, params in groups
+            for device in {p.device for p in params}
+            for half in (False, True)
+            if (part := [p for p in params if p.device == device and _is_half(p) == half])
+        ]
+        self._fp32 = [part for part in parts if not _is_half(part.params[0])]
+        self._half = [part for part in parts if _is_half(part.params[0])]
+        self._shifts, self._moving = [Shift(0, 0.0)] * len(self._fp32), None
+
+    @contextmanager
+    def at(self, seed: int, scale: float, kind: str = "any") -> Iterator[None]:
+        """Inside, the parameters hold x + scale * z(seed)."""
+        self.aim(seed, scale)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def aim(self, seed: int, scale: float) -> None:
+        """Shift the parameters to x + scale * z(seed)."""
+        if not self._aim.offset:
+            self._on_first()
+            for p in (p for part in self._half for p in part.params):
+                if p not in self._copies:
+                    self._copies[p] = torch.empty_like(p, requires_grad=False)
+                self._copies[p].copy_(p)
+            self._copied = True
+        self._move(Shift(seed, scale))
+
+    def passing(self, kind: str) -> AbstractContextManager[None]:
+        """A pass that sees what was aimed at: every pass does."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put x back. Idempotent, and exact for what an interrupted shift left."""
+        if self._aim.offset:
+            self._move(Shift(self._aim.seed, 0.0))
+
+    def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
+        """What an update must take back: the shift of fp32 parameters, and the copies of others."""
+        return (self._aim, self._copies) if self._aim.offset else None
+
+    def forget(self) -> None:
+        """An update took the shift back. Idempotent."""
+        self._shifts, self._moving = [Shift(0, 0.0)] * len(self._fp32), None
+        self._copied, self._aim = False, Shift(self._aim.seed, 0.0)
+
+    def settled(self, kind: str) -> bool:
+        return True
+
+    def unused(self, kind: str) -> set[Tensor]:
+        """Which parameters a pass used is not known: none counts as unused."""
+        return set()
+
+    def _move(self, to: Shift) -> None:
+        """Shift every part to `to`; what an interrupt left half-made is known, part by part."""
+        if to.offset:  # so that restore() has something to do from now on
+            self._aim = to
+        self._settle()
+        made: list[None] = []
+        launches = [
+            self._fp32_launch(part, old, to)
+            for part, old in zip(self._fp32, self._shifts, strict=True)
+        ]
+        halves = [launch for part in self._half for launch in self._half_launches(part, to)]
+        self._moving = made, [to] * len(launches)
+        uninterrupted(made.extend, map(call, launches))
+        uninterrupted(_run, halves)
+        self._settle()
+        torch.autograd.graph.increment_version(
+            [p for part in (*self._fp32, *self._half) for p in part.params]
+        )
+        # A pass that turns autocast's cache on itself leaves casts of the weights as they were.
+        torch.clear_autocast_cache()
+        self._on_change()
+        self._aim = to
+
+    def _settle(self) -> None:
+        """Take note of which parts the last shift reached."""
+        if self._moving is not None:
+            made, led_to = self._moving
+            n = len(made)
+            self._shifts, self._moving = led_to[:n] + self._shifts[n:], None
+
+    def _fp32_launch(self, part: Part, old: Shift, to: Shift) -> Callable[[], Any]:
+        if old.offset == to.offset == 0:
+            return int  # does nothing: adding 0 * z would turn -0 into 0
+        if not old.offset or old.seed == to.seed:
+            terms = [(to.seed, to.offset - old.offset)]
+        else:
+            terms = [(old.seed, -old.offset), (to.seed, to.offset)]
+        return partial(add_noise_list_, part.params, *self._arguments(part, terms))
+
+    def _half_launches(self, part: Part, to: Shift) -> list[Callable[[], Any]]:
+        if not self._copied:
+            return []
+        copies = [self._copies[p] for p in part.params]
+        if not to.offset:
+            return [partial(p.copy_, x) for p, x in zip(part.params, copies, strict=True)]
+        arguments = self._arguments(part, [(to.seed, to.offset)])
+        return [partial(add_noise_list_out, copies, *arguments, out=part.params)]
+
+    def _arguments(self, part: Part, terms: list[tuple[int, float]]) -> tuple[Any, ...]:
+        seeds, coefs = zip(*terms, strict=True)
+        n = len(part.params)
+        return (
+            filled(seeds, torch.int64, part.device),
+            filled(coefs, torch.float32, part.device),
+            *(part.streams, [1.0] * n, [part.scale] * n, self.noise, False, 0, None),
+        )
+
+
+def filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a few numbers, each filled in by a kernel: a copy of pageable memory would wait."""
+    parts = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _is_half(p: Tensor) -> bool:
+    return p.dtype is not torch.float32
+
+
+def _run(launches: Iterable[Callable[[], Any]]) -> None:
+    for launch in launches:
+        launch()

@@ -1,0 +1,308 @@
+"""The updates against the formulas written out plainly."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from optimizers import (
+    LABELS,
+    MAKERS,
+    arguments,
+    data,
+    head_for,
+    losses_beside,
+    plain_pseuzo,
+    small_model,
+)
+from pseuzo import (
+    CausalLMObjective,
+    Constant,
+    CyclicHyperbola,
+    Linear,
+    MeZO,
+    PseuZO,
+    Schedule,
+)
+from pseuzo.optim.seeds import direction_seed, step_seed
+from tiny_models import batch_of, causal_lm
+from torch import nn
+
+from pseuzo_kernels import reference
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
+@pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
+@pytest.mark.parametrize("groups", [None, LABELS], ids=["rows", "groups"])
+def test_pseuzo_is_the_formula(bare, two_sided, groups):
+    lr, eps, K, momentum, decay, steps = 0.02, 1e-2, 3, 0.8, 0.3, 6
+    model, want = small_model(), small_model()
+    target = model.parameters() if bare else model
+    opt = PseuZO(target, lr, eps, K, momentum, decay, seed=5, two_sided=two_sided)
+    for t in range(steps):
+        x, y = data(t)
+        before = nn.functional.cross_entropy(model(x), y)
+        loss = opt.step(lambda x=x: model(x), head_for(y), groups=groups)
+        torch.testing.assert_close(loss, before.detach())
+    plain_pseuzo(want, steps, lr, eps, K, momentum, decay, groups, 5, two_sided)
+    for p, q, start in zip(
+        model.parameters(), want.parameters(), small_model().parameters(), strict=True
+    ):
+        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of it, coefficients
+        # about 1
+        torch.testing.assert_close(
+            p, q, rtol=0, atol=2e-5 * (1 + float((q - start).detach().abs().max()))
+        )
+        assert (p - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
+@pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
+def test_mezo_is_the_formula(bare, two_sided):
+    lr, eps, decay = 0.05, 1e-2, 0.3
+    model, want = small_model(), small_model()
+    opt = MeZO(
+        model.parameters() if bare else model,
+        lr,
+        eps,
+        weight_decay=decay,
+        two_sided=two_sided,
+        seed=9,
+    )
+    for t in range(5):
+        x, y = data(t)
+        opt.step(lambda x=x, y=y: nn.functional.cross_entropy(model(x), y))
+        z = [reference.noise(p.shape, step_seed(9, t), i) for i, p in enumerate(want.parameters())]
+        losses = losses_beside(want, z, (eps, -eps if two_sided else 0.0), x, y)
+        g = (losses[0] - losses[1]) / (2 * eps if two_sided else eps)
+        with torch.no_grad():
+            for p, zi in zip(want.parameters(), z, strict=True):
+                p.copy_((1 - lr * decay) * p.double() - lr * g * zi.double())
+    for p, q in zip(model.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=0, atol=2e-5
+        )  # as above: losses about 2 known to 2^-23, over eps
+
+
+def test_lambda_zero_is_a_two_sided_mezo_step():
+    a, b = small_model(), small_model()
+    pseuzo, mezo = PseuZO(a, 0.05, 1e-2, momentum=0.0, seed=4), MeZO(b, 0.05, 1e-2, seed=4)
+    for t in range(3):
+        x, y = data(t)
+        la = pseuzo.step(lambda x=x: a(x), head_for(y))
+        lb = mezo.step(lambda x=x, y=y: head_for(y)(b(x)))
+        assert torch.equal(la, lb)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_groups_of_parameters():
+    """noise_scale, weight_decay and lr per group; scale 0 freezes; streams do not depend on how groups are cut."""
+    model, want = small_model(), small_model()
+    params = list(model.parameters())
+    opt = PseuZO(
+        [{"params": params[3:], "noise_scale": 2.0}, {"params": params[:1], "noise_scale": 0.5},
+         {"params": params[1:3], "noise_scale": 0.0}],
+        lr=0.01, eps=1e-2, window=2, momentum=0.5, seed=5, weight_decay=0.1, model=model,
+    )  # fmt: skip
+    for t in range(4):
+        x, y = data(t)
+        opt.step(lambda x=x: model(x), head_for(y))
+    plain_pseuzo(want, 4, 0.01, 1e-2, 2, 0.5, 0.1, None, 5, scale=[0.5, 0.0, 0.0, 2.0])
+    for i, (p, q) in enumerate(zip(params, want.parameters(), strict=True)):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5 if i in (0, 3) else 0)
+
+
+@pytest.mark.parametrize("lr, decay", [((0.01, 0.03), (0.5, 0.0)), ((0.02, 0.02), (0.5, 0.0))])
+def test_lr_and_decay_by_group(lr, decay):
+    """Bare parameters and a module agree though their launches are cut differently; a skipped step decays nothing."""
+    models = [small_model(), small_model()]
+    for model, exact in zip(models, (None, models[1]), strict=True):
+        params = list(model.parameters())
+        groups = [{"params": p, "lr": a, "weight_decay": b} for p, a, b in
+                  zip((params[:2], params[2:]), lr, decay, strict=True)]  # fmt: skip
+        opt = MeZO(groups, eps=1e-2, seed=1, model=exact)
+        for t in range(3):
+            x, y = data(t)
+            opt.step(lambda x=x, y=y, m=model: head_for(y)(m(x)))
+        before = [p.clone() for p in params]
+        with pytest.warns(UserWarning, match=r"1 step\(s\) skipped"):
+            opt.step(lambda: float("nan"))
+        for p, was in zip(params, before, strict=True):
+            torch.testing.assert_close(p, was, rtol=0, atol=0 if exact is not None else 1e-6)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("options", [[17, 4], None], ids=["options", "language modelling"])
+def test_mezo_steps_after_pseuzo_steps_see_the_whole_perturbation(kind, options):
+    """The head is no part of h but of the loss, so what was learned of the model in one kind of pass must not be used
+    in the other. The projected gradient is that of weights perturbed in place."""
+    model = causal_lm(kind)
+    objective = CausalLMObjective(model, options)
+    batch = batch_of()
+    labels = torch.tensor([0, 1, 1, 0]) if options else batch["input_ids"]
+    forward, head = objective({**batch, "labels": labels})
+
+    class Switch(Schedule):
+        def __call__(self, step):
+            return float(step < 3)
+
+    opt = PseuZO(model, lr=0.0, eps=1e-2, momentum=Switch(), seed=3)
+    for _ in range(3):
+        opt.step(forward, head)
+    opt.step(forward, head)
+    losses = []
+    for sign in (1, -1):
+        other = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for i, p in enumerate(other.parameters()):
+                p.copy_(reference.add_noise(p, step_seed(3, 3), sign * 1e-2, i))
+        f, h = CausalLMObjective(other, options)({**batch, "labels": labels})
+        with torch.no_grad():
+            losses.append(h(f()))
+    # the losses are known to about 1e-6, over 2 eps
+    torch.testing.assert_close(
+        opt.stats["projected_grad"], (losses[0] - losses[1]).view(1) / 2e-2, rtol=1e-5, atol=2e-4
+    )
+
+
+def test_published_schedule():
+    published = CyclicHyperbola.from_steps(10_000, 64)
+    values = [published(t) for t in range(10_000)]
+    assert (
+        sum(v > 0 for v in values) == 1408
+        and sum(published.clears(t) for t in range(10_000)) == 128
+    )
+    assert values[64 * 3] == 1 / 31 and values[64 * 11] == 0 and values[64 * 78] == 1.0
+    assert CyclicHyperbola(1, 50)(0) == 0.0
+    assert Linear(1.0, 0.0, 10)(5) == 0.5 and Constant(0.3)(99) == 0.3
+
+
+def test_schedule_says_its_plan(capsys):
+    def plan(momentum):
+        return PseuZO(small_model(), momentum=momentum).schedule.plan()
+
+    assert plan(CyclicHyperbola.from_steps(10_000, 64)) == (
+        "PseuZO active in 1408 of 10000 steps, MeZO in the rest"
+    )
+    assert plan(CyclicHyperbola(1, 50)) == "PseuZO active in 0 of 50 steps, MeZO in the rest"
+    assert plan(1.0) is None
+    assert capsys.readouterr().out == "", "a constructor prints nothing"
+
+
+def test_window_is_emptied_where_the_schedule_says():
+    model = small_model()
+    opt = PseuZO(model, 1e-3, 1e-2, 14, CyclicHyperbola(28, 2))
+    sizes = []
+    for t in range(56):
+        x, y = data(t)
+        opt.step(lambda x=x: model(x), head_for(y))
+        sizes.append(opt.stats["window"])
+    cycle = [1, 1, *range(2, 14), 14, 14, 14, 14, 14, 14, 14, 14] + [0] * 6
+    assert sizes == cycle * 2
+
+
+def test_a_mezo_step_empties_the_window():
+    class Gap(Schedule):
+        def __call__(self, step):
+            return 0.0 if step == 3 else 0.5
+
+    model = small_model()
+    opt = PseuZO(model, 1e-3, 1e-2, 14, Gap())
+    sizes = []
+    for t in range(6):
+        x, y = data(t)
+        opt.step(lambda x=x: model(x), head_for(y))
+        sizes.append(opt.stats["window"])
+    assert sizes == [1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
+@pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
+@pytest.mark.parametrize("momentum, window", [(0.0, 14), (0.8, 3)])
+def test_directions_and_momentum_are_the_formula(bare, two_sided, momentum, window):
+    """x <- (1 - lr wd) x - lr sum_age mu^age mean_j c_j z_j, with a buffer of every past gradient. Step 2 is skipped:
+    it counts as a step of gradient 0."""
+    lr, eps, decay, q = 0.02, 1e-2, 0.3, 3
+    model, want = small_model(), small_model()
+    opt = MeZO(model.parameters() if bare else model, lr, eps, weight_decay=decay, two_sided=two_sided, seed=9,
+               directions=q, momentum=momentum, window=window)  # fmt: skip
+    gradients = []
+    for t in range(7):
+        x, y = data(t)
+        calls = []
+
+        def closure(x=x, y=y, calls=calls, t=t):
+            calls.append(1)
+            return head_for(y)(model(x)) * (float("inf") if t == 2 and len(calls) == 3 else 1.0)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step(closure)
+        assert len(calls) == (2 * q if two_sided else q + 1)
+        gradient = [torch.zeros_like(p, dtype=torch.float64) for p in want.parameters()]
+        for j in range(q if t != 2 else 0):
+            seed = direction_seed(9, t, j)
+            assert (seed == step_seed(9, t)) == (j == 0)
+            z = [reference.noise(p.shape, seed, i) for i, p in enumerate(want.parameters())]
+            losses = losses_beside(want, z, (eps, -eps if two_sided else 0.0), x, y)
+            c = (losses[0] - losses[1]) / (2 * eps if two_sided else eps)
+            gradient = [g + c / q * zi.double() for g, zi in zip(gradient, z, strict=True)]
+        gradients.append(gradient)
+        past = list(enumerate(reversed(gradients[-window:]))) if momentum else [(0, gradient)]
+        if t != 2:
+            with torch.no_grad():
+                for i, p in enumerate(want.parameters()):
+                    update = sum(momentum**age * g[i] for age, g in past)
+                    p.copy_((1 - lr * decay) * p.double() - lr * update)
+        assert opt.stats["window"] == (min(t + 1, window) if momentum else 0)
+    assert opt.skipped_steps == 1
+    for p, q_ in zip(model.parameters(), want.parameters(), strict=True):
+        # losses about 2 are known to 2^-23, over eps 2.4e-5 of a coefficient; 7 steps, lr 0.02, momentum's sum 2.4
+        torch.testing.assert_close(p, q_, rtol=0, atol=3e-5)
+
+
+def test_momentum_is_sgd_with_momentum_until_the_window_is_full():
+    """torch's own buffer, given c z as its gradient; then the oldest gradient leaves the sum."""
+    model, want = small_model(), small_model()
+    opt = MeZO(model, 0.01, 1e-2, seed=1, momentum=0.9, window=4)
+    sgd = torch.optim.SGD(want.parameters(), 0.01, momentum=0.9)
+    for t in range(6):
+        opt.step(*arguments(opt, model, t))
+        c = opt.stats["projected_grad"]
+        for i, p in enumerate(want.parameters()):
+            p.grad = c * reference.noise(p.shape, step_seed(1, t), i)
+        sgd.step()
+        far = max(
+            float((p - q).detach().abs().max())
+            for p, q in zip(model.parameters(), want.parameters(), strict=True)
+        )
+        # six roundings of values below 2; then 0.01 * 0.9^4 c z of step 0 is missing
+        assert far < 1e-6 if t < 4 else far > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["pseuzo", "mezo momentum"])
+def test_update_rms_is_that_of_the_update(name, dtype):
+    model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 5)).to(dtype)
+    params = list(model.parameters())
+    groups = [{"params": params[:2], "lr": 0.5, "noise_scale": 2.0}, {"params": params[2:]}]
+    opt = MAKERS[name](groups, model=model)
+    assert opt.update_rms() == {}
+    for t in range(3):
+        before = [p.detach().clone() for p in params]
+        opt.step(*arguments(opt, model, t))
+    (key,) = ratios = opt.update_rms()
+    assert key == str(dtype).removeprefix("torch.")
+    keeps = [1 - 0.1 * (0.5 if i < 2 else opt.param_groups[1]["lr"]) for i in range(4)]
+    update = torch.cat(
+        [(p - k * was).flatten() for p, k, was in zip(params, keeps, before, strict=True)]
+    ).float()
+    rms = torch.cat([p.detach().flatten() for p in params]).float().square().mean().sqrt()
+    ulp = 2.0 ** math.floor(math.log2(rms)) * torch.finfo(dtype).eps
+    # 3605 normals have an rms known to 1 / sqrt(2 * 3605) of itself; rounding to bf16 adds half an ulp to 20 or more
+    assert float(ratios[key]) == pytest.approx(
+        float(update.detach().square().mean().sqrt()) / ulp, rel=0.06
+    )

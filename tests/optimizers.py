@@ -1,0 +1,143 @@
+"""Small models, batches and optimizers, and the formulas written out plainly."""
+
+import copy
+
+import torch
+from pseuzo import (
+    CyclicHyperbola,
+    MeZO,
+    PseuZO,
+)
+from pseuzo.optim.seeds import step_seed
+from torch import nn
+
+from pseuzo_kernels import reference
+
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def small_model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def data(step: int, rows: int = 4):
+    g = torch.Generator().manual_seed(100 + step)
+    return torch.randn(rows, 6, generator=g), torch.randint(0, 5, (rows,), generator=g)
+
+
+def head_for(y):
+    return lambda o: nn.functional.cross_entropy(o.float(), y)
+
+
+def losses_beside(model, z, bys, x, y):
+    """The losses of weights + by * z, in copies of the model."""
+    losses = []
+    for by in bys:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, zi in zip(other.parameters(), z, strict=True):
+                p.add_(by * zi)
+            losses.append(head_for(y)(other(x)).double())
+    return losses
+
+
+def plain_pseuzo(
+    model, steps, lr, eps, K, momentum, decay, groups, seed, two_sided=False, scale=None
+):
+    """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights copied about."""
+    params = list(model.parameters())
+    scale = scale or [1.0] * len(params)
+    entries = []
+    for t in range(steps):
+        x, y = data(t)
+        s = step_seed(seed, t)
+        z = [
+            f * reference.noise(p.shape, s, i)
+            for i, (p, f) in enumerate(zip(params, scale, strict=True))
+        ]
+
+        @torch.no_grad()
+        def output(by, x=x, z=z):
+            other = copy.deepcopy(model)
+            for p, zi in zip(other.parameters(), z, strict=True):
+                p.add_(by * zi)
+            return other(x)
+
+        o0 = output(0.0)
+        o = o0.clone().requires_grad_()
+        (e,) = torch.autograd.grad(head_for(y)(o), o)
+        change = (output(eps) - output(-eps)) / 2 if two_sided else output(eps) - o0
+        entries = [*entries, (s, change.double())][-K:]
+        update = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+        for age, (sk, d) in enumerate(reversed(entries)):
+            if age == 0 or groups is None:
+                dot = (d * e.double()).sum()
+            else:
+                dot = sum(
+                    d[groups == g].mean(0) @ e[groups == g].double().sum(0) for g in groups.unique()
+                )
+            c = momentum**age * dot / eps
+            for i, p in enumerate(params):
+                update[i] += c * scale[i] * reference.noise(p.shape, sk, i).double()
+        with torch.no_grad():
+            for p, u, f in zip(params, update, scale, strict=True):
+                if f:
+                    p.copy_((1 - lr * decay) * p.double() - lr * u)
+
+
+class Broken(Exception):
+    pass
+
+
+MAKERS = {
+    "pseuzo": lambda p, **o: PseuZO(p, 0.02, 1e-2, 3, 0.9, 0.1, seed=2, **o),
+    "pseuzo two-sided": lambda p, **o: PseuZO(
+        p, 0.02, 1e-2, 3, 0.9, 0.1, seed=2, two_sided=True, **o
+    ),
+    "pseuzo cyclic": lambda p, **o: PseuZO(p, 0.02, 1e-2, 3, CyclicHyperbola(3, 2), seed=2, **o),
+    "mezo": lambda p, **o: MeZO(p, 0.02, 1e-2, weight_decay=0.1, seed=2, **o),
+    "mezo momentum": lambda p, **o: MeZO(
+        p,
+        0.02,
+        1e-2,
+        weight_decay=0.1,
+        seed=2,
+        momentum=0.9,
+        window=3,
+        directions=2,
+        two_sided=False,
+        **o,
+    ),
+}
+
+
+def arguments(opt, model, t, poison=False):
+    """What step() and estimate() take, for batch t."""
+    x, y = data(t)
+    factor = float("nan") if poison else 1.0
+    dtype = next(model.parameters()).dtype
+    forward, head = lambda: model(x.to(dtype)), lambda o: head_for(y)(o) * factor
+    return (forward, head, LABELS) if isinstance(opt, PseuZO) else (lambda: head(forward()),)
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+class Headed(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(5)
+        self.body, self.out = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.to(dtype)
+
+
+def exact_groups(model, lr=0.05, weight_decay=0.2, **options):
+    head = {
+        "params": model.out.parameters(),
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "exact_gradient": True,
+    }
+    return [{"params": model.body.parameters()}, head | options]
