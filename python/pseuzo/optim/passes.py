@@ -13,7 +13,9 @@ from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
-from pseuzo.perturb.module import ModulePasses, frozen_mode, no_cached_casts, passes_of
+from pseuzo.perturb.module import PerturbedForward as ModulePasses
+from pseuzo.perturb.module import forward_of as passes_of
+from pseuzo.perturb.module import frozen_mode, no_cached_casts
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -96,7 +98,7 @@ class Passes:
     def restore(self) -> None:
         """Undo what passes left in the weights or the model, if anything. Idempotent."""
         with without_autograd():
-            self._perturbing.restore()
+            self._in_place.restore()
 
     def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
         """What an update must take back, see InPlace."""

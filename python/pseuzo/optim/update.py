@@ -11,11 +11,11 @@ from operator import call
 from typing import Any
 
 import torch
-from pseuzo_kernels.bits import hash_seed, round_stochastically
 from torch import Tensor
 
 from pseuzo.perturb.in_place import Shift
 from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
+from pseuzo_kernels.reference import hash_seed, round_stochastically
 
 CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bounds its temporaries
 
