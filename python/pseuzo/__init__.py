@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from pseuzo.models.objective import CausalLMObjective
     from pseuzo.optim import Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
     from pseuzo.perturb.module import perturbed
+    from pseuzo.train.arguments import PseuZOTrainingArguments
     from pseuzo.train.journal import Journal, replay
-    from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments
+    from pseuzo.train.trainer import PseuZOTrainer
 
 _NAMES = {  # the public names by the module that defines them
     "models.objective": ("CausalLMObjective",),
     "optim": ("Constant", "CyclicHyperbola", "Linear", "MeZO", "PseuZO", "Schedule"),
     "perturb": ("perturbed",),
+    "train.arguments": ("PseuZOTrainingArguments",),
     "train.journal": ("Journal", "replay"),
-    "train.trainer": ("PseuZOTrainer", "PseuZOTrainingArguments"),
+    "train.trainer": ("PseuZOTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _PACKAGES = ("cli", "demo", "models", "optim", "perturb", "tasks", "train")

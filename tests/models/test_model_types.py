@@ -17,7 +17,8 @@ from pseuzo.models.objective import padded, padded_on_the_right
 from pseuzo.optim.seeds import step_seed
 from pseuzo.tasks import Example, Task, TaskData, evaluate
 from pseuzo.tasks.evaluation import generate
-from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.trainer import PseuZOTrainer
 from tiny_models import OF_AN_ADAPTER, adapted, tiny
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration

@@ -20,7 +20,8 @@ from pseuzo.models.objective import padded
 from pseuzo.optim.schedule import Constant
 from pseuzo.perturb import graphs as capture
 from pseuzo.tasks import TaskData, load_task
-from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.trainer import PseuZOTrainer
 from tiny_models import Tied, batch_of, causal_lm
 
 STEPS = 7

@@ -11,9 +11,10 @@ import torch
 from helpers import SMALL, ZERO_ORDER, pseuzo
 from pseuzo import files
 from pseuzo.train import checkpoints
+from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import MANIFEST, flaw, last_checkpoint, step_of
 from pseuzo.train.journal import JournalError, owner, replay
-from pseuzo.train.trainer import PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo.train.trainer import PseuZOTrainer
 from torch.nn import functional as F
 from transformers import TrainerCallback
 

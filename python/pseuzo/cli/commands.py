@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from pseuzo.train.methods import GROUPS, HEADS, METHODS, MODES, OBJECTIVES, SCHEDULES, ZEROTH_ORDER
+from pseuzo.train.methods import METHODS, MODES, ZEROTH_ORDER
+from pseuzo.train.options import GROUPS, HEADS, OBJECTIVES, SCHEDULES
 
 ONLY = (  # options that do something under some values of another one only
     ("method", ("mezo", "mezo-momentum"), ("directions", "objective")),

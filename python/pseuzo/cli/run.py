@@ -43,22 +43,13 @@ from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
 from pseuzo.models.loading import load_model, tune
 from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
+from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal import JournalError, held, owner
-from pseuzo.train.methods import ZEROTH_ORDER
-from pseuzo.train.trainer import (
-    PLACEMENT_FILE,
-    PseuZOTrainer,
-    PseuZOTrainingArguments,
-)
+from pseuzo.train.methods import ZEROTH_ORDER, default_rate
+from pseuzo.train.trainer import PLACEMENT_FILE, PseuZOTrainer
 from pseuzo_kernels import _C
 
-# Where no rate is given. Zeroth order: those published for OPT-1.3B. First order: common ones for such models.
-DEFAULT_LR = {
-    "zo": {"full": 1e-7, "head": 1e-4, "lora": 5e-5, "prefix": 1e-3},
-    "fo-sgd": {"full": 1e-3, "head": 1e-2, "lora": 1e-2, "prefix": 1e-1},
-    "fo-adam": {"full": 1e-5, "head": 1e-4, "lora": 1e-4, "prefix": 1e-3},
-}
 DEFAULT_EPS = {"full": 1e-3, "head": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
 LR_FILE = "lr.json"
@@ -70,10 +61,6 @@ EVALUATED, TRIALS = (
     200,
     10,
 )  # of the search for lr: dev examples of a trial, and most rates on the way up or down
-
-
-def default_lr(method: str, mode: str) -> float:
-    return DEFAULT_LR["zo" if method in ZEROTH_ORDER else method][mode]
 
 
 def model_path(name: str) -> str:
@@ -221,7 +208,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
         c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], zeroth and placed
     if c["lr"] is None:
-        c["lr"], c["scale_lr"] = default_lr(c["method"], c["mode"]), placed
+        c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:
         raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)
@@ -453,7 +440,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
         chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
     if not zeroth:
-        first, factor = default_lr(c["method"], c["mode"]), 4.0
+        first, factor = default_rate(c["method"], c["mode"]), 4.0
     elif found["curvature"] > 0:
         first, factor = 0.125 / found["curvature"], 2.0
     else:

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import (
@@ -38,7 +38,7 @@ from transformers.trainer_utils import (
 )
 
 from pseuzo.files import check_saving, read_json, write_json
-from pseuzo.machine import Fetched, peak_memory, refuse_replicas
+from pseuzo.machine import Fetched, peak_memory
 from pseuzo.models import placement
 from pseuzo.models.loading import head_parameters, keep_as_loaded, quantised
 from pseuzo.models.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, with_positions
@@ -49,17 +49,10 @@ from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
 from pseuzo.perturb.graphs import MOST
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.train import checkpoints
+from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal import Journal, JournalError, owner
-from pseuzo.train.methods import (
-    GROUPS,
-    HEADS,
-    METHODS,
-    OBJECTIVES,
-    SCHEDULES,
-    ZEROTH_ORDER,
-    forwards_per_step,
-)
+from pseuzo.train.methods import forwards_per_step
 
 _log = logging.getLogger(__name__)
 
@@ -82,201 +75,6 @@ REQUEST = (
     "scale_lr",
     "scale_eps",
 )  # what it was decided for
-
-
-# Arguments of Transformers' that would do nothing here, or another thing: of which methods, and what to do instead.
-ANY = tuple(METHODS)
-UNUSED = (
-    (ANY, ("optim", "optim_args", "optim_target_modules"), "the optimizer is the method's"),
-    (ANY, ("label_smoothing_factor",), "give a loss of your own as the trainer's objective"),
-    (ANY, ("torch_compile", "use_liger_kernel"), "the model is run as it is; capture=True records CUDA graphs of it"),
-    (ANY, ("deepspeed", "fsdp", "parallelism_config"), "it runs on one device"),
-    (ANY, ("auto_find_batch_size",), "give the batch size"),
-    (ANY, ("fp16_full_eval", "bf16_full_eval"), "the weights would stay in that dtype; load the model in it"),
-    (ZEROTH_ORDER, ("fp16", "bf16"), "it is for mixed-precision backward passes; load the model in that dtype"),
-    (ZEROTH_ORDER, ("activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps"),
-     "it saves memory of backward passes, and there are none"),
-    (ZEROTH_ORDER, ("max_grad_norm",), "there is no gradient; clip_examples limits each example's part of a step"),
-    (ZEROTH_ORDER, ("neftune_noise_alpha",), "its passes are without dropout and noise of the embeddings"),
-    (tuple(m for m in METHODS if m != "fo-adam"), ("adam_beta1", "adam_beta2", "adam_epsilon"), "it is Adam's"),
-)  # fmt: skip
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-@dataclass
-class PseuZOTrainingArguments(TrainingArguments):
-    """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
-
-    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", and
-    logging_nan_inf_filter for evaluations alone. The precision of a zeroth-order run is that of the model's weights:
-    fp16 and bf16 (mixed precision, for backward passes) are refused, as is each argument that would do nothing
-    (UNUSED).
-    """
-
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Transformers' schedule of the learning rate."}
-    )
-    logging_nan_inf_filter: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Of training losses it waits for each step. Default: of evaluations alone."
-        },
-    )
-    remove_unused_columns: bool | None = field(
-        default=None,
-        metadata={"help": "Default: True, but False with a TaskData or an objective of your own."},
-    )
-    method: str = field(default="pseuzo", metadata={"help": f"One of {', '.join(METHODS)}."})
-    eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
-    window: int = field(
-        default=14, metadata={"help": "Entries of PseuZO's window, or of mezo-momentum's."}
-    )
-    momentum: float | None = field(
-        default=None,
-        metadata={"help": "pseuzo: lambda, 1; mezo-momentum: 0.9; fo-sgd: 0, unless given."},
-    )
-    schedule: str = field(
-        default="constant", metadata={"help": f"Of lambda: {', '.join(SCHEDULES)}."}
-    )
-    directions: int = field(default=1, metadata={"help": "Perturbations a step of mezo (q)."})
-    two_sided: bool | None = field(
-        default=None, metadata={"help": "Default: mezo two-sided, pseuzo one-sided."}
-    )
-    noise: str = field(
-        default="hadamard", metadata={"help": "hadamard, hadamard-fp16, rademacher or normal."}
-    )
-    rounding: str = field(
-        default="stochastic", metadata={"help": "Of 16-bit weights: stochastic or nearest."}
-    )
-    groups: str = field(
-        default="label",
-        metadata={
-            "help": "Which rows PseuZO's window pairs: label, row (as published), none (all)."
-        },
-    )
-    noise_on: list[str] = field(
-        default_factory=lambda: ["all"],
-        metadata={
-            "help": "PATTERN[=SCALE] of parameter names, attention-out, last-half, all, or auto. fo-*: what is "
-            "trained, at SCALE^2 times the lr, as noise of that scale does on average."
-        },
-    )
-    scale_lr: bool = field(
-        default=False,
-        metadata={
-            "help": "Scale lr to noise_on: as much expected loss change as on all parameters."
-        },
-    )
-    scale_eps: bool = field(default=False, metadata={"help": "Scale eps likewise."})
-    probe_forwards: int = field(
-        default=300, metadata={"help": "Forward passes that measure where noise pays."}
-    )
-    clip_examples: float | None = field(
-        default=None,
-        metadata={
-            "help": "Limit each example's projected gradient (fo-*: the norm of its gradient at the head's input) to "
-            "this multiple of the median."
-        },
-    )
-    head: str = field(
-        default="frozen",
-        metadata={"help": "An untied head under pseuzo: frozen, or exact (gradient)."},
-    )
-    head_lr: float | None = field(
-        default=None, metadata={"help": "lr of head=exact. Default: 1000 times the lr."}
-    )
-    objective: str = field(
-        default="loss",
-        metadata={
-            "help": "loss, or metric: 1 - the task's metric, needs no derivative (mezo only)."
-        },
-    )
-    journal: str | None = field(
-        default=None, metadata={"help": "File that records each update, for pseuzo replay."}
-    )
-    capture: bool = field(
-        default=False,
-        metadata={"help": "Record the passes as CUDA graphs; pads batches to one of a few shapes."},
-    )
-
-    def __post_init__(self) -> None:
-        _choice("method", self.method, METHODS)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("groups", self.groups, GROUPS)
-        _choice("head", self.head, HEADS)
-        _choice("objective", self.objective, OBJECTIVES)
-        if self.momentum is None:
-            self.momentum = {"pseuzo": 1.0, "mezo-momentum": 0.9}.get(self.method, 0.0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if (
-            self.accelerator_config is None
-            and self.dataloader_pin_memory
-            and torch.cuda.is_available()
-        ):
-            self.accelerator_config = {
-                "non_blocking": True
-            }  # a step must not wait for its batch to be copied
-        if self.clip_examples is not None and not self.clip_examples > 0:
-            raise ValueError(f"clip_examples must be positive, got {self.clip_examples}")
-        self._refuse_unused()  # first: some of them have effects beyond this object
-        super().__post_init__()
-        self.refuse()
-
-    @property
-    def zeroth_order(self) -> bool:
-        return self.method in ZEROTH_ORDER
-
-    def _refuse_unused(self) -> None:
-        usual = {f.name: f.default for f in fields(TrainingArguments)}
-        for methods, names, instead in UNUSED:
-            for name in names if self.method in methods else ():
-                value = getattr(self, name)
-                if value and value != usual[name]:
-                    raise ValueError(
-                        f"{name}={value} does not go with method {self.method}: {instead}"
-                    )
-
-    def refuse(self) -> None:
-        """ValueError for what has no meaning with the method, or another one. Arguments may be written later, too."""
-        self._refuse_unused()
-        refuse_replicas(f"method {self.method}", self.world_size)
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.method} runs on one GPU, {self.n_gpu} were given; set CUDA_VISIBLE_DEVICES=0"
-            )
-        if not self.zeroth_order:
-            if self.journal or self.objective != "loss" or self.capture:
-                raise ValueError(
-                    f"journal, objective=metric and capture need a zeroth-order method, not {self.method}"
-                )
-            return
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but {self.method} has no "
-                "gradients to accumulate; use a larger batch (it needs the memory of inference only), or directions > 1"
-            )
-        if self.objective == "metric" and self.clip_examples is not None:
-            raise ValueError(
-                "clip_examples needs the loss of each example, which objective=metric has not"
-            )
-        if self.objective == "metric" and self.method == "pseuzo":
-            raise ValueError(
-                "objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its head"
-            )
-        if self.objective == "metric" and self.capture:
-            raise ValueError("capture records the loss; objective=metric is computed on the host")
-        if self.directions != 1 and self.method == "pseuzo":
-            raise ValueError("directions is for mezo; pseuzo perturbs along one a step")
-        if self.head == "exact" and self.journal:
-            raise ValueError(
-                "a journal holds seeds and coefficients, not the exact gradients of head=exact"
-            )
 
 
 NOT_TAKEN = {  # arguments of Transformers' Trainer

@@ -1,0 +1,131 @@
+"""PseuZOTrainingArguments: Transformers' arguments, and the options of the methods."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+
+from pseuzo.machine import refuse_replicas
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER
+from pseuzo.train.options import OPTIONS, ZeroOrderOptions
+
+# Arguments of Transformers that would have no effect or another one: under which methods, and what
+# to do instead.
+ANY = tuple(METHODS)
+UNUSED = (
+    (ANY, ("optim", "optim_args", "optim_target_modules"), "the optimizer is the method's"),
+    (ANY, ("label_smoothing_factor",), "give a loss of your own as the trainer's objective"),
+    (ANY, ("torch_compile", "use_liger_kernel"),
+     "the model is run as it is; capture=True records CUDA graphs of it"),
+    (ANY, ("deepspeed", "fsdp", "parallelism_config"), "it runs on one device"),
+    (ANY, ("auto_find_batch_size",), "give the batch size"),
+    (ANY, ("fp16_full_eval", "bf16_full_eval"),
+     "the weights would stay in that dtype; load the model in it"),
+    (ZEROTH_ORDER, ("fp16", "bf16"),
+     "it is for mixed-precision backward passes; load the model in that dtype"),
+    (ZEROTH_ORDER,
+     ("activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps"),
+     "it saves memory of backward passes, and there are none"),
+    (ZEROTH_ORDER, ("max_grad_norm",),
+     "there is no gradient; clip_examples limits each example's part of a step"),
+    (ZEROTH_ORDER, ("neftune_noise_alpha",),
+     "its passes are without dropout and noise of the embeddings"),
+    (tuple(m for m in METHODS if m != "fo-adam"), ("adam_beta1", "adam_beta2", "adam_epsilon"),
+     "it is Adam's"),
+)  # fmt: skip
+
+
+@dataclass
+class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
+    """Transformers' arguments and those of the methods. Units are steps unless said otherwise.
+
+    Defaults that differ from Transformers': learning_rate 1e-6, lr_scheduler_type "constant", and
+    logging_nan_inf_filter, which filters evaluations alone. A zeroth-order run computes in the
+    precision of the model's weights: fp16 and bf16 (mixed precision, for backward passes) are
+    refused, as is each argument that would have no effect (UNUSED).
+    """
+
+    logging_nan_inf_filter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Filter losses that are not finite; for training losses this waits for each "
+            "step. Default: evaluations alone."
+        },
+    )
+    remove_unused_columns: bool | None = field(
+        default=None,
+        metadata={"help": "Default: True, but False with a TaskData or an objective of your own."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.momentum is None and self.method in METHODS:
+            self.momentum = METHODS[self.method].momentum
+        for name, option in OPTIONS.items():
+            option.check(getattr(self, name))
+        if (
+            self.accelerator_config is None
+            and self.dataloader_pin_memory
+            and torch.cuda.is_available()
+        ):
+            # A step must not wait for its batch to be copied.
+            self.accelerator_config = {"non_blocking": True}
+        self._refuse_unused()  # before super(), where some of them take effect beyond this object
+        super().__post_init__()
+        self.refuse()
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self.method in ZEROTH_ORDER
+
+    def _refuse_unused(self) -> None:
+        usual = {f.name: f.default for f in fields(TrainingArguments)}
+        for methods, names, instead in UNUSED:
+            for name in names if self.method in methods else ():
+                value = getattr(self, name)
+                if value and value != usual[name]:
+                    raise ValueError(
+                        f"{name}={value} does not go with method {self.method}: {instead}"
+                    )
+
+    def refuse(self) -> None:
+        """Raise ValueError for arguments that do not go with the method or with each other.
+
+        The trainer calls it again: arguments may be assigned after they were made.
+        """
+        self._refuse_unused()
+        refuse_replicas(f"method {self.method}", self.world_size)
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.method} runs on one GPU, {self.n_gpu} were given; set "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        if not self.zeroth_order:
+            if self.journal or self.objective != "loss" or self.capture:
+                raise ValueError(
+                    "journal, objective=metric and capture need a zeroth-order method, not "
+                    f"{self.method}"
+                )
+            return
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but "
+                f"{self.method} has no gradients to accumulate; use a larger batch (it needs the "
+                "memory of inference only), or directions > 1"
+            )
+        if self.objective == "metric" and self.clip_examples is not None:
+            raise ValueError(
+                "clip_examples needs the loss of each example, and objective=metric has none"
+            )
+        if self.objective == "metric" and self.method == "pseuzo":
+            raise ValueError(
+                "objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its "
+                "head"
+            )
+        if self.objective == "metric" and self.capture:
+            raise ValueError("capture records the loss; objective=metric is computed on the host")
+        if self.directions != 1 and self.method == "pseuzo":
+            raise ValueError("directions is for mezo; pseuzo perturbs along one direction per step")
+        if self.head == "exact" and self.journal:
+            raise ValueError(
+                "a journal holds seeds and coefficients, not the exact gradients of head=exact"
+            )

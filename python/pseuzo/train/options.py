@@ -1,0 +1,189 @@
+"""The options of a training run, each defined once: default, type, help, choices and range.
+
+ZeroOrderOptions are the fields that PseuZOTrainingArguments adds to Transformers' arguments.
+OPTIONS describes the same fields for the command line. To add an option, add a field here; if not
+every method takes it, name it in the rows of METHODS that do. This module imports neither torch nor
+Transformers, so `--help` is quick.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pseuzo.train.methods import METHODS, methods_with
+
+NOISES = ("hadamard", "hadamard-fp16", "rademacher", "normal")
+ROUNDINGS = ("stochastic", "nearest")
+SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
+GROUPS = ("label", "row", "none")
+HEADS = ("frozen", "exact")
+OBJECTIVES = ("loss", "metric")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command line needs to know about an option beside its default, type and help."""
+
+    name: str = ""  # "--lr" where it is not made from the field's name
+    hidden: bool = False  # the command line decides it itself
+    metavar: str | None = None
+    positive: bool = False
+    least: float | None = None
+    most: float | None = None
+    # Another option, and its values under which this one does something.
+    only_with: Mapping[str, tuple[str, ...]] | None = None
+    # The probe of noise_on uses this option under every method, wherever noise_on is not all.
+    probes: bool = False
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    # HfArgumentParser passes the metadata to argparse: it must be keywords of add_argument.
+    metadata: dict[str, Any] = {"help": help}
+    if choices:
+        metadata["choices"] = choices
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ZeroOrderOptions:
+    learning_rate: Annotated[float, Flag("--lr", positive=True)] = _option(
+        1e-6, "Initial learning rate."
+    )
+    lr_scheduler_type: Annotated[str, Flag("--lr-scheduler")] = _option(
+        "constant", "Transformers' schedule of the learning rate."
+    )
+    method: str = _option(
+        "pseuzo", "Optimization method; fo-* use backpropagation, to compare.", tuple(METHODS)
+    )
+    eps: Annotated[float, Flag(positive=True, probes=True)] = _option(
+        1e-3, "Size of the perturbation; fo-*: of the probe of noise_on."
+    )
+    window: Annotated[int, Flag(least=1)] = _option(
+        14, "Number of past steps in the window of pseuzo and mezo-momentum."
+    )
+    momentum: Annotated[float | None, Flag(least=0, most=1)] = _option(
+        None, "Decay of the window (lambda) or of the momentum. Default: "
+        + "; ".join(f"{m} {METHODS[m].momentum:g}" for m in methods_with("momentum")) + ".",
+    )  # fmt: skip
+    schedule: str = _option(
+        "constant",
+        "Schedule of lambda under pseuzo; cyclic-hyperbola is the published one.",
+        SCHEDULES,
+    )
+    directions: Annotated[int, Flag(least=1)] = _option(
+        1, "Number of perturbations per step of mezo (q)."
+    )
+    two_sided: Annotated[bool | None, Flag("--two-sided/--one-sided")] = _option(
+        None, "Perturb to both sides. Default: mezo yes, pseuzo no."
+    )
+    noise: Annotated[str, Flag(probes=True)] = _option(
+        "hadamard",
+        "Distribution of the noise; hadamard-fp16 sums over the window in half precision, faster "
+        "on a GPU.",
+        NOISES,
+    )
+    rounding: str = _option("stochastic", "Rounding of 16-bit weights.", ROUNDINGS)
+    groups: str = _option(
+        "label",
+        "Pair rows of old batches with rows of the same label, with the same row (as published), "
+        "or with all rows.",
+        GROUPS,
+    )
+    noise_on: Annotated[list[str], Flag(metavar="PATTERN[=SCALE]")] = field(
+        default_factory=lambda: ["all"],
+        metadata={
+            "help": "Where the noise goes: names or globs of parameters, attention-out, last-half, "
+            "all; or auto, chosen by a short probe. fo-*: what is trained, at SCALE^2 times the "
+            "learning rate, as noise of that scale does on average."
+        },
+    )
+    scale_lr: Annotated[bool, Flag(hidden=True)] = _option(
+        False,
+        "Scale the learning rate to noise_on: the same expected change of the loss as with noise "
+        "on all weights.",
+    )
+    scale_eps: Annotated[bool, Flag(hidden=True)] = _option(
+        False, "Scale eps to noise_on in the same way."
+    )
+    probe_forwards: Annotated[int, Flag(hidden=True, least=1)] = _option(
+        300, "Number of forward passes of the probe of noise_on."
+    )
+    clip_examples: Annotated[float | None, Flag(metavar="MULTIPLE", positive=True)] = _option(
+        None,
+        "Limit each example's projected gradient (fo-*: the norm of its gradient at the head's "
+        "input) to this multiple of the batch's median.",
+    )
+    head: str = _option(
+        "frozen",
+        "An untied output head under pseuzo: frozen, or trained by its exact gradient.",
+        HEADS,
+    )
+    head_lr: Annotated[float | None, Flag(positive=True, only_with={"head": ("exact",)})] = _option(
+        None, "Learning rate of an exact head. Default: 1000 times the learning rate."
+    )
+    objective: str = _option(
+        "loss",
+        "What mezo minimizes; metric is 1 - the task's metric, which needs no derivative.",
+        OBJECTIVES,
+    )
+    journal: str | None = _option(None, "File that records every update, for pseuzo replay.")
+    capture: bool = _option(
+        False,
+        "Record the passes as CUDA graphs: faster where launches are the limit (small models, "
+        "few tokens). Batches are padded to multiples of 64 tokens.",
+    )
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of ZeroOrderOptions, as the command line and the checks see it."""
+
+    name: str
+    type: type  # of a value that is not None: str, int, float, bool, or list[str]
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    flag: Flag
+    # Other options, and their values under which this one does something; {}: it always does.
+    applies_to: Mapping[str, tuple[str, ...]]
+
+    @property
+    def flag_name(self) -> str:
+        return self.flag.name or "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError if a value is not one of the choices, or not in the range."""
+        flag = self.flag
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+        if value is None:
+            return
+        if flag.positive and not value > 0:
+            raise ValueError(f"{self.name} must be positive, got {value}")
+        if flag.least is not None and not value >= flag.least:
+            raise ValueError(f"{self.name} must be at least {flag.least}, got {value}")
+        if flag.most is not None and not value <= flag.most:
+            raise ValueError(f"{self.name} must be at most {flag.most}, got {value}")
+
+
+def _described(f: Field, annotation: Any) -> Option:
+    flag = Flag()
+    if get_origin(annotation) is Annotated:
+        annotation, flag = get_args(annotation)
+    methods = methods_with(f.name)
+    applies_to = {} if methods == tuple(METHODS) else {"method": methods}
+    return Option(
+        name=f.name,
+        type=next(iter(get_args(annotation)), annotation)
+        if annotation != list[str]
+        else annotation,
+        default=f.default if f.default is not MISSING else f.default_factory(),
+        help=f.metadata["help"],
+        choices=f.metadata.get("choices", ()),
+        flag=flag,
+        applies_to=applies_to | dict(flag.only_with or {}),
+    )
+
+
+_HINTS = get_type_hints(ZeroOrderOptions, include_extras=True)
+OPTIONS = {f.name: _described(f, _HINTS[f.name]) for f in fields(ZeroOrderOptions)}
