@@ -429,7 +429,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(JournalError, match="of another model or of other settings"):
         Journal(path, other)
     late = resumed(path, MAKERS["pseuzo"](copy.deepcopy(base)), base, [])
-    late._step = 9
+    late._steps = 9
     with pytest.raises(JournalError, match="ends before step 4, the optimizer goes on with step 9"):
         Journal(path, late)
     header = read_journal(path)[0] | {"first_step": 7}

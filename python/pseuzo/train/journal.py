@@ -489,7 +489,9 @@ class Journal:
         """Called by the optimizer after an update. On a GPU the numbers are fetched without waiting, and written when
         the next step calls, or sync() or close(). What could not be written is kept, and no step is made before it is.
         """
-        self._next = step + 1
+        if step < self._next:  # called again, as the first call was interrupted
+            self.note_weights()
+            return
         groups = [
             (g["lr"], g["weight_decay"], g["noise_scale"], g["maximize"])
             for g in self.optimizer.param_groups
@@ -497,6 +499,7 @@ class Journal:
         positions = sorted(self._position[p] for p in unused)
         record = Record(step, rounding_seed, False, groups, positions, seeds, coefs)
         self._pending.append((record, Fetched(seeds, coefs, found_inf)))
+        self._next = step + 1
         self.note_weights()
         self._write_pending(self._late)
         if time.monotonic() >= self._sync_at:
