@@ -1,4 +1,4 @@
-"""Evaluation against figures worked out by hand: with a model of word pairs, whose every probability is known."""
+"""Evaluation against figures worked out by hand, with a model whose every probability is known."""
 
 import itertools
 import math
@@ -51,7 +51,8 @@ class Pairs(PreTrainedModel, GenerationMixin):
 
 
 def model_of(tokenizer, *texts, logits=10.0):
-    """After a token of a text comes the next one with this logit, or one for each text; all others have 0."""
+    """A model in which the next token of a text has this logit, or one for each text, and all
+    other tokens have 0."""
     model = Pairs(
         OPTConfig(vocab_size=VOCAB, pad_token_id=1, bos_token_id=2, eos_token_id=2)
     ).train()
@@ -89,8 +90,10 @@ def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):
     short = logp(4.0, 1.0)
     total = logp(1.0, 4.0) + (n - 1) * logp(7.0)
     assert total < short < total / n, "by the sum it would be the short one"
-    examples = [Example("a =", tuple(o.strip() for o in OPTIONS), answer, (OPTIONS[answer].strip(),))
-                for answer in (0, 1, 1)]  # fmt: skip
+    examples = [
+        Example("a =", tuple(o.strip() for o in OPTIONS), answer, (OPTIONS[answer].strip(),))
+        for answer in (0, 1, 1)
+    ]
     data = TaskData(examples, CHOICE, tokenizer, max_length=60)
     figures = evaluate(model, data, batch_size=2)
     assert figures["accuracy"] == pytest.approx(2 / 3) and figures["examples"] == 3
@@ -117,7 +120,8 @@ def test_any_accepted_option_is_right(tokenizer):
 
 
 def test_scores_that_are_not_finite_are_never_right(tokenizer):
-    """argmax takes a NaN for the largest: a diverged model would be right whenever the first option is."""
+    """argmax takes a NaN for the largest: a diverged model would be right whenever the first
+    option is."""
     words = Task(
         name="w", kind="classification", prompt="{{ q }}", label="a", labels={0: "x", 1: "y"}
     )
@@ -141,8 +145,11 @@ def test_scores_that_are_not_finite_are_never_right(tokenizer):
 
 def test_ragged_options(tokenizer):
     model = model_of(tokenizer, " = x")
-    examples = [Example("a =", ("y", "x"), 1, ("x",)), Example("a =", ("z", "y", "w", "x"), 0, ("z",)),
-                Example("a =", ("y", "z", "x"), 2, ("x",))]  # fmt: skip
+    examples = [
+        Example("a =", ("y", "x"), 1, ("x",)),
+        Example("a =", ("z", "y", "w", "x"), 0, ("z",)),
+        Example("a =", ("y", "z", "x"), 2, ("x",)),
+    ]
     assert evaluate(model, TaskData(examples, CHOICE, tokenizer, max_length=60), batch_size=2)[
         "accuracy"
     ] == pytest.approx(2 / 3)
@@ -151,7 +158,7 @@ def test_ragged_options(tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_demo_task(tokenizer, batch_size):
-    """Label words, options and the demo's own count agree; how rows are put into batches does not matter."""
+    """Label words, options and the demo's own count agree, however rows are put into batches."""
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     task = load_task("demo")
     examples = task.load(train=0, dev=0, test=1000)["test"]
@@ -189,12 +196,15 @@ FREE = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_
 def test_generation_f1_and_exact_match(tokenizer):
     # what it writes after "=", ":" and "("; two of them on different lines, one without end
     model = model_of(tokenizer, " = The result value\nis", " : a string\nis", " ( loop if loop")
-    prompts = [Example("what follows =", (), None, golds) for golds in (
-        ("result value",),  # all of it, but for case and the article
-        ("value", "other"),  # precision 1/2 of "result value", recall 1: 2/3
-        ("none",),
-        ("the wrong thing", "result value of it"),  # precision 1, recall 1/2
-    )]  # fmt: skip
+    prompts = [
+        Example("what follows =", (), None, golds)
+        for golds in (
+            ("result value",),  # all of it, but for case and the article
+            ("value", "other"),  # precision 1/2 of "result value", recall 1: 2/3
+            ("none",),
+            ("the wrong thing", "result value of it"),  # precision 1, recall 1/2
+        )
+    ]
     other = [Example("longer, so that rows are padded :", (), None, ("A string!",))]
     data = TaskData(prompts + other, FREE, tokenizer, max_length=60)
     assert generate(model, data, range(5), batch_size=2) == ["The result value"] * 4 + ["a string"]
@@ -256,7 +266,7 @@ def test_loss_of_a_generation_is_that_of_training(tokenizer):
 
 @pytest.mark.slow
 def test_a_perturbed_model_is_seen_perturbed(tokenizer):
-    """nondiff_loss under a perturbed pass is that of a model with those weights, and leaves them alone."""
+    """nondiff_loss in a perturbed pass is that of a model with those weights, and changes none."""
     from pseuzo_kernels import perturb_
 
     task = load_task("demo")
@@ -265,9 +275,13 @@ def test_a_perturbed_model_is_seen_perturbed(tokenizer):
     for data in (
         TaskData(examples, task, tokenizer, max_length=126),
         TaskData(examples, task, tokenizer, max_length=126, train_on="options"),
-        TaskData(free, Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=2), tokenizer,
-                 max_length=126),
-    ):  # fmt: skip
+        TaskData(
+            free,
+            Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=2),
+            tokenizer,
+            max_length=126,
+        ),
+    ):
         model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
         before = [p.detach().clone() for p in model.parameters()]
         rows = list(range(len(data)))

@@ -1,9 +1,10 @@
 """How often a model is right: by the scores of the options, or by what it writes.
 
-Accuracy: the model's choice is the option whose tokens have the largest mean log-likelihood, as in MeZO; it is right if
-it is one of those that count as right, but never where a score is not finite, as after training has diverged. F1 and
-exact match: of the normalised words that the model writes greedily with those of the accepted answers, the best of
-these, as SQuAD defines it (torchmetrics).
+Accuracy: the model chooses the option whose tokens have the largest mean log-likelihood, as in
+MeZO. The choice is right if it is one of those that count as right, and never where a score is not
+finite, as after training has diverged. F1 and exact match compare the normalised words that the
+model writes greedily with each accepted answer and take the best, as SQuAD defines it
+(torchmetrics).
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,18 @@ from pseuzo.tasks.data import Row, TaskData
 def evaluate(
     model: nn.Module, data: TaskData, *, batch_size: int = 16, progress: bool = False
 ) -> dict[str, float]:
-    """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", as it is trained on; "examples", how many.
+    """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", the one that is trained
+    on; "examples", how many there are.
 
-    batch_size: rows (an option is a row) a forward. Each module's train or eval mode is as before afterwards.
+    batch_size: rows of a forward; an option is a row. Each module keeps its train or eval mode.
     """
     return _measure(model, data, range(len(data)), batch_size, progress, loss=True)
 
 
 @torch.no_grad()
 def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | Tensor) -> Tensor:
-    """1 - mean F1 of what the model writes (generation), 1 - accuracy (options), of these examples: for MeZO's closure.
+    """The loss of these examples for MeZO's closure, without a gradient: 1 - mean F1 of what the
+    model writes (generation) or 1 - accuracy (options).
 
     A scalar, fp32, on the model's device."""
     index = batch_rows.tolist() if isinstance(batch_rows, Tensor) else list(batch_rows)
@@ -61,8 +64,9 @@ def _measure(
 
 
 def _batches(rows: Sequence[Row], size: int, progress: bool, what: str, one_length: bool = False):
-    """(numbers, rows) of like length, the longest first: if they do not fit into memory, that is known at once.
-    one_length: of the same length, so that there is no padding."""
+    """(numbers, rows) of like length. The longest come first, so that rows that do not fit into
+    memory fail at once. one_length: all rows of a batch have the same length, so that there is no
+    padding."""
     from tqdm import tqdm
 
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
@@ -96,12 +100,9 @@ def _by_label_words(model, data, index, batch_size, progress, verify) -> dict[st
 
 
 def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
-    """Of each row the mean log-likelihood of its scored tokens, and their number; [R], on the CPU."""
+    """The mean log-likelihood of each row's scored tokens, and their number; [R], on the CPU."""
     objective = CausalLMObjective(model, verify=verify)
-    scores, counts = (
-        torch.empty(len(rows), dtype=torch.float64),
-        torch.empty(len(rows), dtype=torch.float64),
-    )
+    scores, counts = (torch.empty(len(rows), dtype=torch.float64) for _ in range(2))
     for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
         batch = data.pad_rows(some)
         scores[numbers] = objective.row_scores(_moved(batch, model)).double().cpu()
@@ -118,9 +119,8 @@ def _by_options(model, data, index, batch_size, progress, verify) -> dict[str, f
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine = data.examples[i], scores[first:end]
-        right += (
-            bool(mine.isfinite().all()) and example.options[int(mine.argmax())] in example.golds
-        )
+        choice = example.options[int(mine.argmax())]
+        right += bool(mine.isfinite().all()) and choice in example.golds
         if data.train_on == "options":
             losses += float(mine.logsumexp(0) - mine[example.answer])
             tokens += 1
@@ -141,10 +141,11 @@ def _generated(model, data, index, batch_size, progress) -> dict[str, float]:
 
     texts = generate(model, data, index, batch_size, progress)
     written = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
+    golds = [list(data.examples[i].golds) for i in index]
     wanted = [
-        {"answers": {"text": list(data.examples[i].golds), "answer_start": [0] * len(data.examples[i].golds)},
-         "id": str(n)} for n, i in enumerate(index)
-    ]  # fmt: skip
+        {"answers": {"text": accepted, "answer_start": [0] * len(accepted)}, "id": str(i)}
+        for i, accepted in enumerate(golds)
+    ]
     figures = squad(written, wanted)
     return {"f1": float(figures["f1"]) / 100, "em": float(figures["exact_match"]) / 100}
 
@@ -157,23 +158,26 @@ def generate(
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[str]:
-    """What the model writes greedily after the prompts of these examples, up to the task's stop or max_new_tokens."""
+    """What the model writes greedily after the prompts of these examples, up to the task's stop or
+    max_new_tokens."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     tokenizer, stop = data.tokenizer, data.task.stop
     rows = [data.token_rows(i, "prompt")[0] for i in index]
     texts = [""] * len(rows)
-    ends = data.end_tokens() | {
-        tokenizer.eos_token_id,
-        *_as_list(getattr(model.generation_config, "eos_token_id", None)),
-    } - {None}
+    model_ends = _as_list(getattr(model.generation_config, "eos_token_id", None))
+    ends = data.end_tokens() | {tokenizer.eos_token_id, *model_ends} - {None}
     config = GenerationConfig(
-        max_new_tokens=data.task.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-        pad_token_id=data.pad, eos_token_id=sorted(ends) or None, use_cache=True,
-    )  # fmt: skip
-    for numbers, some in _batches(
-        rows, batch_size, progress, "writing", _padding_counts(model, data, rows)
-    ):
+        max_new_tokens=data.task.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=data.pad,
+        eos_token_id=sorted(ends) or None,
+        use_cache=True,
+    )
+    one_length = _padding_counts(model, data, rows)
+    for numbers, some in _batches(rows, batch_size, progress, "writing", one_length):
         batch = _moved(data.pad_rows(some), model)
         start = batch["input_ids"].shape[1]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -184,18 +188,20 @@ def generate(
 
         with frozen_mode(model):
             out = model.generate(
-                input_ids=batch["input_ids"], attention_mask=mask, generation_config=config,
+                input_ids=batch["input_ids"],
+                attention_mask=mask,
+                generation_config=config,
                 stopping_criteria=StoppingCriteriaList([stopped]),
-            )  # fmt: skip
-        for number, text in zip(
-            numbers, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True
-        ):
+            )
+        written = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+        for number, text in zip(numbers, written, strict=True):
             texts[number] = (text.split(stop)[0] if stop else text).strip()
     return texts
 
 
 def _padding_counts(model: nn.Module, data: TaskData, rows: Sequence[Row]) -> bool:
-    """Might padding on the left change what the model writes? Then the rows of a batch must be of one length."""
+    """Whether padding on the left might change what the model writes; then the rows of a batch
+    must be of one length."""
     ends = sorted(rows, key=lambda row: len(row.tokens))
     batch = _moved(data.pad_rows([ends[0], ends[-1]]), model)
     if "attention_mask" not in batch:
@@ -203,12 +209,8 @@ def _padding_counts(model: nn.Module, data: TaskData, rows: Sequence[Row]) -> bo
     try:
         objective = CausalLMObjective(model, [0, 1], verify="once")
         objective.plan(batch | {"labels": batch["input_ids"][:, 0]})
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # models that the objective refuses may write all the same
-        return True
+    except (TypeError, ValueError, RuntimeError):
+        return True  # a model that the objective refuses may be able to write
     return objective.padding != "anywhere"
 
 

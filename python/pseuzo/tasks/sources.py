@@ -1,4 +1,4 @@
-"""Rows of data by split: from the hub, or a local folder, JSONL or Parquet file, or a folder of save_to_disk."""
+"""Rows of data by split: from the hub, from local JSONL or Parquet files, from save_to_disk."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from typing import Any
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 SUFFIXES = (".jsonl", ".json", ".parquet")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # what the hub keeps beside them
-JSON_BYTES = 1 << 30  # the most of a file, which is read as a whole
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # the hub keeps them beside the rows
+JSON_BYTES = 1 << 30  # the most a JSON file may have, since it is read as a whole
 ALL = "all"  # the one split of data that is not split yet
 
 Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
@@ -20,7 +20,7 @@ def canonical(split: str) -> str:
 
 
 class Source:
-    """splits: the names of the splits there are, or None if that is not known before they are asked for."""
+    """splits: the names of the splits that exist, or None if only loading one can tell."""
 
     splits: tuple[str, ...] | None
 
@@ -28,12 +28,12 @@ class Source:
         raise NotImplementedError
 
     def place(self, split: str, i: int) -> str:
-        """Where rows(split)[i] is to be found, for people."""
+        """Where rows(split)[i] is, for people."""
         return f"row {i} (from 0) of " + ("the data" if split == ALL else f"the split {split!r}")
 
 
 class Hub(Source):
-    """A data set of the public hub: path, and if it has them config, data_dir, revision."""
+    """A data set of the public hub: its path, and config, data_dir and revision if it has them."""
 
     splits = None
 
@@ -49,72 +49,67 @@ class Hub(Source):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             name = self.path + (f" ({self.config})" if self.config else "")
             raise ValueError(
-                f"the split {split!r} of the hub's data set {name} cannot be loaded: {reason}; without a network, "
-                "give a local copy in the same columns (a folder, .jsonl or .parquet)"
+                f"the split {split!r} of the hub's data set {name} cannot be loaded: {reason}; "
+                "without a network, give a local copy in the same columns (a folder, .jsonl or "
+                ".parquet)"
             ) from error
 
 
 class Local(Source):
-    """A file, a folder with a file (or several, or a folder) for each split, or a folder made by save_to_disk."""
+    """A file; a folder with a file, several files or a folder for each split; or a folder that
+    save_to_disk made."""
 
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[str, Any] = {}
-        self._places: dict[
-            str, list[tuple[str, Path]]
-        ] = {}  # of rows in JSON: their lines and files
+        # For rows in JSON: the line and file of each.
+        self._places: dict[str, list[tuple[str, Path]]] = {}
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
         if path.is_file():
             if path.suffix not in SUFFIXES:
                 raise ValueError(
-                    f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is wanted"
+                    f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is "
+                    "wanted"
                 )
             self._found = {ALL: [path]}
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             from datasets import load_from_disk
 
             data = load_from_disk(str(path))
-            self._found = (
-                {canonical(k): v for k, v in data.items()}
-                if isinstance(data, dict)
-                else {ALL: data}
-            )
+            data = data if isinstance(data, dict) else {ALL: data}
+            self._found = {canonical(split): rows for split, rows in data.items()}
         else:
             self._found = self._files(path)
         self.splits = tuple(self._found)
 
     @staticmethod
     def _files(folder: Path) -> dict[str, list[Path]]:
-        """train.jsonl; train-00000-of-00002.parquet, ...; train/*.parquet; data/train-*.parquet: as people and the hub
-        name them."""
-        inside = sorted(
-            p
-            for p in (*folder.glob("*"), *folder.glob("*/*"))
-            if p.suffix in SUFFIXES and p.is_file()
-        )
-        files = [p for p in inside if p.name not in NOT_ROWS]
+        """The files of each split, named as people and the hub name them: train.jsonl;
+        train-00000-of-00002.parquet, ...; train/*.parquet; data/train-*.parquet."""
+        inside = sorted((*folder.glob("*"), *folder.glob("*/*")))
+        inside = [path for path in inside if path.suffix in SUFFIXES and path.is_file()]
+        files = [path for path in inside if path.name not in NOT_ROWS]
         found: dict[str, list[Path]] = {}
         for file in files:
             names = [file.stem] if file.parent == folder else [file.parent.name, file.stem]
             split = next(filter(None, map(_split_in, names)), names[0])
             found.setdefault(canonical(split), []).append(file)
         if not found:
+            present = ", ".join(path.name for path in sorted(folder.iterdir())[:8]) or "nothing"
             raise ValueError(
-                f"{folder} holds no data; wanted are files like train.jsonl, validation.parquet, test.jsonl or "
-                "data/train-00000-of-00001.parquet; "
-                f"found: {', '.join(p.name for p in sorted(folder.iterdir())[:8]) or 'nothing'}"
+                f"{folder} holds no data; wanted are files like train.jsonl, validation.parquet, "
+                f"test.jsonl or data/train-00000-of-00001.parquet; found: {present}"
             )
         for split, some in found.items():
             if len(folders := sorted({str(file.parent) for file in some})) > 1:
                 raise ValueError(
-                    f"the split {split!r} is in several folders, {', '.join(folders)}; give one of them"
+                    f"the split {split!r} is in several folders, {', '.join(folders)}; "
+                    "give one of them"
                 )
-        return (
-            {ALL: files}
-            if len(files) == 1 and not {"train", "validation", "test"} & found.keys()
-            else found
-        )
+        if len(files) == 1 and not {"train", "validation", "test"} & found.keys():
+            return {ALL: files}
+        return found
 
     def rows(self, split: str) -> Rows:
         found = self._found[split]
@@ -126,14 +121,14 @@ class Local(Source):
 
             try:
                 return Dataset.from_parquet([str(path) for path in found])
-            except Exception as error:  # pyarrow's and datasets' own kinds
-                reason = (
-                    str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-                )[0]
+            except Exception as error:  # pyarrow and datasets raise errors of their own
+                lines = str(error.__cause__ or error).strip().splitlines()
+                reason = lines[0] if lines else type(error).__name__
                 raise ValueError(f"{found[0]} cannot be read as Parquet: {reason}") from error
         if ".parquet" in kinds:
             raise ValueError(
-                f"the split {split!r} in {self.path} is there as Parquet and as JSON; remove one of them"
+                f"the split {split!r} in {self.path} is there as Parquet and as JSON; "
+                "remove one of them"
             )
         numbered = [(line, path, row) for path in found for line, row in read_json(path)]
         self._places[split] = [(line, path) for line, path, _ in numbered]
@@ -153,20 +148,21 @@ def _split_in(name: str) -> str | None:
 
 
 def read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """("line 1", row), ...: of a file of one JSON object a line, or of one JSON list. ValueError names the line that is
-    neither, and refuses files of more than JSON_BYTES."""
+    """("line 1", row), ...: the rows of a file of one JSON object a line, or of one JSON list.
+
+    ValueError names the line that is no object, and refuses files of more than JSON_BYTES."""
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(
-            f"{path} has {size} bytes, and JSON is read whole, up to {JSON_BYTES}; save it as Parquet"
+            f"{path} has {size} bytes, and JSON is read whole, up to {JSON_BYTES}; "
+            "save it as Parquet"
         )
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(_parsed(text), 1)]
-        else:  # split at newlines alone: a string in JSON may hold other separators as they are
-            rows = [
-                (f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()
-            ]
+        else:  # not splitlines: a string in JSON may hold other line separators as they are
+            lines = enumerate(text.split("\n"), 1)
+            rows = [(f"line {i}", line) for i, line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     out = []

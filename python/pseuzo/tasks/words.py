@@ -1,18 +1,19 @@
-"""Label words as tokens, for a loop of one's own; pseuzo.tasks does it for its tasks."""
+"""Label words as tokens, for a training loop of your own; TaskData finds them for its tasks."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def label_token_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The token of each label word. Raises ValueError for a word that is not exactly one known token."""
+    """The token of each label word. ValueError for a word that is not exactly one known token."""
     ids = []
     for word in words:
         tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             raise ValueError(
                 f"label word {word!r} is not one token of this tokenizer but {len(tokens)}: "
-                f"{tokenizer.convert_ids_to_tokens(tokens)}; choose a shorter word (mind the leading space)"
+                f"{tokenizer.convert_ids_to_tokens(tokens)}; choose a shorter word (mind the "
+                "leading space)"
             )
         ids.append(tokens[0])
     if len(set(ids)) != len(ids):
