@@ -28,6 +28,7 @@ from functools import partial
 import torch
 from harness import MODELS, QUANTILES, Table, captured, floor_of, parser
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
+from pseuzo.perturb.module import forget_passes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -393,7 +394,7 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                 traceback.print_exc()
                 fine = False
             call = None
-            vars(model).pop("_pseuzo_forward", None)  # and its scratch
+            forget_passes(model)  # frees their scratch
             model.zero_grad(set_to_none=True)
     return fine
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pseuzo import CausalLMObjective, MeZO, PseuZO
 from pseuzo.models.placement import Row, choose, equal_change, groups_of, param_groups, place, probe
+from pseuzo.perturb.module import known_passes
 from tiny_models import ALL_KINDS, batch_of, causal_lm
 from torch import nn
 from transformers import RobertaConfig, RobertaForMaskedLM
@@ -217,7 +218,7 @@ def test_probe_on_a_quadratic():
         assert abs(row.curvature - curvature) < 4 * row.curvature_error + 1e-3 * curvature
         assert row.curvature_error < 0.02 * curvature
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
-    assert "_pseuzo_forward" not in model.__dict__
+    assert known_passes(model) is None
     assert all(
         math.isnan(row.fisher) and row.cost == (row.curvature, row.curvature_error)
         for row in rows.values()

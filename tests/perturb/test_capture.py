@@ -2,7 +2,6 @@
 it knows no Python, only the numbers and the memory that each op had when it was recorded."""
 
 import copy
-import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,8 @@ from pseuzo.models.loading import load_model
 from pseuzo.models.objective import padded
 from pseuzo.optim.schedule import Constant
 from pseuzo.perturb import graphs as capture
+from pseuzo.perturb import scratch
+from pseuzo.perturb.module import known_passes
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.trainer import PseuZOTrainer
@@ -95,10 +96,10 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
 
     def recorded(call, stream, pool):
         outputs, replay = record(call, stream, pool)
-        then = twin._pseuzo_forward.replaced
+        then = known_passes(twin).replaced
 
         def checked() -> None:
-            assert twin._pseuzo_forward.replaced == then, "it writes to memory that was freed"
+            assert known_passes(twin).replaced == then, "it writes to memory that was freed"
             replays.append(then)
             replay()
 
@@ -106,8 +107,8 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
 
     monkeypatch.setattr(capture, "_record", recorded)
     # else all weights of so small a model have memory of their own, or are made together
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "SMALL", 200)
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", 0)
+    monkeypatch.setattr(scratch, "SMALL", 200)
+    monkeypatch.setattr(scratch, "TOGETHER", 0)
 
     class Now(Constant):
         def __call__(self, step: int) -> float:

@@ -1,14 +1,14 @@
 """The perturbed forward sees x + eps z exactly, and never writes x."""
 
 import copy
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 from helpers import perturbed_copy
 from pseuzo import perturbed
-from pseuzo.perturb.module import forward_of
+from pseuzo.perturb import perturbation, scratch
+from pseuzo.perturb.module import known_passes, passes_of
 from tiny_models import KINDS, Tied, batch_of, causal_lm
 from torch import nn
 from torch.nn import functional as F
@@ -200,7 +200,7 @@ def calls_of_a_pass(model, seed, x) -> tuple[torch.Tensor, list[int]]:
 )
 def test_weights_of_a_block_are_made_together(together, blocks, monkeypatch):
     """As many as fit, and none that also runs outside of the block. (The nine biases are copied for a whole pass.)"""
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", together)
+    monkeypatch.setattr(scratch, "TOGETHER", together)
     model = Layers()
     before, x = snapshot(model), torch.randn(2, 300)
     launches = []
@@ -236,7 +236,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("together", [3 * 90112, 1 << 24], ids=["layers", "all"])
 def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch):
     """Modules that run outside of the block that they ran inside of until then; and back again."""
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", together)
+    monkeypatch.setattr(scratch, "TOGETHER", together)
     model = nn.Sequential(Layer(), Layer(), nn.Linear(300, 700))
     if tied:
         model[1].b.weight = model[0].a.weight
@@ -259,7 +259,7 @@ def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch
             got = way(model)
         assert torch.equal(got, way(perturbed_copy(model, seed, 0.1))), seed
         assert_untouched(model, before)
-    assert not any(p.numel() > 1 << 16 for p in model._pseuzo_forward._kept), (
+    assert not any(p.numel() > 1 << 16 for p in known_passes(model).whole_pass), (
         "memory of weights that ran elsewhere"
     )
     _, made = calls_of_a_pass(model, 9, x)
@@ -274,7 +274,7 @@ def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch
 
 @torch.no_grad()
 def test_blocks_in_an_embedding_and_modules_that_are_made_late(monkeypatch):
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", 3 * 90112)
+    monkeypatch.setattr(scratch, "TOGETHER", 3 * 90112)
 
     class Table(nn.Embedding):
         def __init__(self):
@@ -298,16 +298,16 @@ def test_blocks_in_an_embedding_and_modules_that_are_made_late(monkeypatch):
 
 @torch.no_grad()
 def test_memory_is_that_of_the_largest_module(monkeypatch):
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", 0)
+    monkeypatch.setattr(scratch, "TOGETHER", 0)
     model = nn.Sequential(
         *(nn.Linear(300, 300 + 100 * (i == 2), bias=False) for i in range(2)), nn.Linear(300, 400)
     )
     for seed in range(3):
         with perturbed(model, seed, 0.1):
             model(torch.randn(2, 300))
-    forward = model.__dict__["_pseuzo_forward"]
-    assert [b.numel() for b in forward._scratch._buffers.values()] == [-(-300 * 400 // 2048) * 2048]
-    assert set(forward._kept) == {model[2].bias}
+    passes = known_passes(model)
+    assert passes.scratch.sizes == [-(-300 * 400 // 2048) * 2048]
+    assert set(passes.whole_pass) == {model[2].bias}
 
 
 @torch.no_grad()
@@ -394,7 +394,7 @@ def test_bad_arguments():
     with perturbed(model, 0, 0.1):
         pass
     bias = model._parameters.pop("bias")
-    with pytest.raises(KeyError), model._pseuzo_forward(0, 0.1):
+    with pytest.raises(KeyError), known_passes(model).at(0, 0.1):
         pass
     model._parameters["bias"] = bias
     with perturbed(model, 0, 0.1):  # nor does one that could not begin
@@ -423,11 +423,11 @@ def test_weights_that_were_put_in_a_module_run_as_they_are(settled):
             got = torch.func.functional_call(model, {"0.weight": torch.eye(300)}, (x,))
         want = F.linear(x.relu(), add_noise(model[2].weight, [5], [1e-2], stream=1))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-        forward = forward_of(
+        passes = passes_of(
             model, {p: (i, 1.0) for i, p in enumerate(model.parameters())}, "hadamard"
         )
         model[0].weight = nn.Parameter(torch.eye(300))
-        with forward(5, 1e-2):
+        with passes.at(5, 1e-2):
             torch.testing.assert_close(model(x), want, rtol=0, atol=1e-6)
 
 
@@ -443,7 +443,7 @@ def test_hooks_are_put_where_the_module_has_them_now():
                 assert not module._forward_hooks_always_called
                 if seed == 3:
                     module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-        assert model._pseuzo_forward.settled("any") and not torch.equal(last, model(x))
+        assert known_passes(model).settled("any") and not torch.equal(last, model(x))
         other = copy.deepcopy(model)
         perturb_(list(other.parameters()), 3, 1e-2)
         assert torch.equal(last, other(x))
@@ -451,7 +451,7 @@ def test_hooks_are_put_where_the_module_has_them_now():
 
 def test_a_block_that_fails_and_is_caught(monkeypatch):
     """Its weights are put back before the model goes on, in passes that are not watched, too."""
-    monkeypatch.setattr(sys.modules["pseuzo.perturb.module"], "TOGETHER", 0)
+    monkeypatch.setattr(scratch, "TOGETHER", 0)
 
     class Caught(nn.Module):
         def __init__(self):
@@ -476,17 +476,18 @@ def test_a_block_that_fails_and_is_caught(monkeypatch):
         for seed in range(5):
             with perturbed(model, seed, 1e-2):
                 got = model(x)
-    assert model._pseuzo_forward.settled("any")
+    assert known_passes(model).settled("any")
     assert len(model.caught) == 5 and all(w is weight for w in model.caught)
     assert torch.equal(got, perturbed_copy(model, 4, 1e-2).second(x))
 
 
 def test_nothing_is_prepared_anew_in_a_settled_pass(monkeypatch):
     """Not for an embedding of which more rows are looked up than it has, either: it is copied."""
-    module = sys.modules["pseuzo.perturb.module"]  # the function of the same name hides it
-    monkeypatch.setattr(module, "SMALL", 200)
-    made, repeated = [], module.RepeatedPerturb
-    monkeypatch.setattr(module, "RepeatedPerturb", lambda *args: made.append(1) or repeated(*args))
+    monkeypatch.setattr(scratch, "SMALL", 200)
+    made, repeated = [], perturbation.RepeatedPerturb
+    monkeypatch.setattr(
+        perturbation, "RepeatedPerturb", lambda *args: made.append(1) or repeated(*args)
+    )
     model = causal_lm("opt").eval()  # 66 positions
     batch = batch_of(rows=8)
     for seed in range(6):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pseuzo.machine import holds_codes, usable_device
 from pseuzo.models.placement import ROLES
-from pseuzo.perturb.module import frozen_mode
+from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.train.methods import MODES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

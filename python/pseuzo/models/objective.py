@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseuzo.machine import holds_codes
-from pseuzo.perturb.module import frozen_mode, rows_of
+from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.perturb.module import rows_of
 
 IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
 # what a batch holds for the objective and the optimizer; the model gets the rest

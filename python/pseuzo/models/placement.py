@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.seeds import step_seed
-from pseuzo.perturb.module import forward_of, frozen_mode
+from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.perturb.module import forget_passes, passes_of
 
 PROBE_DOMAIN = 0x70726F6265  # keeps the probe's noise apart from the run's
 LARGEST_EPS = 10.0  # times the eps given; see probe
@@ -299,16 +300,16 @@ def probe(
         for name, group in scales.items():
             places = {p: (streams[p], scale) for p, scale in group.items()}
             by = eps * min(LARGEST_EPS, max(1.0, math.sqrt(whole / sizes[name])))
-            forward, seen = forward_of(model, places, noise), []
+            passes, seen = passes_of(model, places, noise), []
             for i in range(len(closures) * directions):
                 at_x, closure, z = (
                     clean[i // directions],
                     closures[i // directions],
                     step_seed(seed, i, PROBE_DOMAIN),
                 )
-                with forward(z, by, "probe"):
+                with passes.at(z, by, "probe"):
                     plus = losses_of(closure)
-                with forward(z, -by, "probe"):
+                with passes.at(z, -by, "probe"):
                     minus = losses_of(closure)
                 slopes, curvature = (
                     (plus - minus) / (2 * by),
@@ -323,7 +324,7 @@ def probe(
                     name, sizes[name], *_means_and_errors(torch.stack(seen)), forwards=2 * len(seen)
                 )
             )
-    model.__dict__.pop("_pseuzo_forward", None)  # and its scratch
+    forget_passes(model)  # frees their scratch
     return rows
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
+from pseuzo.perturb.contexts import frozen_mode, no_cached_casts
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
-from pseuzo.perturb.module import PerturbedForward as ModulePasses
-from pseuzo.perturb.module import forward_of as passes_of
-from pseuzo.perturb.module import frozen_mode, no_cached_casts
+from pseuzo.perturb.module import ModulePasses, passes_of
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder

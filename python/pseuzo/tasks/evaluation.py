@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.models.objective import IGNORED, CausalLMObjective
-from pseuzo.perturb.module import frozen_mode
+from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.tasks.data import Row, TaskData
 
 

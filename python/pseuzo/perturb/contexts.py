@@ -1,0 +1,85 @@
+"""Contexts whose clean-up survives an interrupt: dropout off, no cached casts, and the helper they are made of.
+
+Python may raise KeyboardInterrupt at any line, also at one of a clean-up. Each context here therefore records what it
+has to put back before it changes anything, and its clean-up may run twice: what it does it does from the record.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+
+@contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Run undo when the block ends, and once more if undo itself is interrupted. undo must allow for a second call.
+
+    This is a generator because one that is never resumed, as an interrupt came where a `with` block ends, still runs
+    its `finally` when it is freed. The `__exit__` of a class would not run at all.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def no_cached_casts() -> Iterator[None]:
+    """Keep autocast from caching casts of weights, and from using casts that it cached outside of the block.
+
+    Its cache holds the casts of fp32 weights until the outermost autocast block ends, whatever is written to them.
+    """
+    before = torch.is_autocast_cache_enabled()
+
+    def put_back() -> None:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+    with undoing(put_back):
+        torch.set_autocast_cache_enabled(False)  # an autocast block made inside takes this over
+        torch.clear_autocast_cache()
+        yield
+
+
+@contextmanager
+def frozen_mode(model: nn.Module | None) -> Iterator[None]:
+    """Turn dropout off and freeze batch statistics; every module's own mode is put back."""
+    modules = [] if model is None else [model]
+    seen = set(modules)
+    for module in modules:  # model.modules() takes several times as long
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    training = [module for module in modules if module.training]
+
+    def put_back() -> None:
+        for module in training:
+            module.training = True
+
+    with undoing(put_back):
+        for module in training:
+            module.training = False
+        yield
+
+
+def leave(mode: TorchDispatchMode | TorchFunctionMode) -> None:
+    """Take a mode off its stack, unless it is off already. Modes above it, which others put there, stay."""
+    dispatch = isinstance(mode, TorchDispatchMode)
+    stack = _get_current_dispatch_mode_stack if dispatch else _get_current_function_mode_stack
+    if not any(entered is mode for entered in stack()):
+        return
+    above = []
+    while (top := stack()[-1]) is not mode:
+        top.__exit__(None, None, None)
+        above.append(top)
+    mode.__exit__(None, None, None)
+    for other in reversed(above):
+        other.__enter__()

@@ -1,0 +1,71 @@
+"""Which weights are perturbed, by what noise, and what seed and scale the passes see at present."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo_kernels.checks import check_noise, check_tensors, signed64
+from pseuzo_kernels.ops import RepeatedPerturb, add_noise_rows
+
+
+class Perturbation:
+    """x + scale * noise_scale * z(seed, stream) of each weight x of params: weight -> (stream, noise scale).
+
+    The seed and the scale are tensors that aim() writes in place, so a recorded pass reads them when it is replayed.
+    """
+
+    @torch.inference_mode(False)  # the weights are used outside of that mode, too
+    def __init__(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> None:
+        check_noise("perturbed", noise)
+        self.noise = noise
+        self.params = {p: place for p, place in params.items() if place[1] != 0}
+        # The weights as the ops take them: without autograd, in the same memory.
+        self.real = {p: p.detach() for p in self.params}
+        self.devices = {p.device for p in self.params}
+        for device in self.devices:
+            check_tensors("perturbed", [p for p in self.params if p.device == device], "parameter")
+        self._memory = [(p.data_ptr(), p.dtype) for p in self.params]
+        self.by_storage: dict[int, list[nn.Parameter]] = {}
+        for p in self.params:
+            self.by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(p)
+        self._matched = params  # the last argument that matches() found to be equal
+        self._aims: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
+        """Is this the perturbation of params? Not if a weight was moved, replaced or scaled anew since it was made."""
+        if noise != self.noise or [(p.data_ptr(), p.dtype) for p in self.params] != self._memory:
+            return False
+        if params is not self._matched:
+            if {p: place for p, place in params.items() if place[1] != 0} != self.params:
+                return False
+            self._matched = params
+        return True
+
+    def aim(self, seed: int, scale: float) -> None:
+        """Set the seed and the scale that passes see from here on."""
+        for seeds, scales in map(self.aim_on, self.devices):
+            seeds.fill_(signed64("perturbed", seed))
+            scales.fill_(scale)
+
+    @torch.inference_mode(False)
+    def aim_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The seed and the scale that passes see, [1] each."""
+        if device not in self._aims:
+            seeds = torch.empty(1, dtype=torch.int64, device=device)
+            self._aims[device] = seeds, torch.empty(1, dtype=torch.float32, device=device)
+        return self._aims[device]
+
+    def launch(self, params: list[nn.Parameter], outs: list[Tensor]) -> RepeatedPerturb:
+        """The launch that writes the perturbed params, all of one dtype and device, to outs."""
+        streams, scales = zip(*(self.params[p] for p in params), strict=True)
+        seeds = self.aim_on(params[0].device)
+        reals = [self.real[p] for p in params]
+        return RepeatedPerturb(reals, *seeds, list(streams), list(scales), self.noise, outs)
+
+    def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
+        """Rows of the perturbed weight. No others are made."""
+        stream, scale = self.params[param]
+        return add_noise_rows(
+            self.real[param], index.long(), *self.aim_on(param.device), stream, scale, self.noise
+        )

@@ -1,0 +1,269 @@
+"""The pass that runs: perturbed weights in the places of the model's, and the hooks that put them there."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from pseuzo.perturb.contexts import leave, no_cached_casts, undoing
+from pseuzo.perturb.scratch import Block, Place, bare
+from pseuzo.perturb.watch import Watch
+
+if TYPE_CHECKING:
+    from pseuzo.perturb.module import ModulePasses
+
+
+class Hooks:
+    """Hooks that are put on for a pass and taken off after it, which costs less than to register them each time."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[ref[nn.Module], str, int, object]] = []
+
+    def before(self, modules: Iterable[ref[nn.Module]], hook: Callable) -> None:
+        key = _new_key()
+        self._entries += [(module, "_forward_pre_hooks", key, hook) for module in modules]
+
+    def after(self, modules: Iterable[ref[nn.Module]], hook: Callable) -> None:
+        """Call hook after a forward, also after one that fails."""
+        key = _new_key()
+        for module in modules:
+            self._entries.append((module, "_forward_hooks", key, hook))
+            self._entries.append((module, "_forward_hooks_always_called", key, True))
+
+    def put_on(self) -> None:
+        for module_ref, hooks, key, value in self._entries:
+            module = module_ref()
+            if module is not None:
+                getattr(module, hooks)[key] = value
+
+    def take_off(self) -> None:
+        for module_ref, hooks, key, _ in self._entries:
+            module = module_ref()
+            if module is not None:
+                getattr(module, hooks).pop(key, None)
+
+
+def _new_key() -> int:
+    """A key that no hook of any module has."""
+    return RemovableHandle(OrderedDict()).id
+
+
+class _RowsOfEmbedding(TorchFunctionMode):
+    """While an embedding's forward runs: a lookup in `param` gives perturbed rows; other uses, a perturbed copy."""
+
+    def __init__(
+        self,
+        param: nn.Parameter,
+        rows: Callable[[nn.Parameter, Tensor], Tensor],
+        copy_of: Callable[[nn.Parameter], Tensor],
+    ) -> None:
+        super().__init__()
+        self._param, self._rows, self._copy_of = param, rows, copy_of
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.embedding and len(args) > 1 and args[1] is self._param:
+            max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
+            # A lookup with max_norm writes to its weight, and rows of many tokens cost more than the whole table. Both
+            # get a copy, below.
+            if max_norm is None and args[0].numel() < self._param.shape[0]:
+                return self._rows(self._param, args[0])
+        if func.__name__ != "__get__":  # asking for its dtype or shape does not use it
+            args, kwargs = tree_map_only(Tensor, self._perturbed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _perturbed(self, x: Tensor) -> Tensor:
+        return self._copy_of(self._param) if x is self._param else x
+
+
+Originals = list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]]
+
+
+def _put_back(originals: Originals) -> None:
+    """Put back what the places had, the first record of a place last."""
+    for parameters, name, original in reversed(originals):
+        parameters[name] = original
+
+
+class RunningPass:
+    """The pass that runs, one after another of one model.
+
+    Whatever it changes it records first, so that undo() takes all of it back, however far the pass or an earlier undo()
+    came before it was interrupted.
+    """
+
+    def __init__(self, passes: "ModulePasses") -> None:
+        self._passes = passes
+        self.active = False
+        self._kind = ""
+        self._blocks: dict[ref[nn.Module], Block] = {}
+        self._copies: dict[nn.Parameter, Tensor] = {}  # made in this pass, for the rest of it
+        self._hooks = Hooks()
+        self._watch: Watch | None = None
+        self._originals: Originals = []  # what each place had that this pass wrote to
+        # The modules that run on perturbed weights: where their records begin, and their mode.
+        self._inside: list[tuple[ref[nn.Module], int, TorchFunctionMode | None]] = []
+        self._strays: list[Place] = []  # with copies, as their module ran outside of its block
+        self._calls: list[ref[nn.Module]] = []  # that run, in passes that are watched
+        # By kind: the hooks of settled passes, and the blocks and the number of weights reached that they are for.
+        self._hooks_of: dict[str, tuple[dict[ref[nn.Module], Block], int, Hooks]] = {}
+
+    @contextmanager
+    def run(self, kind: str) -> Iterator[None]:
+        """A pass of this kind. It does not begin before an earlier one was undone."""
+        self.undo()
+        with undoing(self.undo), no_cached_casts():
+            known = self._begin(kind)
+            yield
+            reached = self._passes.learned.reached[kind]
+            if self._watch is not None and not self._watch.met and len(reached) == known > 0:
+                self._passes.learned.settled.add(kind)
+
+    def _begin(self, kind: str) -> int:
+        """Returns how many weights such passes are known to use."""
+        passes, learned = self._passes, self._passes.learned
+        plan = passes.plan()
+        self.active, self._kind = True, kind
+        known = len(learned.reached.setdefault(kind, set()))
+        for copies in plan.copies:
+            copies.make()
+            self._copies.update(zip(copies.params, copies.outs, strict=True))
+        self._originals += [
+            (place.parameters, place.name, place.parameters[place.name]) for place, _ in plan.places
+        ]
+        for (parameters, name, _), x in plan.places:
+            parameters[name] = x
+        self._blocks = passes.blocks_of(kind)
+        self._hooks = self._hooks_for(kind, known)
+        self._hooks.put_on()
+        if kind not in learned.settled:
+            self._watch = Watch(
+                passes.perturbation,
+                self._copy_of,
+                passes.whole_pass.weight_at,
+                learned.reached[kind],
+                learned.outside,
+            )
+            self._watch.__enter__()
+        return known
+
+    def undo(self) -> None:
+        """Take back all that the pass changed. This may be called at any time, and again."""
+        _put_back(self._originals)
+        _put_back([(place.parameters, place.name, place.param) for place in self._strays])
+        self._hooks.take_off()
+        for _, _, mode in reversed(self._inside):
+            if mode is not None:
+                leave(mode)
+        if self._watch is not None:
+            leave(self._watch)
+        for place in self._strays:  # memory that is not needed again
+            self._passes.whole_pass.forget(place.param)
+        for records in (self._originals, self._strays, self._inside, self._calls, self._copies):
+            records.clear()
+        self._watch, self._hooks = None, Hooks()
+        self.active = False
+
+    def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
+        """Rows of the perturbed embedding. No others are made."""
+        self._passes.learned.reached[self._kind].add(param)
+        return self._passes.perturbation.rows(param, index)
+
+    def _copy_of(self, param: nn.Parameter) -> Tensor:
+        """The perturbed weight, for the rest of the pass."""
+        if param not in self._copies:
+            copies = self._passes.whole_pass.single(param)
+            copies.make()
+            (self._copies[param],) = copies.outs
+        return self._copies[param]
+
+    def _hooks_for(self, kind: str, known: int) -> Hooks:
+        settled = kind in self._passes.learned.settled
+        blocks, reached, hooks = self._hooks_of.get(kind, (None, 0, None))
+        if settled and hooks is not None and blocks is self._blocks and reached == known:
+            return hooks
+        hooks = self._made_hooks(kind, settled)
+        if settled:
+            self._hooks_of[kind] = self._blocks, known, hooks
+        return hooks
+
+    def _made_hooks(self, kind: str, settled: bool) -> Hooks:
+        passes, hooks = self._passes, Hooks()
+        if settled:
+            reached = passes.learned.reached[kind]
+            unsure = [
+                module
+                for module, places in passes.places.items()
+                if any(place.param not in reached for place in places)
+            ]
+            hooks.before(unsure, self._note_module)
+        else:
+            everything = passes.modules()
+            hooks.before(everything, self._begin_call)
+            hooks.after(everything, self._end_call)
+        hooks.before(passes.plan().owned.keys() - self._blocks.keys(), self._enter_alone)
+        hooks.before(self._blocks, self._enter_module)
+        hooks.after(self._blocks, self._leave_module)
+        return hooks
+
+    def _note_module(self, module: nn.Module, args: tuple) -> None:
+        places = self._passes.places.get(ref(module), ())
+        self._passes.learned.reached[self._kind].update(place.param for place in places)
+
+    def _begin_call(self, module: nn.Module, args: tuple) -> None:
+        self._calls.append(ref(module))
+        within = self._passes.learned.within.setdefault(self._kind, {})
+        within.setdefault(ref(module), set(self._calls)).intersection_update(self._calls)
+        self._note_module(module, args)
+
+    def _end_call(self, module: nn.Module, args: tuple, output: object) -> None:
+        if self._calls and self._calls[-1] == ref(module):
+            self._calls.pop()
+
+    def _enter_module(self, module: nn.Module, args: tuple) -> None:
+        block = self._blocks[ref(module)].bare()
+        first = len(self._originals)
+        if block.makes_rows:
+            mode = _RowsOfEmbedding(block.places[0].param, self.rows, self._copy_of)
+            self._inside.append((ref(module), first, mode))
+            mode.__enter__()
+            return
+        made = self._passes.scratch.take(len(self._inside), block)
+        for copies in made.copies:
+            copies.make()
+        self._inside.append((ref(module), first, None))
+        self._originals += block.places  # which have the weights themselves
+        for (parameters, name, _), x in made.places:
+            parameters[name] = x
+
+    def _enter_alone(self, module: nn.Module, args: tuple) -> None:
+        """Copy the weights of a module that runs outside of its block, for the rest of this pass. In passes to come it is
+        a block of its own."""
+        places = bare(self._passes.plan().owned[ref(module)])
+        if places:
+            copies = [self._copy_of(place.param) for place in places]
+            self._strays += places
+            for (parameters, name, _), x in zip(places, copies, strict=True):
+                parameters[name] = x
+            self._passes.runs_alone(ref(module), self._kind)
+
+    def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
+        """Put the weights back. The next module gets the scratch, so an output that is a view of it is copied first."""
+        if self._inside and self._inside[-1][0] == ref(module):
+            _, first, mode = self._inside[-1]
+            if mode is not None:
+                leave(mode)
+            _put_back(self._originals[first:])
+            del self._originals[first:]
+            self._inside.pop()
+        holds = self._passes.scratch.holds
+        if any(map(holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
+            return tree_map_only(Tensor, lambda x: x.clone() if holds(x) else x, output)
+        return None

@@ -1,0 +1,209 @@
+"""Where perturbed weights are made: scratch that modules share, one after another, and copies that last a whole pass.
+
+Another way to hold weights, such as weights that lie on the host and are fetched before their module runs, replaces
+`Scratch`. What a pass asks of it is all here:
+
+    take(depth, block) -> Made    memory for the weights of a block that runs inside `depth` others. Each of
+                                  `Made.copies` has make(), which fills the memory; it stays valid until the block's
+                                  module returns, and the next block at this depth may get the same memory
+    holds(x) -> bool              is x in that memory? Outputs of a module that are get copied
+    replaced -> int               counts how often memory was freed: CUDA graphs from before must not run any more
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.perturb.perturbation import Perturbation
+from pseuzo_kernels.ops import RepeatedPerturb
+
+# Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, of which a model has
+# few elements in all.
+SMALL = 1 << 16
+# The most elements of one block that are made in one launch, as a launch costs the host more than making a small
+# weight costs a GPU. This is 32 MB of scratch in half precision, which stays in a GPU's cache (H100: 50 MB). A model
+# that is not much larger gets less: a 16th of its size, or 8 MB.
+TOGETHER, SMALL_TOGETHER, PART = 1 << 24, 1 << 22, 16
+ALIGN = 2048  # elements between tensors in scratch: each begins where the kernels can read widely
+
+
+class Place(NamedTuple):
+    """Where a module has a weight. This holds the module's dict, not the module, which would keep the model alive."""
+
+    parameters: dict[str, nn.Parameter | None]
+    name: str
+    param: nn.Parameter
+
+
+class Copies(NamedTuple):
+    """Memory for perturbed weights of one dtype and device, and the launch that makes them there."""
+
+    params: list[nn.Parameter]
+    outs: list[Tensor]
+    launch: RepeatedPerturb
+
+    def make(self) -> None:
+        self.launch()
+        # A backward that kept what was in the memory before must fail.
+        torch.autograd.graph.increment_version(self.outs)
+
+
+def alike(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The params, each once, in lists of one dtype and device."""
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for p in dict.fromkeys(params):
+        kinds.setdefault((p.dtype, p.device), []).append(p)
+    return list(kinds.values())
+
+
+class Block:
+    """Weights that are made when one module runs. A table is an embedding: its rows are made as they are looked up."""
+
+    def __init__(self, places: list[Place], table: bool = False) -> None:
+        self.places, self.table = places, table
+        self.makes_rows = table and len(places) == 1
+        self.alike = alike(place.param for place in places)
+
+    def bare(self) -> "Block":
+        """The block of the places that have the weight itself now. What else is there is perturbed already, as a module
+        may run within itself, or was put there by the user."""
+        places = bare(self.places)
+        return self if len(places) == len(self.places) else Block(places, self.table)
+
+
+def bare(places: list[Place]) -> list[Place]:
+    """The places that have the weight itself now."""
+    return [place for place in places if place.parameters[place.name] is place.param]
+
+
+def room(x: Tensor) -> int:
+    """The elements that x takes in scratch."""
+    return -(-x.numel() // ALIGN) * ALIGN
+
+
+def most_together(params: Iterable[nn.Parameter]) -> int:
+    """The most elements that are made in one launch in a model of these."""
+    return min(TOGETHER, max(sum(p.numel() for p in params) // PART, SMALL_TOGETHER))
+
+
+class Made(NamedTuple):
+    """The weights of a block in memory."""
+
+    copies: list[Copies]
+    places: list[tuple[Place, Tensor]]
+
+
+class Scratch:
+    """One buffer for each nesting depth. It grows to the largest block that ran there; every block reuses it."""
+
+    def __init__(self, perturbation: Perturbation, together: int) -> None:
+        self._perturbation = perturbation
+        # The least size of a buffer has room for most blocks, as growing makes graphs void.
+        self._least: dict[tuple, int] = {}
+        for p in perturbation.params:
+            if p.numel() > SMALL:
+                kind = p.dtype, p.device
+                self._least[kind] = min(self._least.get(kind, 0) + room(p), together)
+        self._buffers: dict[tuple, Tensor] = {}
+        self._made: WeakKeyDictionary[Block, dict[int, Made]] = WeakKeyDictionary()  # by depth
+        self._addresses: set[int] = set()  # of the buffers
+        self.replaced = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """The elements of each buffer."""
+        return [buffer.numel() for buffer in self._buffers.values()]
+
+    def take(self, depth: int, block: Block) -> Made:
+        made = self._made.get(block, {}).get(depth)
+        if made is None:
+            copies = []
+            for params in block.alike:
+                outs = self._cut(depth, params)
+                copies.append(Copies(params, outs, self._perturbation.launch(params, outs)))
+            out_of = {p: x for part in copies for p, x in zip(part.params, part.outs, strict=True)}
+            made = Made(copies, [(place, out_of[place.param]) for place in block.places])
+            self._made.setdefault(block, {})[depth] = made
+        return made
+
+    @torch.inference_mode(False)  # the buffers are used outside of that mode, too
+    def _cut(self, depth: int, params: list[nn.Parameter]) -> list[Tensor]:
+        """Parts of the buffer in the shapes of params."""
+        dtype, device = params[0].dtype, params[0].device
+        key, sizes = (depth, dtype, device), [room(p) for p in params]
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < sum(sizes):
+            if buffer is not None:
+                self.replaced += 1
+                # The memory is freed before the larger one is made.
+                self._made.clear()
+                del buffer, self._buffers[key]
+                if device.type == "cuda":  # other streams than that of its making may still read it
+                    torch.cuda.synchronize(device)
+            size = max(sum(sizes), self._least[dtype, device])
+            buffer = torch.empty(size, dtype=dtype, device=device)
+            addresses = {x.untyped_storage().data_ptr() for x in self._buffers.values()}
+            self._addresses = addresses | {buffer.untyped_storage().data_ptr()}
+            self._buffers[key] = buffer
+        parts = buffer.split([*sizes, buffer.numel() - sum(sizes)])
+        return [part[: p.numel()].view(p.shape) for part, p in zip(parts, params, strict=False)]
+
+    def holds(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._addresses
+
+
+class WholePassCopies:
+    """Memory of the copies that last a whole pass: one for each weight that needed one so far."""
+
+    def __init__(self, perturbation: Perturbation) -> None:
+        self._perturbation = perturbation
+        self._memory: dict[nn.Parameter, Tensor] = {}
+        self._by_storage: dict[int, nn.Parameter] = {}
+        self._single: dict[nn.Parameter, Copies] = {}
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        """The weights that have memory."""
+        return iter(self._memory)
+
+    @torch.inference_mode(False)  # the memory is used outside of that mode, too
+    def memory(self, param: nn.Parameter) -> Tensor:
+        if param not in self._memory:
+            memory = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+            self._by_storage[memory.untyped_storage().data_ptr()] = param
+            self._memory[param] = memory
+        return self._memory[param]
+
+    def together(self, params: Iterable[nn.Parameter]) -> list[Copies]:
+        """The copies of params, those of one dtype and device in one launch."""
+        copies = []
+        for part in alike(params):
+            outs = [self.memory(p) for p in part]
+            copies.append(Copies(part, outs, self._perturbation.launch(part, outs)))
+        return copies
+
+    def single(self, param: nn.Parameter) -> Copies:
+        """The copy of one weight, for one that is made when it is first used in a pass."""
+        if param not in self._single:
+            (self._single[param],) = self.together([param])
+        return self._single[param]
+
+    def weight_at(self, storage: int) -> nn.Parameter | None:
+        """The weight whose copy lies in this storage."""
+        param = self._by_storage.get(storage)
+        if param is None or param not in self._memory:
+            return None
+        return param if self._memory[param].untyped_storage().data_ptr() == storage else None
+
+    def forget(self, param: nn.Parameter) -> None:
+        """Free the memory of a copy, if there is one."""
+        memory = self._memory.get(param)
+        if memory is None:
+            return
+        self._single.pop(param, None)
+        self._by_storage.pop(memory.untyped_storage().data_ptr(), None)
+        if memory.is_cuda:  # it may have been made on another stream than the one that uses it now
+            memory.record_stream(torch.cuda.current_stream(memory.device))
+        self._memory.pop(param, None)
