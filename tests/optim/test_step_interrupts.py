@@ -130,6 +130,19 @@ class AtOp(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class AtSignal(AtOp):
+    """Ctrl-C right after the n-th op that runs inside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.where is None:
+            self.left -= 1
+            if self.left < 0:
+                self.where = str(func)
+                signal.raise_signal(signal.SIGINT)
+        return result
+
+
 def check(name, dtype, half, disturb, tmp_path, want):
     """One run that is disturbed in step WARM; returns whether it was."""
     old, new, later, old_window, new_window = want
@@ -190,7 +203,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [AtLine, AtOp], ids=["line", "op"])
+@pytest.mark.parametrize("how", [AtLine, AtOp, AtSignal], ids=["line", "op", "signal"])
 @pytest.mark.parametrize("name, dtype, half", CASES)
 def test_an_interrupt_leaves_a_step_undone_or_done(name, dtype, half, how, tmp_path):
     case = Case(name, dtype)

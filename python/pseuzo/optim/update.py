@@ -175,22 +175,38 @@ def _descents(
             seed = hash_seed(rounding_seed + streams[p])
             generator = torch.Generator(p.device).manual_seed(seed)
             skip = found_inf.to(p.device) != 0
-            ready: dict[str, Any] = {}
+            slot: dict[str, Any] = {}
             chunks = zip(
                 p.view(-1).split(CHUNK), gradients[p].reshape(-1).split(CHUNK), strict=True
             )
-            for i, (x, gradient) in enumerate(chunks):
+            for x, gradient in chunks:
                 bits = generator if stochastic and p.dtype is not torch.float32 else None
-                yield partial(_descend, i, x, gradient, keep, step, skip, bits, ready)
+                compute = partial(_descended, x, gradient, keep, step, skip, bits)
+                yield from writes([x], compute, slot)
 
 
-def _descend(i, x, gradient, keep, step, skip, generator, ready) -> None:
-    """One chunk of a descent. Its result is kept until it is written, so that a second call after an
-    interrupt writes the same one."""
-    if ready.get("chunk") != i:
-        y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
-        if generator is not None:
-            size = {"dtype": torch.int64, "device": x.device, "generator": generator}
-            y = round_stochastically(y, torch.randint(1 << 16, y.shape, **size), x.dtype)
-        ready.update(chunk=i, y=y)
-    x.copy_(ready["y"])
+def _descended(x, gradient, keep, step, skip, generator) -> tuple[Tensor]:
+    y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
+    if generator is not None:
+        size = {"dtype": torch.int64, "device": x.device, "generator": generator}
+        y = round_stochastically(y, torch.randint(1 << 16, y.shape, **size), x.dtype)
+    return (y,)
+
+
+def writes(
+    targets: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]], slot: dict[str, Any]
+) -> list[Callable[[], None]]:
+    """Launches that write the results of compute() to the targets.
+
+    They are computed once, when the first launch is made, and kept in `slot` until another
+    computation with the same slot replaces them: a launch that is made again after an interrupt
+    writes the same numbers, and the memory is that of one computation.
+    """
+    key = object()
+    return [partial(_write, i, x, key, compute, slot) for i, x in enumerate(targets)]
+
+
+def _write(i, x, key, compute, slot) -> None:
+    if slot.get("key") is not key:
+        slot.update(key=key, values=compute())
+    x.copy_(slot["values"][i])  # the last line, so that nothing is between it and its count
