@@ -1,4 +1,5 @@
-"""How time grows: with the parameters and with K (one update), with the tokens (one training step); lines through it.
+"""How the time of an update grows with parameters and K, that of a step with tokens; and lines
+through it.
 
 python bench/bench_growth.py [--device cpu|cuda] [--max 28] [--model opt-1.3b]
 """
@@ -6,9 +7,10 @@ python bench/bench_growth.py [--device cpu|cuda] [--max 28] [--model opt-1.3b]
 from functools import partial
 
 import torch
-from bench_steps import EPS, LABEL_WORDS, LR, WINDOW, make_batch, make_model
 from harness import MODELS, QUANTILES, Table, fits, parser
+from opt_models import LABEL_WORDS, make_batch, make_model
 from pseuzo import CausalLMObjective, PseuZO
+from published import EPS, LR, WINDOW
 
 from pseuzo_kernels import reference, update_
 
@@ -42,13 +44,8 @@ def main() -> None:
         x = torch.randn(n, device=device).to(torch.bfloat16)
         seeds, coefs = torch.arange(K, device=device), torch.ones(K, device=device)
         call = partial(update_, x, seeds, coefs, lr=LR, rounding="stochastic", rounding_seed=3)
-        fixed = f"K = {K}" if against == "parameters" else f"{n} parameters"
-        row(
-            call,
-            against=against,
-            x=n if against == "parameters" else K,
-            what=f"update, bf16, {fixed}",
-        )
+        x, fixed = (n, f"K = {K}") if against == "parameters" else (K, f"{n} parameters")
+        row(call, against=against, x=x, what=f"update, bf16, {fixed}")
 
     for log2 in range(most - 8, most + 1, 2):
         for K in (1, WINDOW):

@@ -20,8 +20,8 @@ def bench(monkeypatch):
     """Imports a module of bench/, for the time of a test."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
-    for name in ("harness", "report", "predict", "bench_steps"):
-        sys.modules.pop(name, None)
+    for script in BENCH.glob("*.py"):
+        sys.modules.pop(script.stem, None)
 
 
 def run(out: Path, script: str, *args: str, **env: str) -> str:
@@ -166,20 +166,23 @@ def step_rows(
     ]  # fmt: skip
 
 
-def judged(report, rows: list[dict]) -> list[str]:
-    return [verdict for _, _, verdict in report.step_targets(rows, rows[0]["device"])]
+def judged(targets, rows: list[dict]) -> list[str]:
+    return [verdict for _, _, verdict in targets.step_targets(rows, rows[0]["device"])]
 
 
 def test_targets_of_steps(bench):
-    report = bench("report")
+    targets = bench("targets")
     h100 = "NVIDIA H100 80GB HBM3"
     eager = ["met"] * 5 + ["-", "met"]  # nothing was captured
-    assert judged(report, step_rows(h100)) == eager
-    assert judged(report, step_rows(h100, step=47.5)) == ["NOT MET", *eager[1:]]  # 7.5 ms beyond 40
-    assert judged(report, step_rows(h100, step=60.0, published=299.0))[:4] == ["NOT MET"] * 4
-    assert judged(report, step_rows(h100, peak=3.5))[4] == "NOT MET"  # 1.17 times
-    assert judged(report, step_rows(h100, peak=81.0))[6] == "NOT MET"
-    assert judged(report, step_rows("NVIDIA H200")) == [*eager, "-"]  # no OPT-30B
+    assert judged(targets, step_rows(h100)) == eager
+    assert judged(targets, step_rows(h100, step=47.5)) == [
+        "NOT MET",
+        *eager[1:],
+    ]  # 7.5 ms beyond 40
+    assert judged(targets, step_rows(h100, step=60.0, published=299.0))[:4] == ["NOT MET"] * 4
+    assert judged(targets, step_rows(h100, peak=3.5))[4] == "NOT MET"  # 1.17 times
+    assert judged(targets, step_rows(h100, peak=81.0))[6] == "NOT MET"
+    assert judged(targets, step_rows("NVIDIA H200")) == [*eager, "-"]  # no OPT-30B
     captured = step_rows(h100, step=30.0)
     captured = [
         r | {"impl": "pseuzo PseuZO, captured"} for r in captured if r["impl"] == "pseuzo PseuZO"
@@ -189,21 +192,23 @@ def test_targets_of_steps(bench):
         for r in step_rows(h100)
         if r["impl"] == "inference"
     ]
-    both = judged(report, step_rows(h100) + floor + captured)
+    both = judged(targets, step_rows(h100) + floor + captured)
     assert (
         both[0] == "NOT MET" and both[5] == "met"
     )  # 10 ms beyond its own floor; 4.2 GB are held, and 4 by inference
     captured = [r | {"peak_gb": "", "reserved_gb": "4.7"} for r in captured]
-    assert judged(report, step_rows(h100) + floor + captured)[4:6] == ["met", "NOT MET"]
-    assert judged(report, [r for r in step_rows(h100) if r["model"] != "opt-1.3b"])[:4] == ["-"] * 4
+    assert judged(targets, step_rows(h100) + floor + captured)[4:6] == ["met", "NOT MET"]
+    assert (
+        judged(targets, [r for r in step_rows(h100) if r["model"] != "opt-1.3b"])[:4] == ["-"] * 4
+    )
     lost = [r | {"part": "step: does not fit", "ms_p50": "", "peak_gb": ""} for r in step_rows(h100)
             if (r["model"], r["impl"]) == ("opt-13b", "pseuzo PseuZO")]  # fmt: skip
     fits = [r for r in step_rows(h100) if r["model"] == "opt-1.3b"]
-    assert judged(report, fits + lost)[6] == "NOT MET"
+    assert judged(targets, fits + lost)[6] == "NOT MET"
 
 
 def test_targets_of_kernels(bench):
-    report, h100 = bench("report"), "NVIDIA H100 80GB HBM3"
+    targets, h100 = bench("targets"), "NVIDIA H100 80GB HBM3"
 
     def judged(
         update: float, perturb: float, device: str = h100, dtype: str = "bfloat16"
@@ -217,7 +222,7 @@ def test_targets_of_kernels(bench):
             common
             | dict(op="perturb", impl="pseuzo, out of place", K="1", pct_of_copy=str(perturb)),
         ]
-        return [verdict for _, _, verdict in report.kernel_targets(rows, device)]
+        return [verdict for _, _, verdict in targets.kernel_targets(rows, device)]
 
     assert judged(80, 85) == ["met"] * 2 and judged(79, 86) == ["NOT MET", "met"]
     assert judged(90, 84) == ["met", "NOT MET"] and judged(90, 90, dtype="float32") == ["-"] * 2
@@ -228,12 +233,12 @@ def test_targets_of_kernels(bench):
     "gpu, threads", [("Intel(R) Xeon(R)", "1"), ("NVIDIA H100", "1"), ("NVIDIA A10", "")]
 )
 def test_no_target_is_judged_by_rows_of_something_else(bench, gpu, threads):
-    assert judged(bench("report"), step_rows(gpu, threads)) == []
+    assert judged(bench("targets"), step_rows(gpu, threads)) == []
 
 
 def test_predicted_sizes_are_those_of_the_models(bench):
     sizes = bench("predict").sizes
-    make_model = bench("bench_steps").make_model
+    make_model = bench("opt_models").make_model
     for name in ("opt-125m", "opt-350m", "opt-1.3b"):
         model = make_model(name, torch.bfloat16, torch.device("meta"))
         layers = sum(p.numel() for p in model.model.decoder.layers.parameters())

@@ -1,0 +1,85 @@
+"""Plots of measured rows and of predictions."""
+
+import collections
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from cases import OURS, Rows, cases_of
+from harness import RESULTS, fits
+
+# panel -> (label, part -> length) of its bars
+Groups = dict[str, list[tuple[str, dict[str, float]]]]
+
+
+def plot_growth(rows: Rows, device: str, file: str) -> list[str]:
+    """Log-log plots with fits; returns the fits as sentences."""
+    kinds = list(dict.fromkeys(row["against"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained"
+    )
+    axes, sentences = dict(zip(kinds, axes[0], strict=True)), []
+    for (kind, what), (a, b) in fits(rows).items():
+        line = [r for r in rows if (r["against"], r["what"]) == (kind, what)]
+        points = sorted((float(r["x"]), float(r["ms_p50"])) for r in line)
+        xs, ys = zip(*points, strict=True)
+        sentences.append(f"{what}: {a:.3g} ms + {b:.3g} ms per {'K' if kind == 'K' else kind[:-1]}")
+        (dots,) = axes[kind].loglog(xs, ys, "o", label=sentences[-1])
+        axes[kind].loglog(xs, [a + b * x for x in xs], color=dots.get_color())
+    for kind, ax in axes.items():
+        ax.set(xlabel=kind, ylabel="ms")
+        ax.legend(fontsize=6)
+    save(figure, device, file)
+    return sentences
+
+
+def plot_bars(groups: Groups, title: str, file: str, **axis) -> None:
+    """Save a panel a group with a bar a label, stacked from named parts."""
+    heights = [1 + len(bars) for bars in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(9, 1 + 0.22 * sum(heights)),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    parts = list(dict.fromkeys(part for bars in groups.values() for _, bar in bars for part in bar))
+    for (name, bars), ax in zip(groups.items(), axes[:, 0], strict=True):
+        labels, left = [label for label, _ in bars], [0.0] * len(bars)
+        for i, part in enumerate(parts):
+            values = [bar.get(part, 0.0) for _, bar in bars]
+            ax.barh(labels, values, left=left, color=f"C{i}", label=part)
+            left = [x + v for x, v in zip(left, values, strict=True)]
+        ax.invert_yaxis()
+        ax.tick_params(labelsize=7)
+        ax.set_title(name, fontsize=8)
+        ax.set(**axis)
+    if len(parts) > 1:
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=len(parts), fontsize=7)
+    save(figure, title, file)
+
+
+def save(figure, title: str, file: str) -> None:
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(RESULTS / file, dpi=120)
+    plt.close(figure)
+
+
+def bars_of_steps(rows: Rows) -> Groups:
+    """Our bars are split into parts; what the parts leave of the step is a part of its own."""
+    groups: Groups = collections.defaultdict(list)
+    for (model, dtype, batch, tokens), case in cases_of(rows).items():
+        for (impl, part), row in case.items():
+            if part not in ("step", "two forwards") or not row["ms_p50"]:
+                continue
+            bar, whole = {}, float(row["ms_p50"])
+            if impl == OURS[0] and case.ms(impl, "perturb") is not None:
+                bar = {"forwards": 2 * case.ms(impl, "forward")}
+                bar |= {p: case.ms(impl, p) for p in ("perturb", "head", "window", "update")}
+            name = "forwards" if part == "two forwards" else "rest, or not split"
+            bar |= {name: max(0, whole - sum(bar.values()))}
+            groups[model].append((f"{dtype} {batch} x {tokens} {impl}", bar))
+    return groups
