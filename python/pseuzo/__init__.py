@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pseuzo.optim import Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
     from pseuzo.perturb.module import perturbed
     from pseuzo.train.arguments import PseuZOTrainingArguments
-    from pseuzo.train.journal import Journal, replay
+    from pseuzo.train.journal import Journal
+    from pseuzo.train.replay import replay
     from pseuzo.train.trainer import PseuZOTrainer
 
 _NAMES = {  # the public names by the module that defines them
@@ -20,7 +21,8 @@ _NAMES = {  # the public names by the module that defines them
     "optim": ("Constant", "CyclicHyperbola", "Linear", "MeZO", "PseuZO", "Schedule"),
     "perturb": ("perturbed",),
     "train.arguments": ("PseuZOTrainingArguments",),
-    "train.journal": ("Journal", "replay"),
+    "train.journal": ("Journal",),
+    "train.replay": ("replay",),
     "train.trainer": ("PseuZOTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -17,7 +17,7 @@ from helpers import SMALL, ZERO_ORDER, assert_same_weights, killed, pseuzo, run,
 from pseuzo.cli import run as runs
 from pseuzo.tasks import evaluate
 from pseuzo.train.checkpoints import last_checkpoint
-from pseuzo.train.journal import _part, held, owner, read_journal
+from pseuzo.train.journal_file import framed, held, owner, read_journal
 from pseuzo.train.trainer import PseuZOTrainer
 
 
@@ -131,7 +131,7 @@ def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
 
     other = recorded.replace(owner(journal)[0].encode(), b"another run's id")
     start = 8 + 12 + int.from_bytes(other[8:12], "little")
-    journal.write_bytes(other[:8] + _part(other[20:start]) + other[start:])
+    journal.write_bytes(other[:8] + framed(other[20:start]) + other[start:])
     other = journal.read_bytes()
     assert f"and {journal} is the journal of another run: put its file back" in pseuzo(
         *args, "--resume", code=2

@@ -21,7 +21,7 @@ from pseuzo import CausalLMObjective, PseuZO
 from pseuzo.cli import run as runs
 from pseuzo.models.loading import load_model
 from pseuzo.tasks import TaskData, load_task
-from pseuzo.train.journal import read_journal
+from pseuzo.train.journal_file import read_journal
 from safetensors.torch import load_file
 from tiny_models import ALL_KINDS, VOCAB, batch_of, causal_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -13,7 +13,8 @@ from pseuzo import CausalLMObjective, PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.files import save_model
 from pseuzo.machine import parts_of
 from pseuzo.models.loading import keep_as_loaded, load_model, quantised, tune
-from pseuzo.train.journal import fingerprint, read_journal, replay
+from pseuzo.train.journal_file import fingerprint, read_journal
+from pseuzo.train.replay import replay
 from tiny_models import batch_of, causal_lm
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

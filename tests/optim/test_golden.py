@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from pseuzo import CyclicHyperbola, Journal, Linear, MeZO, PseuZO
-from pseuzo.train.journal import read_journal
+from pseuzo.train.journal_file import read_journal
 from torch import nn
 from torch.nn import functional as F
 

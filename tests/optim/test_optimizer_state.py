@@ -10,7 +10,8 @@ from pseuzo import (
     MeZO,
     PseuZO,
 )
-from pseuzo.train.journal import Journal, replay
+from pseuzo.train.journal import Journal
+from pseuzo.train.replay import replay
 from tiny_models import Tied
 from torch import nn
 

@@ -14,7 +14,7 @@ import pseuzo
 import pytest
 import torch
 from pseuzo import Journal, MeZO, PseuZO
-from pseuzo.train.journal import read_journal
+from pseuzo.train.journal_file import read_journal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

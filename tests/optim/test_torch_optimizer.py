@@ -26,7 +26,8 @@ from pseuzo import (
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.skips import Skips
-from pseuzo.train.journal import Journal, replay
+from pseuzo.train.journal import Journal
+from pseuzo.train.replay import replay
 from tiny_models import Tied, batch_of, causal_lm
 from torch import nn
 

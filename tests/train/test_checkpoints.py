@@ -13,7 +13,8 @@ from pseuzo import files
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import MANIFEST, flaw, last_checkpoint, step_of
-from pseuzo.train.journal import JournalError, owner, replay
+from pseuzo.train.journal_file import JournalError, owner
+from pseuzo.train.replay import replay
 from pseuzo.train.trainer import PseuZOTrainer
 from torch.nn import functional as F
 from transformers import TrainerCallback

@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 from pseuzo import CausalLMObjective, CyclicHyperbola, Journal, MeZO, PseuZO, replay
 from pseuzo.cli.commands import main
-from pseuzo.train import journal
-from pseuzo.train.journal import JournalError, read_journal
+from pseuzo.train import journal, journal_file
+from pseuzo.train import replay as replaying
+from pseuzo.train.journal_file import JournalError, read_journal
 from tiny_models import batch_of, causal_lm
 from transformers import AutoModelForCausalLM
 
@@ -81,8 +82,8 @@ def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeyp
     assert replay(tmp_path / "run.pzj", half, until=4) == 4
     assert replay(tmp_path / "run.pzj", whole) == 8
     # again on another backend, the reference in the place of C++, and in batches
-    monkeypatch.setattr(torch.ops.pseuzo, "add_noise_steps_", reference.add_noise_steps_)
-    monkeypatch.setattr(journal, "STEPS_AT_ONCE", 3)
+    monkeypatch.setattr(replaying, "add_noise_steps_", reference.add_noise_steps_)
+    monkeypatch.setattr(replaying, "STEPS_AT_ONCE", 3)
     assert replay(tmp_path / "run.pzj", base, progress=bars.append) == 8 and len(bars) == 8
     for want, got in ((halfway, half), (model, whole), (model, base)):
         assert all(
@@ -340,11 +341,11 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
 @pytest.mark.parametrize("header, sentence", [
     (b"\xff{", "the header cannot be read"), (b'{"version": 1', "the header cannot be read"),
     (b"[1]", "the header cannot be read"), (b"{}", "the header cannot be read"),
-    (b'{"version": %d}' % journal.VERSION, "the header lacks 'noise'"),
+    (b'{"version": %d}' % journal_file.VERSION, "the header lacks 'noise'"),
 ])  # fmt: skip
 def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
     path = tmp_path / "x.pzj"
-    path.write_bytes(journal.MAGIC + journal._part(header))
+    path.write_bytes(journal_file.MAGIC + journal_file.framed(header))
     model = causal_lm("opt")
     for call in (
         lambda: read_journal(path),
@@ -355,10 +356,10 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
             call()
     for payload in (
         b"short",
-        journal.Record(3, 0, False, [], [7], torch.tensor([1]), torch.ones(1)).pack()[:-1],
+        journal_file.Record(3, 0, False, [], [7], torch.tensor([1]), torch.ones(1)).pack()[:-1],
     ):
         with pytest.raises(JournalError, match="bytes where"):
-            journal.Record.unpack(payload)
+            journal_file.Record.unpack(payload)
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, "stochastic"), (torch.bfloat16, "nearest"),
@@ -375,12 +376,12 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
     resumed(tmp_path / "run.pzj", again, twin, range(2))
     path = tmp_path / "old.pzj"
     with open(tmp_path / "run.pzj", "rb") as file:
-        header, rest = journal._read_header(file), file.read()
+        header, rest = journal_file.read_header(file), file.read()
     assert header.pop("rounding_version") == reference.ROUNDING_VERSION
     header |= (
         {} if written is None else {"rounding_version": written}
     )  # the first rule was not written down
-    old = journal.MAGIC + journal._part(json.dumps(header).encode()) + rest
+    old = journal_file.MAGIC + journal_file.framed(json.dumps(header).encode()) + rest
     path.write_bytes(old)
     if (
         (written is None and reference.ROUNDING_VERSION == 1)
@@ -421,8 +422,10 @@ def test_what_is_refused(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         unchanged_after(lambda: replay(path, base), base, JournalError, "damaged")
     length = int.from_bytes(whole[8:12], "little")
-    payload = whole[20 : 20 + length].replace(b'"version": %d' % journal.VERSION, b'"version": 9')
-    path.write_bytes(whole[:8] + journal._part(payload) + whole[20 + length :])
+    payload = whole[20 : 20 + length].replace(
+        b'"version": %d' % journal_file.VERSION, b'"version": 9'
+    )
+    path.write_bytes(whole[:8] + journal_file.framed(payload) + whole[20 + length :])
     unchanged_after(lambda: replay(path, base), base, JournalError, "has version 9")
     path.write_bytes(whole)
     other = MAKERS["mezo"](causal_lm("opt"))
@@ -434,7 +437,7 @@ def test_what_is_refused(tmp_path):
         Journal(path, late)
     header = read_journal(path)[0] | {"first_step": 7}
     early = tmp_path / "early"
-    early.write_bytes(journal.MAGIC + journal._part(json.dumps(header).encode()))
+    early.write_bytes(journal_file.MAGIC + journal_file.framed(json.dumps(header).encode()))
     with pytest.raises(JournalError, match="begins with step 7, the optimizer goes on with step 0"):
         Journal(early, MAKERS["pseuzo"](copy.deepcopy(base)))
     with pytest.raises(ValueError, match="bare fp32 parameters"):
@@ -581,19 +584,22 @@ def test_a_journal_of_another_run_is_not_continued(tmp_path):
 def test_the_identifier_is_in_the_header_and_in_the_state(tmp_path):
     model, path = causal_lm("opt"), tmp_path / "a.pzj"
     opt = MAKERS["pseuzo"](model)
-    assert journal.owner(path) == (None, 0)
+    assert journal_file.owner(path) == (None, 0)
     with Journal(path, opt, run="mine") as first:
         train(opt, model, [0])
         assert first.run == read_journal(path)[0]["run"] == "mine"
     state = opt.state_dict()
-    assert state["state"]["zero_order"]["journal"] == "mine" and journal.owner(path) == ("mine", 1)
+    assert state["state"]["zero_order"]["journal"] == "mine" and journal_file.owner(path) == (
+        "mine",
+        1,
+    )
     del state["state"]["zero_order"]["journal"]  # it was saved before there were identifiers
     opt.load_state_dict(state)
     assert opt.journal_run is None
 
 
 def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
-    path, real, calls = tmp_path / "run.pzj", journal.lock, []
+    path, real, calls = tmp_path / "run.pzj", journal_file.lock, []
 
     def slow(file):
         calls.append(1)
@@ -602,7 +608,7 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
             path.touch()
         return real(file)
 
-    monkeypatch.setattr(journal, "lock", slow)
+    monkeypatch.setattr(journal_file, "lock", slow)
     model = causal_lm("opt")
     opt = MAKERS["pseuzo"](model)
     with Journal(path, opt):
@@ -616,7 +622,7 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
         os.path, "samestat", lambda *files: False
     )  # a file system that makes up its numbers
     with pytest.raises(JournalError, match="choose one on another disk"):
-        journal.hold(path)
+        journal_file.hold(path)
 
 
 # damage
@@ -636,7 +642,7 @@ DAMAGES = {
     "zeros": lambda part: bytes(len(part)),
     "a bit of its length": lambda part: bytes([part[0] ^ 1]) + part[1:],
     "a bit of its content": lambda part: part[:40] + bytes([part[40] ^ 8]) + part[41:],
-    "another step": lambda part: journal._part((9).to_bytes(8, "little") + part[20:]),
+    "another step": lambda part: journal_file.framed((9).to_bytes(8, "little") + part[20:]),
 }
 
 
@@ -660,7 +666,7 @@ def test_what_precedes_damage_can_be_used(damage, rest, tmp_path):
     lost = rf"run.pzj: damaged from byte {at} on: step 5 and all after it are lost \({len(whole) - at} bytes\)"
     with pytest.warns(UserWarning, match=lost):
         assert replay(path, rebuilt, salvage=True) == 5
-    assert same(rebuilt, want) and journal.owner(path)[1] == 5
+    assert same(rebuilt, want) and journal_file.owner(path)[1] == 5
 
     # a resume from after the damage is refused, and told from where it is possible
     late = copy.deepcopy(base)
@@ -776,7 +782,7 @@ def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_
     opened = Journal(path, opt)
     opened._late = late
     train(opt, model, range(2))
-    assert journal.owner(path)[1] == 2 - late
+    assert journal_file.owner(path)[1] == 2 - late
     size, real = path.stat().st_size, opened._file
     opened._file = Full(real)
     with pytest.raises(OSError, match="No space left"):
@@ -790,7 +796,7 @@ def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_
     opened._file = real
     train(opt, model, [3])
     opened.sync()
-    assert journal.owner(path)[1] == 4
+    assert journal_file.owner(path)[1] == 4
     opened.close()
     assert replay(path, base) == 4 and same(base, model)
 
@@ -868,9 +874,9 @@ def test_no_other_weights_get_the_addresses_of_the_watched_ones(tmp_path):
     places = {p.data_ptr() for p in model.parameters()}
     opened = Journal(tmp_path / "run.pzj", MAKERS["mezo"](model))
     model.half().float()
-    assert {storage.data_ptr() for storage in opened._storages} == places
+    assert {storage.data_ptr() for storage in opened._weights._storages} == places
     opened.close()
-    assert not opened._storages, "their memory is free again"
+    assert not opened._weights._storages, "their memory is free again"
 
 
 @pytest.mark.parametrize("between", ["steps", "estimate and step"])

@@ -19,7 +19,7 @@ from pseuzo.models.objective import predicted, with_positions
 from pseuzo.models.placement import param_groups, place
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.train.arguments import UNUSED, PseuZOTrainingArguments
-from pseuzo.train.journal import read_journal
+from pseuzo.train.journal_file import read_journal
 from pseuzo.train.trainer import NOT_TAKEN, PseuZOTrainer
 from safetensors.torch import load_file
 from tiny_models import VOCAB, batch_of, causal_lm

@@ -781,8 +781,8 @@ def replay(
     from pseuzo.cli.run import model_path
     from pseuzo.files import save_model
     from pseuzo.models.loading import DTYPES, load_model
-    from pseuzo.train.journal import read_journal
-    from pseuzo.train.journal import replay as replay_journal
+    from pseuzo.train.journal_file import read_journal
+    from pseuzo.train.replay import replay as replay_journal
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise Failure(f"{output} is not empty; choose another folder")

@@ -45,7 +45,7 @@ from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import last_checkpoint
-from pseuzo.train.journal import JournalError, held, owner
+from pseuzo.train.journal_file import JournalError, held, owner
 from pseuzo.train.methods import ZEROTH_ORDER, default_rate
 from pseuzo.train.trainer import PLACEMENT_FILE, PseuZOTrainer
 from pseuzo_kernels import _C

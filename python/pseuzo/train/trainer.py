@@ -51,7 +51,8 @@ from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import last_checkpoint
-from pseuzo.train.journal import Journal, JournalError, owner
+from pseuzo.train.journal import Journal
+from pseuzo.train.journal_file import JournalError, owner
 from pseuzo.train.methods import forwards_per_step
 
 _log = logging.getLogger(__name__)
