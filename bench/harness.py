@@ -1,6 +1,7 @@
-"""Times callables and appends tidy rows to a CSV file: one row a measurement, with what is needed to read it later.
+"""Times callables and appends tidy rows to a CSV file, one a measurement, with its circumstances.
 
-$OUT is the folder of the results (bench/results), $COMMIT what to write as the commit where there is no git.
+$OUT is the folder of the results (bench/results by default). $COMMIT is written as the commit, for
+where there is no git.
 """
 
 import argparse
@@ -25,19 +26,24 @@ QUANTILES = ("ms_p20", "ms_p50", "ms_p80")
 
 # OPT: layers, width, heads, width of the embedding
 MODELS = {
-    "tiny": (2, 64, 4, 64), "opt-125m": (12, 768, 12, 768), "opt-350m": (24, 1024, 16, 512),
-    "opt-1.3b": (24, 2048, 32, 2048), "opt-2.7b": (32, 2560, 32, 2560), "opt-6.7b": (32, 4096, 32, 4096),
-    "opt-13b": (40, 5120, 40, 5120), "opt-30b": (48, 7168, 56, 7168),
-}  # fmt: skip
+    "tiny": (2, 64, 4, 64),
+    "opt-125m": (12, 768, 12, 768),
+    "opt-350m": (24, 1024, 16, 512),
+    "opt-1.3b": (24, 2048, 32, 2048),
+    "opt-2.7b": (32, 2560, 32, 2560),
+    "opt-6.7b": (32, 4096, 32, 4096),
+    "opt-13b": (40, 5120, 40, 5120),
+    "opt-30b": (48, 7168, 56, 7168),
+}
 
 
 def floor_of(impl: str) -> str:
-    """Whose two forwards a step is compared with."""
+    """The way whose two forwards a step is compared with."""
     return "inference, captured" if "captured" in impl else "inference"
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """With the arguments that every benchmark takes."""
+    """A parser of the arguments that every benchmark takes."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -61,14 +67,13 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """-dirty: with changes that are not committed, other than rows of results."""
+    """The commit; "-dirty" if there are changes that are not committed, other than results."""
     if given := os.environ.get("COMMIT"):
         return given
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(HERE.parent), *args], capture_output=True, text=True
-        ).stdout.strip()
+        command = ["git", "-C", str(HERE.parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
@@ -78,10 +83,9 @@ def commit() -> str:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """call recorded as a CUDA graph, after what it does for the first time only."""
-    stream = (
-        torch.cuda.Stream()
-    )  # of the first calls, too: launch tables belong to the stream that they were made on
+    """The call recorded as a CUDA graph, after calls that do what only the first ones do."""
+    # The first calls use the graph's stream: launch tables belong to the stream they were made on.
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(), call()
@@ -110,15 +114,14 @@ def _ms_between_events(call: Callable[[], object]) -> float:
 def quantiles_ms(
     call: Callable[[], object], device: torch.device, seconds: float
 ) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of one call, after a warm-up; on a GPU between events, with the cache flushed
-    unless a call takes so long that only three are made."""
+    """20th, 50th and 80th percentile of one call, after a warm-up. On a GPU they are measured
+    between events, with the cache flushed unless a call takes so long that only three are made."""
     measure = _ms_between_events if device.type == "cuda" else _ms_on_host
     if measure(call) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
-        return tuple(
-            triton.testing.do_bench(call, warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8])
-        )
+        options = dict(warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8])
+        return tuple(triton.testing.do_bench(call, **options))
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         times.append(measure(call))
@@ -127,7 +130,7 @@ def quantiles_ms(
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none if it is not there."""
+    """The rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -135,7 +138,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows of the same columns; a file that lacks some of them is written anew, with them."""
+    """Append rows that have the same columns. A file that lacks some of them is written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = read(path)
     fields = list(dict.fromkeys([*(old[0] if old else ()), *rows[0]]))
@@ -151,7 +154,7 @@ def append(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares of the relative error of a + b x, a and b not negative."""
+    """a and b, neither negative, with the least squares of the relative error of a + b x."""
     w = [(x, y, 1 / y**2) for x, y in points]
     s, sx, sxx = (sum(v * x**k for x, _, v in w) for k in range(3))
     sy, sxy = (sum(v * y * x**k for x, y, v in w) for k in range(2))
@@ -166,7 +169,8 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fits(rows: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(against, what) of the rows of growth -> a [ms] and b [ms a unit] of the line through their medians."""
+    """(against, what) of the rows of growth -> a [ms] and b [ms a unit] of the line through their
+    medians."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for r in rows:
         points.setdefault((r["against"], r["what"]), []).append((float(r["x"]), float(r["ms_p50"])))
@@ -174,7 +178,7 @@ def fits(rows: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
 
 
 class Table:
-    """Measurements of one benchmark: printed as they come, appended to results/<name>.csv at once."""
+    """Prints each measurement of a benchmark and appends it to results/<name>.csv at once."""
 
     def __init__(self, name: str, args: argparse.Namespace, columns: tuple[str, ...]):
         self.device, self.seconds = torch.device(args.device), args.seconds
@@ -187,23 +191,27 @@ class Table:
             triton_version = triton.__version__
         except ImportError:
             triton_version = ""
+        name = device_name(self.device)
         self.common = dict(
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), commit=commit(),
-            device=device_name(self.device), threads=args.threads if self.device.type == "cpu" else "",
-            torch=torch.__version__, triton=triton_version, command=" ".join(["python", *sys.argv]),
-        )  # fmt: skip
-        print(
-            f"{self.common['device']}, torch {torch.__version__}, threads {torch.get_num_threads()}"
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            commit=commit(),
+            device=name,
+            threads=args.threads if self.device.type == "cpu" else "",
+            torch=torch.__version__,
+            triton=triton_version,
+            command=" ".join(["python", *sys.argv]),
         )
+        print(f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}")
 
     def time(self, call: Callable[[], object], kernel: bool = False) -> dict[str, float]:
-        """The columns of QUANTILES, in ms. kernel: of the GPU alone, without what Python does before a launch."""
+        """The columns of QUANTILES, in ms. kernel: time the GPU alone, without what Python does
+        before a launch."""
         if kernel and self.device.type == "cuda":
             call = captured(call)
         return dict(zip(QUANTILES, quantiles_ms(call, self.device, self.seconds), strict=True))
 
     def add(self, **values: object) -> None:
-        """Append a row; fractions with 4 digits."""
+        """Append a row; a fraction is written with 4 digits."""
         assert values.keys() <= set(self.columns), values.keys() - set(self.columns)
         row = self.common | dict.fromkeys(self.columns, "")
         row |= {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in values.items()}

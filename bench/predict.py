@@ -1,8 +1,11 @@
-"""Milliseconds of OPT models, predicted from counted instructions and bytes: python bench/sass_cost.py --predict
+"""Milliseconds of OPT models, predicted from counted instructions and bytes.
 
-Predictions, made without a GPU: the larger of arithmetic (cycles of the busiest pipe, nothing waits) and memory (nine
-tenths of the data sheet's bandwidth); no launches, no latencies. Forwards: matrix products and attention at half of the
-data sheet's dense bf16 rate, or the weights read once. All weights are bf16.
+python bench/sass_cost.py --predict
+
+The predictions are made without a GPU: the larger of arithmetic (cycles of the busiest pipe, as if
+nothing waited) and memory (nine tenths of the data sheet's bandwidth), without launches and
+latencies. Forwards are matrix products and attention at half of the data sheet's dense bf16 rate,
+or one read of the weights. All weights are bf16.
 """
 
 import csv
@@ -19,23 +22,13 @@ MEMORY, MATRIX = 0.9, 0.5  # shares of the data sheet's rates
 TILE = 128  # rows of a matrix product's tile
 ROWS, LENGTHS, WINDOW = 16, (64, 256), 14
 COLUMNS = (
-    "commit",
-    "chip",
-    "model",
-    "params",
-    "what",
-    "noise",
-    "K",
-    "tokens",
-    "ms",
-    "bound",
-    "label",
-)
+    "commit", "chip", "model", "params", "what", "noise", "K", "tokens", "ms", "bound", "label",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Terabytes/s and dense bf16 teraflops/s of the data sheet."""
+    """A GPU; terabytes/s and dense bf16 teraflops/s are those of its data sheet."""
 
     name: str
     arch: int
@@ -47,7 +40,7 @@ class Chip:
     def ms(
         self, instructions: float = 0, bytes_moved: float = 0, flops: float = 0
     ) -> tuple[float, str]:
-        """The longest of the three, and which it is. instructions: of one lane each."""
+        """The longest of the three times, and its name. instructions: of one lane each."""
         times = {
             "arithmetic": instructions / (128 * self.multiprocessors * self.ghz * 1e6),
             "memory": bytes_moved / (MEMORY * self.terabytes * 1e9),
@@ -65,13 +58,12 @@ CHIPS = (
 
 
 def sizes(model: str) -> tuple[int, int]:
-    """Parameters, and those of them in the layers: an embedding is perturbed at the rows that it looks up."""
+    """The number of parameters, and how many of them are in the layers. Only those count in a
+    perturbed pass: an embedding is perturbed at the rows that it looks up."""
     layers, width, _, embedding = MODELS[model]
     in_layers = layers * (12 * width * width + 13 * width)
-    if embedding == width:
-        rest = 2 * width  # the last norm
-    else:
-        rest = 2 * embedding * width  # projections from and to the embedding's width
+    # The last norm, or projections from and to the embedding's width.
+    rest = 2 * width if embedding == width else 2 * embedding * width
     return in_layers + rest + 50272 * embedding + 2050 * width, in_layers
 
 
@@ -85,26 +77,20 @@ def forward(chip: Chip, model: str, length: int) -> tuple[float, str]:
 def rows_of(
     chip: Chip, model: str, update_costs: dict[str, float], perturb_cost: tuple[float, float]
 ) -> list[dict]:
-    """update_costs: noise -> (cycles a normal in the loop, around it); perturb_cost: the same of one seed."""
+    """The predictions for a model on a chip.
+
+    update_costs: noise -> (cycles a normal in the loop, cycles around it); perturb_cost: the same
+    for a kernel of one seed."""
     n, in_layers = sizes(model)
     rows = []
 
     def add(what: str, ms: tuple[float, str], **more) -> float:
-        row = dict(
-            chip=chip.name,
-            model=model,
-            params=n,
-            what=what,
-            ms=ms[0],
-            bound=ms[1],
-            label=PREDICTION,
-        )
-        rows.append(row | more)
+        row = dict(chip=chip.name, model=model, params=n, what=what, ms=ms[0], bound=ms[1])
+        rows.append(row | dict(label=PREDICTION) | more)
         return ms[0]
 
-    perturb = add(
-        "perturb", chip.ms(in_layers * sum(perturb_cost), 4 * in_layers), noise="hadamard", K=1
-    )
+    perturb_ms = chip.ms(in_layers * sum(perturb_cost), 4 * in_layers)
+    perturb = add("perturb", perturb_ms, noise="hadamard", K=1)
     entry = ROWS * MODELS[model][3]  # one position with a loss
     window = add("window", chip.ms(bytes_moved=entry * (3 * 2 + 4 * WINDOW)), K=WINDOW)
     forwards = {
@@ -123,25 +109,18 @@ def rows_of(
 
 
 def crossover(chip: Chip, noise_cost: float) -> list[dict]:
-    """Up to how many tokens a matrix product could make the noise of its weights itself, once for each tile of rows, in
-    less time than making the weights in scratch takes: 2 bytes a parameter read and 2 written, and 2 more if those that
-    the product reads count too, as hidden behind its noise."""
+    """Up to how many tokens it would pay that a matrix product makes the noise of its weights.
+
+    It would make the noise once for each tile of rows. Making the weights in scratch instead reads
+    2 bytes a parameter and writes 2, and 2 more if the bytes that the product reads count too, as
+    hidden behind its noise."""
     made = chip.ms(noise_cost)[0]
-    common = dict(
-        chip=chip.name,
-        what="fused perturbed linear pays up to",
-        noise="hadamard",
-        K=1,
-        label=ESTIMATE,
-    )
-    return [
-        common
-        | dict(
-            tokens=TILE * int(chip.ms(bytes_moved=extra)[0] / made),
-            bound=f"{extra} bytes a parameter",
-        )
-        for extra in (4, 6)
-    ]
+    what, rows = "fused perturbed linear pays up to", []
+    for extra in (4, 6):
+        tokens = TILE * int(chip.ms(bytes_moved=extra)[0] / made)
+        row = dict(chip=chip.name, what=what, noise="hadamard", K=1, tokens=tokens)
+        rows.append(row | dict(bound=f"{extra} bytes a parameter", label=ESTIMATE))
+    return rows
 
 
 def markdown(rows: list[dict]) -> str:
@@ -149,63 +128,57 @@ def markdown(rows: list[dict]) -> str:
         where |= dict(chip=chip, model=model, what=what)
         return next(r["ms"] for r in rows if all(r.get(k) == v for k, v in where.items()))
 
-    head = [
-        "model",
-        "parameters",
-        "perturb",
-        "update K = 1",
-        "K = 14",
-        "window",
-        "beyond two forwards, K = 14",
-    ]
-    head += [f"one forward, {ROWS} x {length}" for length in LENGTHS] + [
-        "beyond, of the step at 16 x 256"
-    ]
-    out = []
+    def line_of(chip: str, model: str, noise: str) -> list[str]:
+        at, where = (chip, model), dict(noise=noise, K=WINDOW)
+        beyond = ms(*at, "beyond two forwards", **where)
+        cells = [
+            ms(*at, "perturb"),
+            ms(*at, "update", noise=noise, K=1),
+            ms(*at, "update", **where),
+        ]
+        cells += [ms(*at, "window"), beyond]
+        cells += [ms(*at, "forward", tokens=ROWS * length) for length in LENGTHS]
+        share = 100 * beyond / ms(*at, "step", tokens=ROWS * 256, **where)
+        numbers = [f"{c:.3g}" for c in cells]
+        return [model, f"{sizes(model)[0] / 1e9:.3g} G", *numbers, f"{share:.0f} %"]
+
+    head = ["model", "parameters", "perturb", "update K = 1", "K = 14", "window"]
+    head += ["beyond two forwards, K = 14"]
+    head += [f"one forward, {ROWS} x {length}" for length in LENGTHS]
+    head += ["beyond, of the step at 16 x 256"]
+    lines = []
     for noise in dict.fromkeys(r["noise"] for r in rows if r["what"] == "update"):
-        where = dict(noise=noise, K=WINDOW)
         for chip in CHIPS:
-            out.append(f'\n**{chip.name}, "{noise}", bf16, ms ({PREDICTION})**\n')
-            out += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-            for model in [m for m in MODELS if m != "tiny"]:
-                at = (chip.name, model)
-                beyond = ms(*at, "beyond two forwards", **where)
-                cells = [
-                    ms(*at, "perturb"),
-                    ms(*at, "update", noise=noise, K=1),
-                    ms(*at, "update", **where),
-                ]
-                cells += [
-                    ms(*at, "window"),
-                    beyond,
-                    *(ms(*at, "forward", tokens=ROWS * t) for t in LENGTHS),
-                ]
-                share = 100 * beyond / ms(*at, "step", tokens=ROWS * 256, **where)
-                cells = [
-                    model,
-                    f"{sizes(model)[0] / 1e9:.3g} G",
-                    *(f"{c:.3g}" for c in cells),
-                    f"{share:.0f} %",
-                ]
-                out.append("| " + " | ".join(cells) + " |")
-    out.append(
-        f"\n**A perturbed linear layer that makes its own noise** could pay up to ({ESTIMATE}):\n"
-    )
-    out += ["| | " + " | ".join(c.name for c in CHIPS) + " |", "| --- |" + " --- |" * len(CHIPS)]
-    for bound in dict.fromkeys(r["bound"] for r in rows if r["label"] == ESTIMATE):
-        tokens = [str(r["tokens"]) for r in rows if r["label"] == ESTIMATE and r["bound"] == bound]
-        out.append(f"| tokens in a batch, scratch at {bound} | " + " | ".join(tokens) + " |")
-    return "\n".join(out).strip()
+            lines.append(f'\n**{chip.name}, "{noise}", bf16, ms ({PREDICTION})**\n')
+            lines += [_line(head), _line(["---"] * len(head))]
+            models = [model for model in MODELS if model != "tiny"]
+            lines += [_line(line_of(chip.name, model, noise)) for model in models]
+    what = "**A perturbed linear layer that makes its own noise** could pay up to"
+    lines.append(f"\n{what} ({ESTIMATE}):\n")
+    lines += ["| | " + " | ".join(c.name for c in CHIPS) + " |", "| --- |" + " --- |" * len(CHIPS)]
+    estimates = [r for r in rows if r["label"] == ESTIMATE]
+    for bound in dict.fromkeys(r["bound"] for r in estimates):
+        tokens = [str(r["tokens"]) for r in estimates if r["bound"] == bound]
+        lines.append(_line([f"tokens in a batch, scratch at {bound}", *tokens]))
+    return "\n".join(lines).strip()
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 NOTE = """\
-Predictions, made without a GPU, from counted machine instructions and bytes (`python bench/sass_cost.py --predict`;
-how: bench/predict.py). Lower bounds: launches and latencies come on top, and on an A100, whose FP32 pipe is half as
-wide as the count assumes, up to a fifth of the arithmetic."""
+Predictions, made without a GPU, from counted machine instructions and bytes
+(`python bench/sass_cost.py --predict`; bench/predict.py says how). They are lower bounds: launches
+and latencies come on top, and on an A100, whose FP32 pipe is half as wide as the count assumes, up
+to a fifth of the arithmetic."""
 
 
 def predict(cost: Callable, one: str, many: str) -> None:
-    """cost: of sass_cost.py; one and many: the names of the kernels for a tensor and for a list of them."""
+    """Write predicted.csv and predicted.md.
+
+    cost: the function of sass_cost.py; one, many: the names of the kernels for a tensor and for a
+    list of them."""
     rows = []
     for chip in CHIPS:
         update = {}

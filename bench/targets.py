@@ -16,7 +16,7 @@ def judged(rows: Rows, device: str) -> bool:
 def target(
     text: str, measured: dict[str, float | None], met: Callable[[float], bool], unit: str = ""
 ) -> Target:
-    """measured: the place of a measurement, such as "16 x 64" -> the value there, None if missing."""
+    """measured: the place of a measurement, such as "16 x 64" -> its value, None if missing."""
     if not measured or None in measured.values():
         return text, "not measured", "-"
     values = ", ".join(f"{value:.3g}{unit} ({where})" for where, value in measured.items())

@@ -1,7 +1,8 @@
-"""What the hardware counts while the noise kernels run, beside torch's and a kernel that does x + c z with tl.randn.
+"""What the hardware counts while the noise kernels run, torch's, and x + c z with tl.randn.
 
-python bench/gpu/counters.py: runs itself under ncu and prints a line a kernel; $OUT/counters.csv has all that ncu said.
---run: the kernels alone. Without a GPU, they run on a few elements, in Triton's interpreter.
+python bench/gpu/counters.py: runs itself under ncu and prints a line a kernel; $OUT/counters.csv
+has all that ncu said. --run: the kernels alone. Without a GPU, they run on a few elements, in
+Triton's interpreter.
 """
 
 import collections
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before it is imported
+# Triton reads this when it is imported.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 import triton
 import triton.language as tl
@@ -23,13 +25,15 @@ from pseuzo_kernels import add_noise, update_
 
 GPU = torch.cuda.is_available()
 N, WINDOW = 1 << 26 if GPU else 5000, 14  # elements: 128 MB in bf16, more than a cache holds
-# What the lines show, and what they show less of where ncu does not know one of these
+# The metrics that every ncu knows, and what the lines call them; METRICS has all that we ask for.
 FEW = {
-    "gpu__time_duration.sum": "time", "dram__bytes.sum": "DRAM", "smsp__inst_executed.sum": "instructions of warps",
+    "gpu__time_duration.sum": "time",
+    "dram__bytes.sum": "DRAM",
+    "smsp__inst_executed.sum": "instructions of warps",
     "launch__registers_per_thread": "registers",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of DRAM",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "% of SM",
-}  # fmt: skip
+}
 METRICS = FEW | {
     "sm__cycles_elapsed.avg.per_second": "clock",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "% of issue slots",
@@ -41,57 +45,52 @@ METRICS = FEW | {
 
 @triton.jit
 def add_tl_randn_kernel(x_ptr, out_ptr, n, seed, c: tl.float32, BLOCK: tl.constexpr):
-    """out = x + c z, as a few lines of Triton have it."""
+    """out = x + c z, as a few lines of Triton compute it."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
-    tl.store(
-        out_ptr + offs, (x + c * tl.randn(seed, offs)).to(out_ptr.dtype.element_ty), mask=offs < n
-    )
+    sums = x + c * tl.randn(seed, offs)
+    tl.store(out_ptr + offs, sums.to(out_ptr.dtype.element_ty), mask=offs < n)
 
 
 def run() -> None:
-    """Each kernel once to be compiled, and once more under the eyes of ncu."""
+    """Run each kernel once to compile it, and once more while ncu counts."""
     device = "cuda" if GPU else "cpu"
     x = torch.randn(N, device=device).bfloat16()
     y = torch.empty_like(x)
     seeds, coefs = torch.arange(WINDOW, device=device), torch.ones(WINDOW, device=device)
-    for watched in (False, True):
+    for counted in (False, True):
         if GPU:
             torch.cuda.synchronize()
-        if GPU and watched:
+        if GPU and counted:
             torch.cuda.profiler.start()
         update_(x, seeds, coefs, lr=1e-6, rounding="stochastic", rounding_seed=1)
         add_noise(x, 1, 1e-3, 0, out=y)
-        y.copy_(x)  # a copy of memory, no kernel: that of neg reads and writes as much
+        y.copy_(x)  # a copy of memory, no kernel; the kernel of neg reads and writes as much
         torch.neg(x, out=y)
         torch.randn(N, device=device, dtype=torch.bfloat16)
         add_tl_randn_kernel[(triton.cdiv(N, 1024),)](x, y, N, 1, 1e-3, BLOCK=1024)
         if GPU:
             torch.cuda.synchronize()
-        if GPU and watched:
+        if GPU and counted:
             torch.cuda.profiler.stop()
     assert y.isfinite().all()
 
 
-def counted(file: Path, metrics: dict[str, str]) -> bool:
-    """Does ncu write these metrics of run() to the file?"""
-    command = [
-        "ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--log-file", str(file),
-        "--metrics", ",".join(metrics), sys.executable, __file__, "--run",
-    ]  # fmt: skip
+def count(file: Path, metrics: dict[str, str]) -> bool:
+    """Let ncu write these metrics of run() to the file; whether it did."""
+    command = ["ncu", "--profile-from-start", "off", "--clock-control", "none"]
+    command += ["--csv", "--log-file", str(file), "--metrics", ",".join(metrics)]
+    command += [sys.executable, __file__, "--run"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not rows_of(file):
-        print(
-            done.stdout[-2000:]
-            + done.stderr[-2000:]
-            + (file.read_text()[-2000:] if file.exists() else "")
-        )
+        written = file.read_text() if file.exists() else ""
+        print(done.stdout[-2000:] + done.stderr[-2000:] + written[-2000:])
         return False
     return True
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
-    """A row a kernel and metric, as ncu writes them among its own lines."""
+    """A row a kernel and metric; ncu writes them between other lines."""
     lines = file.read_text().splitlines() if file.exists() else []
     return list(csv.DictReader(line for line in lines if line.startswith('"')))
 
@@ -99,10 +98,9 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 def table(rows: list[dict[str, str]]) -> str:
     kernels = collections.defaultdict(list)
     for row in rows:
-        what, value = METRICS.get(row["Metric Name"], row["Metric Name"]), row["Metric Value"]
-        kernels[row["ID"], row["Kernel Name"]].append(
-            f"{what} {value} {row['Metric Unit'].replace('%', '')}".strip()
-        )
+        metric, unit = row["Metric Name"], row["Metric Unit"].replace("%", "")
+        text = f"{METRICS.get(metric, metric)} {row['Metric Value']} {unit}".strip()
+        kernels[row["ID"], row["Kernel Name"]].append(text)
     return "\n".join(f"{name[:60]}: " + ", ".join(values) for (_, name), values in kernels.items())
 
 
@@ -113,11 +111,12 @@ def main() -> None:
     if not shutil.which("ncu"):
         sys.exit("ncu (Nsight Compute) is not on the PATH")
     file = Path(os.environ["OUT"], "counters.csv")
-    if not counted(file, METRICS) and not counted(file, FEW):
+    if not count(file, METRICS) and not count(file, FEW):
         sys.exit("ncu counts nothing here; what it says is above")
     print(table(rows_of(file)))
     print(
-        f"{N} elements; an instruction of a warp is one of 32 lanes; an update makes {WINDOW} normals an element"
+        f"{N} elements; an instruction of a warp is one of 32 lanes; "
+        f"an update makes {WINDOW} normals an element"
     )
 
 
