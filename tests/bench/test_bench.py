@@ -1,4 +1,4 @@
-"""The benchmarks run, check before they time, keep rows over new columns, and judge targets by the right rows only."""
+"""Benchmarks run, check before they time, keep rows over new columns, judge by the right rows."""
 
 import csv
 import importlib
@@ -85,7 +85,8 @@ def test_the_gpu_scripts_run_dry_and_report(tmp_path):
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     script = tmp_path / "script.sh"
     script.write_text(
-        f'source "{BENCH}/gpu/common.sh"\npart one 9 false\npart two 1 sleep 9\npart three 9 echo done\nfinish\n'
+        f'source "{BENCH}/gpu/common.sh"\n'
+        "part one 9 false\npart two 1 sleep 9\npart three 9 echo done\nfinish\n"
     )
     env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
@@ -156,14 +157,17 @@ def step_rows(
 ) -> list[dict]:
     common = dict(device=gpu, threads=threads, dtype="bfloat16", rows="16")
     return [
-        common | dict(model=model, tokens=tokens, impl=impl, part=part, ms_p50=str(ms), peak_gb=str(gb))
+        common
+        | dict(model=model, tokens=tokens, impl=impl, part=part, ms_p50=str(ms), peak_gb=str(gb))
         | dict(reserved_gb=str(gb + 1))
-        for model in ("opt-1.3b", "opt-13b") for tokens in ("64", "256")
+        for model in ("opt-1.3b", "opt-13b")
+        for tokens in ("64", "256")
         for impl, part, ms, gb in (
-            ("inference", "two forwards", 40.0, 3.0), ("pseuzo PseuZO", "step", step, peak),
+            ("inference", "two forwards", 40.0, 3.0),
+            ("pseuzo PseuZO", "step", step, peak),
             ("PseuZO as published", "step", published, 9.0),
         )
-    ]  # fmt: skip
+    ]
 
 
 def judged(targets, rows: list[dict]) -> list[str]:
@@ -201,8 +205,11 @@ def test_targets_of_steps(bench):
     assert (
         judged(targets, [r for r in step_rows(h100) if r["model"] != "opt-1.3b"])[:4] == ["-"] * 4
     )
-    lost = [r | {"part": "step: does not fit", "ms_p50": "", "peak_gb": ""} for r in step_rows(h100)
-            if (r["model"], r["impl"]) == ("opt-13b", "pseuzo PseuZO")]  # fmt: skip
+    lost = [
+        r | {"part": "step: does not fit", "ms_p50": "", "peak_gb": ""}
+        for r in step_rows(h100)
+        if (r["model"], r["impl"]) == ("opt-13b", "pseuzo PseuZO")
+    ]
     fits = [r for r in step_rows(h100) if r["model"] == "opt-1.3b"]
     assert judged(targets, fits + lost)[6] == "NOT MET"
 

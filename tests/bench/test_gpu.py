@@ -1,4 +1,4 @@
-"""What only a GPU can show: the public functions and the optimizers on CUDA tensors, the same bits as on the CPU."""
+"""What only a GPU can show: public functions and optimizers give CUDA tensors the CPU's bits."""
 
 import copy
 import subprocess
@@ -29,8 +29,17 @@ def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
     for xs in (host, device):
         where = xs[0].device
         pk.perturb_(xs, 3, 0.5, noise=noise)
-        pk.update_(xs, torch.arange(14, device=where), torch.linspace(-1, 1, 14, device=where), lr=0.3, noise=noise,
-                   weight_decay=0.1, rounding="stochastic", rounding_seed=2, noise_scale=0.7)  # fmt: skip
+        pk.update_(
+            xs,
+            torch.arange(14, device=where),
+            torch.linspace(-1, 1, 14, device=where),
+            lr=0.3,
+            noise=noise,
+            weight_decay=0.1,
+            rounding="stochastic",
+            rounding_seed=2,
+            noise_scale=0.7,
+        )
         pk.restore_(xs[6][3:], 3, 0.5, noise=noise, rounding="stochastic", rounding_seed=4)
         xs.append(
             pk.add_noise(xs[6], list(range(1024)), [0.01] * 1024, 2**32 - 1, keep=0.5, noise=noise)
@@ -60,9 +69,8 @@ def test_a_skipped_op_changes_no_bit_and_does_not_wait(noise, K):
     seeds, coefs = torch.arange(K, device="cuda"), torch.ones(K, device="cuda")
     before, skipped = [x.clone() for x in xs], torch.zeros(1, device="cuda")
     kwargs = dict(lr=0.1, weight_decay=0.5, noise=noise, rounding="stochastic", rounding_seed=2)
-    pk.update_(
-        [x.clone() for x in xs], seeds, coefs, **kwargs, found_inf=torch.zeros(1, device="cuda")
-    )  # compiles
+    not_found = torch.zeros(1, device="cuda")
+    pk.update_([x.clone() for x in xs], seeds, coefs, **kwargs, found_inf=not_found)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,9 +118,8 @@ def test_perturbed_forward_equals_perturbed_weights(dtype):
     batch = {k: v.cuda() for k, v in batch_of().items()}
     before = [p.detach().clone() for p in model.parameters()]
     streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
-    for seed in range(
-        10
-    ):  # launches are made again once the watch has stood down; those of a stream are its own
+    # Launches are made again once the watch has turned itself off, and for each stream.
+    for seed in range(10):
         other = copy.deepcopy(model)
         with torch.no_grad():
             for i, p in enumerate(other.parameters()):
@@ -133,9 +140,8 @@ def test_perturbed_forward_equals_perturbed_weights(dtype):
 def test_repeated_launches_are_those_of_the_op(noise, dtype):
     sizes, scales = (1, 2048, 5000, 130_000), [1.0, 0.5, 2.0, -1.0]
     xs = [torch.randn(n, device="cuda").to(dtype) for n in sizes]
-    outs = [
-        torch.empty(n + 1, device="cuda", dtype=dtype)[n % 3 == 2 :][:n] for n in sizes
-    ]  # one is not aligned
+    # One of them is not aligned.
+    outs = [torch.empty(n + 1, device="cuda", dtype=dtype)[n % 3 == 2 :][:n] for n in sizes]
     seeds, coefs = torch.empty(1, dtype=torch.int64, device="cuda"), torch.empty(1, device="cuda")
     perturb = RepeatedPerturb(xs, seeds, coefs, [3, 0, 7, 9], scales, noise, outs)
     for seed in range(3):
@@ -163,10 +169,14 @@ def steps(opt, objective, device, n):
     return torch.stack(losses).cpu()
 
 
-@pytest.mark.parametrize("make", [
-    lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2), lambda m: MeZO(m, 1e-3, 1e-2, seed=2),
-    lambda m: PseuZO(m.parameters(), 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: PseuZO(m, 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
+        lambda m: MeZO(m, 1e-3, 1e-2, seed=2),
+        lambda m: PseuZO(m.parameters(), 1e-3, 1e-2, 3, 0.9, 0.1, seed=2),
+    ],
+)
 def test_optimizers_follow_the_cpu(make):
     model = causal_lm("opt").eval()
     twin = copy.deepcopy(model).cuda()
@@ -183,10 +193,12 @@ def test_a_step_does_not_wait_for_the_device():
     ids = torch.randint(0, 300, (4, 5)).cuda()
     groups = torch.tensor([0, 1, 1, 0]).cuda()
     for opt in (
-        PseuZO(model, 1e-4, 1e-2), MeZO(model, 1e-4, 1e-2), PseuZO(model.parameters(), 1e-4, 1e-2),
+        PseuZO(model, 1e-4, 1e-2),
+        MeZO(model, 1e-4, 1e-2),
+        PseuZO(model.parameters(), 1e-4, 1e-2),
         PseuZO(model, 1e-4, 1e-2, window=3, clip_examples=2.0),
         MeZO(model, 1e-4, 1e-2, directions=2, momentum=0.5, window=3, clip_examples=2.0),
-    ):  # fmt: skip
+    ):
 
         def step(opt=opt):
             if isinstance(opt, PseuZO):
@@ -279,10 +291,12 @@ def test_a_capture_that_fails_leaves_the_gpu_as_it_was():
 
 
 def test_rows_out_of_range_are_an_error():
-    """As in torch's embedding: of the device, which is of no use to this process from then on. So in another one."""
+    """The error is the device's, as in torch's embedding: the process cannot use the device after
+    it, so it is raised in another process."""
     code = """
 import torch, pseuzo_kernels
-x, seeds, coefs = torch.ones(40, 128, device="cuda"), torch.ones(1, dtype=torch.int64).cuda(), torch.ones(1).cuda()
+x, coefs = torch.ones(40, 128, device="cuda"), torch.ones(1).cuda()
+seeds = torch.ones(1, dtype=torch.int64).cuda()
 for wrong in ([39, 0], [3, 40]):
     torch.ops.pseuzo.add_noise_rows(x, torch.tensor(wrong).cuda(), seeds, coefs, 0, 1.0, "hadamard")
     torch.cuda.synchronize()
