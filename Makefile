@@ -8,7 +8,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY = $(VENV)/.ready
-SOURCES = $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+CSRC = $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES = $(CSRC) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-fast test-machines lint format bench clean
 
@@ -40,12 +41,12 @@ test-machines: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(READY)
 	$(BIN)/python bench/sass_cost.py --json bench/results/sass.json --arch 80 90 --predict

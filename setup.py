@@ -75,13 +75,15 @@ def missing_for_cpu() -> str | None:
 
 
 def extension(mode: str):
-    names = ["add_noise_cpu.cpp", "window_cpu.cpp", "module.cpp"]
+    names = ["noise/cpu.cpp", "noise/cpu_isa.cpp", "window/cpu.cpp", "module.cpp"]
     if mode == "cuda":
-        names += ["window.cu", "window_cuda.cpp"]
+        names += ["window/window.cu", "window/cuda.cpp"]
     settings = {
         "name": "pseuzo_kernels._C",
         "sources": [f"csrc/{name}" for name in names],
-        "depends": sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),
+        "depends": sorted(
+            str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()
+        ),
         "extra_link_args": ["-fopenmp"],
     }
     if mode == "cpu":

@@ -22,7 +22,8 @@ from harness import HERE, QUANTILES, Table, parser
 from predict import CHIPS
 from torch import Tensor
 
-from pseuzo_kernels import NOISES, EmaWindow, add_noise, checks, noise, perturb_, reference, update_
+from pseuzo_kernels import NOISES, EmaWindow, add_noise, noise, ops, perturb_, reference, update_
+from pseuzo_kernels.api import NoiseApi
 
 N = 8192 * 2048
 SEVERAL = {
@@ -39,12 +40,9 @@ COLUMNS = (
 
 OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, update_=update_)
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import importlib
+    from pseuzo_kernels.triton import launch
 
-    kernels = importlib.import_module(
-        "pseuzo_kernels.ops"
-    )  # the function of the same name hides the module
-    OPS = checks.NoiseApi(kernels.add_noise_list_triton_, kernels.add_noise_list_out_triton)
+    OPS = NoiseApi(launch.add_noise_list_triton_, launch.add_noise_list_out_triton)
 
 
 def coefs_of(K: int) -> list[float]:
@@ -289,12 +287,12 @@ def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) ->
         for s, (some_seeds, some_coefs) in enumerate(
             zip(seeds.split(K), coefs.split(K), strict=True)
         ):
-            torch.ops.pseuzo.add_noise_list_(
+            ops.add_noise_list_(
                 [one], some_seeds, some_coefs, [0], [0.9999], [1.0], "hadamard", True, s, None
             )
 
     def together() -> None:
-        torch.ops.pseuzo.add_noise_steps_([many], seeds, coefs, [K] * steps, [0], *rest)
+        ops.add_noise_steps_([many], seeds, coefs, [K] * steps, [0], *rest)
 
     one_by_one(), together()
     assert torch.equal(one, many), "steps in one pass differ from the same steps one by one"
@@ -321,7 +319,7 @@ def main() -> None:
     p.add_argument("--check", action="store_true", help="check that all agree, and time nothing")
     args = p.parse_args()
     device = torch.device(args.device)
-    if isinstance(OPS, checks.NoiseApi) and not args.check:
+    if isinstance(OPS, NoiseApi) and not args.check:
         p.error(
             "Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET"
         )
@@ -332,7 +330,7 @@ def main() -> None:
         check(dtype, Ks, device, min(n, 20000))
     if args.check:
         print(
-            f"{'the Triton kernels' if isinstance(OPS, checks.NoiseApi) else 'the ops'} agree with the reference"
+            f"{'the Triton kernels' if isinstance(OPS, NoiseApi) else 'the ops'} agree with the reference"
         )
         return
     table = Table("add_noise", args, COLUMNS)

@@ -10,7 +10,6 @@ that.
 
 import argparse
 import collections
-import importlib
 import json
 import os
 import pathlib
@@ -28,10 +27,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernels = importlib.import_module(
-    "pseuzo_kernels.ops"
-)  # the function of the same name hides the module
-ONE, MANY, ROWS, STEPS = (f"_add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
+from pseuzo_kernels.triton import kernels
+
+ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
 # Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide
@@ -191,7 +189,7 @@ def cost(name: str, arch: int, **options) -> Cost:
     label += ["whole planes"] * options.get("planes", False)
     label += [] if options.get("asm", True) else ["no asm"]
     return Cost(
-        f"{name.strip('_')} {' '.join(label)}", arch, int(resources[1]), ops["STL"] + ops["LDL"],
+        f"{name} {' '.join(label)}", arch, int(resources[1]), ops["STL"] + ops["LDL"],
         ops["LDS"] + ops["STS"] + ops["LDSM"] + ops["STSM"], cycles["issue"] / normals, cycles[busiest] / normals,
         busiest, _cycles(around)["issue"] / normals, widths,
     )  # fmt: skip

@@ -7,8 +7,8 @@
 
 #include <string>
 
-#include "add_noise_cpu.h"
-#include "noise.h"
+#include "noise/isa.h"
+#include "noise/noise.h"
 
 namespace pseuzo {
 namespace {
@@ -21,6 +21,7 @@ pybind11::dict build_info() {
   info["cuda"] = pybind11::none();
 #endif
   info["isas"] = cpu_isas();
+  info["noises"] = cpu_noises();
   info["rounding_version"] = kRoundingVersion;
   return info;
 }
@@ -31,6 +32,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA implementations of the pseuzo ops";
   m.def("cpu_isa", &pseuzo::cpu_isa, "The instruction set in use; the environment variable PSEUZO_CPU_ISA chooses.");
-  m.def("build_info", &pseuzo::build_info, "cuda (version or None), isas (compiled in), rounding_version.");
+  m.def("build_info", &pseuzo::build_info, "cuda (version or None), isas (compiled in), noises, rounding_version.");
   m.def("_set_cpu_isa", &pseuzo::set_cpu_isa, "Change the instruction set, for tests.");
 }

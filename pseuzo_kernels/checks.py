@@ -1,34 +1,27 @@
-"""The public functions over one implementation of the ops: they check, normalise, and call.
-
-`pseuzo_kernels` builds them over the dispatcher's ops (Triton, C++ or the reference, by device),
-`pseuzo_kernels.reference` over the plain-torch definitions; so both have the same names, arguments and errors. No
-arithmetic on weights happens here.
-"""
+"""Checks of the arguments that the public functions take, and the sentences they raise."""
 
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-NOISES = ("hadamard", "hadamard-fp16", "normal", "rademacher")
+from pseuzo_kernels.laws import noise_names, resolve
+
+NOISES = noise_names()
 ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ELEMENTS = 1 << 36  # 2^32 counters of 16 elements
 MAX_STREAM = (1 << 32) - 1
 MAX_FLOAT = torch.finfo(torch.float32).max
 
-Seeds = int | Sequence[int] | Tensor
-Coefs = float | Sequence[float] | Tensor
-Params = Tensor | Iterable[Tensor]
-
 
 def check_noise(op: str, noise: str) -> None:
-    if noise not in NOISES:
-        raise ValueError(f"{op}: unknown noise {noise!r}; known: {', '.join(map(repr, NOISES))}")
+    """ValueError if there is no such noise."""
+    resolve(noise, op)
 
 
 def check_rounding(op: str, rounding: str) -> None:
@@ -175,9 +168,7 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def seeds_and_coefs(
-    op: str, seeds: Seeds, coefs: Coefs, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def seeds_and_coefs(op: str, seeds: Any, coefs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """[K] int64 and [K] fp32 on device, K >= 1."""
     s = _vector(op, "seeds", seeds, torch.int64, device)
     c = _vector(op, "coefs", coefs, torch.float32, device)
@@ -222,317 +213,3 @@ def per_tensor(op: str, name: str, value: float | Sequence[float], n: int) -> li
             f"{op}: {name} must be one number or one per tensor ({n}), got {len(values)}"
         )
     return [check_not_negative(op, name, v) for v in values]
-
-
-def _bump_versions(xs: Sequence[Tensor]) -> None:
-    """Tell autograd that xs changed, so that a stale backward fails loudly in place of using new weights."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(xs)
-
-
-class NoiseApi:
-    """The public noise functions over two list ops; see `pseuzo_kernels.reference` for what those compute."""
-
-    def __init__(self, add_noise_list_: Callable, add_noise_list_out: Callable):
-        self._in_place, self._out = add_noise_list_, add_noise_list_out
-
-    def noise(
-        self,
-        shape: Sequence[int] | int,
-        seed: int,
-        stream: int,
-        *,
-        noise: str = "hadamard",
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> Tensor:
-        """z(seed, stream) of the given shape: mean 0, variance 1, the same on every device.
-
-        noise: "hadamard" (sums of 16 independent terms, normal to KS distance 4e-4, bit-exact everywhere),
-        "hadamard-fp16" (the same z; sums over several seeds are made in half precision, to 1e-3 of their size,
-        bit-exact everywhere), "rademacher" (+1 or -1, bit-exact everywhere) or "normal" (Box-Muller from 16-bit
-        radius and angle, at most 4.85 in size; backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5
-        that the documented errors of their fast logarithm and sine allow).
-        """
-        check_noise("noise", noise)
-        out = torch.empty(shape, dtype=dtype, device=device)
-        check_tensors("noise", [out])
-        s, c = seeds_and_coefs("noise", seed, 1.0, out.device)
-        self._out(
-            [],
-            s,
-            c,
-            [check_stream("noise", stream)],
-            [1.0],
-            [1.0],
-            noise,
-            False,
-            0,
-            None,
-            out=[out],
-        )
-        return out
-
-    def add_noise_(
-        self,
-        x: Tensor,
-        seeds: Seeds,
-        coefs: Coefs,
-        stream: int,
-        *,
-        keep: float = 1.0,
-        noise: str = "hadamard",
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        noise_scale: float = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """x <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream), in place, in one pass for any K.
-
-        x: contiguous fp32, bf16 or fp16; sums in fp32 and rounds once, to nearest or stochastically: without bias
-        for whatever fp32 holds, 2^-16 of the spacing of bf16, 2^-13 of that of fp16. seeds [K] int64 and coefs [K]
-        fp32: numbers, lists, or tensors on x's device. noise_scale 0 skips: nothing is made or written.
-        rounding_seed: needed to round stochastically, another one at each call: with the same one all calls draw the
-        same bits, and their errors add up.
-        found_inf: a float32 tensor of one element on x's device, as torch.amp has it, or None. Where it is not 0, x
-        stays as it is, to the bit: no noise, no keep. So it does where a tensor of coefs holds a NaN or an infinity
-        (of "hadamard-fp16" with several seeds, anything above 2^126), which sets found_inf to 1, for whoever counts
-        what was skipped. Nothing waits for the device. Numbers that are not finite are refused.
-        Raises ValueError or TypeError before anything is written.
-        """
-        op = "add_noise_"
-        check_tensors(op, [x])
-        keep, scale = (
-            check_finite(op, "keep", keep),
-            check_not_negative(op, "noise_scale", noise_scale),
-        )
-        args = self._args(
-            op,
-            x.device,
-            seeds,
-            coefs,
-            [stream],
-            [keep],
-            [scale],
-            noise,
-            rounding,
-            rounding_seed,
-            found_inf,
-        )
-        if scale:
-            self._in_place([x.detach()], *args)
-            _bump_versions([x])
-
-    def add_noise(
-        self,
-        x: Tensor,
-        seeds: Seeds,
-        coefs: Coefs,
-        stream: int,
-        *,
-        out: Tensor | None = None,
-        keep: float = 1.0,
-        noise: str = "hadamard",
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        noise_scale: float = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> Tensor:
-        """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
-
-        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be x, but share no
-        other memory with it. With noise_scale 0 no noise is made. A call that found_inf or coefs skip copies x.
-        """
-        op = "add_noise"
-        check_tensors(op, [x])
-        keep, scale = (
-            check_finite(op, "keep", keep),
-            check_not_negative(op, "noise_scale", noise_scale),
-        )
-        args = self._args(
-            op,
-            x.device,
-            seeds,
-            coefs,
-            [stream],
-            [keep],
-            [scale],
-            noise,
-            rounding,
-            rounding_seed,
-            found_inf,
-        )
-        if out is None:
-            out = torch.empty_like(x, requires_grad=False)
-        check_tensors(op, [out], "out")
-        if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(
-                f"{op}: out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
-                f"got {tuple(out.shape)} {out.dtype} on {out.device}"
-            )
-        if not torch.compiler.is_compiling() and 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes:
-            raise ValueError(
-                f"{op}: out must be x itself or share no memory with it, got another part of its memory"
-            )
-        if out is x and scale:
-            self._in_place([x.detach()], *args)
-        else:
-            self._out([x.detach()], *args, out=[out.detach()])
-        _bump_versions([out])
-        return out
-
-    def perturb_(
-        self,
-        params: Params,
-        seed: int | Tensor,
-        scale: float,
-        *,
-        streams: Sequence[int] | None = None,
-        noise: str = "hadamard",
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        noise_scale: float | Sequence[float] = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """x <- x + scale * noise_scale * z(seed) for each tensor x of params, in place.
-
-        params: a tensor or a list of tensors that share no memory; streams: a number per tensor, by default its
-        position in the list; scale: of either sign; noise_scale: a float or one per tensor, not negative, 0 skips the
-        tensor. Undone by restore_ up to the rounding of x's dtype. noise, rounding, rounding_seed, found_inf: as
-        add_noise_.
-        Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
-        """
-        scale = check_finite("perturb_", "scale", scale)
-        self._list_op(
-            "perturb_",
-            params,
-            seed,
-            scale,
-            streams,
-            noise_scale,
-            noise,
-            rounding,
-            rounding_seed,
-            found_inf,
-        )
-
-    def restore_(
-        self,
-        params: Params,
-        seed: int | Tensor,
-        scale: float,
-        *,
-        streams: Sequence[int] | None = None,
-        noise: str = "hadamard",
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        noise_scale: float | Sequence[float] = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """x <- x - scale * noise_scale * z(seed): takes back perturb_ with the same arguments, up to rounding."""
-        scale = check_finite("restore_", "scale", scale)
-        self._list_op(
-            "restore_",
-            params,
-            seed,
-            -scale,
-            streams,
-            noise_scale,
-            noise,
-            rounding,
-            rounding_seed,
-            found_inf,
-        )
-
-    def update_(
-        self,
-        params: Params,
-        seeds: Seeds,
-        coefs: Coefs,
-        *,
-        lr: float,
-        weight_decay: float | Sequence[float] = 0.0,
-        streams: Sequence[int] | None = None,
-        noise: str = "hadamard",
-        rounding: str = "nearest",
-        rounding_seed: int | None = None,
-        noise_scale: float | Sequence[float] = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]), one pass for any K.
-
-        Arguments as perturb_ and add_noise_; weight_decay: a float or one per tensor, applied once whatever K.
-        A step that EmaWindow skipped leaves params as they are, with no decay either: the coefs that EmaWindow.step
-        returned bring its found_inf along. Give found_inf=window.found_inf where you computed others from them.
-        """
-        lr = check_not_negative("update_", "lr", lr)
-        self._list_op(
-            "update_", params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, found_inf,
-            lr=lr, weight_decay=weight_decay,
-        )  # fmt: skip
-
-    def _list_op(
-        self, op, params, seeds, coefs, streams, noise_scale, noise, rounding, rounding_seed, found_inf,
-        lr=None, weight_decay=0.0,
-    ) -> None:  # fmt: skip
-        xs = [params] if isinstance(params, Tensor) else list(params)
-        check_tensors(op, xs, "params")
-        streams = list(range(len(xs))) if streams is None else list(streams)
-        if len(streams) != len(xs):
-            raise ValueError(
-                f"{op}: one stream per tensor ({len(xs)}) is needed, got {len(streams)}"
-            )
-        scales = per_tensor(op, "noise_scale", noise_scale, len(xs))
-        decays = per_tensor(op, "weight_decay", weight_decay, len(xs))
-        keeps = [
-            check_finite(op, "1 - lr * weight_decay", 1 - lr * d) if d else 1.0 for d in decays
-        ]
-        if not xs:
-            return
-        args = self._args(
-            op,
-            xs[0].device,
-            seeds,
-            coefs,
-            streams,
-            keeps,
-            scales,
-            noise,
-            rounding,
-            rounding_seed,
-            found_inf,
-        )
-        if lr is not None:
-            args = (args[0], args[1] * -lr, *args[2:])
-        written = [x for x, scale in zip(xs, scales, strict=True) if scale]
-        if written:
-            self._in_place([x.detach() for x in xs], *args)
-            _bump_versions(written)
-
-    def _args(
-        self,
-        op,
-        device,
-        seeds,
-        coefs,
-        streams,
-        keeps,
-        scales,
-        noise,
-        rounding,
-        rounding_seed,
-        found_inf,
-    ) -> tuple:
-        check_noise(op, noise)
-        check_rounding(op, rounding)
-        if rounding == "stochastic" and rounding_seed is None:
-            raise ValueError(
-                f'{op}: rounding="stochastic" needs a rounding_seed, another one at each call (the number of the step, '
-                "say): with the same one all calls draw the same bits, and their errors add up"
-            )
-        streams = [check_stream(op, stream) for stream in streams]
-        s, c = seeds_and_coefs(op, seeds, coefs, device)
-        stochastic = rounding == "stochastic"
-        rounding_seed = 0 if rounding_seed is None else signed64(op, rounding_seed)
-        found_inf = check_found_inf(op, found_inf, coefs, device)
-        return s, c, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf

@@ -1,6 +1,6 @@
 """EmaWindow and window_step: c_k = momentum^age_k * <do_k, grad> / eps for every entry k of a window.
 
-The op is one launch on a GPU (csrc/window.cu), one pass over the entries on a CPU (csrc/window_cpu.cpp), and elsewhere
+The op is one launch on a GPU (csrc/window/window.cu), one pass over the entries on a CPU (csrc/window/cpu.cpp), and elsewhere
 `reference.window_step`, which defines what is correct. Source: PseuZO (NeurIPS 2025), the EMA of Jacobians.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pseuzo_kernels.checks import DTYPES, signed64
+from pseuzo_kernels.triton.tables import capturing
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
 lib.define(
@@ -202,7 +203,7 @@ class EmaWindow:
             return torch.zeros((), dtype=torch.int64, device=device)
         if skipped.device != device:
             return skipped.to(device)
-        return skipped if _capturing(device) else skipped.clone()
+        return skipped if capturing(device) else skipped.clone()
 
     def _room_for(self, o: Tensor, used: int) -> Ring:
         """A ring with room for an entry like o beside `used` entries, aligned to the first row and last position."""
@@ -264,10 +265,6 @@ class EmaWindow:
             capacity=capacity, momentum=state["momentum"], eps=state["eps"], _proposal=None,
             _held=Held(ring, used - 1, used, state["grouped"], skipped),
         )  # fmt: skip
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _slots(slot: int, used: int, slots: int, device: torch.device) -> Tensor:

@@ -7,9 +7,17 @@ function has a twin in plain Triton with the same bits; both ways are compiled a
 import triton
 import triton.language as tl
 
-NOISE_KEY0, NOISE_KEY1 = tl.constexpr(0x243F6A88), tl.constexpr(0x85A308D3)
-SECOND_KEY0 = tl.constexpr(0xA4093822)  # in the place of NOISE_KEY0
-ROUNDING_KEY0, ROUNDING_KEY1 = tl.constexpr(0x13198A2E), tl.constexpr(0x03707344)
+from pseuzo_kernels.bits import KEY_ROUNDING
+from pseuzo_kernels.laws import HADAMARD, LAWS, SIGNS
+
+NOISE_KEY0, NOISE_KEY1 = map(tl.constexpr, LAWS["normal"].keys[0])
+SECOND_KEY0 = tl.constexpr(LAWS["normal"].keys[1][0])  # in the place of NOISE_KEY0
+ROUNDS = tl.constexpr(LAWS["hadamard"].rounds)  # those of "rademacher", too
+NORMAL_ROUNDS = tl.constexpr(LAWS["normal"].rounds)
+HADAMARD_MASK, HADAMARD_ONES = map(tl.constexpr, HADAMARD)
+SIGNS_MASK, SIGNS_ONES = map(tl.constexpr, SIGNS)
+ROUNDING_KEY0, ROUNDING_KEY1 = map(tl.constexpr, KEY_ROUNDING)
+ROUNDING_ROUNDS = tl.constexpr(7)
 
 
 @triton.jit

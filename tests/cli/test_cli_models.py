@@ -392,14 +392,15 @@ sys.modules["pseuzo_kernels._C"] = None  # as where it was not built
 import torch
 from pseuzo.cli.commands import main
 import pseuzo_kernels
+from pseuzo_kernels import ops
+from pseuzo_kernels.triton import launch
 
-ops = sys.modules["pseuzo_kernels.ops"]  # the package has a function of that name
 def native():
     return torch._C._dispatch_has_kernel_for_dispatch_key("pseuzo::add_noise_steps_", "CPU")
 assert pseuzo_kernels._C is None
 for backend, args in json.loads(sys.argv[1]):
     if backend == "triton" and not native():  # from here on, on tensors of the CPU, in its interpreter
-        ops.lib.impl("add_noise_steps_", ops.add_noise_steps_triton_, "CPU")
+        ops.lib.impl("add_noise_steps_", launch.add_noise_steps_triton_, "CPU")
     assert native() == (backend == "triton")
     main(args, standalone_mode=False)
 """

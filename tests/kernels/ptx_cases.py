@@ -5,7 +5,6 @@ Compiling takes most of the time, so each path through the kernels is compiled o
 cases that the interpreter is tested with: PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py.
 """
 
-import importlib
 import inspect
 import os
 import re
@@ -18,17 +17,15 @@ from test_add_noise_triton import assert_close_normal, seeds_coefs, values
 from triton.runtime import JITFunction
 
 from pseuzo_kernels import reference
-from pseuzo_kernels.ops import (
+from pseuzo_kernels.triton import device as philox
+from pseuzo_kernels.triton import kernels, sums
+from pseuzo_kernels.triton.launch import (
     add_noise_list_out_triton,
     add_noise_list_triton_,
     add_noise_rows_triton,
     add_noise_steps_triton_,
 )
-from pseuzo_kernels.triton import device as philox
 
-kernels = importlib.import_module(
-    "pseuzo_kernels.ops"
-)  # the function of the same name hides the module
 SM_90 = os.environ["PSEUZO_EMULATE"] == "90"
 only_sm_90 = pytest.mark.skipif(not SM_90, reason="run for sm_90")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -177,7 +174,7 @@ def test_all_kernels_and_all_inline_asm_were_run():
         if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
     assert ptx_emulator.kernels_run == names
-    source = inspect.getsource(philox) + inspect.getsource(kernels)
+    source = "".join(map(inspect.getsource, (philox, sums, kernels)))
     asm = " ".join(
         re.findall(r"inline_asm_elementwise\(\s*(\"\"\"[^\"]*\"\"\"|\"[^\"]*\")", source)
     )

@@ -1,6 +1,5 @@
 """The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
 
-import importlib
 import inspect
 import sys
 import threading
@@ -18,14 +17,17 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from pseuzo_kernels.ops import (
-    _prepared,
+from pseuzo_kernels.triton import device as px
+from pseuzo_kernels.triton import kernels, launch, tables
+from pseuzo_kernels.triton.launch import (
+    Launches,
+    Together,
     add_noise_list_out_triton,
     add_noise_list_triton_,
     add_noise_rows_triton,
     add_noise_steps_triton_,
+    prepared,
 )
-from pseuzo_kernels.triton import device as px
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the interpreter is
@@ -160,11 +162,11 @@ def test_fp16_coefs_of_any_size(size):
         for K in (2, 129, 300):
             seeds, coefs = seeds_coefs(K)
             coefs *= torch.linspace(0.1, 1, K, device=DEVICE) * size
-            hashes, prepared, _ = _prepared(seeds, coefs, "hadamard-fp16")
+            hashes, coefs_of_sums, _ = prepared(seeds, coefs, "hadamard-fp16")
             assert torch.equal(hashes, reference.hash_seeds(seeds))
             rounded, power = reference.fp16_coefs(coefs.cpu())
             assert_same_bits(
-                prepared, torch.cat([rounded + 0.0, power.view(1)])
+                coefs_of_sums, torch.cat([rounded + 0.0, power.view(1)])
             )  # the sign of 0 does not matter
         seeds, coefs = seeds_coefs(2)
         coefs *= size
@@ -210,13 +212,11 @@ def test_tables_of_a_captured_graph(monkeypatch):
     seeds, coefs = seeds_coefs(1)
     rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
 
-    module = importlib.import_module("pseuzo_kernels.ops")  # the function of the same name hides it
-
     def launches(xs):
         counts = []
         with monkeypatch.context() as patch:
-            for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
-                kernel, calls = getattr(module, name), []
+            for name in ("add_noise_kernel", "add_noise_many_kernel"):
+                kernel, calls = getattr(kernels, name), []
                 spy = type(
                     "Spy",
                     (),
@@ -226,7 +226,7 @@ def test_tables_of_a_captured_graph(monkeypatch):
                         )
                     },
                 )
-                patch.setattr(module, name, spy())
+                patch.setattr(kernels, name, spy())
                 counts.append(calls)
             want = [x.cpu().clone() for x in xs]
             reference.add_noise_list_(want, seeds.cpu(), coefs.cpu(), *rest)
@@ -235,52 +235,50 @@ def test_tables_of_a_captured_graph(monkeypatch):
             assert_same_bits(x, w)
         return [len(calls) for calls in counts]
 
-    monkeypatch.setattr(module, "_plans", type(module._plans)())
-    monkeypatch.setattr(module, "_captured", {})
+    monkeypatch.setattr(tables, "cache", type(tables.cache)())
+    monkeypatch.setattr(tables, "captured", {})
     xs = [values(n, torch.bfloat16).to(DEVICE) for n in (5000, 300)]
     others = [x.clone() for x in xs]
-    assert launches(xs) == [0, 1] and not module._captured
-    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    assert launches(xs) == [0, 1] and not tables.captured
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
     assert launches(others) == [2, 0] and launches(xs) == [0, 1]
-    assert len(module._captured) == 2 and all(
-        module._plans[key] is kept for key, kept in module._captured.items()
+    assert len(tables.captured) == 2 and all(
+        tables.cache[key] is kept for key, kept in tables.captured.items()
     )
-    module._captured.clear()
-    with module.tables_of_a_graph() as tables:  # whoever has the graph has them, too
+    tables.captured.clear()
+    with tables.tables_of_a_graph() as kept:  # whoever has the graph has them, too
         assert launches(xs) == [0, 1]
-    assert len(tables) == 2 and not module._captured
+    assert len(kept) == 2 and not tables.captured
 
 
 def test_tables_are_forgotten_by_size(monkeypatch):
-    module = importlib.import_module("pseuzo_kernels.ops")
-    monkeypatch.setattr(module, "PLANS", 3 * module.PLAN + 100)
-    plans = module._Plans()
+    monkeypatch.setattr(tables, "MAX_BYTES", 3 * tables.ENTRY_BYTES + 100)
+    plans = tables.TableCache()
     for t in range(5):
-        plans.keep((t,), module._Launches([], []))
+        plans.keep((t,), Launches([], []))
     assert list(plans) == [(2,), (3,), (4,)]
-    large = module._Together(
+    large = Together(
         [0],
-        torch.zeros(module.PLAN, dtype=torch.int8),
+        torch.zeros(tables.ENTRY_BYTES, dtype=torch.int8),
         torch.zeros(20, dtype=torch.int8),
         torch.zeros(0),
     )
-    plans.keep(("large",), module._Launches([], [large]))
-    assert list(plans) == [(4,), ("large",)] and plans._bytes == 3 * module.PLAN + 20
+    plans.keep(("large",), Launches([], [large]))
+    assert list(plans) == [(4,), ("large",)] and plans.n_bytes == 3 * tables.ENTRY_BYTES + 20
     plans.keep(("too large",), torch.zeros(1 << 20))
     assert list(plans) == [("too large",)], "what is needed now is kept"
 
 
 def test_tables_of_several_threads(monkeypatch):
     """One may forget what another is about to use; each gets the table of its key, and their sizes add up."""
-    module = importlib.import_module("pseuzo_kernels.ops")
-    monkeypatch.setattr(module, "PLANS", 3 * module.PLAN)
-    monkeypatch.setattr(module, "_plans", type(module._plans)())
+    monkeypatch.setattr(tables, "MAX_BYTES", 3 * tables.ENTRY_BYTES)
+    monkeypatch.setattr(tables, "cache", type(tables.cache)())
     errors, interval = [], sys.getswitchinterval()
 
     def work(first: int) -> None:
         try:
             for i in range(first, first + 4000):
-                assert module._plan((i % 5,), lambda i=i: torch.full((1,), i % 5), False) == i % 5
+                assert tables.cached((i % 5,), lambda i=i: torch.full((1,), i % 5), False) == i % 5
         except BaseException as error:
             errors.append(error)
 
@@ -295,9 +293,9 @@ def test_tables_of_several_threads(monkeypatch):
         sys.setswitchinterval(interval)
     assert not errors
     assert (
-        module._plans._bytes
-        == sum(map(module._plans._size, module._plans.values()))
-        <= 3 * module.PLAN
+        tables.cache.n_bytes
+        == sum(map(tables.cache.size_of, tables.cache.values()))
+        <= 3 * tables.ENTRY_BYTES
     )
 
 
@@ -491,9 +489,8 @@ class Compiled(NamedTuple):
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_are_made_again(noise, dtype, monkeypatch):
-    module = importlib.import_module("pseuzo_kernels.ops")
-    for name in ("_add_noise_kernel", "_add_noise_many_kernel"):
-        monkeypatch.setattr(module, name, Jitted(getattr(module, name)))
+    for name in ("add_noise_kernel", "add_noise_many_kernel"):
+        monkeypatch.setattr(kernels, name, Jitted(getattr(kernels, name)))
     sizes, scales = (1, 2048, 5000, 9000), [1.0, 0.5, 2.0, -1.0]
     xs = [values(n, dtype) for n in sizes]
     outs = [torch.empty(n + 1, dtype=dtype)[n == 5000 :][:n] for n in sizes]  # one is not aligned
@@ -506,8 +503,8 @@ def test_launches_are_made_again(noise, dtype, monkeypatch):
             x += 1  # in place
         if step == 0:
             add_noise_list_out_triton(*args, out=outs, launched=launches)
-        for launch in launches if step else ():
-            launch(stream=5)
+        for again in launches if step else ():
+            again(stream=5)
         want = [torch.empty_like(x) for x in xs]
         add_noise_list_out_triton(*args, out=want)
         for got, wanted in zip(outs, want, strict=True):

@@ -9,7 +9,7 @@ from helpers import KNOWN_DITHER, KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, ro
 from scipy import stats
 
 import pseuzo_kernels as pk
-from pseuzo_kernels import NOISES, reference
+from pseuzo_kernels import NOISES, laws, reference
 
 PHILOX = """
  7 00000000 00000000 00000000 00000000 00000000 00000000 5f6fb709 0d893f64 4f121f81 4f730a48
@@ -160,7 +160,7 @@ def test_fp16_sums_are_rounded_once():
     """fp32 holds what a fused multiply-add rounds: patterns and coefs are multiples of 2^-9 and 2^-10, sums below 32.
     And so the reference's sums are those of one rounding, made here from fp64, which holds them in any case."""
     every = torch.arange(1 << 16)
-    b = reference._half_patterns((every, every, every, every), 0x8F708F70, 0x30003000)
+    b = laws.HADAMARD((every, every, every, every))
     assert (b * 512 == (b * 512).round()).all()
     h = np.float16(0)
     for _ in range(reference.FP16_BLOCK):

@@ -1,4 +1,4 @@
-"""csrc/window.cu without a GPU: nvcc compiles it, and its very source, run on the CPU, agrees with the reference."""
+"""csrc/window/window.cu without a GPU: nvcc compiles it, and its very source, run on the CPU, agrees with the reference."""
 
 import ctypes
 import shutil
@@ -41,7 +41,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class WindowStep(ctypes.Structure):
-    """pseuzo::WindowStep of csrc/window.h."""
+    """pseuzo::WindowStep of csrc/window/window.h."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in POINTERS]
@@ -65,7 +65,7 @@ def build(folder: Path, threads: int, blocks: int) -> ctypes.CDLL:
     command = [
         GXX, "-x", "c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC",
         f"-DPSEUZO_WINDOW_THREADS={threads}", f"-DPSEUZO_WINDOW_BLOCKS={blocks}",
-        f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc'}", f"-isystem{cuda_include()}", "-", "-o", str(path),
+        f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc/window'}", f"-isystem{cuda_include()}", "-", "-o", str(path),
     ]  # fmt: skip
     subprocess.run(command, input=WRAPPER, text=True, check=True)
     library = ctypes.CDLL(str(path))
@@ -114,7 +114,7 @@ class Bands:
 def emulate(
     library, order, values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, *scalars
 ):
-    """pseuzo::window_step as csrc/window_cuda.cpp calls it; the tensors of the state must be contiguous."""
+    """pseuzo::window_step as csrc/window/cuda.cpp calls it; the tensors of the state must be contiguous."""
     seed, slot, used, momentum, eps = scalars
     bands = Bands()
     nan = float("nan")
@@ -363,7 +363,7 @@ def test_nvcc_compiles(tmp_path):
         "2",
     ]
     run = subprocess.run(
-        [NVCC, "-c", *flags, *archs, str(ROOT / "csrc/window.cu"), "-o", str(tmp_path / "window.o")],
+        [NVCC, "-c", *flags, *archs, str(ROOT / "csrc/window/window.cu"), "-o", str(tmp_path / "window.o")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

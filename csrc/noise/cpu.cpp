@@ -1,21 +1,14 @@
-// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_rows.
+// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_steps_, add_noise_rows.
 //
-// One inner source, add_noise_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen at run time;
-// the bits are the same. V columns of a chunk at a time, all 16 planes: their sums are made for all seeds before x is
-// read, so x is read and written once for any K. What limits it is arithmetic: for 256 normals 106 vector instructions
-// with AVX-512, for which a core has two ports, and 16 stores of 512 bits, each of which keeps both ports busy for 0.6
-// cycles (measured on a Xeon with AMX); with AVX2 290 instructions, on three ports.
-#include "add_noise_cpu.h"
-
+// Here arguments are checked and the work is shared out among threads; the arithmetic is in cpu_isa.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -23,157 +16,38 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu_task.h"
+#include "isa.h"
 #include "noise.h"
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the vector code expects the low half of a 64-bit lane first"
-#endif
-
-#if defined(__x86_64__)
-#define PSEUZO_X86 1
-#include <immintrin.h>
-#endif
-
-#define PSEUZO_INLINE static inline __attribute__((always_inline))
-#define PSEUZO_PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(unroll n)
-#define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define PSEUZO_TARGET_END PSEUZO_PRAGMA(clang attribute pop)
-#pragma STDC FP_CONTRACT OFF
-#else
-#define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(GCC unroll n)
-#define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(GCC push_options) PSEUZO_PRAGMA(GCC target(isa))
-#define PSEUZO_TARGET_END PSEUZO_PRAGMA(GCC pop_options)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, hundreds of them
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 
 namespace pseuzo {
 namespace {
 
-enum class Noise { kHadamard, kHadamardFp16, kRademacher, kNormal };
-enum class Dtype { kFp32, kBf16, kFp16 };
-
-constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
-
-// What is to be done to one tensor.
-struct Task {
-  int64_t first_term;  // of the call's terms, where its K begin
-  int64_t K;
-  const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
-  Noise noise;
-  Dtype dtype;
-  bool stochastic;
-  uint64_t rounding_hash;
-  uint32_t stream;
-  float keep;
-  float scale;
-  bool noisy;  // else d = 0, and nothing is made
-};
-
-// clang-format off: the order of the includes matters
-namespace plain {
-#include "simd_plain.inc"
-#include "add_noise_kernel.inc"
-}  // namespace plain
-
-#ifdef PSEUZO_X86
-PSEUZO_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#include "simd_avx2.inc"
-#include "add_noise_kernel.inc"
-}  // namespace avx2
-PSEUZO_TARGET_END
-
-PSEUZO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "simd_avx512.inc"
-#include "add_noise_kernel.inc"
-}  // namespace avx512
-PSEUZO_TARGET_END
-#endif
-// clang-format on
-
-// ---- the instruction set
-
-struct Isa {
-  const char* name;
-  void (*add_noise_span)(const Task&, int64_t first, int64_t last, const char* src, char* dst);
-  bool supported;
-};
-
-const std::vector<Isa>& isas() {  // the best first
-  static const std::vector<Isa> all = [] {
-    std::vector<Isa> isas;
-#ifdef PSEUZO_X86
-    __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    isas.push_back({"avx512", avx512::add_noise_span, has_avx512});
-    isas.push_back({"avx2", avx2::add_noise_span, has_avx2});
-#endif
-    isas.push_back({"plain", plain::add_noise_span, true});
-    return isas;
-  }();
-  return all;
-}
-
-const Isa* find_isa(const std::string& name) {
-  std::string known;
-  for (const Isa& isa : isas()) {
-    if (isa.name == name && isa.supported) return &isa;
-    if (isa.supported) known += (known.empty() ? "" : ", ") + std::string(isa.name);
-  }
-  TORCH_CHECK(false, "PSEUZO_CPU_ISA: must be one of ", known, " on this CPU, got '", name, "'; unset it for the best");
-}
-
-const Isa* default_isa() {
-  if (const char* name = std::getenv("PSEUZO_CPU_ISA")) return find_isa(name);
-  for (const Isa& isa : isas())
-    if (isa.supported) return &isa;
-  return nullptr;
-}
-
-std::atomic<const Isa*>& chosen_isa() {
-  static std::atomic<const Isa*> isa{default_isa()};
-  return isa;
-}
-
-// Rounding to nearest, subnormals kept: torch.set_flush_denormal and other libraries change that, for each thread.
-class FloatMode {
- public:
-#if defined(PSEUZO_X86)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FloatMode() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
-  }
-  ~FloatMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#else
-  FloatMode() {}
-#endif
-};
-
 // ---- arguments
 
-Noise noise_of(const char* op, std::string_view noise) {
-  if (noise == "hadamard") return Noise::kHadamard;
-  if (noise == "hadamard-fp16") return Noise::kHadamardFp16;
-  if (noise == "rademacher") return Noise::kRademacher;
-  TORCH_CHECK(noise == "normal", op, ": noise must be 'hadamard', 'hadamard-fp16', 'normal' or 'rademacher', got '",
-              noise, "'");
-  return Noise::kNormal;
+struct NamedNoise {
+  const char* name;
+  Noise noise;
+};
+constexpr NamedNoise kNoises[] = {
+    {"hadamard", Noise::kHadamard},
+    {"hadamard-fp16", Noise::kHadamardFp16},
+    {"normal", Noise::kNormal},
+    {"rademacher", Noise::kRademacher},
+};
+
+// None if the noise is not implemented here: the reference then makes it, or refuses it.
+std::optional<Noise> noise_of(std::string_view name) {
+  for (const NamedNoise& known : kNoises)
+    if (name == known.name) return known.noise;
+  return std::nullopt;
+}
+
+// The reference is registered for all backends at once, and so answers where no backend is asked for.
+template <typename Op, typename... Args>
+auto in_plain_torch(const char* name, Op*, const Args&... args) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+  return op.redispatch(c10::DispatchKeySet(), args...);
 }
 
 Dtype dtype_of(const char* op, const at::Tensor& x) {
@@ -194,16 +68,15 @@ void check_dense(const char* op, const char* name, const at::Tensor& x) {
               " while it is there");
 }
 
-// The seeds, hashed, and the coefficients, rounded: what all tensors of a call share. counts: how many are each step's.
+// The seeds, hashed, and the coefficients, rounded: all tensors of a call share them. counts: how many each step has.
 struct Terms {
   std::vector<uint64_t> hashes;
   std::vector<float> coefs;
-  std::vector<float> powers;  // of each step: what the sums are multiplied by, beside the scale; NaN: it is skipped
+  std::vector<float> powers;  // one a step: a factor of its sums beside the scale; NaN: the step is skipped
   Noise noise;
 
-  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, at::IntArrayRef counts,
-        std::string_view noise_name)
-      : noise(noise_of(op, noise_name)) {
+  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, at::IntArrayRef counts, Noise noise)
+      : noise(noise) {
     check_dense(op, "seeds", seeds);
     check_dense(op, "coefs", coefs_in);
     TORCH_CHECK(seeds.scalar_type() == at::kLong, op, ": seeds must be int64, got ", seeds.scalar_type());
@@ -229,10 +102,10 @@ struct Terms {
     }
   }
 
-  // Whether a step leaves everything as it is, since a coefficient is not finite.
+  // Whether a step changes nothing, since a coefficient is not finite.
   bool skips(int64_t step) const { return std::isnan(powers[step]); }
 
-  // How K terms are made: a single one is not rounded to half precision.
+  // A single term is not rounded to half precision.
   Noise noise_for(int64_t K) const { return noise == Noise::kHadamardFp16 && K < 2 ? Noise::kHadamard : noise; }
 
   float scale_for(int64_t step, double noise_scale) const {
@@ -241,7 +114,7 @@ struct Terms {
     return static_cast<float>((hadamard ? kHadamardScale : 1.0) * noise_scale) * powers[step];
   }
 
-  // For tasks with their streams, of which the seeds are kept in `room`.
+  // Gives tasks their seeds, which depend on their streams and are kept in `room`.
   void set(std::vector<Task>& tasks, std::vector<Seed>& room) const {
     const int keys = noise == Noise::kNormal ? 2 : 1;
     room.clear();
@@ -258,7 +131,7 @@ struct Terms {
   }
 };
 
-// Chunks a thread must have to be worth waking: about 30,000 normals.
+// A thread that has fewer chunks is not worth waking: about 30,000 normals.
 int64_t grain_of(const Terms& terms) { return std::max<int64_t>(1, 16 / std::max<int64_t>(1, terms.hashes.size())); }
 
 // ---- the ops
@@ -304,10 +177,10 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
   });
 }
 
-// xs == out, of which those with scale 0 are left alone, or xs empty, or xs and out alike.
+// in_place: xs is out, and tensors with scale 0 are left alone. Else xs is empty, or like out.
 void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place, const at::Tensor& seeds,
                     const at::Tensor& coefs, at::IntArrayRef streams, at::ArrayRef<double> keeps,
-                    at::ArrayRef<double> scales, std::string_view noise, bool stochastic, int64_t rounding_seed,
+                    at::ArrayRef<double> scales, Noise noise, bool stochastic, int64_t rounding_seed,
                     const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK((xs.empty() || xs.size() == out.size()) && streams.size() == out.size() && keeps.size() == out.size() &&
                   scales.size() == out.size(),
@@ -362,7 +235,12 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
 void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
                          at::ArrayRef<double> keeps, at::ArrayRef<double> scales, std::string_view noise,
                          bool stochastic, int64_t rounding_seed, const std::optional<at::Tensor>& found_inf) {
-  add_noise_list("add_noise_list_", xs, xs, true, seeds, coefs, streams, keeps, scales, noise, stochastic,
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_list_", add_noise_list_cpu_, xs, seeds, coefs, streams, keeps, scales,
+                          noise, stochastic, rounding_seed, found_inf);
+  }
+  add_noise_list("add_noise_list_", xs, xs, true, seeds, coefs, streams, keeps, scales, *known, stochastic,
                  rounding_seed, found_inf);
 }
 
@@ -370,7 +248,12 @@ void add_noise_list_out_cpu(at::TensorList xs, const at::Tensor& seeds, const at
                             at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
                             std::string_view noise, bool stochastic, int64_t rounding_seed,
                             const std::optional<at::Tensor>& found_inf, at::TensorList out) {
-  add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, noise, stochastic,
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_list_out", add_noise_list_out_cpu, xs, seeds, coefs, streams, keeps,
+                          scales, noise, stochastic, rounding_seed, found_inf, out);
+  }
+  add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, *known, stochastic,
                  rounding_seed, found_inf);
 }
 
@@ -378,6 +261,11 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
                           at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
                           std::string_view noise, bool stochastic, at::IntArrayRef rounding_seeds) {
   const char* const op = "add_noise_steps_";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_steps_", add_noise_steps_cpu_, xs, seeds, coefs, counts, streams, keeps,
+                          scales, noise, stochastic, rounding_seeds);
+  }
   const size_t steps = counts.size();
   TORCH_CHECK(streams.size() == xs.size() && rounding_seeds.size() == steps && keeps.size() == steps * xs.size() &&
                   scales.size() == keeps.size(),
@@ -391,7 +279,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
   }
   TORCH_CHECK(total == seeds.numel(), op, ": counts must add up to the number of seeds, ", seeds.numel(), ", got ",
               total);
-  const Terms terms(op, seeds, coefs, counts, noise);
+  const Terms terms(op, seeds, coefs, counts, *known);
   std::vector<Piece> pieces;
   for (size_t t = 0; t < xs.size(); t++) {
     check_dense(op, "x", xs[t]);
@@ -419,11 +307,15 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
 at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
                               const at::Tensor& coefs, int64_t stream, double scale, std::string_view noise) {
   const char* const op = "add_noise_rows";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_rows", add_noise_rows_cpu, x, index, seeds, coefs, stream, scale, noise);
+  }
   TORCH_CHECK(x.dim() == 2, op, ": x must have two dimensions, got shape ", x.sizes());
   check_dense(op, "x", x);
   TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op, ": index must be int64 on the CPU, got ",
               index.scalar_type(), " on ", index.device());
-  const Terms terms(op, seeds, coefs, seeds.numel(), noise);
+  const Terms terms(op, seeds, coefs, seeds.numel(), *known);
   const int64_t n_rows = x.size(0), width = x.size(1);
   const at::Tensor rows = index.contiguous();
   check_dense(op, "index", rows);
@@ -461,12 +353,9 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
 
 }  // namespace
 
-std::string cpu_isa() { return chosen_isa().load()->name; }
-void set_cpu_isa(const std::string& name) { chosen_isa() = find_isa(name); }
-
-std::vector<std::string> cpu_isas() {
+std::vector<std::string> cpu_noises() {
   std::vector<std::string> names;
-  for (const Isa& isa : isas()) names.push_back(isa.name);
+  for (const NamedNoise& noise : kNoises) names.push_back(noise.name);
   return names;
 }
 

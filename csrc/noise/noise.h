@@ -1,5 +1,5 @@
 // The noise contract for C++: which bits make z(seed, stream, i). pseuzo_kernels/reference.py defines it in full; here
-// are its constants and the work that is done once per seed. The vector code is in add_noise_kernel.inc.
+// are its constants and the work that is done once per seed. The vector code is in cpu_noise.inc.
 #pragma once
 
 #include <algorithm>

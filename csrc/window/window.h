@@ -1,4 +1,4 @@
-// The CUDA window step in plain types: kernels and launcher are in window.cu, their caller in window_cuda.cpp.
+// The CUDA window step in plain types: kernels and launcher are in window.cu, their caller in cuda.cpp.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -9,8 +9,8 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "window.h"
-#include "window_checks.h"
 
 namespace pseuzo {
 namespace {

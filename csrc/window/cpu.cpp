@@ -18,7 +18,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "window_checks.h"
+#include "checks.h"
 
 namespace pseuzo {
 namespace {

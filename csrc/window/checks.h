@@ -1,4 +1,5 @@
-// What window_step's implementations check: only what would corrupt memory. Python explains, see pseuzo_kernels/checks.py.
+// What window_step's implementations check: only what would corrupt memory. Python explains, see
+// pseuzo_kernels/window.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,0 +1,68 @@
+// What the ops of cpu.cpp ask of the vector code in cpu_isa.cpp: a task, and a function that does it.
+#pragma once
+
+#include <cstdint>
+
+#include "noise.h"
+
+#if defined(__x86_64__)
+#define PSEUZO_X86 1
+#include <immintrin.h>
+#endif
+
+namespace pseuzo {
+
+enum class Noise { kHadamard, kHadamardFp16, kRademacher, kNormal };
+enum class Dtype { kFp32, kBf16, kFp16 };
+
+constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
+
+// What is to be done to one tensor.
+struct Task {
+  int64_t first_term;  // of the call's terms, where its K begin
+  int64_t K;
+  const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
+  Noise noise;
+  Dtype dtype;
+  bool stochastic;
+  uint64_t rounding_hash;
+  uint32_t stream;
+  float keep;
+  float scale;
+  bool noisy;  // else d = 0, and nothing is made
+};
+
+// An instruction set that the vector code was compiled for.
+struct Isa {
+  const char* name;
+  // Elements first .. last - 1 of a tensor; src (or null) and dst point at element `first`.
+  void (*add_noise_span)(const Task&, int64_t first, int64_t last, const char* src, char* dst);
+  bool supported;  // by this CPU
+};
+
+const Isa* chosen_isa();
+
+// Rounding to nearest, subnormals kept: torch.set_flush_denormal and other libraries change that, for each thread.
+class FloatMode {
+ public:
+#if defined(PSEUZO_X86)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FloatMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~FloatMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  FloatMode() {}
+#endif
+};
+
+}  // namespace pseuzo
