@@ -49,6 +49,18 @@ def rounded_by_definition(
     return torch.copysign(size, exact).to(dtype)  # exact, or infinite
 
 
+def snapshot(model):
+    return [(p, p.data_ptr(), p.clone()) for p in model.parameters()]
+
+
+def assert_untouched(model, before):
+    assert [p.data_ptr() for p in model.parameters()] == [ptr for _, ptr, _ in before]
+    assert all(
+        p is q and torch.equal(p, was)
+        for p, (q, _, was) in zip(model.parameters(), before, strict=True)
+    )
+
+
 def perturbed_copy(model, seed, eps, noise="hadamard"):
     """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
     other = copy.deepcopy(model)

@@ -1,5 +1,7 @@
-"""Recorded passes: the bits of passes that are run. Without a GPU, a tape of ops stands in for the CUDA graph: like one
-it knows no Python, only the numbers and the memory that each op had when it was recorded."""
+"""Recorded passes: the bits of passes that are run. Without a GPU, a tape of ops stands in for the
+CUDA graph: like one it knows no Python, only the numbers and the memory that each op had when it
+was recorded.
+"""
 
 import copy
 import warnings
@@ -61,8 +63,9 @@ def test_exact_gradient_of_an_untied_head(tapes):
 
 @pytest.mark.parametrize("keep_view, recorded", [(False, 1), (True, 0)])
 def test_a_weight_used_outside_its_module(keep_view, recorded, tapes):
-    """It is copied for the whole pass once the watch has seen it, and then all is recorded. A view that was kept needs
-    the watch in every pass."""
+    """It is copied for the whole pass once the watch has seen it, and then all is recorded. A view
+    that was kept needs the watch in every pass.
+    """
     model, twin = Tied(keep_view=keep_view).eval(), Tied(keep_view=keep_view).eval()
     ids = torch.randint(0, 300, (4, 5))
     losses = []
@@ -74,8 +77,10 @@ def test_a_weight_used_outside_its_module(keep_view, recorded, tapes):
 
 
 def test_passes_whose_outputs_are_compared_are_recorded_together(tapes):
-    """A recorded pass may choose other kernels: beside one that is run, what they differ by would pass for a change of
-    the output. Here the perturbed pass needs the watch, and so is never recorded."""
+    """A recorded pass may choose other kernels: beside one that is run, what they differ by would
+    pass for a change of the output. Here the perturbed pass needs the watch, and so is never
+    recorded.
+    """
     model, twin = Tied(keep_view=True).eval(), Tied(keep_view=True).eval()
     ids = torch.randint(0, 300, (4, 5))
     losses = []
@@ -87,7 +92,9 @@ def test_passes_whose_outputs_are_compared_are_recorded_together(tapes):
 
 
 def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
-    """With lambda 0 the tied head runs too, the largest weight: scratch grows, and what was recorded before is void."""
+    """With lambda 0 the tied head runs too, the largest weight: scratch grows, and what was
+    recorded before is void.
+    """
     model = causal_lm("qwen2").eval()
     twin = copy.deepcopy(model)
     ids = batch_of()["input_ids"]
@@ -124,7 +131,9 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
 
 
 def test_other_weights_are_recorded_anew(tapes):
-    """A resumed run, and a weight that was replaced: graphs of what was there before would read freed memory."""
+    """A resumed run, and a weight that was replaced: graphs of what was there before would read
+    freed memory.
+    """
     model = causal_lm("opt").eval()
     twin = copy.deepcopy(model)
     plain, captured = PseuZO(model, 1e-3, 1e-2, 3), PseuZO(twin, 1e-3, 1e-2, 3, capture=True)
@@ -191,7 +200,9 @@ def test_refusals(tapes, monkeypatch):
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
-    """torch 2.11 stays on the stream of a graph if its end fails, and the end fails after an error in between."""
+    """torch 2.11 stays on the stream of a graph if its end fails, and the end fails after an error
+    in between.
+    """
     before, other = (SimpleNamespace(device=torch.device("cuda")) for _ in range(2))
     current = [before]
 
@@ -225,18 +236,18 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
 
 
 def test_functions_that_are_new_each_time_are_warned_of(tapes, monkeypatch):
-    monkeypatch.setattr(capture, "MOST", 4)
+    monkeypatch.setattr(capture, "MAX_GRAPHS", 4)
     model = causal_lm("opt").eval()
     objective = CausalLMObjective(model, [17, 4])
     opt = MeZO(model, capture=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for t in range(2 * capture.MOST + 2):
+        for t in range(2 * capture.MAX_GRAPHS + 2):
             forward, head = objective({**batch_of(seed=t), "labels": LABELS})
             opt.step(lambda f=forward, h=head: h(f()))
     assert not tapes
     assert sum("every step brings new functions" in str(w.message) for w in caught) == 1
-    assert len(opt.passes._graphs._steps) <= capture.MOST, "a long run would keep every batch"
+    assert len(opt.passes._graphs._steps) <= capture.MAX_GRAPHS, "a long run would keep every batch"
 
 
 def test_needs_a_gpu():
@@ -285,9 +296,18 @@ def test_trainer(method, train_on, tapes, monkeypatch, tmp_path):
         model, tokenizer = load_model(model_path("demo"))
         data = TaskData(examples, task, tokenizer, max_length=max_length(model), train_on=train_on)
         args = PseuZOTrainingArguments(
-            str(tmp_path / folder), method=method, max_steps=8, per_device_train_batch_size=5, learning_rate=2e-4,
-            clip_examples=2.0, capture=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path / folder),
+            method=method,
+            max_steps=8,
+            per_device_train_batch_size=5,
+            learning_rate=2e-4,
+            clip_examples=2.0,
+            capture=True,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
         PseuZOTrainer(model, args, train_dataset=data).train()
         return list(model.parameters())
 

@@ -1,7 +1,8 @@
-"""Contexts whose clean-up survives an interrupt: dropout off, no cached casts, and the helper they are made of.
+"""Contexts whose clean-up survives an interrupt: dropout off, no cached casts, and their helpers.
 
-Python may raise KeyboardInterrupt at any line, also at one of a clean-up. Each context here therefore records what it
-has to put back before it changes anything, and its clean-up may run twice: what it does it does from the record.
+Python may raise KeyboardInterrupt at any line, including the lines of a clean-up. A context here
+therefore records what it has to put back before it changes anything. Its clean-up works from that
+record alone, so that it may run twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 @contextmanager
 def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Run undo when the block ends, and once more if undo itself is interrupted. undo must allow for a second call.
+    """Run undo, which must be idempotent, when the block ends, and again if undo is interrupted.
 
-    This is a generator because one that is never resumed, as an interrupt came where a `with` block ends, still runs
-    its `finally` when it is freed. The `__exit__` of a class would not run at all.
+    This is a generator because an interrupt can come where a `with` block ends, before `__exit__`
+    is called. The generator is then freed, which still runs its `finally`.
     """
     try:
         try:
@@ -32,9 +33,10 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def no_cached_casts() -> Iterator[None]:
-    """Keep autocast from caching casts of weights, and from using casts that it cached outside of the block.
+    """Keep autocast from caching casts of weights, and from using casts of before the block.
 
-    Its cache holds the casts of fp32 weights until the outermost autocast block ends, whatever is written to them.
+    Its cache holds the casts of fp32 weights until the outermost autocast block ends, whatever is
+    written to the weights in between.
     """
     before = torch.is_autocast_cache_enabled()
 
@@ -71,7 +73,7 @@ def frozen_mode(model: nn.Module | None) -> Iterator[None]:
 
 
 def leave(mode: TorchDispatchMode | TorchFunctionMode) -> None:
-    """Take a mode off its stack, unless it is off already. Modes above it, which others put there, stay."""
+    """Take a mode off its stack, unless it is off already. Modes above it stay there."""
     dispatch = isinstance(mode, TorchDispatchMode)
     stack = _get_current_dispatch_mode_stack if dispatch else _get_current_function_mode_stack
     if not any(entered is mode for entered in stack()):

@@ -1,8 +1,8 @@
-"""Passes recorded as CUDA graphs: what was hundreds of launches from Python becomes one.
+"""Passes recorded as CUDA graphs: one launch replaces hundreds of launches from Python.
 
-A graph holds addresses and no Python: it reads its batch, its seed and its eps from tensors that are written before
-each replay. What differs from step to step on the host (the window's slot, the lr) stays outside: a few launches. The
-bits are those of the same kernels run one by one.
+A graph holds addresses and no Python: it reads its batch, its seed and its eps from tensors that
+are written before each replay. What differs between steps on the host (the window's slot, the lr)
+stays outside the graph, in a few launches. The bits are those of the same kernels run one by one.
 """
 
 import warnings
@@ -18,69 +18,72 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pseuzo_kernels.ops import tables_of_a_graph
 
-WARM_UP = (
-    2  # steps before the passes of one are recorded: they compile kernels and make what is kept
-)
-MOST = 64  # kinds of step kept, the ones used last: a graph is small, but a long run may see many shapes
+# Steps of a kind that run before it is recorded: they compile kernels and allocate what is kept.
+WARM_UP = 2
+# Kinds of step that are kept, the ones used last: a graph is small, but a run may see many shapes.
+MAX_GRAPHS = 64
+
+
+Recorded = tuple[Any, Callable[[], None]]  # the outputs of a pass, and the replay that writes them
 
 
 def check_device(name: str, device: torch.device) -> None:
+    """ValueError if graphs cannot be recorded on device."""
     if device.type != "cuda":
         raise ValueError(
             f"{name}: capture needs a CUDA GPU, and the weights are on {device}; leave it off"
         )
 
 
-def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
-    """What call() returned while it was recorded, and the replay that writes it anew. Nothing is computed yet."""
+def _record(call: Callable[[], Any], stream: Any, pool: Any) -> Recorded:
+    """Record call(). Nothing is computed until the replay."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
     try:
-        # relaxed: some kernels are first needed, and loaded, in here
+        # "relaxed", as some kernels are loaded when they are first launched, which may be here.
         with (
             tables_of_a_graph() as tables,
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
         ):
             outputs = call()
-    finally:  # torch stays on the stream of a graph whose end fails, as it does after an error in between
+    finally:
+        # After an error inside, the end of the graph fails too, and torch stays on its stream.
         torch.cuda.set_stream(current)
     return outputs, partial(_replay, graph, tables)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, tables: object) -> None:
-    """tables: what the graph reads; they are freed with it."""
+    """tables: the launch tables that the graph reads, which are freed with it."""
     graph.replay()
 
 
 class Graphs:
-    """Runs the passes of steps: at first as they are, in one step while they are recorded, and from then on as graphs.
+    """Runs the passes of steps: as they are at first, recorded in one step, and as graphs after it.
 
-    All graphs share one pool of memory, so that of one pass serves the next: they must not run at the same time, and
-    outputs are handed out as copies.
+    All graphs share one pool of memory, which one pass leaves to the next. They must therefore not
+    run at the same time, and outputs are returned as copies.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        # by what makes a step's passes: how often it was run, or its graphs by the name of the pass
-        self._steps: OrderedDict[Hashable, int | dict[str, tuple[Any, Callable[[], None]]]] = (
-            OrderedDict()
-        )
-        self._graphs: dict[str, tuple[Any, Callable[[], None]]] | None = (
-            None  # of the step that runs
-        )
+        # By the key of a kind of step: how often it ran, or the graphs of its passes by name.
+        self._steps: OrderedDict[Hashable, int | dict[str, Recorded]] = OrderedDict()
+        self._graphs: dict[str, Recorded] | None = None  # of the step that runs
         self._recording = False
         self._stream = self._pool = None
-        self._lost = (
-            0  # kinds of step that were forgotten before they were recorded, one after another
-        )
+        # How many kinds of step in a row were forgotten before they were recorded.
+        self._lost = 0
 
     def clear(self) -> None:
-        """Forget all graphs: the tensors that they read or write are no longer those of the model."""
+        """Forget all graphs, as the model no longer uses the memory that they read and write."""
         self._steps.clear()
 
     @contextmanager
     def step(self, key: Hashable, ready: bool) -> Iterator[None]:
-        """A step whose passes run() runs inside. key: all that says which passes they are, and of what. ready: False
-        while one of them still does things on the host."""
+        """Inside, run() runs the passes of one step.
+
+        key: all that determines which passes they are and what they read. ready: False while a pass
+        still does work on the host, such as the watch, so that it cannot be recorded.
+        """
         known = self._steps.get(key, 0)
         self._recording = known == WARM_UP and ready
         self._graphs = {} if self._recording else None if isinstance(known, int) else known
@@ -91,37 +94,42 @@ class Graphs:
             self._recording, self._graphs = False, None
 
     def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """call(), a tensor or a tuple of them. name: passes of a step that are the same have the same."""
+        """Return call(), a tensor or a tuple of tensors, or what the graph of it computes.
+
+        name: passes of one step that do the same have the same name, and share a graph.
+        """
         if self._graphs is None:
             outputs = call()
             if not all(isinstance(x, Tensor) for x in tree_leaves(outputs)):
                 raise TypeError(
-                    "capture: a pass must return tensors, not numbers; without .item(), or capture off"
+                    "capture: a pass must return tensors, not numbers; leave out .item(), or leave "
+                    "capture off"
                 )
             return outputs
         if not self._recording:
             outputs, replay = self._graphs[name]
             replay()
             return tree_map(Tensor.clone, outputs)
-        outputs = self._on_its_stream(call)  # this step's result; recording computes none
+        # Recording computes nothing, so this gives the result of the step.
+        outputs = self._on_its_stream(call)
         try:
             if name not in self._graphs:
                 self._graphs[name] = _record(call, self._stream, self._pool)
         except Exception as error:
-            self._pool = (
-                None  # torch may still take the failed graph for one that is being captured into it
-            )
-            first = (
-                error.__context__ or error
-            )  # the end of a graph that failed says no more than that
+            # torch may believe that the failed graph is still being captured into the pool.
+            self._pool = None
+            # The error at the end of a failed graph says no more than that it failed.
+            first = error.__context__ or error
             raise RuntimeError(
-                "capture: a pass does what a CUDA graph cannot hold, such as waiting for the device "
-                f"({str(first).splitlines()[0]}); change it, or leave capture off"
+                "capture: a pass does what a CUDA graph cannot hold, such as waiting for the "
+                f"device ({str(first).splitlines()[0]}); change it, or leave capture off"
             ) from error
         return outputs
 
     def _on_its_stream(self, call: Callable[[], Any]) -> Any:
-        """call() on the stream that records: workspaces of libraries and our launch tables belong to a stream."""
+        """Return call(), run on the stream that records, as it makes the workspaces of libraries
+        and the launch tables of the ops, which belong to a stream.
+        """
         if self.device.type != "cuda":
             return call()
         if self._stream is None:
@@ -133,18 +141,19 @@ class Graphs:
         with torch.cuda.stream(self._stream):
             outputs = call()
         current.wait_stream(self._stream)
-        return tree_map(Tensor.clone, outputs)  # memory of the stream that uses it from here on
+        return tree_map(Tensor.clone, outputs)  # in memory of the stream that goes on to use them
 
-    def _keep(self, key: Hashable, what: Any) -> None:
-        self._steps[key] = what
+    def _keep(self, key: Hashable, known: int | dict[str, Recorded]) -> None:
+        self._steps[key] = known
         self._steps.move_to_end(key)
-        if not isinstance(what, int):
+        if not isinstance(known, int):
             self._lost = 0
-        if len(self._steps) > MOST:
+        if len(self._steps) > MAX_GRAPHS:
             self._lost += isinstance(self._steps.popitem(last=False)[1], int)
-            if self._lost == MOST:
+            if self._lost == MAX_GRAPHS:
                 warnings.warn(
-                    "capture: every step brings new functions, so nothing is recorded; give the same ones each time, "
-                    "which read their batch from tensors that you write (tensor.copy_(...)) before the step",
+                    "capture: every step brings new functions, so nothing is recorded; give the "
+                    "same ones each time, which read their batch from tensors that you write "
+                    "(tensor.copy_(...)) before the step",
                     stacklevel=2,
                 )

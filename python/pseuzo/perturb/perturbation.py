@@ -10,9 +10,10 @@ from pseuzo_kernels.ops import RepeatedPerturb, add_noise_rows
 
 
 class Perturbation:
-    """x + scale * noise_scale * z(seed, stream) of each weight x of params: weight -> (stream, noise scale).
+    """x + scale * noise_scale * z(seed, stream) for each weight x.
 
-    The seed and the scale are tensors that aim() writes in place, so a recorded pass reads them when it is replayed.
+    params: weight -> (stream, noise scale). The seed and the scale are tensors that aim() writes in
+    place, so that a recorded pass reads them when it is replayed.
     """
 
     @torch.inference_mode(False)  # the weights are used outside of that mode, too
@@ -20,6 +21,7 @@ class Perturbation:
         check_noise("perturbed", noise)
         self.noise = noise
         self.params = {p: place for p, place in params.items() if place[1] != 0}
+        self.streams = {p: stream for p, (stream, _) in self.params.items()}
         # The weights as the ops take them: without autograd, in the same memory.
         self.real = {p: p.detach() for p in self.params}
         self.devices = {p.device for p in self.params}
@@ -33,7 +35,7 @@ class Perturbation:
         self._aims: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
-        """Is this the perturbation of params? Not if a weight was moved, replaced or scaled anew since it was made."""
+        """Is this the perturbation of params? It is not if one was moved, replaced or rescaled."""
         if noise != self.noise or [(p.data_ptr(), p.dtype) for p in self.params] != self._memory:
             return False
         if params is not self._matched:

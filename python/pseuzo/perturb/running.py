@@ -1,9 +1,8 @@
-"""The pass that runs: perturbed weights in the places of the model's, and the hooks that put them there."""
+"""The pass that runs: its hooks put perturbed weights in the places of the model's own."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 from weakref import ref
 
 from torch import Tensor, nn
@@ -13,15 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from pseuzo.perturb.contexts import leave, no_cached_casts, undoing
-from pseuzo.perturb.scratch import Block, Place, bare
+from pseuzo.perturb.layout import Blocks, Layout
+from pseuzo.perturb.scratch import Place, Scratch, bare
 from pseuzo.perturb.watch import Watch
-
-if TYPE_CHECKING:
-    from pseuzo.perturb.module import ModulePasses
 
 
 class Hooks:
-    """Hooks that are put on for a pass and taken off after it, which costs less than to register them each time."""
+    """Hooks that a pass puts on and takes off, which costs less than to register them each time."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[ref[nn.Module], str, int, object]] = []
@@ -56,7 +53,7 @@ def _new_key() -> int:
 
 
 class _RowsOfEmbedding(TorchFunctionMode):
-    """While an embedding's forward runs: a lookup in `param` gives perturbed rows; other uses, a perturbed copy."""
+    """In an embedding, lookups in `param` give perturbed rows; other uses see a perturbed copy."""
 
     def __init__(
         self,
@@ -71,8 +68,8 @@ class _RowsOfEmbedding(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.embedding and len(args) > 1 and args[1] is self._param:
             max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
-            # A lookup with max_norm writes to its weight, and rows of many tokens cost more than the whole table. Both
-            # get a copy, below.
+            # A lookup with max_norm writes to its weight, and rows of many tokens cost more than
+            # the whole table. Both get a copy, below.
             if max_norm is None and args[0].numel() < self._param.shape[0]:
                 return self._rows(self._param, args[0])
         if func.__name__ != "__get__":  # asking for its dtype or shape does not use it
@@ -95,41 +92,42 @@ def _put_back(originals: Originals) -> None:
 class RunningPass:
     """The pass that runs, one after another of one model.
 
-    Whatever it changes it records first, so that undo() takes all of it back, however far the pass or an earlier undo()
-    came before it was interrupted.
+    Whatever it changes it records first, so that undo() takes all of it back, however far the pass
+    or an earlier undo() came before it was interrupted.
     """
 
-    def __init__(self, passes: "ModulePasses") -> None:
-        self._passes = passes
+    def __init__(self, layout: Layout, scratch: Scratch) -> None:
+        self._layout, self._scratch, self._learned = layout, scratch, layout.learned
         self.active = False
         self._kind = ""
-        self._blocks: dict[ref[nn.Module], Block] = {}
+        self._blocks: Blocks = {}
         self._copies: dict[nn.Parameter, Tensor] = {}  # made in this pass, for the rest of it
         self._hooks = Hooks()
         self._watch: Watch | None = None
         self._originals: Originals = []  # what each place had that this pass wrote to
-        # The modules that run on perturbed weights: where their records begin, and their mode.
+        # The modules that run on perturbed weights: where their originals begin, and their mode.
         self._inside: list[tuple[ref[nn.Module], int, TorchFunctionMode | None]] = []
-        self._strays: list[Place] = []  # with copies, as their module ran outside of its block
-        self._calls: list[ref[nn.Module]] = []  # that run, in passes that are watched
-        # By kind: the hooks of settled passes, and the blocks and the number of weights reached that they are for.
-        self._hooks_of: dict[str, tuple[dict[ref[nn.Module], Block], int, Hooks]] = {}
+        self._strays: list[Place] = []  # of modules that ran outside of their block, with copies
+        self._calls: list[ref[nn.Module]] = []  # the modules that run, while passes are watched
+        # The hooks of settled passes by kind, with the blocks and the number of reached weights
+        # that they were made for.
+        self._hooks_of: dict[str, tuple[Blocks, int, Hooks]] = {}
 
     @contextmanager
     def run(self, kind: str) -> Iterator[None]:
-        """A pass of this kind. It does not begin before an earlier one was undone."""
+        """A pass of this kind. What an interrupted pass may have left is undone first."""
         self.undo()
         with undoing(self.undo), no_cached_casts():
             known = self._begin(kind)
             yield
-            reached = self._passes.learned.reached[kind]
+            reached = self._learned.reached[kind]
             if self._watch is not None and not self._watch.met and len(reached) == known > 0:
-                self._passes.learned.settled.add(kind)
+                self._learned.settled.add(kind)
 
     def _begin(self, kind: str) -> int:
-        """Returns how many weights such passes are known to use."""
-        passes, learned = self._passes, self._passes.learned
-        plan = passes.plan()
+        """Begin a pass. Return how many weights passes of this kind are known to use."""
+        layout, learned = self._layout, self._learned
+        plan = layout.plan()
         self.active, self._kind = True, kind
         known = len(learned.reached.setdefault(kind, set()))
         for copies in plan.copies:
@@ -140,14 +138,14 @@ class RunningPass:
         ]
         for (parameters, name, _), x in plan.places:
             parameters[name] = x
-        self._blocks = passes.blocks_of(kind)
+        self._blocks = layout.blocks_of(kind)
         self._hooks = self._hooks_for(kind, known)
         self._hooks.put_on()
         if kind not in learned.settled:
             self._watch = Watch(
-                passes.perturbation,
+                layout.perturbation,
                 self._copy_of,
-                passes.whole_pass.weight_at,
+                layout.whole_pass.weight_at,
                 learned.reached[kind],
                 learned.outside,
             )
@@ -155,7 +153,7 @@ class RunningPass:
         return known
 
     def undo(self) -> None:
-        """Take back all that the pass changed. This may be called at any time, and again."""
+        """Undo all that the pass changed. Idempotent, at any time."""
         _put_back(self._originals)
         _put_back([(place.parameters, place.name, place.param) for place in self._strays])
         self._hooks.take_off()
@@ -164,8 +162,8 @@ class RunningPass:
                 leave(mode)
         if self._watch is not None:
             leave(self._watch)
-        for place in self._strays:  # memory that is not needed again
-            self._passes.whole_pass.forget(place.param)
+        for place in self._strays:  # later passes do not need their memory
+            self._layout.whole_pass.forget(place.param)
         for records in (self._originals, self._strays, self._inside, self._calls, self._copies):
             records.clear()
         self._watch, self._hooks = None, Hooks()
@@ -173,19 +171,19 @@ class RunningPass:
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of the perturbed embedding. No others are made."""
-        self._passes.learned.reached[self._kind].add(param)
-        return self._passes.perturbation.rows(param, index)
+        self._learned.reached[self._kind].add(param)
+        return self._layout.perturbation.rows(param, index)
 
     def _copy_of(self, param: nn.Parameter) -> Tensor:
         """The perturbed weight, for the rest of the pass."""
         if param not in self._copies:
-            copies = self._passes.whole_pass.single(param)
+            copies = self._layout.whole_pass.single(param)
             copies.make()
             (self._copies[param],) = copies.outs
         return self._copies[param]
 
     def _hooks_for(self, kind: str, known: int) -> Hooks:
-        settled = kind in self._passes.learned.settled
+        settled = kind in self._learned.settled
         blocks, reached, hooks = self._hooks_of.get(kind, (None, 0, None))
         if settled and hooks is not None and blocks is self._blocks and reached == known:
             return hooks
@@ -195,31 +193,31 @@ class RunningPass:
         return hooks
 
     def _made_hooks(self, kind: str, settled: bool) -> Hooks:
-        passes, hooks = self._passes, Hooks()
+        layout, hooks = self._layout, Hooks()
         if settled:
-            reached = passes.learned.reached[kind]
+            reached = layout.learned.reached[kind]
             unsure = [
                 module
-                for module, places in passes.places.items()
+                for module, places in layout.places.items()
                 if any(place.param not in reached for place in places)
             ]
             hooks.before(unsure, self._note_module)
         else:
-            everything = passes.modules()
+            everything = layout.modules()
             hooks.before(everything, self._begin_call)
             hooks.after(everything, self._end_call)
-        hooks.before(passes.plan().owned.keys() - self._blocks.keys(), self._enter_alone)
+        hooks.before(layout.plan().owned.keys() - self._blocks.keys(), self._enter_alone)
         hooks.before(self._blocks, self._enter_module)
         hooks.after(self._blocks, self._leave_module)
         return hooks
 
     def _note_module(self, module: nn.Module, args: tuple) -> None:
-        places = self._passes.places.get(ref(module), ())
-        self._passes.learned.reached[self._kind].update(place.param for place in places)
+        places = self._layout.places.get(ref(module), ())
+        self._learned.reached[self._kind].update(place.param for place in places)
 
     def _begin_call(self, module: nn.Module, args: tuple) -> None:
         self._calls.append(ref(module))
-        within = self._passes.learned.within.setdefault(self._kind, {})
+        within = self._learned.within.setdefault(self._kind, {})
         within.setdefault(ref(module), set(self._calls)).intersection_update(self._calls)
         self._note_module(module, args)
 
@@ -235,27 +233,29 @@ class RunningPass:
             self._inside.append((ref(module), first, mode))
             mode.__enter__()
             return
-        made = self._passes.scratch.take(len(self._inside), block)
+        made = self._scratch.take(len(self._inside), block)
         for copies in made.copies:
             copies.make()
         self._inside.append((ref(module), first, None))
-        self._originals += block.places  # which have the weights themselves
+        self._originals += block.places  # they are bare, so that their originals are the weights
         for (parameters, name, _), x in made.places:
             parameters[name] = x
 
     def _enter_alone(self, module: nn.Module, args: tuple) -> None:
-        """Copy the weights of a module that runs outside of its block, for the rest of this pass. In passes to come it is
-        a block of its own."""
-        places = bare(self._passes.plan().owned[ref(module)])
+        """Copy the weights of a module that runs outside of its block, for the rest of this pass.
+
+        It will be a block of its own in the passes to come.
+        """
+        places = bare(self._layout.plan().owned[ref(module)])
         if places:
             copies = [self._copy_of(place.param) for place in places]
             self._strays += places
             for (parameters, name, _), x in zip(places, copies, strict=True):
                 parameters[name] = x
-            self._passes.runs_alone(ref(module), self._kind)
+            self._layout.runs_alone(ref(module), self._kind)
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
-        """Put the weights back. The next module gets the scratch, so an output that is a view of it is copied first."""
+        """Put the weights back, and copy outputs that are views of scratch, which is used again."""
         if self._inside and self._inside[-1][0] == ref(module):
             _, first, mode = self._inside[-1]
             if mode is not None:
@@ -263,7 +263,7 @@ class RunningPass:
             _put_back(self._originals[first:])
             del self._originals[first:]
             self._inside.pop()
-        holds = self._passes.scratch.holds
+        holds = self._scratch.holds
         if any(map(holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
             return tree_map_only(Tensor, lambda x: x.clone() if holds(x) else x, output)
         return None

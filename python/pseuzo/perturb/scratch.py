@@ -1,13 +1,16 @@
-"""Where perturbed weights are made: scratch that modules share, one after another, and copies that last a whole pass.
+"""Where perturbed weights are made: scratch that modules share, one after another, and copies that
+last a whole pass.
 
-Another way to hold weights, such as weights that lie on the host and are fetched before their module runs, replaces
-`Scratch`. What a pass asks of it is all here:
+Another way to hold weights, such as weights that lie on the host and are fetched before their
+module runs, replaces `Scratch`. This is all that a pass asks of it:
 
-    take(depth, block) -> Made    memory for the weights of a block that runs inside `depth` others. Each of
-                                  `Made.copies` has make(), which fills the memory; it stays valid until the block's
-                                  module returns, and the next block at this depth may get the same memory
-    holds(x) -> bool              is x in that memory? Outputs of a module that are get copied
-    replaced -> int               counts how often memory was freed: CUDA graphs from before must not run any more
+    take(depth, block) -> Made    memory for the weights of a block that runs inside `depth` others.
+                                  Each of Made.copies has make(), which fills the memory. It stays
+                                  valid until the block's module returns; the next block at this
+                                  depth may get the same memory.
+    holds(x) -> bool              is x in that memory? Outputs of a module that are get copied.
+    replaced -> int               counts how often memory was freed: CUDA graphs that were recorded
+                                  before must not run any more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,18 +23,18 @@ from torch import Tensor, nn
 from pseuzo.perturb.perturbation import Perturbation
 from pseuzo_kernels.ops import RepeatedPerturb
 
-# Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, of which a model has
-# few elements in all.
+# Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, of
+# which a model has few elements in all.
 SMALL = 1 << 16
-# The most elements of one block that are made in one launch, as a launch costs the host more than making a small
-# weight costs a GPU. This is 32 MB of scratch in half precision, which stays in a GPU's cache (H100: 50 MB). A model
-# that is not much larger gets less: a 16th of its size, or 8 MB.
+# The most elements of one block that are made in one launch, as a launch costs the host more than
+# making a small weight costs a GPU. This is 32 MB of scratch in half precision, which stays in a
+# GPU's cache (H100: 50 MB). A model that is not much larger gets less: a 16th of its size, or 8 MB.
 TOGETHER, SMALL_TOGETHER, PART = 1 << 24, 1 << 22, 16
 ALIGN = 2048  # elements between tensors in scratch: each begins where the kernels can read widely
 
 
 class Place(NamedTuple):
-    """Where a module has a weight. This holds the module's dict, not the module, which would keep the model alive."""
+    """Where a module has a weight. To hold the module itself would keep the model alive."""
 
     parameters: dict[str, nn.Parameter | None]
     name: str
@@ -39,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Memory for perturbed weights of one dtype and device, and the launch that makes them there."""
+    """Memory for perturbed weights of one dtype and device, and the launch that fills it."""
 
     params: list[nn.Parameter]
     outs: list[Tensor]
@@ -60,7 +63,10 @@ def alike(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 class Block:
-    """Weights that are made when one module runs. A table is an embedding: its rows are made as they are looked up."""
+    """Weights that are made when one module runs.
+
+    table: they are an embedding's, of which rows are made as they are looked up.
+    """
 
     def __init__(self, places: list[Place], table: bool = False) -> None:
         self.places, self.table = places, table
@@ -68,8 +74,11 @@ class Block:
         self.alike = alike(place.param for place in places)
 
     def bare(self) -> "Block":
-        """The block of the places that have the weight itself now. What else is there is perturbed already, as a module
-        may run within itself, or was put there by the user."""
+        """The block of those places that have the weight itself now.
+
+        Anything else there is perturbed already, as a module may run within itself, or was put
+        there by the user.
+        """
         places = bare(self.places)
         return self if len(places) == len(self.places) else Block(places, self.table)
 
@@ -85,7 +94,7 @@ def room(x: Tensor) -> int:
 
 
 def most_together(params: Iterable[nn.Parameter]) -> int:
-    """The most elements that are made in one launch in a model of these."""
+    """The most elements that are made in one launch, in a model with these weights."""
     return min(TOGETHER, max(sum(p.numel() for p in params) // PART, SMALL_TOGETHER))
 
 
@@ -97,7 +106,7 @@ class Made(NamedTuple):
 
 
 class Scratch:
-    """One buffer for each nesting depth. It grows to the largest block that ran there; every block reuses it."""
+    """One buffer for each nesting depth, which grows to the largest block that ran there."""
 
     def __init__(self, perturbation: Perturbation, together: int) -> None:
         self._perturbation = perturbation

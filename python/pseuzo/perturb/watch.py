@@ -14,12 +14,13 @@ Modules = dict[ref[nn.Module], set[ref[nn.Module]]]
 
 
 class Learned:
-    """What passes showed of a model, by kind of pass."""
+    """What passes taught of a model, by kind of pass."""
 
     def __init__(self) -> None:
         self.reached: dict[str, set[nn.Parameter]] = {}  # the weights that passes used so far
         self.within: dict[str, Modules] = {}  # the modules that ran around every call of a module
-        self.settled: set[str] = set()  # kinds of which one pass taught nothing: no watch is needed
+        # Kinds of which a watched pass taught nothing new: they run without the watch.
+        self.settled: set[str] = set()
         self.outside: set[nn.Parameter] = set()  # weights used outside their module
 
     def used(self, streams: Mapping[nn.Parameter, int]) -> dict[str, list[int]]:
@@ -36,9 +37,10 @@ class Learned:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every op of a pass and replaces (views of) real weights that reach one by the same views of copies.
+    """Sees every op of a pass and gives it perturbed copies in place of (views of) real weights.
 
-    met: did a real weight reach an op?
+    copy_of: gives the copy of a weight. weight_at: the weight whose copy lies in a storage. reached
+    and outside: sets of weights that are added to. met: did a real weight reach an op?
     """
 
     def __init__(

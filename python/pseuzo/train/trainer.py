@@ -46,7 +46,7 @@ from pseuzo.optim import MeZO, PseuZO
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import row_factors
 from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
-from pseuzo.perturb.graphs import MOST
+from pseuzo.perturb.graphs import MAX_GRAPHS
 from pseuzo.tasks import TaskData, evaluate, nondiff_loss
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -439,7 +439,7 @@ class PseuZOTrainer(Trainer):
             own = {name: x.clone() for name, x in plan.items()}
             forward, head = self.objective.functions(own, "none" if each else "mean")
             self._recorded[shape] = own, (forward, head, lambda: head(forward()))
-            if len(self._recorded) > MOST:
+            if len(self._recorded) > MAX_GRAPHS:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(shape)
         own, functions = self._recorded[shape]
