@@ -1,6 +1,7 @@
-# make demo, make test: set up what they need in .venv, and run. make lint, make bench: likewise.
+# make demo, make test: set up what they need in .venv, and run. So do lint, bench, docs and dist.
 # ARGS is passed on: make demo ARGS="--steps 20", make test ARGS="-k window"
 # make test-fast: what daily work needs, in a minute. make test-machines: all tests, as other CPUs run them.
+# make docs: the documentation, in site/; a broken link fails. make dist: a wheel and a source distribution, in dist/.
 
 SHELL = bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ READY = $(VENV)/.ready
 CSRC = $(wildcard csrc/*.* csrc/*/*.*)
 SOURCES = $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-machines lint format bench clean
+.PHONY: demo test test-fast test-machines lint format bench docs dist clean
 
 demo: $(READY)
 	$(BIN)/pseuzo demo $(ARGS)
@@ -55,6 +56,18 @@ bench: $(READY)
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/report.py
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
+
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+$(VENV)/.docs $(VENV)/.dist: $(VENV)/.%: $(READY)
+	$(PIP) --no-build-isolation -e ".[$*]"
+	touch $@
+
 # Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the
 # usual one, which runs on a CPU too.
 TORCH = torch
@@ -66,9 +79,9 @@ endif
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) setuptools wheel ninja pybind11
+	$(PIP) "setuptools>=77" ninja pybind11
 	$(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build pseuzo-demo pseuzo_kernels/*.so *.egg-info python/*.egg-info
+	rm -rf $(VENV) build dist site pseuzo-demo pseuzo_kernels/*.so *.egg-info python/*.egg-info

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         "pseuzo: torch must be importable while pseuzo is built, as its extension is compiled against it; "
-        "pip install torch wheel, then pip install --no-build-isolation -e ."
+        'pip install torch "setuptools>=77", then pip install --no-build-isolation -e .'
     ) from error
 
 MODES = ("auto", "cuda", "cpu", "none")
@@ -164,6 +164,8 @@ setup(
     ],
     package_dir={"pseuzo": "python/pseuzo"},
     package_data={
+        "pseuzo": ["py.typed"],
+        "pseuzo_kernels": ["py.typed"],
         "pseuzo.demo": ["assets/**/*"],
         "pseuzo.tasks": ["builtin/*.yaml"],
     },

@@ -20,6 +20,8 @@ if _C is not None and _C.build_info().get("rounding_version") != reference.ROUND
         "PSEUZO_BUILD=cpu pip install --no-build-isolation -e . (PSEUZO_BUILD=cuda for a GPU)"
     )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_",
     "update_",

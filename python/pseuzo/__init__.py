@@ -5,7 +5,10 @@ its help without them, and Ctrl-C during such an import would end in a traceback
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from pseuzo.extras import TRAIN_MODULES, how_to_install, missing_train_modules
 
 if TYPE_CHECKING:
     from pseuzo.models.objective import CausalLMObjective
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from pseuzo.train.journal import Journal
     from pseuzo.train.replay import replay
     from pseuzo.train.trainer import PseuZOTrainer
+    from pseuzo_kernels import __version__ as __version__
 
 _NAMES = {  # the public names by the module that defines them
     "models.objective": ("CausalLMObjective",),
@@ -29,19 +33,41 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 _PACKAGES = ("cli", "demo", "models", "optim", "perturb", "tasks", "train")
 
 __all__ = [
-    "CausalLMObjective", "Constant", "CyclicHyperbola", "Journal", "Linear", "MeZO", "PseuZO", "PseuZOTrainer",
-    "PseuZOTrainingArguments", "Schedule", "perturbed", "replay",
-]  # fmt: skip
+    "CausalLMObjective",
+    "Constant",
+    "CyclicHyperbola",
+    "Journal",
+    "Linear",
+    "MeZO",
+    "PseuZO",
+    "PseuZOTrainer",
+    "PseuZOTrainingArguments",
+    "Schedule",
+    "perturbed",
+    "replay",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(f"pseuzo.{_MODULE_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _PACKAGES:
-        return importlib.import_module(f"pseuzo.{name}")
-    raise AttributeError(f"module 'pseuzo' has no attribute {name!r}")
+    if name == "__version__":
+        value = importlib.import_module("pseuzo_kernels").__version__
+    elif name in _MODULE_OF:
+        value = getattr(_import(_MODULE_OF[name], name), name)
+    elif name in _PACKAGES:
+        return _import(name, name)
+    else:
+        raise AttributeError(f"module 'pseuzo' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _import(module: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"pseuzo.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_MODULES:
+            raise
+        raise ImportError(how_to_install(f"pseuzo.{what}", missing_train_modules())) from None
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,15 @@
-"""The command `pseuzo`: what Ctrl-C ends with before the command line is there to say it."""
+"""The command `pseuzo`: it answers Ctrl-C and a missing extra before the command line is imported."""
 
 import sys
+
+from pseuzo.extras import how_to_install, missing_train_modules
 
 
 def main() -> None:
     try:
+        if missing := missing_train_modules():
+            print(how_to_install("the command line", missing), file=sys.stderr)
+            raise SystemExit(2)
         from pseuzo.cli.commands import main as command
 
         command(prog_name="pseuzo")

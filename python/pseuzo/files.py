@@ -9,17 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-import yaml
 from torch import Tensor, nn
 
 from pseuzo.machine import parts_of
+
+if TYPE_CHECKING:
+    import yaml
 
 YAML_BYTES, YAML_DEPTH = 262_144, 32  # the most of a file
 
@@ -158,13 +160,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(
-    path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader
+    path: Path, loader: "type[yaml.SafeLoader] | type[yaml.BaseLoader] | None" = None
 ) -> Any:
     """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML, and for what could
     take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH levels, and aliases, which a few lines
     can multiply to billions of values."""
 
-    class Bounded(loader):
+    import yaml  # an optimizer and its journal go without it
+
+    class Bounded(loader or yaml.SafeLoader):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

@@ -1,0 +1,32 @@
+"""What `pip install "pseuzo[train]"` adds to the optimizers, and the sentence for where it is missing."""
+
+from importlib.util import find_spec
+
+TRAIN_MODULES = (  # the import names of the packages of the extra `train` in pyproject.toml
+    "accelerate",
+    "click",
+    "datasets",
+    "jinja2",
+    "matplotlib",
+    "peft",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "torchmetrics",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
+
+
+def missing_train_modules() -> list[str]:
+    """The modules of the extra that are not installed. Nothing is imported to find out."""
+    return [name for name in TRAIN_MODULES if find_spec(name) is None]
+
+
+def how_to_install(what: str, missing: list[str]) -> str:
+    """One sentence for a user who asked for `what` without the extra."""
+    are = "is" if len(missing) == 1 else "are"
+    return (
+        f'{what} needs {", ".join(missing)}, which {are} not installed: pip install "pseuzo[train]"'
+    )
