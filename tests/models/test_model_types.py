@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import Waits, perturbed_copy
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
-from pseuzo.models.loading import head_parameters
-from pseuzo.models.objective import padded, padded_on_the_right
+from pseuzo.models.positions import padded, padded_on_the_right
+from pseuzo.models.split import head_parameters
 from pseuzo.optim.seeds import step_seed
 from pseuzo.tasks import Example, Task, TaskData, evaluate
 from pseuzo.tasks.evaluation import generate

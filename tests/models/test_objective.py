@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import Waits
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
-from pseuzo.models.loading import tune
-from pseuzo.models.objective import _seeing_itself, loss_positions, rows_of_options, with_positions
+from pseuzo.models.attention import seeing_itself
+from pseuzo.models.modes import tune
+from pseuzo.models.positions import loss_positions, rows_of_options, with_positions
 from tiny_models import ALL_KINDS, KINDS, VOCAB, batch_of, causal_lm
 from torch.nn import functional as F
 from transformers import BatchEncoding, Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
@@ -180,7 +181,7 @@ def test_no_query_of_a_pad_makes_nan(kind, mode, monkeypatch):
 def test_queries_that_see_a_key_see_what_they_saw():
     keep = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
     mask = torch.ones(4, 5).tril(1).bool() & keep[:, None, None]  # one key comes before the queries
-    got = _seeing_itself(mask)
+    got = seeing_itself(mask)
     assert torch.equal(got[1], mask[1]) and torch.equal(got[0, 0, 2:], mask[0, 0, 2:])
     assert got[0, 0, :2].tolist() == [
         [False, True, False, False, False],

@@ -8,7 +8,8 @@ from itertools import islice
 import pytest
 import torch
 from pseuzo import CausalLMObjective, MeZO, PseuZO
-from pseuzo.models.placement import Row, choose, equal_change, groups_of, param_groups, place, probe
+from pseuzo.models.placement import groups_of, param_groups, place
+from pseuzo.models.probe import Row, choose, equal_change, probe
 from pseuzo.perturb.module import known_passes
 from tiny_models import ALL_KINDS, batch_of, causal_lm
 from torch import nn

@@ -12,7 +12,8 @@ import torch
 from pseuzo import CausalLMObjective, PseuZOTrainer, PseuZOTrainingArguments
 from pseuzo.files import save_model
 from pseuzo.machine import parts_of
-from pseuzo.models.loading import keep_as_loaded, load_model, quantised, tune
+from pseuzo.models.loading import keep_as_loaded, load_model, quantised
+from pseuzo.models.modes import tune
 from pseuzo.train.journal_file import fingerprint, read_journal
 from pseuzo.train.replay import replay
 from tiny_models import batch_of, causal_lm

@@ -14,7 +14,9 @@ from helpers import perturbed_copy
 from peft import PeftModel
 from pseuzo import CausalLMObjective, MeZO, PseuZO, perturbed
 from pseuzo.files import save_model
-from pseuzo.models.loading import MODES, head_parameters, load_model, tune
+from pseuzo.models.loading import load_model
+from pseuzo.models.modes import MODES, tune
+from pseuzo.models.split import head_parameters
 from pseuzo.optim.seeds import step_seed
 from safetensors.torch import save_file
 from tiny_models import ALL_KINDS, VOCAB, batch_of, causal_lm

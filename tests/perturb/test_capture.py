@@ -17,7 +17,7 @@ from pseuzo import CausalLMObjective, MeZO, PseuZO
 from pseuzo.cli.commands import main
 from pseuzo.cli.run import max_length, model_path
 from pseuzo.models.loading import load_model
-from pseuzo.models.objective import padded
+from pseuzo.models.positions import padded
 from pseuzo.optim.schedule import Constant
 from pseuzo.perturb import graphs as capture
 from pseuzo.perturb import scratch

@@ -15,8 +15,8 @@ from pseuzo.cli.commands import main
 from pseuzo.cli.run import max_length, model_path
 from pseuzo.machine import Fetched
 from pseuzo.models.loading import load_model
-from pseuzo.models.objective import predicted, with_positions
 from pseuzo.models.placement import param_groups, place
+from pseuzo.models.positions import predicted, with_positions
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.train.arguments import UNUSED, PseuZOTrainingArguments
 from pseuzo.train.journal_file import read_journal

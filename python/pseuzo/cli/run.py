@@ -40,7 +40,8 @@ from pseuzo.files import (
     write_model,
 )
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
-from pseuzo.models.loading import load_model, tune
+from pseuzo.models.loading import load_model
+from pseuzo.models.modes import MODES, tune
 from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -50,7 +51,6 @@ from pseuzo.train.methods import ZEROTH_ORDER, default_rate
 from pseuzo.train.trainer import PLACEMENT_FILE, PseuZOTrainer
 from pseuzo_kernels import _C
 
-DEFAULT_EPS = {"full": 1e-3, "head": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
 LR_FILE = "lr.json"
 ROWS = ("data_seed", "train_size", "dev_size", "test_size")  # decide which rows are drawn
@@ -206,7 +206,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
-        c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], zeroth and placed
+        c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, zeroth and placed
     if c["lr"] is None:
         c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:

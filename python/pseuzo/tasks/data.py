@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pseuzo.models.objective import IGNORED, loss_positions, rows_of_options
+from pseuzo.models.positions import IGNORED, loss_positions, rows_of_options
 from pseuzo.tasks.encoding import Encoder, Row
 from pseuzo.tasks.sampler import StratifiedSampler
 from pseuzo.tasks.task import Example, Task

@@ -13,7 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from pseuzo.models.objective import IGNORED, CausalLMObjective
+from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.positions import IGNORED
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.tasks.data import Row, TaskData
 

@@ -8,12 +8,12 @@ Transformers: the command line lists the methods before it imports either.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-MODES = ("full", "lora", "prefix", "head")
+from pseuzo.models.modes import MODES as MODES
+from pseuzo.models.modes import by_mode
 
 # Options that every zeroth-order method takes and no first-order method does.
 PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
-# The rates published for OPT-1.3B.
-ZEROTH_ORDER_RATES = {"full": 1e-7, "head": 1e-4, "lora": 5e-5, "prefix": 1e-3}
+ZEROTH_ORDER_RATES = by_mode("lr")
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ METHODS = {
         help="SGD with backpropagation, to compare.",
         options=("momentum",),
         passes=_first_order_passes,
-        rates={"full": 1e-3, "head": 1e-2, "lora": 1e-2, "prefix": 1e-1},  # common ones
+        rates=by_mode("sgd_lr"),
         zeroth_order=False,
     ),
     "fo-adam": Method(
         help="AdamW with backpropagation, to compare.",
         options=(),
         passes=_first_order_passes,
-        rates={"full": 1e-5, "head": 1e-4, "lora": 1e-4, "prefix": 1e-3},  # common ones
+        rates=by_mode("adam_lr"),
         zeroth_order=False,
     ),
 }

@@ -39,9 +39,11 @@ from transformers.trainer_utils import (
 
 from pseuzo.files import check_saving, read_json, write_json
 from pseuzo.machine import Fetched, peak_memory
-from pseuzo.models import placement
-from pseuzo.models.loading import head_parameters, keep_as_loaded, quantised
-from pseuzo.models.objective import IGNORED, NOT_INPUTS, CausalLMObjective, padded, with_positions
+from pseuzo.models import placement, probe
+from pseuzo.models.loading import keep_as_loaded, quantised
+from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.positions import IGNORED, NOT_INPUTS, padded, with_positions
+from pseuzo.models.split import head_parameters
 from pseuzo.optim import MeZO, PseuZO
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import row_factors
@@ -318,7 +320,7 @@ class PseuZOTrainer(Trainer):
         if where == ["auto"]:
             groups = placement.groups_of(self.model)
             rows = self._probe(groups, args.probe_forwards, "probing where noise pays")
-            where = placement.choose(rows)
+            where = probe.choose(rows)
             table = [asdict(row) | {"cost": row.cost, "chosen": row.name in where} for row in rows]
             _print_probe(table)
         everywhere = dict.fromkeys((p for p in self.model.parameters() if p.requires_grad), 1.0)
@@ -329,7 +331,7 @@ class PseuZOTrainer(Trainer):
             for row in self._probe(both, max(args.probe_forwards // 3, 10), "probing the curvature")
         }
         if len(found) == 2 and (args.scale_lr or args.scale_eps):
-            scaled = placement.equal_change(lr, eps, found["everywhere"], found["here"])
+            scaled = probe.equal_change(lr, eps, found["everywhere"], found["here"])
             how = scaled.how
             if args.scale_lr:
                 lr, how = scaled.lr, f"{how}; lr times {scaled.lr / lr:.3g} is {scaled.lr:.3g}"
@@ -342,7 +344,7 @@ class PseuZOTrainer(Trainer):
         return {"noise_on": where, "lr": lr, "eps": eps, "how": how, "curvature": found["here"].cost[0],
                 "table": table}  # fmt: skip
 
-    def _probe(self, groups: dict, forwards: int, what: str) -> list[placement.Row]:
+    def _probe(self, groups: dict, forwards: int, what: str) -> list[probe.Row]:
         per_batch = 1 + 2 * len(groups)
         n = max(3, forwards // per_batch)
         with tqdm(
@@ -360,7 +362,7 @@ class PseuZOTrainer(Trainer):
                 self._closure(self._prepare_inputs(batch), each)
                 for batch in islice(self.get_train_dataloader(), n)
             ]
-            return placement.probe(
+            return probe.probe(
                 self.model, groups, batches, eps=self.args.eps, noise=self.args.noise, seed=self.args.seed,
                 progress=bar.update,
             )  # fmt: skip
@@ -521,7 +523,7 @@ class PseuZOTrainer(Trainer):
             and mask is not None
             and not bool(mask[:, 0].all())
         ):
-            kept |= self.objective._model_inputs(kept)
+            kept |= self.objective.model_inputs(kept)
         return kept
 
     def prediction_step(

@@ -1,0 +1,138 @@
+"""The tuning modes: which weights of a model are trained.
+
+    model = tune(model, "prefix", prefix_tokens=5)
+
+MODES has one row per mode. The choices and the help of the command line, its options, its defaults
+of the learning rate and of eps, and `tune` derive from it. To add a mode, add a row, and write the
+function that it names. This module imports neither torch nor Transformers: the command line lists
+the modes before it imports either.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ModeOption:
+    """An option of a mode: an argument of its function, and a flag of the command line."""
+
+    name: str
+    default: Any
+    help: str = ""
+    least: float | None = None
+    on_command_line: bool = True
+
+
+@dataclass(frozen=True)
+class Mode:
+    help: str
+    # "package.module.function", imported when it is first called: (model, *, seed, **options) ->
+    # the model with the weights of the mode requiring grad and no others. `seed` is for what it
+    # draws at random. It may change the model that it is given.
+    function: str
+    eps: float  # the default size of a perturbation
+    # Default learning rates: of the zeroth-order methods, of fo-sgd and of fo-adam.
+    lr: float
+    sgd_lr: float
+    adam_lr: float
+    options: tuple[ModeOption, ...] = ()
+    # The weights it trains are in the dtype of the model, and not in fp32.
+    model_dtype: bool = False
+
+
+# eps and lr are those published for OPT-1.3B, the other rates are common ones.
+MODES: dict[str, Mode] = {
+    "full": Mode(
+        help="every weight",
+        function="pseuzo.models.tuning.tune_full",
+        eps=1e-3,
+        lr=1e-7,
+        sgd_lr=1e-3,
+        adam_lr=1e-5,
+        model_dtype=True,
+    ),
+    "lora": Mode(
+        help="LoRA adapters of the layers that make queries and values",
+        function="pseuzo.models.tuning.tune_lora",
+        eps=1e-2,
+        lr=5e-5,
+        sgd_lr=1e-2,
+        adam_lr=1e-4,
+        options=(
+            ModeOption("lora_r", 8, "Rank of the adapters.", least=1),
+            ModeOption("lora_alpha", 16, "The adapters are scaled by alpha / r.", least=1),
+            ModeOption("lora_targets", None, on_command_line=False),
+        ),
+    ),
+    "prefix": Mode(
+        help="keys and values of a few tokens in every layer",
+        function="pseuzo.models.tuning.tune_prefix",
+        eps=1e-1,
+        lr=1e-3,
+        sgd_lr=1e-1,
+        adam_lr=1e-3,
+        options=(
+            ModeOption("prefix_tokens", 5, "Number of tokens of the prefix.", least=1),
+            ModeOption("prefix_from", None, on_command_line=False),
+        ),
+    ),
+    "head": Mode(
+        help="the output head",
+        function="pseuzo.models.tuning.tune_head",
+        eps=1e-3,
+        lr=1e-4,
+        sgd_lr=1e-2,
+        adam_lr=1e-4,
+        model_dtype=True,
+    ),
+}
+
+
+def mode_options() -> dict[str, tuple[ModeOption, tuple[str, ...]]]:
+    """The options of all modes by name, each with the modes that take it."""
+    found: dict[str, tuple[ModeOption, tuple[str, ...]]] = {}
+    for mode, row in MODES.items():
+        for option in row.options:
+            found[option.name] = option, (*found.get(option.name, (None, ()))[1], mode)
+    return found
+
+
+def by_mode(field: str) -> dict[str, Any]:
+    """A field of the rows of MODES, by the name of the mode."""
+    return {name: getattr(row, field) for name, row in MODES.items()}
+
+
+def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: Any) -> "nn.Module":
+    """The model with the weights of a mode requiring grad and no others.
+
+    full: every weight. lora: adapters of rank `lora_r`, scaled by `lora_alpha` / `lora_r`, on the
+    layers named `lora_targets`, by default those that make queries and values. prefix: the keys and
+    values of `prefix_tokens` tokens in every layer, which start as the model's own for the tokens
+    `prefix_from`, by default random ones of its vocabulary. head: the output head; one that is tied
+    to the embedding becomes a copy of its own.
+
+    Adapters and prefixes are fp32 whatever the model is, and the model is then one of `peft`. seed
+    is that of what is drawn at random; torch's own generator is not touched. An option of another
+    mode does nothing. The model given is changed.
+
+    ValueError: an unknown mode, a model that has adapters already, or one that cannot have the
+    mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"tune: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if unknown := options.keys() - mode_options().keys():
+        raise TypeError(f"tune: no mode has an option {', '.join(sorted(unknown))}")
+    if hasattr(model, "peft_type"):
+        raise ValueError(
+            "tune: the model has an adapter already; tune the model that it was made from"
+        )
+    row = MODES[mode]
+    module, _, name = row.function.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    own: Mapping[str, Any] = {o.name: options.get(o.name, o.default) for o in row.options}
+    return function(model, seed=seed, **own)

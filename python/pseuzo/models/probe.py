@@ -1,0 +1,198 @@
+"""A probe that finds out, by forward passes, which weights noise pays on.
+
+Near the largest stable learning rate, a step along noise of scales D gains about
+g^T D^2 g / tr(D^2 H), g the gradient and H the Hessian of the loss. Both are averages of what two
+more forward passes along z show, so a few hundred of them tell groups of weights apart:
+
+    rows = probe(model, groups_of(model), closures)
+    where = place(model, choose(rows))
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.seeds import step_seed
+from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.perturb.module import forget_passes, passes_of
+
+PROBE_DOMAIN = 0x70726F6265  # keeps the probe's noise apart from the run's
+LARGEST_EPS = 10.0  # times the eps given; see probe
+
+
+@dataclass
+class Row:
+    """What the probe saw of one group; z is noise on that group alone. Errors are standard errors of the means."""
+
+    name: str
+    parameters: float  # elements, each counted with the square of its noise scale
+    slope2: float  # mean of (z . gradient)^2
+    slope2_error: float
+    curvature: float  # mean of z^T H z
+    curvature_error: float
+    fisher: float = (
+        math.nan
+    )  # mean of the examples' (z . gradient_i)^2; NaN without per-example losses
+    fisher_error: float = math.nan
+    forwards: int = 0
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """What noise on the group costs, tr H, and its standard error: by fisher where there is one."""
+        by_fisher = math.isfinite(self.fisher)
+        return (
+            (self.fisher, self.fisher_error)
+            if by_fisher
+            else (self.curvature, self.curvature_error)
+        )
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module,
+    groups: Mapping[str, Iterable[nn.Parameter] | Mapping[nn.Parameter, float]],
+    closures: Iterable[Callable[[], Tensor]],
+    *,
+    eps: float = 1e-3,
+    directions: int = 1,
+    noise: str = "hadamard",
+    seed: int = 0,
+    progress: Callable[[], object] | None = None,
+) -> list[Row]:
+    """Slope and curvature of the loss along noise on each group alone, by forward passes; the weights are not written.
+
+    groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of that batch (a scalar
+    or per-example losses), each called 1 + 2 * groups * directions times, in eval mode. progress: called after every
+    pass. For each batch and direction, with fresh noise z on the group and losses L0 at x and L+ and L- at x +- eps z:
+
+        slope = (L+ - L-) / (2 eps)              mean of slope^2:   estimates |g|^2, g the gradient of the group
+        curvature = (L+ + L- - 2 L0) / eps^2     mean of it:        estimates tr H of the group
+
+    (with scales D: |D g|^2 and tr D^2 H.) The curvature is noisy and often comes out negative. If the closures return
+    per-example losses, fisher is the mean over examples of the squares of their own slopes: for negative log
+    likelihoods of a model that is about calibrated it estimates tr H too (its Gauss-Newton part, which has nearly all
+    of the trace), is never negative and a lot less noisy. For other losses, return their mean.
+
+    g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance of the batch's: it favours groups
+    with noisy gradients, the more the smaller the batches. Differences of losses drown in their rounding where eps is
+    small: a group that has a share f of all parameters of `groups` is probed with eps / sqrt(f), as long a step as
+    noise on all of them, though at most 10 eps.
+    """
+    closures = list(closures)
+    if not closures or directions < 1 or not groups:
+        raise ValueError("probe: needs at least one group, one closure and one direction")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"probe: eps must be positive, got {eps}")
+    streams = {p: i for i, p in enumerate(model.parameters())}
+    scales = {
+        name: dict(g) if isinstance(g, Mapping) else dict.fromkeys(g, 1.0)
+        for name, g in groups.items()
+    }
+    sizes = {name: sum(p.numel() * s * s for p, s in g.items()) for name, g in scales.items()}
+    if not all(sizes.values()):
+        raise ValueError(
+            "probe: a group has no parameters: "
+            + ", ".join(n for n, size in sizes.items() if not size)
+        )
+    whole = sum(p.numel() for p in {p for g in scales.values() for p in g})
+
+    def losses_of(closure: Callable[[], Tensor]) -> Tensor:
+        losses = torch.as_tensor(closure()).float()
+        if progress is not None:
+            progress()
+        return losses
+
+    rows = []
+    with frozen_mode(model):
+        clean = [losses_of(closure) for closure in closures]
+        for name, group in scales.items():
+            places = {p: (streams[p], scale) for p, scale in group.items()}
+            by = eps * min(LARGEST_EPS, max(1.0, math.sqrt(whole / sizes[name])))
+            passes, seen = passes_of(model, places, noise), []
+            for i in range(len(closures) * directions):
+                at_x, closure, z = (
+                    clean[i // directions],
+                    closures[i // directions],
+                    step_seed(seed, i, PROBE_DOMAIN),
+                )
+                with passes.at(z, by, "probe"):
+                    plus = losses_of(closure)
+                with passes.at(z, -by, "probe"):
+                    minus = losses_of(closure)
+                slopes, curvature = (
+                    (plus - minus) / (2 * by),
+                    ((plus - at_x) + (minus - at_x)) / (by * by),
+                )
+                fisher = (
+                    slopes.square().mean() if slopes.numel() > 1 else slopes.new_full((), math.nan)
+                )
+                seen.append(torch.stack([slopes.mean().square(), curvature.mean(), fisher]))
+            rows.append(
+                Row(
+                    name, sizes[name], *_means_and_errors(torch.stack(seen)), forwards=2 * len(seen)
+                )
+            )
+    forget_passes(model)  # frees their scratch
+    return rows
+
+
+def _means_and_errors(samples: Tensor) -> list[float]:
+    """The mean of each column of [n, m], and after each its standard error: infinite for one sample."""
+    samples = samples.double().cpu()
+    n = len(samples)
+    errors = samples.std(0) / math.sqrt(n) if n > 1 else torch.full_like(samples[0], math.inf)
+    return torch.stack([samples.mean(0), errors], dim=1).flatten().tolist()
+
+
+def choose(rows: Iterable[Row]) -> list[str]:
+    """The names of the groups that noise should go to: those whose slope2 / cost is at least half of the best.
+
+    cost is a row's fisher, or its curvature where there is none; below its standard error it is taken for that error,
+    so a group whose curvature was not seen (or came out negative) wins nothing by it. The best is judged with a
+    standard error against it on both counts, as the largest of many noisy ratios is too large. If no slope is clear of
+    its error, all groups are returned: nothing was learned.
+    """
+    rows = list(rows)
+    names = [r.name for r in rows]
+    rows = [
+        r
+        for r in rows
+        if all(map(math.isfinite, (r.slope2, r.slope2_error, *r.cost))) and max(r.cost) > 0
+    ]
+    sure = [r for r in rows if r.slope2 > r.slope2_error]
+    if not sure:
+        return names
+    best = max((r.slope2 - r.slope2_error) / (max(r.cost) + r.cost[1]) for r in sure)
+    return [r.name for r in rows if r.slope2 / max(r.cost) >= best / 2]
+
+
+class Scaled(NamedTuple):
+    """lr and eps for another placement of the noise, and a sentence that says by what they were scaled."""
+
+    lr: float
+    eps: float
+    how: str
+
+
+def equal_change(lr: float, eps: float, everywhere: Row, here: Row) -> Scaled:
+    """lr and eps such that noise `here` changes the loss as much, on average, as noise `everywhere` does at lr and eps.
+
+    E[L(x + eps z) - L(x)] = eps^2 / 2 * tr(D^2 H) =: eps^2 / 2 * T, and the largest stable lr is about 1 / T; so
+    lr * T_everywhere / T_here and eps * sqrt(of that). T is the cost of the rows, if both are at least twice their
+    standard error, else in proportion to the number of parameters (each with its scale squared).
+    """
+    (whole, whole_error), (part, part_error) = everywhere.cost, here.cost
+    if all(math.isfinite(error) and t > 2 * error for t, error in (everywhere.cost, here.cost)):
+        ratio = whole / part
+        how = f"the curvature along the noise is {1 / ratio:.3g} of that along noise on all parameters"
+    else:
+        ratio = everywhere.parameters / here.parameters
+        how = (
+            f"the curvature along the noise could not be measured ({part:.3g} +- {part_error:.2g}, on all parameters "
+            f"{whole:.3g} +- {whole_error:.2g}); by the share of the parameters, {1 / ratio:.3g}"
+        )
+    return Scaled(lr * ratio, eps * math.sqrt(ratio), how)

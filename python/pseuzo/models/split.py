@@ -1,0 +1,251 @@
+"""A causal language model in two parts: all before its output head, and the head with what follows.
+
+No code of Transformers is changed. A hook on the head reads its input and ends the forward there.
+The first forward goes on instead, from an output of the head that shows what the model does to its
+logits.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pseuzo.machine import holds_codes
+from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
+from pseuzo.models.positions import NOT_INPUTS
+from pseuzo.perturb.module import rows_of
+
+BY_HAND = "split it by hand: optimizer.step(forward, head)"
+# The head is made to put these out once: a soft cap shows in the large ones, a factor in the small.
+PROBE = (2.0**12, -(2.0**12), 2.0**-6, 1.0, -3.0, 20.0)
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """What a model makes of the output x of its head: cap * tanh(factor * x / cap), or factor * x
+    if it has no cap, of the first columns."""
+
+    factor: float
+    cap: float | None
+    columns: int
+
+    def __call__(self, logits: Tensor, cut: bool) -> Tensor:
+        """The model's logits from its head's. cut: take the first columns only."""
+        if cut and self.columns < logits.shape[-1]:
+            logits = logits[..., : self.columns]
+        if self.factor != 1:
+            logits = logits * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @classmethod
+    def read(cls, logits: Tensor | None) -> "AfterHead | None":
+        """What a model did that made these logits of PROBE; None if it is something else."""
+        if logits is None or logits.shape[-1] < len(PROBE):
+            return None
+        got = logits.reshape(-1, logits.shape[-1])[-1, : len(PROBE)].tolist()
+        eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
+        largest, _, small, factor, *_ = got
+        cap = largest if largest < 0.5 * PROBE[0] / PROBE[2] * small else None
+        if cap is not None:
+            factor = cap / PROBE[2] * math.atanh(small / cap)
+        if abs(factor - 1) <= 4 * eps:
+            factor = 1.0
+        for x, y in zip(PROBE, got, strict=True):
+            want = factor * x if cap is None else cap * math.tanh(factor * x / cap)
+            if not abs(y - want) <= 16 * eps * abs(want):
+                return None
+        return cls(factor, cap, logits.shape[-1])
+
+
+@dataclass
+class Known:
+    """What its first forwards showed of a model."""
+
+    after_head: AfterHead | None = None
+    verified: bool = False  # its logits were compared, and its loss where that is trained on
+    padding: str | None = None  # where rows may have some: "anywhere", "right" or "nowhere"
+
+
+_known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+
+
+class _HeadReached(Exception):
+    """Ends a forward where its output head would begin."""
+
+
+class SplitModel:
+    """A model and its output head, one module: a Linear, tied or not, or one that peft wrapped.
+
+    options: token ids; `logits` are then those of these tokens alone. anew: forget what an earlier
+    one learned of the model.
+    """
+
+    def __init__(self, model: nn.Module, options: list[int] | None, *, anew: bool):
+        kind = type(model).__name__
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding | nn.ModuleList):
+            raise TypeError(
+                f"CausalLMObjective: {kind} has no Linear output head (get_output_embeddings() "
+                f"gave {type(head).__name__}); use a ...ForCausalLM model"
+            )
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise TypeError(
+                f"CausalLMObjective: {kind} has an encoder, and a batch has no labels for its "
+                f"decoder to continue from; use a ...ForCausalLM model, or {BY_HAND}"
+            )
+        if options is not None and (len(options) < 2 or len(set(options)) != len(options)):
+            raise ValueError(
+                f"CausalLMObjective: options must be two or more different token ids, got {options}"
+            )
+        self.model, self.head, self.options = model, head, options
+        plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+        self._has_rows = plain and not holds_codes(head.weight)  # of which some can be chosen
+        self.quantised = any(map(holds_codes, model.parameters()))
+        if self._has_rows:
+            self.check_options(head.weight.shape[0])
+        self._option_ids: Tensor | None = None
+        if anew or model not in _known:
+            _known[model] = Known()
+        self.known = _known[model]
+        self._takes_positions = takes_argument(model, "position_ids")
+        self.config = getattr(model.config, "text_config", model.config)
+        listen_in_sdpa_masks()
+
+    def check_options(self, tokens: int) -> None:
+        """ValueError unless the options are ids of a vocabulary of so many tokens."""
+        if not all(0 <= i < tokens for i in self.options or ()):
+            raise ValueError(
+                f"CausalLMObjective: options must be token ids below {tokens}, got {self.options}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return next(self.head.parameters()).device
+
+    def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
+        """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1.
+
+        The head does not run, except once on one state.
+        """
+        positions, kind, seen = plan["positions"], type(self.model).__name__, []
+        first = self.known.after_head is None
+
+        def reached(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            seen.append(args[0])
+            if not first:
+                raise _HeadReached
+            return args[0][:1, -1:], *args[1:]
+
+        def put_out(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = output.new_zeros(output.shape, dtype=torch.float32)
+            x[..., : len(PROBE)] = torch.tensor(PROBE[: x.shape[-1]])
+            return x
+
+        # This hook comes first: the forward ends before a perturbed weight of the head is made.
+        hooks = [self.head.register_forward_pre_hook(reached, prepend=True)]
+        if first:
+            hooks.append(self.head.register_forward_hook(put_out))
+        try:
+            with padding_known(self.config, "attention_mask" in plan):
+                output = self.model(**self.model_inputs(plan), use_cache=False)
+        except _HeadReached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not seen:
+            raise RuntimeError(
+                f"CausalLMObjective: {kind} does not call its output head; {BY_HAND}"
+            )
+        if first:
+            logits = getattr(output, "logits", None) if len(seen) == 1 else None
+            self.known.after_head = AfterHead.read(logits)
+            if self.known.after_head is None:
+                raise self.does_more()
+        states, (rows, length) = seen[0], plan["input_ids"].shape
+        before = states.shape[1] - length  # tokens of a learned prompt
+        if states.dim() != 3 or states.shape[0] != rows or before < 0:
+            raise RuntimeError(
+                f"CausalLMObjective: {kind} runs its output head on {tuple(states.shape)}, which "
+                f"is not one state for each of {rows} times {length} tokens; {BY_HAND}"
+            )
+        at = torch.arange(rows, device=states.device)[:, None], positions.clamp(min=0) + before
+        return states[at].masked_fill((positions < 0)[..., None], 0)
+
+    def model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of the model, with positions and a mask where it would find wrong ones itself.
+
+        Some models (GPT-2) count positions from the first column, padding or not. Without a mask,
+        some (Llama) read their positions to see whether a row holds several texts.
+        """
+        inputs = {k: v for k, v in plan.items() if k not in NOT_INPUTS}
+        mask = inputs.get("attention_mask")
+        if "position_ids" in inputs:  # which may say that a row holds several texts
+            return inputs
+        attends = getattr(self.config, "num_attention_heads", 0)
+        attention = getattr(self.config, "_attn_implementation", None)
+        reads_none = attends and attention in ("sdpa", "eager")
+        if mask is None and reads_none and "input_ids" in inputs:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if mask is not None and self._takes_positions and self.known.padding != "right":
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return inputs
+
+    def logits(self, o: Tensor) -> Tensor:
+        """fp32 logits of o [..., D]: over the options if there are any, else over the vocabulary.
+
+        Of options, the head's rows for them alone are multiplied.
+        """
+        after = self.known.after_head
+        if self.options is None:
+            return after(self.head(o).float(), cut=True)
+        if self._option_ids is None or self._option_ids.device != self.device:
+            self._option_ids = torch.tensor(self.options, device=self.device)
+        if not self._has_rows:
+            return after(self.head(o).index_select(-1, self._option_ids).float(), cut=False)
+        weight, bias = self.head.weight, self.head.bias
+        rows = rows_of(self.model, weight, self._option_ids).float()
+        bias = None if bias is None else bias.index_select(0, self._option_ids).float()
+        return after(F.linear(o.float(), rows, bias), cut=False)
+
+    def does_more(self) -> RuntimeError:
+        """The error that says that the model cannot be split here."""
+        return RuntimeError(
+            f"CausalLMObjective: {type(self.model).__name__} runs its output head more than once, "
+            f"or does more to its logits after it than to scale and cap them; {BY_HAND}"
+        )
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Does the model's forward take this argument?
+
+    With a learned prompt before the text, peft allows no position_ids, except that it shifts them
+    by the length of a prefix of keys and values.
+    """
+    config = getattr(model, "active_peft_config", None)
+    learned = getattr(config, "is_prompt_learning", False) and config.peft_type != "PREFIX_TUNING"
+    if learned and name == "position_ids":
+        return False
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(base.forward).parameters
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the output head that the model uses nowhere else; [] if they are the
+    embedding's, or if it is no Transformers model with a head of logits over tokens.
+
+    PseuZO's perturbed passes end before the head: these can only be frozen, or trained by the exact
+    gradient that the head's backward gives.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return []
+    shared = set(model.get_input_embeddings().parameters())
+    return [p for p in head.parameters() if p not in shared]

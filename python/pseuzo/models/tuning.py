@@ -1,0 +1,207 @@
+"""What each tuning mode does to a model: the functions that the rows of `pseuzo.models.modes` name.
+
+The modes, r, alpha and the prefix's start from real activations are those of MeZO (Malladi et al.
+2023); adapters and prefixes are made by `peft`.
+"""
+
+import copy
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.machine import holds_codes
+from pseuzo.models.loading import first_line, quantised
+from pseuzo.models.placement import ROLES
+from pseuzo.perturb.contexts import frozen_mode
+
+# Where attention makes its queries and values, by the names of the layers: the first pair that a
+# model has is taken.
+QUERY_VALUE = (*zip(ROLES["q"], ROLES["v"], strict=True), *((name,) for name in ROLES["qkv"]))
+
+_log = logging.getLogger(__name__)
+
+
+def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
+    """Every weight. ValueError if some are quantised: no step can change those."""
+    if names := quantised(model):
+        raise ValueError(
+            f"tune: {len(names)} weights of {type(model).__name__} are quantised, {names[0]} being "
+            "the first, and no step can change them; use mode lora, prefix or head, or a model "
+            "that is not quantised"
+        )
+    return model.requires_grad_(True)
+
+
+def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
+    """The output head; one that is tied to the embedding becomes a copy of its own."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"tune: {type(model).__name__} has no Linear output head to train; use another mode"
+        )
+    if holds_codes(head.weight):
+        raise ValueError(
+            f"tune: the output head of {type(model).__name__} is quantised, and no step can change "
+            "it; leave it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert), "
+            "or use mode lora or prefix"
+        )
+    if head.weight is getattr(model.get_input_embeddings(), "weight", None):
+        head = copy.deepcopy(head)
+        model.set_output_embeddings(head)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            # Transformers made this list with the model, and saves by it.
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        _log.warning(
+            "The output head of %s was the embedding's weight; it is now a copy of its own, which "
+            "alone is trained and which is saved with the model (%d weights more).",
+            type(model).__name__,
+            head.weight.numel(),
+        )
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    return model
+
+
+def tune_lora(
+    model: nn.Module,
+    *,
+    lora_r: int,
+    lora_alpha: float,
+    lora_targets: list[str] | None,
+    seed: int,
+) -> nn.Module:
+    """Adapters of rank lora_r, scaled by lora_alpha / lora_r, on the layers named lora_targets; by
+    default on those that make queries and values."""
+    _need_peft("lora")
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    if not (isinstance(lora_r, int) and lora_r >= 1 and lora_alpha > 0):
+        raise ValueError(
+            "tune: lora_r must be a whole number from 1 and lora_alpha above 0, got "
+            f"{lora_r} and {lora_alpha}"
+        )
+    layers = {
+        name.rpartition(".")[2]: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    }
+    targets = lora_targets
+    if targets is None:
+        targets = next((list(names) for names in QUERY_VALUE if layers.keys() >= set(names)), None)
+    if not targets or not layers.keys() >= set(targets):
+        asked = (
+            f"no layers named {', '.join(targets)}"
+            if targets
+            else "no attention layers of a known name"
+        )
+        raise ValueError(
+            f"tune: {type(model).__name__} has {asked}; give lora_targets, some of "
+            f"{', '.join(sorted(layers))}"
+        )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_A" in name:  # B is zero: the model starts as it is
+                start = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+                p.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
+    return model
+
+
+@torch.no_grad()
+def tune_prefix(
+    model: nn.Module, *, prefix_tokens: int, prefix_from: list[int] | None, seed: int
+) -> nn.Module:
+    """The keys and values of prefix_tokens tokens in every layer, which start as the model's own
+    for the tokens prefix_from; by default for random ones of its vocabulary."""
+    _need_peft("prefix")
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    count, tokens = prefix_tokens, prefix_from
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"tune: prefix_tokens must be a whole number from 1, got {count}")
+    if tokens is not None and (
+        len(tokens) != count or not all(0 <= t < vocabulary for t in tokens)
+    ):
+        raise ValueError(
+            f"tune: prefix_from must be {count} token ids below {vocabulary}, got {tokens}"
+        )
+    refused = f"tune: {type(model).__name__} cannot be given a prefix ({{}}); use mode 'lora'"
+    drawn = _random_tokens(model, count + 3, seed)
+    prefix = drawn[:count] if tokens is None else torch.tensor(tokens)
+    prefix, text = prefix[None].to(model.device), drawn[None, count:].to(model.device)
+
+    with frozen_mode(model):
+        cache = getattr(model(input_ids=prefix, use_cache=True), "past_key_values", None)
+        layers = [
+            x
+            for layer in getattr(cache, "layers", ())
+            for x in (layer.keys, getattr(layer, "values", None))
+        ]
+        if not layers or not all(isinstance(x, Tensor) and x.dim() == 4 for x in layers):
+            raise ValueError(refused.format("it keeps no past keys and values"))
+        if {x.shape for x in layers} != {layers[0].shape} or layers[0].shape[2] != count:
+            raise ValueError(refused.format("its past keys and values are not of one shape"))
+        heads, width = layers[0].shape[1], layers[0].shape[3]
+        want = model(input_ids=torch.cat([prefix, text], 1), use_cache=False).logits[:, count:]
+
+    config = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=count,
+        num_layers=len(layers) // 2,
+        token_dim=heads * width,
+        num_attention_heads=heads,
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = get_peft_model(model, config)
+        encoder = model.prompt_encoder[model.active_adapter].float()
+        # peft has a row for each token: layer by layer, the key of each head, then the value.
+        start = torch.stack([x[0] for x in layers]).permute(2, 0, 1, 3).reshape(count, -1)
+        encoder.embedding.weight.copy_(start)
+        with frozen_mode(model):
+            mask = torch.ones_like(text)
+            got = model(input_ids=text, attention_mask=mask, use_cache=False).logits
+    except Exception as error:  # peft fails in many ways on models that Transformers alone knows
+        raise ValueError(refused.format(first_line(error))) from None
+    # The prefix must be to the model what those tokens are. Products of other shapes round
+    # differently: a few ulps; of 8-bit numbers, a few of their roundings, as all rows decide which
+    # columns are left out of them.
+    ulps = 2**-4 if quantised(model) else 32 * torch.finfo(want.dtype).eps
+    limit = ulps * want.abs().max().float().clamp(min=1)
+    if bool(want.isfinite().all()) and not bool(((got - want).abs() <= limit).all()):
+        raise ValueError(
+            refused.format("it does not see past keys and values as the tokens they were made of")
+        )
+    return model
+
+
+def _need_peft(mode: str) -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ImportError(f"tune: mode {mode!r} needs peft; pip install peft") from None
+
+
+def _random_tokens(model: nn.Module, count: int, seed: int) -> Tensor:
+    """[count] ids of the vocabulary, none of them special."""
+    config = model.config.get_text_config()
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special = [i for ids in special for i in (ids if isinstance(ids, list) else [ids])]
+    plain = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+    return plain[torch.randint(len(plain), (count,), generator=torch.Generator().manual_seed(seed))]
