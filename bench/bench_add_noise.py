@@ -1,14 +1,18 @@
-"""The noise op on a weight of OPT-1.3B (fc1, 8192 x 2048) and the window, beside copies and what MeZO's code does.
+"""The noise op on a weight of OPT-1.3B and the window, beside copies and what MeZO's code does.
 
-python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile] [--check|--no-check]
+python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile]
+    [--check|--no-check]
 
-On a GPU the rows of our own ops are of the GPU alone, recorded as CUDA graphs, and the weight is 16 times as large, so
-that it fits no cache. pct_of_copy: GB/s over those of copy_ in the same run, of the bytes that the way at hand has to
-move. pct_of_predicted: the ms that predict.py expects of our update on this GPU, from the instructions and bytes that
-sass_cost.py counted, over the measured ms. --compile adds MeZO's loop under torch.compile. All that is compared is
-checked first, unless --no-check says otherwise: ours to the bit of the reference; ways with noise of another kind, that
-they add noise of the same mean and variance. --check does only that; under TRITON_INTERPRET=1, it does so with the
-Triton kernels, on a CPU in Triton's interpreter.
+The weight is that of fc1, 8192 x 2048. On a GPU it is 16 times as large, so that it fits no cache,
+and our own ops are recorded as CUDA graphs, so that the GPU alone is timed. pct_of_copy: GB/s over
+those of copy_ in the same run, for the bytes that the way at hand has to move. pct_of_predicted:
+the ms that predict.py expects of our update on this GPU, from the instructions and bytes that
+sass_cost.py counted, over the measured ms. --compile adds MeZO's loop under torch.compile.
+
+All that is compared is checked first, unless --no-check is given: ours must have the bits of the
+reference; ways with another kind of noise must add noise of the same mean and variance. --check
+does only that; under TRITON_INTERPRET=1 it checks the Triton kernels, on a CPU in Triton's
+interpreter.
 """
 
 import json
@@ -26,16 +30,14 @@ from pseuzo_kernels import NOISES, EmaWindow, add_noise, noise, ops, perturb_, r
 from pseuzo_kernels.api import NoiseApi
 
 N = 8192 * 2048
-SEVERAL = {
-    "cpu": 14,
-    "cuda": 64,
-}  # the most seeds that ways with a pass per seed are timed with: more takes minutes
+# The most seeds that ways with a pass per seed are timed with: more would take minutes.
+SEVERAL = {"cpu": 14, "cuda": 64}
 LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
 WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
 COLUMNS = (
-    "op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s", "shape", "pct_of_copy",
-    "pct_of_predicted",
+    "op", "impl", "dtype", "n", "K", *QUANTILES, "gb_per_s", "gnormals_per_s", "shape",
+    "pct_of_copy", "pct_of_predicted",
 )  # fmt: skip
 
 OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, update_=update_)
@@ -50,13 +52,11 @@ def coefs_of(K: int) -> list[float]:
 
 
 def torch_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
-    """As MeZO's and PseuZO's code do it: reseed, make the whole perturbation, add it, once per seed."""
+    """For each seed: reseed, make the whole perturbation, add it, as published code does."""
     for seed, coef in zip(seeds, coefs, strict=True):
         torch.manual_seed(seed)
-        x.add_(
-            torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device),
-            alpha=-lr * coef,
-        )
+        z = torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device)
+        x.add_(z, alpha=-lr * coef)
 
 
 @torch.compile(dynamic=False)
@@ -65,7 +65,8 @@ def add_randn(x: Tensor, coef: Tensor) -> None:
 
 
 def compiled_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
-    """torch_loop with noise and sum fused by torch.compile. Reseeding cannot be compiled, so it stays outside."""
+    """torch_loop with noise and sum fused by torch.compile. Reseeding cannot be compiled, so it
+    stays outside."""
     alphas = torch.tensor([-lr * coef for coef in coefs], dtype=x.dtype, device=x.device).unbind()
     for seed, alpha in zip(seeds, alphas, strict=True):
         torch.manual_seed(seed)
@@ -77,6 +78,7 @@ def pass_per_seed(x: Tensor, seeds: list[int], coefs: list[float], lr: float) ->
         OPS.update_(x, seed, coef, lr=lr, rounding=rounding_of(x), rounding_seed=seed)
 
 
+# The function, and how often it reads or writes x for each seed.
 LOOPS = {"pseuzo, a pass per seed": (pass_per_seed, 2), "MeZO-style torch loop": (torch_loop, 4)}
 COMPILED = "MeZO-style, torch.compile"
 
@@ -86,7 +88,8 @@ def rounding_of(x: Tensor) -> str:
 
 
 def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 20000) -> None:
-    """Noise, perturb and update are the reference's to the bit; "normal" to the errors of fast logarithms and sines."""
+    """Noise, perturb and update are the reference's to the bit; "normal" noise is, up to the errors
+    of fast logarithms and sines."""
     host = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = host.to(device)
     for kind in NOISES:
@@ -107,20 +110,19 @@ def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 2000
             args = dict(lr=0.1, noise=kind, rounding=rounding_of(x), rounding_seed=3)
             OPS.update_(got := x.clone(), list(range(K)), coefs_of(K), **args)
             reference.update_(want := host.clone(), list(range(K)), coefs_of(K), **args)
-            assert torch.equal(got.cpu(), want), (
-                f"update, K = {K}, {kind}: differs from the reference"
-            )
+            same = torch.equal(got.cpu(), want)
+            assert same, f"update, K = {K}, {kind}: differs from the reference"
 
 
 def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.device) -> None:
-    """What the loop adds has mean 0 and the standard deviation of sum_k coefs[k] z_k, to six sigma and roundings."""
+    """What the loop adds has mean 0 and the standard deviation of sum_k coefs[k] z_k, up to six
+    sigma and roundings."""
     x = torch.zeros(n, dtype=dtype, device=device)
     loop(x, list(range(K)), coefs_of(K), 1.0)
     x, size = x.float(), torch.tensor(coefs_of(K)).norm().item()
     assert abs(x.mean().item()) < 6 * size / n**0.5, "the mean is not 0"
-    assert abs(x.std().item() / size - 1) < 0.02 + 6 / (2 * n) ** 0.5, (
-        "not the variance of the other ways"
-    )
+    far = abs(x.std().item() / size - 1)
+    assert far < 0.02 + 6 / (2 * n) ** 0.5, "not the variance of the other ways"
 
 
 def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
@@ -136,19 +138,15 @@ def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
 
 
 def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> float | None:
-    """What predict.py expects of an update of n elements; None for a device or a kernel that it does not know."""
+    """What predict.py expects of an update of n elements; None for a device or a kernel that is
+    not in its tables."""
     chip = next((chip for chip in CHIPS if chip.name.split()[0] in device), None)
-    words = [
-        kind,
-        {
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16 stochastic",
-            torch.float16: "fp16 stochastic",
-        }[dtype],
-    ]
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    stochastic = "" if dtype is torch.float32 else " stochastic"
+    kernel = f"add_noise_many_kernel {kind} {name}{stochastic}"
     costs = json.loads((HERE / "results/sass.json").read_text()) if chip else []
     for c in costs:
-        if c["arch"] == chip.arch and c["kernel"] == " ".join(["add_noise_many_kernel", *words]):
+        if c["arch"] == chip.arch and c["kernel"] == kernel:
             instructions = K * c["cycles_per_normal"] + c["around_per_normal"]
             return chip.ms(n * instructions, 2 * n * dtype.itemsize)[0]
     return None
@@ -162,21 +160,16 @@ def measure(
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
     size, copied = x.element_size(), None
 
-    def row(
-        op, impl, call, K, passes, kind=None
-    ):  # passes over x, of reading or writing; kind of our update's noise
+    def row(op, impl, call, K, passes, kind=None):
+        """Add a row. passes: how often x is read or written; kind: the noise of our update."""
         ms = table.time(call, kernel=impl.startswith("pseuzo"))
-        rates = dict(
-            gb_per_s=passes * size * n / ms["ms_p50"] / 1e6,
-            gnormals_per_s=K * n / ms["ms_p50"] / 1e6,
-        )
+        rates = dict(gb_per_s=passes * size * n / ms["ms_p50"] / 1e6)
+        rates["gnormals_per_s"] = K * n / ms["ms_p50"] / 1e6
         if copied:
             rates["pct_of_copy"] = 100 * rates["gb_per_s"] / copied
         if kind and (predicted := predicted_ms(table.common["device"], dtype, kind, n, K)):
             rates["pct_of_predicted"] = 100 * predicted / ms["ms_p50"]
-        table.add(
-            op=op, impl=impl, dtype=str(dtype).removeprefix("torch."), n=n, K=K, **ms, **rates
-        )
+        table.add(op=op, impl=impl, dtype=str(dtype)[6:], n=n, K=K, **ms, **rates)
         return ms["ms_p50"]
 
     copy = row("copy", "torch copy_", lambda: y.copy_(x), 0, 2)
@@ -185,9 +178,8 @@ def measure(
     for kind in NOISES:
         call = partial(OPS.noise, (n,), 1, 0, noise=kind, dtype=dtype, device=device)
         row("noise", f"pseuzo {kind}", call, 1, 1)
-    perturb = row(
-        "perturb", "pseuzo, out of place", lambda: OPS.add_noise(x, 1, EPS, 0, out=y), 1, 2
-    )
+    call = partial(OPS.add_noise, x, 1, EPS, 0, out=y)
+    perturb = row("perturb", "pseuzo, out of place", call, 1, 2)
     print(f"    -> perturb: {perturb / copy:.2f} copies")
     row("perturb", "pseuzo, in place", lambda: OPS.perturb_(y, 1, EPS), 1, 2)
     if compiled and checked:
@@ -201,39 +193,34 @@ def measure(
             call = partial(OPS.update_, x, *on_device, **args)
             took[impl] = row("update", impl, call, K, 2, kind)
         for impl, (loop, passes) in loops.items():
-            if K > SEVERAL[device.type] or (
-                device.type == "cpu" and loop is compiled_loop and K > 1
-            ):
+            slow = device.type == "cpu" and loop is compiled_loop and K > 1
+            if slow or K > SEVERAL[device.type]:
                 continue
             if checked:
                 check_law(loop, K, dtype, n, device)
             took[impl] = row("update", impl, partial(loop, x, seeds, coefs, LR), K, passes * K)
-        times = ", ".join(
-            f"{took[impl] / took['pseuzo']:.1f} times {impl}" for impl in loops if impl in took
-        )
-        print(f"    -> update K {K}: {took['pseuzo'] / copy:.2f} copies; {times}")
+        ours = took["pseuzo"]
+        times = [f"{took[impl] / ours:.1f} times {impl}" for impl in loops if impl in took]
+        print(f"    -> update K {K}: {ours / copy:.2f} copies; {', '.join(times)}")
 
 
 def check_window(
     shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups, device: torch.device
 ) -> None:
-    """Seeds are the reference's; coefs too, to the errors of sums in fp32 of terms of the sizes at hand."""
+    """Seeds are the reference's, and so are coefs, up to the errors of fp32 sums of such terms."""
     draw = torch.Generator().manual_seed(0)
-    got, want, sizes = (
-        EmaWindow(K, eps=EPS),
-        reference.EmaWindow(K, eps=EPS),
-        reference.EmaWindow(K, eps=EPS),
-    )
+    got = EmaWindow(K, eps=EPS)
+    want, sizes = (reference.EmaWindow(K, eps=EPS) for _ in range(2))
     for seed in range(K + 2):
         o0, o1, e = (torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
         seeds, coefs = got.step(seed, o0.to(device), o1.to(device), e.to(device), groups)
         on_cpu = groups if groups is None else groups.cpu()
         want_seeds, want_coefs = want.step(seed, o0, o1, e, on_cpu)
         size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), on_cpu)[1]
-        assert torch.equal(seeds.cpu(), want_seeds), (
-            "the window's seeds differ from the reference's"
-        )
-        # a thread adds 4 columns of each row, then rows; an old entry is a mean of rows; product, result
+        same = torch.equal(seeds.cpu(), want_seeds)
+        assert same, "the window's seeds differ from the reference's"
+        # A thread adds 4 columns of each row, then rows. An old entry is a mean of rows. One
+        # rounding more is the product's, and one the result's.
         far = (coefs.cpu() - want_coefs).abs() > (5 * shape[0] + 41) * 2**-24 * size
         assert not far.any(), "the window's coefs differ from the reference's"
 
@@ -243,67 +230,54 @@ def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14)
     for shape in WINDOW_SHAPES:
         n, rows = shape[0] * shape[1] * shape[2], shape[0]
         o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
-        for impl, groups in (
-            ("rows", None),
-            ("labels", torch.arange(rows, device=table.device) % 2),
-        ):
+        labels = torch.arange(rows, device=table.device) % 2
+        for impl, groups in (("rows", None), ("labels", labels)):
             if checked:
                 check_window(shape, dtype, K, groups, table.device)
             window = EmaWindow(K, eps=EPS)
             for seed in range(K):
                 window.step(seed, o0, o1, e, groups)
-            kept = (
-                n if groups is None else n * 2 // rows
-            )  # floats of an entry; K - 1 are read and one is written
+            # The floats of an entry; K - 1 entries are read, and one is written.
+            kept = n if groups is None else n * 2 // rows
             moved = 3 * n * o0.element_size() + 4 * K * kept
-            a, b = (
-                torch.empty(moved // 2, dtype=torch.uint8, device=table.device) for _ in range(2)
-            )
-            copy = table.time(lambda a=a, b=b: b.copy_(a), kernel=True)
+            options = dict(dtype=torch.uint8, device=table.device)
+            a, b = (torch.empty(moved // 2, **options) for _ in range(2))
+            copy = table.time(partial(b.copy_, a), kernel=True)
             ms = table.time(partial(window.step, K, o0, o1, e, groups), kernel=True)
-            common = dict(
-                op="window", dtype=str(dtype)[6:], n=n, K=K, shape="x".join(map(str, shape))
-            )
-            of = f"torch copy_ of the bytes of {impl}"
-            table.add(**common, impl=of, **copy, gb_per_s=moved / copy["ms_p50"] / 1e6)
-            table.add(**common, impl=f"pseuzo, {impl}", **ms, gb_per_s=moved / ms["ms_p50"] / 1e6,
-                      pct_of_copy=100 * copy["ms_p50"] / ms["ms_p50"])  # fmt: skip
+            common = dict(op="window", dtype=str(dtype)[6:], n=n, K=K)
+            common["shape"] = "x".join(map(str, shape))
+            copied, stepped = (moved / took["ms_p50"] / 1e6 for took in (copy, ms))
+            name = f"torch copy_ of the bytes of {impl}"
+            table.add(**common, impl=name, **copy, gb_per_s=copied)
+            rates = dict(gb_per_s=stepped, pct_of_copy=100 * copy["ms_p50"] / ms["ms_p50"])
+            table.add(**common, impl=f"pseuzo, {impl}", **ms, **rates)
 
 
 def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) -> None:
-    """The same updates one by one and in one pass over the weights, as `pseuzo replay` makes them; ms of all."""
+    """Updates made one by one, and all in one pass over the weights, as by `pseuzo replay`."""
     device = table.device
-    one, many = (
-        torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        for _ in range(2)
-    )
-    seeds, coefs = (
-        torch.arange(steps * K, device=device),
-        torch.linspace(-1, 1, steps * K, device=device) * LR,
-    )
+    one = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    many = one.clone()
+    seeds = torch.arange(steps * K, device=device)
+    coefs = torch.linspace(-1, 1, steps * K, device=device) * LR
     rest = ([0.9999] * steps, [1.0] * steps, "hadamard", True, list(range(steps)))
 
     def one_by_one() -> None:
-        for s, (some_seeds, some_coefs) in enumerate(
-            zip(seeds.split(K), coefs.split(K), strict=True)
-        ):
-            ops.add_noise_list_(
-                [one], some_seeds, some_coefs, [0], [0.9999], [1.0], "hadamard", True, s, None
-            )
+        pairs = zip(seeds.split(K), coefs.split(K), strict=True)
+        for step, (some_seeds, some_coefs) in enumerate(pairs):
+            arguments = ([0], [0.9999], [1.0], "hadamard", True, step, None)
+            ops.add_noise_list_([one], some_seeds, some_coefs, *arguments)
 
     def together() -> None:
         ops.add_noise_steps_([many], seeds, coefs, [K] * steps, [0], *rest)
 
     one_by_one(), together()
     assert torch.equal(one, many), "steps in one pass differ from the same steps one by one"
-    common = dict(op=f"{steps} updates", dtype=str(dtype).removeprefix("torch."), n=n, K=K)
+    common = dict(op=f"{steps} updates", dtype=str(dtype)[6:], n=n, K=K)
     for impl, call in (("pseuzo, one by one", one_by_one), ("pseuzo, in one pass", together)):
-        table.add(
-            **common,
-            impl=impl,
-            **(ms := table.time(call)),
-            gnormals_per_s=steps * K * n / ms["ms_p50"] / 1e6,
-        )
+        ms = table.time(call)
+        rate = steps * K * n / ms["ms_p50"] / 1e6
+        table.add(**common, impl=impl, **ms, gnormals_per_s=rate)
 
 
 def main() -> None:
@@ -321,7 +295,8 @@ def main() -> None:
     device = torch.device(args.device)
     if isinstance(OPS, NoiseApi) and not args.check:
         p.error(
-            "Triton's interpreter is for --check: what it would measure says nothing; unset TRITON_INTERPRET"
+            "Triton's interpreter is for --check: what it would measure says nothing; "
+            "unset TRITON_INTERPRET"
         )
     Ks = args.K or [1, 4, 14, 64, *[1000] * (device.type == "cuda")]
     n = args.n or N * (16 if device.type == "cuda" else 1)
@@ -329,9 +304,8 @@ def main() -> None:
     for dtype in dtypes if args.check or not args.no_check else ():
         check(dtype, Ks, device, min(n, 20000))
     if args.check:
-        print(
-            f"{'the Triton kernels' if isinstance(OPS, NoiseApi) else 'the ops'} agree with the reference"
-        )
+        checked = "the Triton kernels" if isinstance(OPS, NoiseApi) else "the ops"
+        print(f"{checked} agree with the reference")
         return
     table = Table("add_noise", args, COLUMNS)
     for dtype in dtypes:

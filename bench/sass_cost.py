@@ -2,10 +2,10 @@
 
     python bench/sass_cost.py [--arch 90] [--json FILE] [--predict] [--all]
 
-Compiles each kernel ahead of time and counts what one pass of its inner loop (one seed) and the straight code around it
-cost a normal: instructions, and cycles of the busiest pipe, for one warp on one of the four sub-partitions of a
-multiprocessor. That is a lower bound from throughput: no latencies, no timing. Figures called predictions are just
-that.
+Compiles each kernel ahead of time and counts what one pass of its inner loop (one seed) and the
+straight code around it cost a normal: instructions, and cycles of the busiest pipe, for one warp on
+one of the four sub-partitions of a multiprocessor. That is a lower bound from throughput: it knows
+no latencies, and nothing is timed. Figures called predictions are no more than that.
 """
 
 import argparse
@@ -19,9 +19,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
 
-os.environ.pop(
-    "TRITON_INTERPRET", None
-)  # the interpreter compiles nothing; this must precede the import of triton
+# The interpreter compiles nothing, and Triton reads this when it is imported.
+os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -32,20 +31,30 @@ from pseuzo_kernels.triton import kernels
 ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
-# Cycles for which one warp's instruction holds its pipe on sm_90: the throughput table of the CUDA programming guide
-# and the stall counts that ptxas writes. Not settled without a measurement: whether IMAD.WIDE takes 2 or 4, and
-# whether half -> float conversions share the pipe of the FMAs.
+# The cycles for which one warp's instruction holds a pipe on sm_90, and the pipe's instructions, from
+# the throughput table of the CUDA programming guide and the stall counts of ptxas. Only a
+# measurement could tell whether IMAD.WIDE takes 2 or 4, and whether half -> float conversions share
+# the pipe of the FMAs.
 PIPES = {
     "fma": (1, "FFMA FADD FMUL HFMA2 HMUL2 HADD2 HFMA2.MMA HADD2.BF16_V2"),
     "half": (2, "HADD2.F32 F2FP"),
     "wide": (4, "IMAD.WIDE IMAD.HI"),
     "imad": (2, "IMAD IDP"),
-    "alu": (2, "LOP3 IADD3 SHF PRMT SEL FSEL ISETP FSETP FMNMX IMNMX VIMNMX VIADD LEA I2FP IABS MOV PLOP3 SGXT IADD "
-               "CS2R BMSK P2R R2P HSETP2"),
+    "alu": (2, "LOP3 IADD3 SHF PRMT SEL FSEL ISETP FSETP FMNMX IMNMX VIMNMX VIADD LEA I2FP IABS "
+               "MOV PLOP3 SGXT IADD CS2R BMSK P2R R2P HSETP2"),
     "mufu": (8, "MUFU I2F F2I F2F POPC FLO BREV FRND"),
     "lsu": (4, "LDG STG LDS STS LDL STL LDSM STSM SHFL LDC ULDC LDCU ATOMG RED"),
 }  # fmt: skip
 PIPE_OF = {op: pipe for pipe, (_, ops) in PIPES.items() for op in ops.split()}
+# The types of the kernels' arguments; those of out_ptr, x_ptr and dtype_ptr are the tensor's.
+ARGUMENT_TYPES = {
+    "index_ptr": "*i64", "seeds_ptr": "*i64", "coefs_ptr": "*fp32", "hashes_ptr": "*i64",
+    "rounded_ptr": "*fp32", "outs_ptr": "*i64", "xs_ptr": "*i64", "ns_ptr": "*i64",
+    "streams_ptr": "*i64", "keeps_ptr": "*fp32", "scales_ptr": "*fp32", "table_ptr": "*i32",
+    "firsts_ptr": "*i64", "rounding_hashes_ptr": "*i64", "n": "i64", "N": "i64", "width": "i64",
+    "stream": "i64", "rounding_hash": "i64", "K": "i32", "parts": "i32", "S": "i32", "T": "i64",
+    "keep": "fp32", "scale": "fp32",
+}  # fmt: skip
 
 
 @dataclass
@@ -67,21 +76,31 @@ def _tool(name: str) -> str:
 
 
 def compile_kernel(
-    name: str, arch: int, dtype: str = "bf16", noise: str = "hadamard", stochastic: bool = False,
-    hash_in_kernel: bool = False, has_x: bool = True, asm: bool = True, planes: bool = False,
-):  # fmt: skip
-    """The compiled kernel, as a launch on aligned tensors would get it; .asm["cubin"] is its machine code."""
+    name: str,
+    arch: int,
+    dtype: str = "bf16",
+    noise: str = "hadamard",
+    stochastic: bool = False,
+    hash_in_kernel: bool = False,
+    has_x: bool = True,
+    asm: bool = True,
+    planes: bool = False,
+):
+    """The compiled kernel, as a launch on aligned tensors would get it; .asm["cubin"] is its
+    machine code."""
     kernel = getattr(kernels, name)
-    constants = dict(NOISE=noise, COUNTERS=COUNTERS.get(name, kernels.COUNTERS), HAS_X=has_x, HASH=hash_in_kernel,
-                     STOCHASTIC=stochastic, ASM=asm, PLANES=planes, found_inf_ptr=None)  # fmt: skip
-    types = dict(
-        out_ptr=f"*{dtype}", x_ptr=f"*{dtype}", dtype_ptr=f"*{dtype}", index_ptr="*i64",
-        seeds_ptr="*i64", coefs_ptr="*fp32", hashes_ptr="*i64", rounded_ptr="*fp32",
-        outs_ptr="*i64", xs_ptr="*i64", ns_ptr="*i64", streams_ptr="*i64", keeps_ptr="*fp32", scales_ptr="*fp32",
-        table_ptr="*i32", n="i64", N="i64", width="i64", stream="i64", rounding_hash="i64", K="i32", parts="i32",
-        firsts_ptr="*i64", rounding_hashes_ptr="*i64", S="i32", T="i64", keep="fp32", scale="fp32",
-    )  # fmt: skip
-    constants["BLOCK"] = 128
+    constants = dict(
+        NOISE=noise,
+        COUNTERS=COUNTERS.get(name, kernels.COUNTERS),
+        HAS_X=has_x,
+        HASH=hash_in_kernel,
+        STOCHASTIC=stochastic,
+        ASM=asm,
+        PLANES=planes,
+        BLOCK=128,
+        found_inf_ptr=None,
+    )
+    types = ARGUMENT_TYPES | dict.fromkeys(("out_ptr", "x_ptr", "dtype_ptr"), f"*{dtype}")
     names = kernel.arg_names
     signature = {a: "constexpr" if a in constants else types[a] for a in names}
     constants = {(names.index(a),): v for a, v in constants.items() if a in names}
@@ -91,21 +110,24 @@ def compile_kernel(
         if a.endswith("_ptr") and a != "found_inf_ptr"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = (
-        dict(num_warps=1, **kernels.ROWS_OPTIONS) if name == ROWS else dict(num_warps=kernels.WARPS)
-    )
+    rows = dict(num_warps=1, **kernels.ROWS_OPTIONS)
+    options = rows if name == ROWS else dict(num_warps=kernels.WARPS)
     options["enable_fp_fusion"] = False
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], str]:
-    """The instructions (opcode, operands), the labels, and the resource usage of a cubin with one kernel."""
+    """The instructions (opcode, operands), the labels, and the resource usage of a cubin with one
+    kernel."""
+
+    def output_of(*args: str) -> str:
+        return subprocess.run(args, capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda *args: subprocess.run(args, capture_output=True, text=True, check=True).stdout  # noqa: E731
-        text = run(_tool("nvdisasm"), "-c", file.name)
-        usage = run(_tool("cuobjdump"), "-res-usage", file.name)
+        text = output_of(_tool("nvdisasm"), "-c", file.name)
+        usage = output_of(_tool("cuobjdump"), "-res-usage", file.name)
     code, labels, inside = [], {}, False
     for line in text.splitlines():
         if re.match(r"\s*\.section\s+\.text\.", line):
@@ -120,7 +142,7 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], st
 
 
 def _loops(code, labels) -> list[tuple[int, int]]:
-    """First and last instruction of each; the last is the branch back."""
+    """The numbers of each loop's first and last instruction; the last is the branch back."""
     loops = []
     for i, (op, operands) in enumerate(code):
         target = re.search(r"\.L[\w.$]+", operands) if op.startswith("BRA") else None
@@ -135,64 +157,89 @@ def _pipe(op: str) -> str:
 
 
 def _cycles(code) -> dict[str, float]:
-    """Cycles that each resource needs. FMAs run on both halves of their pipe, integer multiplies on one of them."""
+    """Cycles that each resource needs. FMAs run on both halves of their pipe, integer multiplies on
+    one of them."""
     counts = collections.Counter(_pipe(op) for op, _ in code if op != "NOP")
     heavy = counts["wide"] * 4 + counts["imad"] * 2
     return {
-        "issue": sum(counts.values()), "alu": counts["alu"] * 2, "imad": heavy, "fma": (heavy + counts["fma"] * 2) / 2,
-        "half": counts["half"] * 2, "mufu": counts["mufu"] * 8, "lsu": counts["lsu"] * 4,
-    }  # fmt: skip
-
-
-def cost(name: str, arch: int, **options) -> Cost:
-    """Counted on the path of whole chunks: the first loop that makes noise and is followed by unmasked accesses."""
-    compiled = compile_kernel(name, arch, **options)
-    code, labels, usage = disassemble(compiled.asm["cubin"])
-    counters = COUNTERS.get(name, kernels.COUNTERS)
-    normals = (
-        16 * counters // (32 * (1 if name == ROWS else kernels.WARPS))
-    )  # a thread makes in one pass
-    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    ops = collections.Counter(op.split(".")[0] for op, _ in code)
-    best, start = None, 0
-    loops = _loops(code, labels)
-    ends = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")} - {
-        last for _, last in loops
+        "issue": sum(counts.values()),
+        "alu": counts["alu"] * 2,
+        "imad": heavy,
+        "fma": (heavy + counts["fma"] * 2) / 2,
+        "half": counts["half"] * 2,
+        "mufu": counts["mufu"] * 8,
+        "lsu": counts["lsu"] * 4,
     }
-    loops = [
+
+
+def _normals(name: str) -> int:
+    """How many normals a thread makes in one pass of the loop."""
+    warps = 1 if name == ROWS else kernels.WARPS
+    return 16 * COUNTERS.get(name, kernels.COUNTERS) // (32 * warps)
+
+
+def _widths(code) -> dict[str, int]:
+    """Counts of the global loads and stores by their bits."""
+    widths = collections.Counter()
+    for op, _ in code:
+        if op.startswith(("LDG", "STG")):
+            size = re.search(r"\.(128|64|[US]16|[US]8)\b", op)
+            widths[f"{op[:3]}.{size[1] if size else '32'}"] += 1
+    return dict(widths)
+
+
+def _path_of_whole_chunks(code, labels) -> tuple[list, list]:
+    """The instructions of the first loop that makes noise and is followed by unmasked accesses, and
+    those around it."""
+    loops = _loops(code, labels)
+    exits = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")}
+    exits -= {last for _, last in loops}
+    # Only noise multiplies to 64 bits.
+    noisy = [
         (first, last)
         for first, last in loops
         if any(_pipe(op) == "wide" for op, _ in code[first:last])
     ]
-    for first, last in loops:
-        if any((first, last) != (a, b) and first <= a and b <= last for a, b in loops):
+    found, start = [], 0
+    for first, last in noisy:
+        if any((first, last) != (a, b) and first <= a and b <= last for a, b in noisy):
             continue  # not an innermost one
-        end = min((i for i in ends if i > last), default=len(code) - 1) + 1
+        end = min((i for i in exits if i > last), default=len(code) - 1) + 1
         around = code[start:first] + code[last + 1 : end]
-        widths = collections.Counter()
-        for op, _ in around:
-            if op.startswith(("LDG", "STG")):
-                size = re.search(r"\.(128|64|[US]16|[US]8)\b", op)
-                widths[f"{op[:3]}.{size[1] if size else '32'}"] += 1
-        predicated = sum(op.startswith("STG") for op, _ in around)
-        if best is None or predicated < best[0]:  # wide accesses are few
-            best = (predicated, code[first : last + 1], around, dict(widths))
+        found.append((code[first : last + 1], around))
         start = end
-    _, loop, around, widths = best
-    cycles = _cycles(loop)
-    busiest = max(cycles, key=cycles.get)
-    label = [options.get("noise", "hadamard"), options.get("dtype", "bf16")]
-    label += ["stochastic"] * options.get("stochastic", False) + ["hash"] * options.get(
-        "hash_in_kernel", False
-    )
-    label += [] if options.get("has_x", True) else ["no x"]
-    label += ["whole planes"] * options.get("planes", False)
-    label += [] if options.get("asm", True) else ["no asm"]
+    # Unmasked accesses are wide, and so there are few of them.
+    return min(found, key=lambda path: sum(op.startswith("STG") for op, _ in path[1]))
+
+
+def _label(name: str, options: dict) -> str:
+    words = [name, options.get("noise", "hadamard"), options.get("dtype", "bf16")]
+    words += ["stochastic"] * options.get("stochastic", False)
+    words += ["hash"] * options.get("hash_in_kernel", False)
+    words += ["no x"] * (not options.get("has_x", True))
+    words += ["whole planes"] * options.get("planes", False)
+    words += ["no asm"] * (not options.get("asm", True))
+    return " ".join(words)
+
+
+def cost(name: str, arch: int, **options) -> Cost:
+    """The cost of a kernel on the path of whole chunks."""
+    code, labels, usage = disassemble(compile_kernel(name, arch, **options).asm["cubin"])
+    loop, around = _path_of_whole_chunks(code, labels)
+    ops, cycles = collections.Counter(op.split(".")[0] for op, _ in code), _cycles(loop)
+    busiest, normals = max(cycles, key=cycles.get), _normals(name)
     return Cost(
-        f"{name} {' '.join(label)}", arch, int(resources[1]), ops["STL"] + ops["LDL"],
-        ops["LDS"] + ops["STS"] + ops["LDSM"] + ops["STSM"], cycles["issue"] / normals, cycles[busiest] / normals,
-        busiest, _cycles(around)["issue"] / normals, widths,
-    )  # fmt: skip
+        kernel=_label(name, options),
+        arch=arch,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spill_accesses=ops["STL"] + ops["LDL"],
+        shared_accesses=ops["LDS"] + ops["STS"] + ops["LDSM"] + ops["STSM"],
+        instructions_per_normal=cycles["issue"] / normals,
+        cycles_per_normal=cycles[busiest] / normals,
+        busiest=busiest,
+        around_per_normal=_cycles(around)["issue"] / normals,
+        widths=_widths(around),
+    )
 
 
 USUAL = (
