@@ -31,7 +31,7 @@ from pseuzo_kernels.triton import kernels
 ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
-# The cycles for which one warp's instruction holds a pipe on sm_90, and the pipe's instructions, from
+# The cycles for which a warp's instruction holds a pipe on sm_90, and the pipe's instructions: from
 # the throughput table of the CUDA programming guide and the stall counts of ptxas. Only a
 # measurement could tell whether IMAD.WIDE takes 2 or 4, and whether half -> float conversions share
 # the pipe of the FMAs.

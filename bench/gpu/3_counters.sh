@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# What does the hardware count, and how does time grow? At most 3 minutes; docs/gpu.md says what each part shows.
+# What does the hardware count, and how does time grow? At most 3 minutes; docs/gpu.md says what
+# each part shows.
 source "$(dirname "$0")/common.sh"
 growth=(--max 28 --tokens 64 256 --seconds 0.15)
-checked=(-q -ra -p no:cacheprovider tests/kernels/test_window.py tests/kernels/test_add_noise_triton.py)
-tails="gpu_bad_step or (gpu_matches_formula and 14-7-torch.bfloat16) or test_list_in_one_launch or hadamard-100"
+# The tests of the window, and those of tensors whose last chunk is masked.
+names='gpu_bad_step_and_determinism|gpu_matches_formula|list_in_one_launch|rows'
+read -ra checked <<<"$(grep -lE "def test_($names)\(" tests/kernels/test_*{window,triton}*.py | tr '\n' ' ')"
+cases="gpu_bad_step or (gpu_matches_formula and 14-7-torch.bfloat16)"
+cases+=" or test_list_in_one_launch or hadamard-100"
+checked+=(-q -ra -p no:cacheprovider -k "$cases")
 sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
 if [ -n "$dry" ]; then growth=(--max 12 --tokens 4 8 --seconds 0 --device cpu) sanitizer=(); fi
 
 [ -n "$dry" ] || part device 30 "$PYTHON" bench/gpu/device.py
 part counters 60 "$PYTHON" bench/gpu/counters.py
-# without torch's cache of memory each tensor is an allocation of its own, whose ends are watched
-part sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" "$PYTHON" -m pytest "${checked[@]}" -k "$tails"
+# Without torch's cache of memory each tensor is an allocation of its own, whose ends are watched.
+part sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  "${sanitizer[@]}" "$PYTHON" -m pytest "${checked[@]}"
 part growth 40 "$PYTHON" bench/bench_growth.py --no-check "${growth[@]}"
 finish

@@ -1,9 +1,11 @@
-# Sourced by the scripts beside it: `part` runs a part of a script under a time limit of its own, and `finish` sums up.
+# Sourced by the scripts beside it: `part` runs a part of a script under a time limit of its own,
+# and `finish` sums up.
 #
-# bash bench/gpu/SCRIPT.sh [--dry-run] [PART ...]: all parts, or those named. DRY=1 is --dry-run: the same parts with
-# small sizes, as far as they go without a GPU. What is measured and each part's whole output are written to $OUT (default
-# bench/results): a log and at most three files a script. $PYTHON (python3) needs torch, triton, transformers, pytest
-# and pytest-xdist; the extension is built where it is missing. $COMMIT says what was measured where there is no git.
+# bash bench/gpu/SCRIPT.sh [--dry-run] [PART ...]: all parts, or those named. DRY=1 is --dry-run:
+# the same parts with small sizes, as far as they go without a GPU. What is measured and each part's
+# whole output are written to $OUT (default: bench/results): a log and at most three files a script.
+# $PYTHON (default: python3) needs torch, triton, transformers, pytest and pytest-xdist; the
+# extension is built where it is missing. $COMMIT says what was measured where there is no git.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OUT="${OUT:-bench/results}" PYTHON="${PYTHON:-python3}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -27,7 +29,9 @@ export DRY="$dry"
 if [ -n "$dry" ]; then export CUDA_VISIBLE_DEVICES=; fi
 [ "$chosen" != " " ] || : >"$log"
 
-part() { # name, seconds it may take, command...: the log gets its output, the terminal the end of that
+# part NAME SECONDS COMMAND...: run it within the seconds. The log gets its output, and the terminal
+# the end of that.
+part() {
   local name="$1" limit="$2" start=$SECONDS before status
   shift 2
   [[ "$chosen" == " " || "$chosen" == *" $name "* ]] || return 0
