@@ -1,1 +1,2 @@
-"""What a model needs before it is trained: loading, tuning modes, the objective and where the noise goes."""
+"""What a model needs before it is trained: loading, tuning modes, an objective, a placement of
+noise."""

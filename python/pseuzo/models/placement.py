@@ -43,7 +43,8 @@ THIRDS = ("early", "middle", "late")
 
 
 def _role(name: str, p: Tensor) -> str:
-    """What a parameter does, by the names of its modules; "small" for norms and biases, "other" if it is not known."""
+    """What a parameter does, by the names of its modules: "small" for norms and biases, "other" if
+    it is not known."""
     if p.dim() < 2 or name.endswith("bias"):
         return "small"
     parts = name.split(".")
@@ -52,7 +53,7 @@ def _role(name: str, p: Tensor) -> str:
     for part in reversed(parts):
         if part in _ROLE_OF:
             return _ROLE_OF[part]
-        if part in ("c_proj", "dense"):  # of attention and of the MLP alike
+        if part in ("c_proj", "dense"):  # names that attention and MLP share
             if any(other in ATTENTION for other in parts):
                 return "out"
             return "mlp-in" if "intermediate" in parts else "mlp-out"
@@ -66,19 +67,18 @@ def _layer(name: str) -> int | None:
 
 
 def _depth(model: nn.Module) -> int:
-    return (
-        max(
-            (layer for name, _ in model.named_parameters() if (layer := _layer(name)) is not None),
-            default=-1,
-        )
-        + 1
-    )
+    """The number of layers."""
+    layers = [_layer(name) for name, _ in model.named_parameters()]
+    return max((layer + 1 for layer in layers if layer is not None), default=0)
 
 
 def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that require grad, by role and by third of the depth: "v:late" and the like. Roles: embedding,
-    positions, q, k, v, qkv (where they are one weight), out (of the attention), mlp-in, mlp-out, small (norms and
-    biases), head, other. Parameters outside the layers have no third. place() knows these names too."""
+    """The parameters that require grad, by role and by third of the depth: "v:late" and the like.
+
+    Roles: embedding, positions, q, k, v, qkv (where they are one weight), out (of the attention),
+    mlp-in, mlp-out, small (norms and biases), head, other. Parameters outside the layers have no
+    third. place() knows these names too.
+    """
     depth, groups = _depth(model), {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -89,7 +89,8 @@ def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
-    """The parameters that require grad and are the preset's. ValueError where it has no meaning for the model."""
+    """The parameters of a preset that require grad. ValueError where the preset has no meaning for
+    the model."""
     named, depth = list(model.named_parameters()), _depth(model)
     kind = type(model).__name__
     if preset == "all":
@@ -97,12 +98,14 @@ def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
     if preset == "last-half":
         if depth < 2:
             raise ValueError(
-                f"place: {kind} has no layers that are known here; give names of parameters for last-half"
+                f"place: {kind} has no layers that are known here; give names of parameters for "
+                "last-half"
             )
         return [p for name, p in named if p.requires_grad and 2 * (_layer(name) or 0) >= depth]
     if not any(_role(name, p) in ATTENTION_OUT and _layer(name) is not None for name, p in named):
         raise ValueError(
-            f"place: {kind} has no attention weights of a known name; give names of parameters for attention-out"
+            f"place: {kind} has no attention weights of a known name; give names of parameters for "
+            "attention-out"
         )
     return [
         p
@@ -112,16 +115,19 @@ def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
 
 
 def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float]:
-    """The noise scale of every parameter that takes noise, in the order of the model; the others get none.
+    """The noise scale of every parameter that takes noise, in the order of the model.
 
-    patterns: NAME or NAME=SCALE, later ones override earlier ones, scale 0 excludes. A name is a preset, a group of
-    groups_of ("v:late"), or a glob of parameter names or of whole ends of them ("v_proj.weight", "layers.3.*"). Only
-    parameters that require grad count. Presets:
+    patterns: NAME or NAME=SCALE; later ones override earlier ones, and scale 0 excludes. A name is
+    a preset, a group of groups_of ("v:late"), or a glob of parameter names or of whole ends of them
+    ("v_proj.weight", "layers.3.*"). Only parameters that require grad count. Presets:
+
         all             every parameter
-        attention-out   weights of the value and output projections of attention, in all layers but the first (where
-                        query, key and value are one weight: that one)
+        attention-out   weights of the value and output projections of attention, in all layers but
+                        the first (where query, key and value are one weight: that one)
         last-half       the upper half of the layers
-    ValueError: a pattern that matches nothing, a scale that is no number from 0, or nothing that is left.
+
+    ValueError: a pattern that matches nothing, a scale that is no number from 0, or no parameter
+    that is left.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = groups_of(model)
@@ -148,7 +154,8 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
             ]
         if not found and what == "auto":
             raise ValueError(
-                "place: auto is for noise_on, where it stands alone: no scale, no other pattern beside it"
+                "place: auto is for noise_on, where it stands alone: no scale, no other pattern "
+                "beside it"
             )
         if not found:
             raise ValueError(
@@ -164,16 +171,14 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
 
 
 def _hint(what: str, named: Iterable[str], groups: Iterable[str]) -> str:
-    """Names like it: whole ones if it has a dot and a number, else their last two parts."""
+    """The end of an error: names near to one that matches nothing, or some names."""
     ends = {".".join(name.split(".")[-2:]) for name in named}
     near = difflib.get_close_matches(
         what, [*PRESETS, *groups, *sorted(ends), *named], n=3, cutoff=0.5
     )
-    return (
-        f"; near it: {', '.join(near)}"
-        if near
-        else f"; some names: {', '.join([*PRESETS, *sorted(ends)][:6])}"
-    )
+    if near:
+        return f"; near it: {', '.join(near)}"
+    return f"; some names: {', '.join([*PRESETS, *sorted(ends)][:6])}"
 
 
 def param_groups(
@@ -183,8 +188,10 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
 ) -> list[dict]:
-    """Groups for PseuZO, MeZO or an optimizer of torch's: by noise scale and weight decay, which norms and biases are
-    spared."""
+    """Groups for PseuZO, MeZO or an optimizer of torch's, by noise scale and weight decay.
+
+    Norms and biases are spared the weight decay.
+    """
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if p in placement:

@@ -21,34 +21,32 @@ from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.perturb.module import forget_passes, passes_of
 
 PROBE_DOMAIN = 0x70726F6265  # keeps the probe's noise apart from the run's
-LARGEST_EPS = 10.0  # times the eps given; see probe
+MAX_EPS_FACTOR = 10.0  # a small group is probed with at most this multiple of eps
 
 
 @dataclass
 class Row:
-    """What the probe saw of one group; z is noise on that group alone. Errors are standard errors of the means."""
+    """What the probe saw of one group; z is noise on that group alone.
+
+    Errors are standard errors of the means.
+    """
 
     name: str
-    parameters: float  # elements, each counted with the square of its noise scale
+    parameters: float  # number of elements, each counted with the square of its noise scale
     slope2: float  # mean of (z . gradient)^2
     slope2_error: float
     curvature: float  # mean of z^T H z
     curvature_error: float
-    fisher: float = (
-        math.nan
-    )  # mean of the examples' (z . gradient_i)^2; NaN without per-example losses
+    fisher: float = math.nan  # mean of the examples' (z . gradient_i)^2, if they have losses
     fisher_error: float = math.nan
     forwards: int = 0
 
     @property
     def cost(self) -> tuple[float, float]:
-        """What noise on the group costs, tr H, and its standard error: by fisher where there is one."""
-        by_fisher = math.isfinite(self.fisher)
-        return (
-            (self.fisher, self.fisher_error)
-            if by_fisher
-            else (self.curvature, self.curvature_error)
-        )
+        """What noise on the group costs, tr H, and its standard error; by fisher if it has one."""
+        if math.isfinite(self.fisher):
+            return self.fisher, self.fisher_error
+        return self.curvature, self.curvature_error
 
 
 @torch.no_grad()
@@ -63,24 +61,28 @@ def probe(
     seed: int = 0,
     progress: Callable[[], object] | None = None,
 ) -> list[Row]:
-    """Slope and curvature of the loss along noise on each group alone, by forward passes; the weights are not written.
+    """Slope and curvature of the loss along noise on each group alone, by forward passes. The
+    weights are not written.
 
-    groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of that batch (a scalar
-    or per-example losses), each called 1 + 2 * groups * directions times, in eval mode. progress: called after every
-    pass. For each batch and direction, with fresh noise z on the group and losses L0 at x and L+ and L- at x +- eps z:
+    groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of
+    that batch (a scalar or per-example losses), each called 1 + 2 * groups * directions times, in
+    eval mode. progress: called after every pass. For each batch and direction there is fresh noise
+    z on the group, with losses L0 at x and L+ and L- at x +- eps z:
 
-        slope = (L+ - L-) / (2 eps)              mean of slope^2:   estimates |g|^2, g the gradient of the group
-        curvature = (L+ + L- - 2 L0) / eps^2     mean of it:        estimates tr H of the group
+        slope = (L+ - L-) / (2 eps)             mean of slope^2 estimates |g|^2, g the gradient
+        curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H
 
-    (with scales D: |D g|^2 and tr D^2 H.) The curvature is noisy and often comes out negative. If the closures return
-    per-example losses, fisher is the mean over examples of the squares of their own slopes: for negative log
-    likelihoods of a model that is about calibrated it estimates tr H too (its Gauss-Newton part, which has nearly all
-    of the trace), is never negative and a lot less noisy. For other losses, return their mean.
+    of the group (with scales D: |D g|^2 and tr D^2 H). The curvature is noisy and often comes out
+    negative. If the closures return per-example losses, fisher is the mean over examples of the
+    squares of their own slopes: for negative log likelihoods of a model that is about calibrated it
+    estimates tr H too (its Gauss-Newton part, which has nearly all of the trace), and it is never
+    negative and a lot less noisy. For other losses, return their mean.
 
-    g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance of the batch's: it favours groups
-    with noisy gradients, the more the smaller the batches. Differences of losses drown in their rounding where eps is
-    small: a group that has a share f of all parameters of `groups` is probed with eps / sqrt(f), as long a step as
-    noise on all of them, though at most 10 eps.
+    g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance between
+    batches: it favours groups with noisy gradients, the more the smaller the batches. Differences
+    of losses drown in their rounding where eps is small. So a group that has a share f of all
+    parameters of `groups` is probed with eps / sqrt(f), as long a step as noise on all of them,
+    though at most 10 eps.
     """
     closures = list(closures)
     if not closures or directions < 1 or not groups:
@@ -111,37 +113,29 @@ def probe(
         clean = [losses_of(closure) for closure in closures]
         for name, group in scales.items():
             places = {p: (streams[p], scale) for p, scale in group.items()}
-            by = eps * min(LARGEST_EPS, max(1.0, math.sqrt(whole / sizes[name])))
+            scaled_eps = eps * min(MAX_EPS_FACTOR, max(1.0, math.sqrt(whole / sizes[name])))
             passes, seen = passes_of(model, places, noise), []
             for i in range(len(closures) * directions):
-                at_x, closure, z = (
-                    clean[i // directions],
-                    closures[i // directions],
-                    step_seed(seed, i, PROBE_DOMAIN),
-                )
-                with passes.at(z, by, "probe"):
+                at_x, closure = clean[i // directions], closures[i // directions]
+                z = step_seed(seed, i, PROBE_DOMAIN)
+                with passes.at(z, scaled_eps, "probe"):
                     plus = losses_of(closure)
-                with passes.at(z, -by, "probe"):
+                with passes.at(z, -scaled_eps, "probe"):
                     minus = losses_of(closure)
-                slopes, curvature = (
-                    (plus - minus) / (2 * by),
-                    ((plus - at_x) + (minus - at_x)) / (by * by),
-                )
-                fisher = (
-                    slopes.square().mean() if slopes.numel() > 1 else slopes.new_full((), math.nan)
-                )
+                slopes = (plus - minus) / (2 * scaled_eps)
+                curvature = ((plus - at_x) + (minus - at_x)) / (scaled_eps * scaled_eps)
+                of_examples = slopes.numel() > 1
+                fisher = slopes.square().mean() if of_examples else slopes.new_full((), math.nan)
                 seen.append(torch.stack([slopes.mean().square(), curvature.mean(), fisher]))
-            rows.append(
-                Row(
-                    name, sizes[name], *_means_and_errors(torch.stack(seen)), forwards=2 * len(seen)
-                )
-            )
+            means = _means_and_errors(torch.stack(seen))
+            rows.append(Row(name, sizes[name], *means, forwards=2 * len(seen)))
     forget_passes(model)  # frees their scratch
     return rows
 
 
 def _means_and_errors(samples: Tensor) -> list[float]:
-    """The mean of each column of [n, m], and after each its standard error: infinite for one sample."""
+    """The mean of each column of [n, m], and after each its standard error, which is infinite for
+    one sample."""
     samples = samples.double().cpu()
     n = len(samples)
     errors = samples.std(0) / math.sqrt(n) if n > 1 else torch.full_like(samples[0], math.inf)
@@ -149,12 +143,14 @@ def _means_and_errors(samples: Tensor) -> list[float]:
 
 
 def choose(rows: Iterable[Row]) -> list[str]:
-    """The names of the groups that noise should go to: those whose slope2 / cost is at least half of the best.
+    """The names of the groups that noise should go to: those whose slope2 / cost is at least half
+    of the best.
 
-    cost is a row's fisher, or its curvature where there is none; below its standard error it is taken for that error,
-    so a group whose curvature was not seen (or came out negative) wins nothing by it. The best is judged with a
-    standard error against it on both counts, as the largest of many noisy ratios is too large. If no slope is clear of
-    its error, all groups are returned: nothing was learned.
+    cost is a row's fisher, or its curvature where there is none. A cost below its standard error is
+    replaced by that error, so a group whose curvature was not seen (or came out negative) wins
+    nothing by it. The best is judged with a standard error against it on both counts, as the
+    largest of many noisy ratios is too large. If no slope is clear of its error, all groups are
+    returned: nothing was learned.
     """
     rows = list(rows)
     names = [r.name for r in rows]
@@ -171,7 +167,8 @@ def choose(rows: Iterable[Row]) -> list[str]:
 
 
 class Scaled(NamedTuple):
-    """lr and eps for another placement of the noise, and a sentence that says by what they were scaled."""
+    """lr and eps for another placement of the noise, and a sentence that says how they were
+    scaled."""
 
     lr: float
     eps: float
@@ -179,20 +176,26 @@ class Scaled(NamedTuple):
 
 
 def equal_change(lr: float, eps: float, everywhere: Row, here: Row) -> Scaled:
-    """lr and eps such that noise `here` changes the loss as much, on average, as noise `everywhere` does at lr and eps.
+    """lr and eps with which noise `here` changes the loss as much, on average, as noise
+    `everywhere` does at the lr and eps given.
 
-    E[L(x + eps z) - L(x)] = eps^2 / 2 * tr(D^2 H) =: eps^2 / 2 * T, and the largest stable lr is about 1 / T; so
-    lr * T_everywhere / T_here and eps * sqrt(of that). T is the cost of the rows, if both are at least twice their
-    standard error, else in proportion to the number of parameters (each with its scale squared).
+    E[L(x + eps z) - L(x)] = eps^2 / 2 * tr(D^2 H) =: eps^2 / 2 * T, and the largest stable lr is
+    about 1 / T. So lr is multiplied by the ratio T_everywhere / T_here, and eps by its root. T is
+    the cost of the rows if both are more than twice their standard error; else it is taken to be
+    proportional to the number of parameters (each with its scale squared).
     """
     (whole, whole_error), (part, part_error) = everywhere.cost, here.cost
     if all(math.isfinite(error) and t > 2 * error for t, error in (everywhere.cost, here.cost)):
         ratio = whole / part
-        how = f"the curvature along the noise is {1 / ratio:.3g} of that along noise on all parameters"
+        how = (
+            f"the curvature along the noise is {1 / ratio:.3g} of that along noise on all "
+            "parameters"
+        )
     else:
         ratio = everywhere.parameters / here.parameters
         how = (
-            f"the curvature along the noise could not be measured ({part:.3g} +- {part_error:.2g}, on all parameters "
-            f"{whole:.3g} +- {whole_error:.2g}); by the share of the parameters, {1 / ratio:.3g}"
+            f"the curvature along the noise could not be measured ({part:.3g} +- "
+            f"{part_error:.2g}, on all parameters {whole:.3g} +- {whole_error:.2g}); by the share "
+            f"of the parameters, {1 / ratio:.3g}"
         )
     return Scaled(lr * ratio, eps * math.sqrt(ratio), how)
