@@ -249,7 +249,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path, mon
         1 / n for n in itertools.count(1)
     )  # falling: which step is the best does not rest on rounding
     monkeypatch.setattr(
-        "pseuzo.train.trainer.evaluate",
+        "pseuzo.train.reporting.evaluate",
         lambda *a, **k: evaluate(*a, **k) | {"accuracy": next(accuracies)},
     )
     args = ["train", *SMALL, "--method", "mezo", "--lr", "1e-2", "--steps", 5, "--eval-every", 1, "--journal", journal,

@@ -19,8 +19,9 @@ from pseuzo.models.placement import param_groups, place
 from pseuzo.models.positions import predicted, with_positions
 from pseuzo.tasks import TaskData, load_task
 from pseuzo.train.arguments import UNUSED, PseuZOTrainingArguments
+from pseuzo.train.checks import NOT_TAKEN
 from pseuzo.train.journal_file import read_journal
-from pseuzo.train.trainer import NOT_TAKEN, PseuZOTrainer
+from pseuzo.train.trainer import PseuZOTrainer
 from safetensors.torch import load_file
 from tiny_models import VOCAB, batch_of, causal_lm
 from torch.nn import functional as F
@@ -264,7 +265,7 @@ def test_logs_that_are_late_are_the_same_rows_in_the_same_order(
     want, want_mean = run("at once")
     assert max(behind) == 2
     behind.clear()
-    monkeypatch.setattr("pseuzo.train.trainer.Fetched", Late)
+    monkeypatch.setattr("pseuzo.train.logs.Fetched", Late)
     monkeypatch.setattr(Late, "waits", 0)
     got, got_mean = run("late")
     assert behind == [1, 2, 3, 4, 3, 4, 1, 2, 1, 2, 3, 4], (

@@ -48,7 +48,8 @@ from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal_file import JournalError, held, owner
 from pseuzo.train.methods import ZEROTH_ORDER, default_rate
-from pseuzo.train.trainer import PLACEMENT_FILE, PseuZOTrainer
+from pseuzo.train.noise_on import PLACEMENT_FILE
+from pseuzo.train.trainer import PseuZOTrainer
 from pseuzo_kernels import _C
 
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text

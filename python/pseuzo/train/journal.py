@@ -179,7 +179,7 @@ class Journal:
         return fingerprint({entry["name"]: p for entry, p in params})
 
     def note_weights(self) -> None:
-        """Remember the weights, after the optimizer wrote them: nobody else may until its next step."""
+        """Remember the weights as the optimizer wrote them, for the check before its next step."""
         self.optimizer.recorded_weights = self._weights.marks()
 
     def check_weights(self) -> None:
@@ -203,13 +203,7 @@ class Journal:
     def prepare(self) -> None:
         """Raise if the optimizer's next update cannot be recorded, before it touches a weight."""
         optimizer = self.optimizer
-        now = {
-            "noise": optimizer.noise,
-            "rounding": optimizer.rounding,
-            "groups": len(optimizer.param_groups),
-        }
-        exact = any(group["exact_gradient"] for group in optimizer.param_groups)
-        if exact or any(self._layout[key] != value for key, value in now.items()):
+        if _changed(optimizer, self._layout):
             raise RuntimeError(
                 "Journal: the optimizer's groups, noise or rounding were changed since it was "
                 "opened; close it and open a new one"
@@ -359,6 +353,17 @@ def _check(optimizer: ZeroOrder) -> None:
         raise ValueError(
             "Journal: updates by exact_gradient are no seeds; leave out that or the journal"
         )
+
+
+def _changed(optimizer: ZeroOrder, layout: dict[str, Any]) -> bool:
+    """Whether the optimizer can no longer be recorded in a journal of this layout."""
+    now = {
+        "noise": optimizer.noise,
+        "rounding": optimizer.rounding,
+        "groups": len(optimizer.param_groups),
+    }
+    exact = any(group["exact_gradient"] for group in optimizer.param_groups)
+    return exact or any(layout[key] != value for key, value in now.items())
 
 
 def _layout(optimizer: ZeroOrder) -> dict[str, Any]:

@@ -1,29 +1,156 @@
-"""The methods, and what a step of each costs.
+"""The methods: how the optimizer of each is built, what it takes, and what a step costs.
 
 METHODS has one row per method. The choices and the help of the command line, the defaults of the
-arguments and the number of forward passes derive from it. This module imports neither torch nor
-Transformers: the command line lists the methods before it imports either.
+arguments and the number of forward passes derive from it. To add a method, write its estimator (a
+file of pseuzo.optim), a function below that builds it, and a row. This module imports neither torch
+nor Transformers: the command line lists the methods before it imports either.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pseuzo.models.modes import MODES as MODES
 from pseuzo.models.modes import by_mode
 
-# Options that every zeroth-order method takes and no first-order method does.
-PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
-ZEROTH_ORDER_RATES = by_mode("lr")
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from pseuzo.optim.schedule import Schedule
+    from pseuzo.train.arguments import PseuZOTrainingArguments
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the optimizer of a run is built from."""
+
+    args: PseuZOTrainingArguments
+    model: nn.Module
+    groups: list[dict[str, Any]]  # with params, lr, weight_decay and noise_scale
+    lr: float
+    eps: float
+    planned_steps: Callable[[], int]  # of the run
+    steps_per_epoch: Callable[[], int]
 
 
 @dataclass(frozen=True)
 class Method:
     help: str
-    options: tuple[str, ...]  # which options it takes, of those that not every method takes
+    build: Callable[[Setup], Optimizer]
     passes: Callable[[int, bool | None], int]  # (directions, two_sided) -> forward passes per step
+    options: tuple[str, ...]  # which options it takes, of those that not every method takes
     rates: Mapping[str, float]  # the default learning rate by tuning mode
     momentum: float = 0.0  # the default of the option
     zeroth_order: bool = True
+
+
+# How the optimizers are built
+
+
+def _common(setup: Setup) -> dict[str, Any]:
+    """The options of every zeroth-order optimizer."""
+    args = setup.args
+    return {
+        "lr": setup.lr,
+        "eps": setup.eps,
+        "noise": args.noise,
+        "rounding": args.rounding,
+        "seed": args.seed,
+        "model": setup.model,
+        "clip_examples": args.clip_examples,
+        "capture": args.capture,
+    }
+
+
+def _mezo(setup: Setup) -> Optimizer:
+    from pseuzo.optim import MeZO
+
+    args = setup.args
+    own: dict[str, Any] = {
+        "two_sided": args.two_sided is not False,
+        "directions": args.directions,
+    }
+    if args.method == "mezo-momentum":
+        own |= {"momentum": args.momentum, "window": args.window}
+    return MeZO(setup.groups, **own, **_common(setup))
+
+
+def _pseuzo(setup: Setup) -> Optimizer:
+    from pseuzo.models.split import head_parameters
+    from pseuzo.optim import PseuZO
+
+    args, groups = setup.args, setup.groups
+    head = [p for p in head_parameters(setup.model) if p.requires_grad]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not any(p is h for h in head)]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(
+            "method pseuzo: its perturbed passes end before the output head, and noise_on or the "
+            "mode leaves nothing else to train; use mezo, or fo-sgd or fo-adam for the head's "
+            "exact gradient"
+        )
+    if args.head == "exact":
+        if not head:
+            raise ValueError(
+                "head=exact: there is no output head of its own that is trained: it is tied to the "
+                "embedding, which takes noise, or the mode or noise_on leaves it out; use "
+                "head=frozen"
+            )
+        head_lr = args.head_lr if args.head_lr is not None else 1000 * setup.lr
+        groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0, "exact_gradient": True})
+    return PseuZO(
+        groups,
+        window=args.window,
+        momentum=_schedule(setup),
+        two_sided=bool(args.two_sided),
+        **_common(setup),
+    )
+
+
+def _schedule(setup: Setup) -> Schedule:
+    """The schedule of lambda."""
+    from pseuzo.optim import Constant, CyclicHyperbola, Linear
+
+    args = setup.args
+    if args.schedule == "constant":
+        return Constant(args.momentum)
+    steps = setup.planned_steps()
+    if args.schedule == "linear":
+        return Linear(args.momentum, 0.0, steps)
+    return CyclicHyperbola.from_steps(steps, setup.steps_per_epoch())
+
+
+def _scaled_by_rate(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turn noise scales into rates, for first-order optimizers.
+
+    Noise of scale s moves weights by -lr s^2 g on average, g their gradient. The product of rate
+    and weight decay stays as it is, because decay does not depend on the scale.
+    """
+    for group in groups:
+        group["lr"] *= group["noise_scale"] ** 2
+        group["weight_decay"] /= group["noise_scale"] ** 2
+    return groups
+
+
+def _sgd(setup: Setup) -> Optimizer:
+    from torch.optim import SGD
+
+    return SGD(_scaled_by_rate(setup.groups), lr=setup.lr, momentum=setup.args.momentum)
+
+
+def _adam(setup: Setup) -> Optimizer:
+    from torch.optim import AdamW
+
+    args, groups = setup.args, _scaled_by_rate(setup.groups)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return AdamW(groups, lr=setup.lr, betas=betas, eps=args.adam_epsilon)
+
+
+# What a step costs; a backward pass counts as two forward passes
 
 
 def _mezo_passes(directions: int, two_sided: bool | None) -> int:
@@ -35,41 +162,50 @@ def _pseuzo_passes(directions: int, two_sided: bool | None) -> int:
 
 
 def _first_order_passes(directions: int, two_sided: bool | None) -> int:
-    return 3  # one forward pass and one backward pass, which costs two
+    return 3
 
+
+# Options that every zeroth-order method takes, and no first-order method.
+PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
+ZEROTH_ORDER_RATES = by_mode("lr")
 
 METHODS = {
     "pseuzo": Method(
         help="PseuZO: the difference of two outputs times the exact gradient there, and a window.",
-        options=(*PERTURBING, "window", "momentum", "schedule", "groups", "head", "head_lr"),
+        build=_pseuzo,
         passes=_pseuzo_passes,
+        options=(*PERTURBING, "window", "momentum", "schedule", "groups", "head", "head_lr"),
         rates=ZEROTH_ORDER_RATES,
         momentum=1.0,
     ),
     "mezo": Method(
         help="MeZO: the difference of the loss at two perturbed points.",
-        options=(*PERTURBING, "directions", "objective"),
+        build=_mezo,
         passes=_mezo_passes,
+        options=(*PERTURBING, "directions", "objective"),
         rates=ZEROTH_ORDER_RATES,
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
-        options=(*PERTURBING, "directions", "objective", "window", "momentum"),
+        build=_mezo,
         passes=_mezo_passes,
+        options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         rates=ZEROTH_ORDER_RATES,
         momentum=0.9,
     ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
-        options=("momentum",),
+        build=_sgd,
         passes=_first_order_passes,
+        options=("momentum",),
         rates=by_mode("sgd_lr"),
         zeroth_order=False,
     ),
     "fo-adam": Method(
         help="AdamW with backpropagation, to compare.",
-        options=(),
+        build=_adam,
         passes=_first_order_passes,
+        options=(),
         rates=by_mode("adam_lr"),
         zeroth_order=False,
     ),
@@ -83,8 +219,7 @@ def methods_with(option: str) -> tuple[str, ...]:
 
 
 def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
-    """Forward passes per step; a backward pass counts as two. two_sided=None is the method's
-    default."""
+    """Forward passes per step; a backward pass counts as two. two_sided None: the usual."""
     return METHODS[method].passes(directions, two_sided)
 
 

@@ -1,0 +1,156 @@
+"""The loss of a batch, in the forms that optimizers and Transformers' Trainer take it."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.positions import IGNORED, NOT_INPUTS, padded
+from pseuzo.optim.clip import row_factors
+from pseuzo.perturb.graphs import MAX_GRAPHS
+from pseuzo.tasks import TaskData, nondiff_loss
+from pseuzo.train.arguments import PseuZOTrainingArguments
+
+# Under capture, lengths are padded to multiples of the first, loss positions of the second.
+SHAPES = (64, 8)
+
+Forward = Callable[[], Tensor]
+Head = Callable[[Tensor], Tensor]
+
+
+class Losses:
+    """Makes of a batch what a step of args.method needs.
+
+    objective: a callable batch -> (forward, head). data: what is trained on.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: PseuZOTrainingArguments, objective: Callable, data: Any
+    ):
+        self.model, self.args, self.objective, self.data = model, args, objective, data
+        self._recorded: OrderedDict[tuple, tuple] = OrderedDict()  # by the shapes of a batch
+
+    @property
+    def of_model(self) -> bool:
+        """Whether the objective is the one of the model's own labels."""
+        return isinstance(self.objective, CausalLMObjective)
+
+    def split(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head]:
+        """forward and head. each: head gives the loss of each example; not every objective can."""
+        return self.objective(inputs, reduction="none") if each else self.objective(inputs)
+
+    def closure(self, inputs: dict[str, Any], each: bool) -> Forward:
+        """The loss by one call, or what stands for it under objective=metric."""
+        if self.args.objective == "metric":
+            if not isinstance(self.data, TaskData):
+                raise ValueError(
+                    "objective=metric needs a TaskData as train_dataset: it knows the metric"
+                )
+            rows = inputs["rows"].tolist()
+            return lambda: nondiff_loss(self.model, self.data, rows)
+        forward, head = self.split(inputs, each)
+        return lambda: head(forward())
+
+    def recorded(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head, Forward]:
+        """forward, head and both in one, for CUDA graphs.
+
+        They are the same functions for all batches of a shape, and read the tensors that this
+        copies the batch to.
+        """
+        plan = self.objective.checked(padded(self.objective.plan(inputs), *SHAPES))
+        shape = tuple((name, x.shape, x.dtype) for name, x in plan.items())
+        if shape not in self._recorded:
+            own = {name: x.clone() for name, x in plan.items()}
+            forward, head = self.objective.functions(own, "none" if each else "mean")
+            self._recorded[shape] = own, (forward, head, lambda: head(forward()))
+            if len(self._recorded) > MAX_GRAPHS:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(shape)
+        own, functions = self._recorded[shape]
+        for name, x in plan.items():
+            own[name].copy_(x)
+        return functions
+
+    def step_inputs(
+        self, inputs: dict[str, Any], has_head: bool
+    ) -> tuple[tuple[Callable, ...], dict[str, Any]]:
+        """The arguments of optimizer.estimate: a closure, or forward and head with their rows."""
+        args, each = self.args, self.args.clip_examples is not None
+        if not has_head:
+            if args.capture:
+                return self.recorded(inputs, each)[2:], {}
+            return (self.closure(inputs, each),), {}
+        functions = self.recorded(inputs, each)[:2] if args.capture else self.split(inputs, each)
+        return functions, {"groups": self._groups(inputs), "examples": inputs.get("examples")}
+
+    def _groups(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The group of each row, for PseuZO's window; None: each row is its own."""
+        if self.args.groups == "label":
+            return inputs.get("groups")
+        if self.args.groups == "row":
+            return None
+        tensors = (inputs.get("input_ids"), *inputs.values())
+        rows = next(len(x) for x in tensors if isinstance(x, Tensor) and x.dim())
+        return torch.zeros(rows, dtype=torch.int64, device=self.args.device)
+
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
+        """The loss, with the clipped gradient where autograd records one."""
+        # The gradient is all that clipping changes.
+        clip = self.args.clip_examples if torch.is_grad_enabled() else None
+        forward, head = self.split(inputs, clip is not None)
+        o = forward()
+        loss = head(o) if clip is None else clipped_mean(head, o, clip, inputs.get("examples"))
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"method {self.args.method}: no gradient reaches the weights that are trained "
+                "(layers of the model, as some quantised ones, pass none on); use mezo or pseuzo, "
+                "which need none"
+            )
+        return loss
+
+    @staticmethod
+    def share(inputs: dict[str, Any], items: Any, accumulated: int) -> Any:
+        """The factor of a batch's loss in the loss of the batches that are accumulated."""
+        if "targets" in inputs and "examples" not in inputs:
+            return (inputs["targets"] != IGNORED).sum() / items
+        return 1 / accumulated
+
+    def comes_with_logits(self, inputs: dict[str, Any]) -> bool:
+        """Whether the loss of a batch is the one that the model gives with its logits."""
+        return self.of_model and self.objective.options is None and "examples" not in inputs
+
+    def model_inputs(self, inputs: dict[str, Any], labels: list[str], *more: str) -> dict[str, Any]:
+        """What the model gets of a batch: not what is the objective's alone, except for `more`.
+
+        Where rows are padded on the left, the objective's positions are added.
+        """
+        kept = {k: v for k, v in inputs.items() if k in more or k not in (*NOT_INPUTS, *labels)}
+        mask = inputs.get("attention_mask")
+        if self.of_model and mask is not None and not bool(mask[:, 0].all()):
+            kept |= self.objective.model_inputs(kept)
+        return kept
+
+
+def clipped_mean(head: Head, o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
+    """The mean of the losses head(o) [B], but with the gradient of the mean of w_i loss_i.
+
+    w_i = min(1, ratio * median of the |e| / |e_i|) is a constant, where e_i is the gradient of
+    loss_i at all rows of o [R, ...] of example i. examples [R]: the number, 0 to B - 1, of each
+    row's example; None: row i is example i.
+    """
+    losses = head(o.requires_grad_())
+    if losses.dim() != 1 or (examples is None and len(losses) != len(o)):
+        raise ValueError(
+            "clip_examples needs the loss of each example, [B], and got shape "
+            f"{tuple(losses.shape)}"
+        )
+    (e,) = torch.autograd.grad(losses.sum(), o, retain_graph=True)
+    squares = e.float().square().flatten(1).sum(1)
+    weights = row_factors(squares, ratio**2, examples).sqrt().to(losses.dtype)
+    if examples is not None:
+        weights = torch.ones_like(losses).scatter(0, examples, weights)
+    losses.register_hook(lambda gradient: gradient * weights)
+    return losses.mean()

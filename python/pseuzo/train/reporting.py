@@ -1,0 +1,122 @@
+"""The hooks of Transformers' Trainer for what a run reports: the rows of its steps, evaluations."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from pseuzo.models.positions import NOT_INPUTS
+from pseuzo.optim.base import ZeroOrder
+from pseuzo.tasks import TaskData, evaluate
+from pseuzo.train.logs import StepLog
+from pseuzo.train.methods import forwards_per_step
+
+
+class ReportingTrainer(Trainer):
+    """Logs without waiting for the device, counts forward passes, and evaluates a TaskData.
+
+    zero_order: the optimizer of a zeroth-order run, else None. It is kept because Transformers
+    wraps self.optimizer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.zero_order = self.optimizer if isinstance(self.optimizer, ZeroOrder) else None
+        self.step_log = StepLog(self.args.device)
+
+    # Logs
+
+    def forwards(self, steps: int) -> int:
+        """Forward passes of the first steps; a backward pass counts as two."""
+        args = self.args
+        each = forwards_per_step(args.method, args.directions, args.two_sided)
+        if each == 3 and args.method == "pseuzo" and self.zero_order is not None:
+            # Where lambda is 0, a step is MeZO's, of two passes.
+            return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
+        return steps * each
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Transformers count a forward and a backward pass, which is three forward passes."""
+        return super().floating_point_ops(inputs) * self.forwards(1) // 3
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" not in inputs and "input_ids" in inputs:  # there is no padding
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys((*self._signature_columns, *NOT_INPUTS))]
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.args.zeroth_order:  # Transformers would wait for this loss; log() has its own
+            tr_loss, grad_norm = torch.zeros(()), None
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Transformers', but rows of training steps are logged when their numbers have arrived.
+
+        They are fetched from the device while the next steps run, and told to callbacks and
+        log_history under the step that they are of.
+        """
+        if "loss" not in logs:
+            self.step_log.emit(wait=True)  # rows keep their order
+            return super().log(logs, *args, **kwargs)
+        log = super().log
+        optimizer = self.zero_order if self.args.zeroth_order else None
+        self.step_log.add(
+            logs, optimizer, self.state, self.forwards, lambda row: log(row, *args, **kwargs)
+        )
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', but batches whose loss is not finite do not count in its mean."""
+        given = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = given is not False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = given
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict:
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, str):  # one of several
+            data = self.eval_dataset[data]
+        if isinstance(data, dict):  # Transformers calls this for each of them
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self.step_log.paused():
+            if not isinstance(data, TaskData):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            started = time.perf_counter()
+            figures = evaluate(self.model, data, batch_size=self.args.eval_batch_size)
+            metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
+            metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 4)
+            metrics["forwards"] = self.forwards(self.state.global_step)
+            metrics["train_seconds"] = self.step_log.seconds(started)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+        return metrics
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(test_dataset, TaskData):
+            raise ValueError(
+                "PseuZOTrainer.predict: for a TaskData use evaluate, or pseuzo.tasks.generate for "
+                "its texts"
+            )
+        with self.step_log.paused():
+            return super().predict(test_dataset, *args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "PseuZOTrainer: hyperparameter_search is not supported, as model_init is not; make a "
+            "trainer for each trial, or use pseuzo train --lr auto"
+        )

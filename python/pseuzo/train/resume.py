@@ -1,0 +1,321 @@
+"""The hooks of Transformers' Trainer for saving and resuming a run, and its journal."""
+
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
+
+from pseuzo.files import check_saving
+from pseuzo.models.loading import quantised
+from pseuzo.optim import MeZO, PseuZO
+from pseuzo.optim.base import ZeroOrder
+from pseuzo.train import checkpoints
+from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.journal import Journal
+from pseuzo.train.journal_file import JournalError, owner
+from pseuzo.train.logs import AtBeginning
+from pseuzo.train.reporting import ReportingTrainer
+
+_log = logging.getLogger(__name__)
+
+
+def settings(
+    optimizer: torch.optim.Optimizer, zero_order: ZeroOrder | None, scheduler: Any
+) -> dict[str, Any]:
+    """The arguments that the states of the optimizer and the scheduler hold.
+
+    zero_order: the optimizer without Transformers' wrapper; None: a first-order one.
+    """
+    found: dict[str, Any] = {"learning_rate": getattr(scheduler, "base_lrs", None)}
+    for name in ("weight_decay", "noise_scale", "momentum", "betas"):
+        found[name] = [group[name] for group in optimizer.param_groups if name in group]
+    names: tuple[str, ...] = ()
+    if zero_order is not None:
+        names += ("eps", "seed", "noise", "rounding")
+    if isinstance(zero_order, MeZO):
+        names += ("directions", "momentum", "window")
+    found |= {name: getattr(zero_order, name) for name in names}
+    if isinstance(zero_order, PseuZO):
+        found["window"] = zero_order.window.capacity
+    for name, value in found.items():
+        if isinstance(value, list) and len(set(value)) == 1:
+            found[name] = value[0]
+    return found
+
+
+def warn_of_changes(given: dict[str, Any], loaded: dict[str, Any], seed: int) -> None:
+    """Warn of each argument for which a checkpoint has another value, which then counts."""
+    for name, value in loaded.items():
+        if value != given[name]:
+            also = f"; the order of the batches is that of seed {seed}" if name == "seed" else ""
+            _log.warning(
+                "resumed: %s %s of the checkpoint goes on, not %s%s", name, value, given[name], also
+            )
+
+
+def check_checkpoints(
+    model: nn.Module,
+    args: PseuZOTrainingArguments,
+    save: Callable[[str, dict[str, Any] | None], None],
+    scheduler: Any,
+    callbacks: list[Any],
+) -> None:
+    """Raise ValueError if a checkpoint could not be written; warn, if args ask for none.
+
+    save: writes the weights to a folder.
+    """
+    if not args.should_save:
+        return
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    moments = {"fo-adam": 2, "fo-sgd": bool(args.momentum)}.get(args.method, 0)
+
+    def save_all(folder: Path, state_dict: dict[str, Any] | None) -> None:
+        save(str(folder), state_dict)
+        torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+        json.dumps([c.state() for c in callbacks if isinstance(c, ExportableState)])
+
+    more = 0 if args.save_only_model else trained * moments
+    try:
+        check_saving(save_all, model, Path(args.output_dir), more)
+    except ValueError as error:
+        if args.save_strategy != "no":
+            raise
+        _log.warning("save_model() would fail after the training: %s", error)
+
+
+def checkpoint_of(
+    wanted: str | bool | None, output_dir: str, found_whole: str | None
+) -> str | bool | None:
+    """The checkpoint to resume from; True is the newest whole one. ValueError if it is not whole.
+
+    found_whole: a checkpoint that last_checkpoint gave, which need not be read again.
+    """
+    if wanted is True:
+        newest = checkpoints.last_checkpoint(output_dir)
+        if newest is None:
+            raise ValueError(f"no whole checkpoint in {output_dir}")
+        return newest
+    if isinstance(wanted, str) and wanted != found_whole:
+        if wrong := checkpoints.flaw(Path(wanted)):
+            raise ValueError(f"{wanted} is not a whole checkpoint: {wrong}")
+    return wanted
+
+
+def state_of(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def load_trained(model: nn.Module, folder: Path) -> bool:
+    """Load the trained weights beside quantised ones, some of which cannot be loaded after use.
+
+    False, and nothing is loaded, for other models and for adapters.
+    """
+    if hasattr(model, "peft_type") or not quantised(model):
+        return False
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as weights, torch.no_grad():
+            for name in trained.keys() & set(weights.keys()):
+                trained.pop(name).copy_(weights.get_tensor(name))
+    if trained:
+        raise ValueError(
+            f"{folder} lacks {len(trained)} of the trained weights, the first being {min(trained)}"
+        )
+    return True
+
+
+def best_folder(best_checkpoint: str, output_dir: str) -> Path | None:
+    """The folder of the best checkpoint, also where the run was moved; None if it is not whole."""
+    folder = Path(best_checkpoint)
+    if not folder.is_dir():
+        folder = Path(output_dir) / folder.name
+    return None if checkpoints.flaw(folder, weights_alone=True) else folder
+
+
+def warn_of_last_weights(folder: Path, wrong: str, last: int, journal: str | None) -> None:
+    """Say on stderr that the best checkpoint cannot be loaded, and which weights stay."""
+    best = checkpoints.step_of(folder)
+    replay = f" (pseuzo replay --until {best} makes those of the best)" if journal else ""
+    print(
+        f"{folder}, the best checkpoint, cannot be loaded: {wrong}; the weights are those of the "
+        f"last step, {last}{replay}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def remove_earlier(folder: Path) -> None:
+    """Remove a checkpoint of an earlier try: no part of it may pass for a part of the next one."""
+    if folder.exists():
+        # The state goes first: without it the rest counts for nothing.
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+class ResumableTrainer(ReportingTrainer):
+    """Writes checkpoints that are known to be whole, resumes from those, and keeps a journal.
+
+    run_id: an identifier for the header of the journal; None: a random one. found_whole: a
+    checkpoint that last_checkpoint gave, which train() need not read again. kept_step: the step of
+    the checkpoint that train() loaded in the end; None: the weights are those of the last step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run_id: str | None = None
+        self.found_whole: str | None = None
+        self.kept_step: int | None = None
+        self._journal: Journal | None = None
+        self.add_callback(AtBeginning(self._begin))
+
+    def planned_steps(self) -> int:
+        """The number of steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch())
+
+    def steps_per_epoch(self) -> int:
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"schedule {self.args.schedule} counts epochs: it needs a train_dataset of a known "
+                "length"
+            )
+        n, size = len(self.train_dataset), self.args.train_batch_size
+        return max(1, n // size if self.args.dataloader_drop_last else -(-n // size))
+
+    def _begin(self) -> None:
+        """Check that checkpoints can be written and open the journal: the first step is next."""
+        save = lambda folder, weights: self._save(folder, state_dict=weights)  # noqa: E731
+        callbacks = self.callback_handler.callbacks
+        check_checkpoints(self.model, self.args, save, self.lr_scheduler, callbacks)
+        self.step_log.begin(self.state.log_history)
+        if self.args.journal and self.zero_order is not None:
+            if self.zero_order.journal_run and owner(self.args.journal) == (None, 0):
+                raise JournalError(
+                    f"{self.args.journal}, where the steps so far should be recorded, is not "
+                    "there, or empty: name the file of the run's journal, or leave out journal to "
+                    "go on without one"
+                )
+            self._journal = Journal(self.args.journal, self.zero_order, run=self.run_id)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Transformers'. True resumes from the newest whole checkpoint of output_dir.
+
+        A checkpoint that is damaged, or whose writing was interrupted, is skipped, and a line says
+        so.
+        """
+        self.kept_step = None
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir, self.found_whole)
+        if checkpoint and state_of(checkpoint).global_step >= self.planned_steps():
+            return self._finished(checkpoint)
+        try:
+            outcome = super().train(checkpoint, *args, **kwargs)
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+        self._settle()
+        self.step_log.end()
+        return outcome
+
+    def _finished(self, checkpoint: str) -> TrainOutput:
+        """Come back to a run that was over; Transformers would make one more step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state_of(checkpoint)
+        self.create_optimizer_and_scheduler(self.planned_steps())
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._settle()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Transformers', with a warning for each argument that the checkpoint overrides."""
+        given = settings(self.optimizer, self.zero_order, self.lr_scheduler)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed: {' '.join(str(error).split())}; a run goes on "
+                "with the method, noise_on, head and kind of weight decay that it began with"
+            ) from error
+        loaded = settings(self.optimizer, self.zero_order, self.lr_scheduler)
+        warn_of_changes(given, loaded, self.args.seed)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if not load_trained(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As Transformers', if the best checkpoint is whole; else the last weights stay."""
+        folder = best_folder(self.state.best_model_checkpoint, self.args.output_dir)
+        self.state.best_model_checkpoint = None if folder is None else str(folder)
+        if folder is None:
+            return
+        if not load_trained(self.model, folder):
+            super()._load_best_model()
+        self.kept_step = checkpoints.step_of(folder)
+
+    def _settle(self) -> None:
+        """Load the best checkpoint where Transformers did not, or say which weights stay."""
+        best, last = self.state.best_global_step, self.state.global_step
+        if not self.args.load_best_model_at_end or best is None or self.kept_step is not None:
+            return
+        if best == last:
+            self.kept_step = last
+            return
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if wrong := checkpoints.flaw(folder, weights_alone=True):
+            warn_of_last_weights(folder, wrong, last, self.args.journal)
+            return
+        # Transformers forgets where the best is when a run that was moved is resumed.
+        self.state.best_model_checkpoint = str(folder)
+        self._load_best_model()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Transformers', but of steps that have a checkpoint where the best one is loaded."""
+        saved = self.args.save_strategy == SaveStrategy.BEST or self.control.should_save
+        if self.args.load_best_model_at_end and not saved:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Transformers', sealed with checksums before any older checkpoint is removed."""
+        if self.args.world_size > 1:  # the other processes write files of it as well
+            return super()._save_checkpoint(model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / name
+        remove_earlier(folder)
+        limit = self.args.save_total_limit
+        with self.step_log.paused():
+            if self._journal is not None:
+                self._journal.sync()
+            checkpoints.begin(folder)
+            try:
+                self.args.save_total_limit = None
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            checkpoints.seal(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
