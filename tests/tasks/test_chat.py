@@ -26,7 +26,8 @@ TURNS = (
 )
 
 
-SPACED = (  # no words of its own for a turn to come, and a space before the answer
+# It writes nothing before a turn that is yet to come, and a space before the answer.
+SPACED = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<|user|> {{ m.content }} <|end|>"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -69,7 +70,8 @@ def test_chat(template):
     shots = TaskData(examples[3:], CHAT, tokenizer, max_length=200, shots=examples[:3])
     turns = [text for e in examples[:3] for text in (e.prompt, e.golds[0])] + [examples[3].prompt]
     assert shots[0]["tokens"][0].tokens == asked(*turns) and shots[0]["tokens"][0].shots == 3
-    n = len(asked(*turns))  # room is left for the word: for one token less, the first shot goes
+    # A row leaves room for the word, so with as many tokens as this one the first shot is dropped.
+    n = len(asked(*turns))
     fewer = TaskData(examples[3:], CHAT, tokenizer, max_length=n, shots=examples[:3])
     assert fewer[0]["tokens"][0].tokens == asked(*turns[2:]) and fewer[0]["tokens"][0].shots == 2
 

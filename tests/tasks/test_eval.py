@@ -66,7 +66,7 @@ def model_of(tokenizer, *texts, logits=10.0):
 
 
 CHOICE = Task(name="c", kind="choice", prompt="{{ q }}", options="options", answer="answer")
-# the second is several tokens
+# The second one has several tokens.
 OPTIONS = (" x", " return value of it")
 
 
@@ -78,12 +78,9 @@ def logp(*logits, total=None):
 def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):
     ids = tokenizer(" =" + OPTIONS[1], add_special_tokens=False)["input_ids"]
     n = len(ids) - 1
-    assert (
-        n >= 3
-        and len(set(ids)) == n + 1
-        and len(tokenizer(" = x", add_special_tokens=False)["input_ids"]) == 2
-    )
-    # of the one token: logit 4 against 1 for the other's first token; of the others, 7 each
+    assert n >= 3 and len(set(ids)) == n + 1
+    assert len(tokenizer(" = x", add_special_tokens=False)["input_ids"]) == 2
+    # The single token has logit 4, the other option's first token 1, and its other tokens 7 each.
     model = model_of(tokenizer, " = x", " =" + OPTIONS[1], logits=(4.0, 7.0))
     with torch.no_grad():
         model.lm_head.weight[ids[1], ids[0]] = 1.0
@@ -97,7 +94,7 @@ def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):
     data = TaskData(examples, CHOICE, tokenizer, max_length=60)
     figures = evaluate(model, data, batch_size=2)
     assert figures["accuracy"] == pytest.approx(2 / 3) and figures["examples"] == 3
-    # trained on the answers' tokens
+    # The loss is that of the answers' tokens.
     assert figures["loss"] == pytest.approx(-(short + 2 * total) / (1 + 2 * n), abs=1e-5)
     data = TaskData(examples, CHOICE, tokenizer, max_length=60, train_on="options")
     figures = evaluate(model, data)
@@ -194,7 +191,8 @@ FREE = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_
 
 
 def test_generation_f1_and_exact_match(tokenizer):
-    # what it writes after "=", ":" and "("; two of them on different lines, one without end
+    # The model writes this after "=", ":" and "("; it ends the first two with a line break, and
+    # never ends the third.
     model = model_of(tokenizer, " = The result value\nis", " : a string\nis", " ( loop if loop")
     prompts = [
         Example("what follows =", (), None, golds)

@@ -74,26 +74,21 @@ def test_batches_of_answers(tokenizer):
         free.examples([{"q": "Who?", "a": ["the king", "a king"]}]), free, tokenizer, max_length=60
     )
     batch = data.collate([data[0]])
-    assert decoded(tokenizer, batch["labels"], batch["labels"] != -100) == [
-        " the king\n"
-    ]  # it learns to stop
+    (answer,) = decoded(tokenizer, batch["labels"], batch["labels"] != -100)
+    assert answer == " the king\n", "it learns to stop"
 
 
 def test_a_batch_without_padding_has_no_mask(tokenizer, demo_model):
-    """And the same loss, to the bit, as with a mask that leaves nothing out."""
+    """Its loss has the same bits as with a mask that leaves nothing out."""
     for task, keys in (
         (CODE, {"labels"}),
         (LONG, {"labels", "examples", "answers", "option_rows"}),
     ):
-        data = TaskData(
-            [examples_of(task)[3]] * 2, task, tokenizer, max_length=10
-        )  # cut to one length
+        # Both rows are cut to one length.
+        data = TaskData([examples_of(task)[3]] * 2, task, tokenizer, max_length=10)
         batch = data.collate([data[0], data[1]])
-        assert (
-            "attention_mask" not in batch
-            and keys < set(batch)
-            and len({*map(len, batch["input_ids"])}) == 1
-        )
+        assert "attention_mask" not in batch and keys < set(batch)
+        assert len({*map(len, batch["input_ids"])}) == 1
         objective = CausalLMObjective(demo_model, data.options)
         (forward, head), (masked, head_too) = (
             objective(b)
@@ -117,7 +112,7 @@ def test_label_words_and_options_of_one_token_are_the_same_loss(tokenizer, demo_
             assert ("examples" in batch) == (train_on == "options")
             forward, head = CausalLMObjective(model, data.options)(batch, reduction="none")
             losses.append(head(forward()))
-        # log-likelihoods of about 3 in fp32
+        # Log-likelihoods are about 3, in fp32.
         torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=2e-6)
     assert losses[0].std() > 1e-3, "a test that could tell"
 
@@ -128,9 +123,8 @@ def test_prompts_are_cut_on_the_left(tokenizer):
     for long, short in zip(whole[3]["tokens"], cut[3]["tokens"], strict=True):
         option = long.answer
         assert len(short.tokens) == 14 and short.answer == option
-        assert short.tokens == [2, *long.tokens[-13:]], (
-            "the token before every text stays, and the end of the prompt"
-        )
+        # The token before every text stays, and the end of the prompt.
+        assert short.tokens == [2, *long.tokens[-13:]]
     words = TaskData(examples_of(CODE), CODE, tokenizer, max_length=8)
     assert len(words[3]["tokens"][0].tokens) == 7, "room for the word, as in a row of an option"
     assert tokenizer.decode(words[3]["tokens"][0].tokens).endswith("# kind:")
@@ -140,17 +134,11 @@ def test_prompts_are_cut_on_the_left(tokenizer):
     data = TaskData(
         free.examples([{"q": "one two three " * 9, "a": "x"}]), free, tokenizer, max_length=20
     )
-    assert (data.fit()["cut_prompts"], whole.fit()["cut_prompts"], words.fit()["cut_prompts"]) == (
-        1,
-        0,
-        4,
-    )
+    assert [some.fit()["cut_prompts"] for some in (data, whole, words)] == [1, 0, 4]
     lengths = [len(row[0].tokens) for row in (whole.token_rows(i, "options") for i in range(4))]
     assert cut.fit()["cut_prompts"] == sum(length > 14 for length in lengths)
-    assert (
-        len(data.token_rows(0, "prompt")[0].tokens) == 14
-        and len(data.token_rows(0, "answer")[0].tokens) == 20
-    )
+    assert len(data.token_rows(0, "prompt")[0].tokens) == 14
+    assert len(data.token_rows(0, "answer")[0].tokens) == 20
     with pytest.raises(
         ValueError,
         match=r"task long: an answer of . tokens, beginning ' a piece of code', leaves no room",
@@ -174,7 +162,7 @@ def test_shots(tokenizer):
     ]
     (row,) = data[0]["tokens"]
     assert tokenizer.decode(row.tokens) == "</s>" + "\n\n".join(parts)
-    # too long by a token: the first shot goes, whole; and so on
+    # A row that is too long by one token loses its first shot as a whole, and so on.
     n = len(row.tokens)
     short = TaskData([example], CODE, tokenizer, max_length=n, shots=shots)[0]["tokens"][0]
     assert tokenizer.decode(short.tokens) == "</s>" + "\n\n".join(parts[1:])

@@ -154,7 +154,7 @@ def test_layouts_of_local_data(tmp_path):
     assert load(write(tmp_path / "only" / "train.jsonl", numbered(12)).parent) == everywhere
     (tmp_path / "list.json").write_text(json.dumps(numbered(12)))
     assert load(tmp_path / "list.json") == everywhere
-    # shards, and folders named like splits
+    # Splits may be shards, or folders named like them.
     write(tmp_path / "shards" / "train-00000-of-00002.parquet", numbered(2))
     write(tmp_path / "shards" / "train-00001-of-00002.parquet", numbered(5, 2))
     write(tmp_path / "shards" / "validation-00000-of-00001.parquet", numbered(9, 100))
@@ -171,7 +171,7 @@ def test_layouts_of_local_data(tmp_path):
     write(tmp_path / "sst2" / "dev.jsonl", numbered(9, 100))
     write(tmp_path / "sst2" / "test.jsonl", [row | {"label": -1} for row in numbered(9, 200)])
     assert load(tmp_path / "sst2") == {"train": (0, 0), "dev": (0, 0), "test": (1, 1)}
-    # save_to_disk
+    # These are folders of save_to_disk.
     Dataset.from_list(numbered(12)).save_to_disk(str(tmp_path / "saved"))
     assert load(tmp_path / "saved") == everywhere
     both = {

@@ -31,7 +31,8 @@ def test_templates_are_sandboxed(tmp_path):
         task.example({"words": ["x"], "label": 0})
 
 
-REACH = [  # ways of a null into a text
+# The ways in which a null could get into a text.
+REACH = [
     "{{ b }}",
     "{{ a ~ b }}",
     "{{ b ~ a }}",
@@ -100,10 +101,8 @@ def test_every_kind_of_null(null):
             match=r"(prompt|answers) cannot be filled in from the row: a value .* \(null\)",
         ):
             task.example(row)
-    for labels in (
-        {0: "None", "None": "x"},
-        {"nan": "a", "<NA>": "b", "NaT": "c"},
-    ):  # not even those that look like it
+    # A null is no label, not even where a label looks like one.
+    for labels in ({0: "None", "None": "x"}, {"nan": "a", "<NA>": "b", "NaT": "c"}):
         label = Task(name="n", kind="classification", prompt="x", label="a", labels=labels)
         with pytest.raises(
             ValueError, match=r"label cannot be filled in from the row: a value it gives is missing"
@@ -180,7 +179,8 @@ def test_lists_where_a_text_is_wanted(prompt, tmp_path):
         Task(name="n", kind="generation", prompt=prompt, answers="a").example(NULLS)
 
 
-HOSTILE = {  # what would take minutes or gigabytes, or a traceback of the compiler's
+# They would take minutes or gigabytes, or end in a traceback of the compiler.
+HOSTILE = {
     "loops in loops": "{% for a in range(99999) %}"
     "{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "loops that skip": "{% for a in range(9999) %}"
