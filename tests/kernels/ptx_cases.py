@@ -13,8 +13,8 @@ import ptx_emulator
 import pytest
 import torch
 from helpers import assert_same_bits
-from test_add_noise_triton import assert_close_normal, seeds_coefs, values
 from triton.runtime import JITFunction
+from triton_ops import assert_close_normal, seeds_coefs, values
 
 from pseuzo_kernels import reference
 from pseuzo_kernels.triton import device as philox

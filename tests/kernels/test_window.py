@@ -2,83 +2,17 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from window_formula import DTYPES, NATIVE, U32, WINDOWS, Formula, assert_near, draw, needs_native
 
 import pseuzo_kernels  # loads the C++ ops, if they were built
 from pseuzo_kernels import reference, window
-
-U32 = 2.0**-24  # half an ulp of 1 in fp32
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WINDOWS = {"op": window.EmaWindow, "reference": reference.EmaWindow}
-NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("pseuzo::window_step", "CPU")
-needs_native = pytest.mark.skipif(
-    not NATIVE,
-    reason="pseuzo_kernels._C is not built: PSEUZO_BUILD=cpu pip install --no-build-isolation -e .",
-)
 
 
 @pytest.fixture(params=WINDOWS)
 def Window(request):
     return WINDOWS[request.param]
-
-
-class Formula:
-    """c_k = momentum^age * sum over groups g and positions of <mean_k,g, sum of grad over g> / eps, in float64."""
-
-    def __init__(self, capacity, momentum=1.0, eps=1e-3):
-        self.capacity, self.momentum, self.eps = capacity, momentum, eps
-        self.entries = []  # (seed, {group: mean [P, D]})
-
-    def step(self, seed, o0, o1, grad, groups=None, loss=None):
-        """Seeds, coefs, and the sums of the sizes of the terms, which errors are relative to."""
-        change = o1.float().numpy() if o0 is None else o1.float().numpy() - o0.float().numpy()
-        change, grad = change.astype(np.float64), grad.double().numpy()
-        if change.ndim == 2:
-            change, grad = change[:, None], grad[:, None]
-        ids = list(range(len(change))) if groups is None else [int(g) for g in groups]
-        rows_of = {g: [i for i in range(len(ids)) if ids[i] == g] for g in ids}
-        entry = {g: change[rows].mean(axis=0) for g, rows in rows_of.items()}
-        slope = {g: grad[rows].sum(axis=0) for g, rows in rows_of.items()}
-
-        coefs, sizes = [], []
-        kept = self.entries[max(0, len(self.entries) - self.capacity + 1) :]
-        for age, (_, old) in zip(range(len(kept), 0, -1), kept, strict=True):
-            weight = self.momentum**age / self.eps
-            dot = size = 0.0
-            for g in old.keys() & slope.keys():
-                p = min(len(old[g]), len(slope[g]))
-                terms = old[g][len(old[g]) - p :] * slope[g][len(slope[g]) - p :]
-                dot, size = dot + terms.sum(), size + np.abs(terms).sum()
-            coefs.append(dot * weight)
-            sizes.append(size * weight)
-        coefs.append((change * grad).sum() / self.eps)
-        sizes.append(np.abs(change * grad).sum() / self.eps)
-
-        loss_ok = loss is None or math.isfinite(float(loss))
-        finite = loss_ok and np.isfinite(coefs).all()
-        self.entries = [*kept, (seed, entry if loss_ok and np.isfinite(coefs[-1]) else {})]
-        coefs = np.array(coefs) if finite else np.zeros(len(coefs))
-        return [seed for seed, _ in self.entries], torch.from_numpy(coefs), torch.tensor(sizes)
-
-
-def draw(generator, rows, positions, width, dtype=torch.float32, g_dtype=torch.float32):
-    o0 = torch.randn(rows, positions, width, generator=generator)
-    o1 = o0 + 0.1 * torch.randn(rows, positions, width, generator=generator)
-    grad = torch.randn(rows, positions, width, generator=generator)
-    return o0.to(dtype), o1.to(dtype), grad.to(g_dtype)
-
-
-def assert_near(coefs, want, sizes):
-    # Sums are in fp64. Two roundings to fp32 remain, each half an ulp on either side of the comparison:
-    # of a kept mean, relative to the size of its terms, and of the result.
-    if isinstance(want, torch.Tensor):
-        want = want.double().cpu()
-    assert ((coefs.double().cpu() - want).abs() <= 2 * U32 * (sizes + want.abs())).all(), (
-        coefs,
-        want,
-    )
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -393,78 +327,3 @@ def test_opcheck(grouped, with_loss, difference):
     loss = torch.tensor(1.0) if with_loss else None
     args = (*state, None if difference else o0, o1, grad, group, loss, 9, 1, 3, 0.5, 1e-2)
     torch.library.opcheck(pseuzo_kernels.EmaWindow._op, args)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [7, 128, 2048])
-@pytest.mark.parametrize("capacity", [1, 14, 40])
-def test_gpu_matches_formula(grouped, dtype, width, capacity):
-    generator = torch.Generator().manual_seed(9)
-    settings = {"capacity": capacity, "momentum": 0.9}
-    got, want, size = window.EmaWindow(**settings), Formula(**settings), Formula(**settings)
-    for step in range(capacity + 5):
-        rows, positions = 1 + (7 * step) % 33, 1 + (5 * step) % 6
-        o0, o1, grad = draw(generator, rows, positions, width, dtype)
-        groups = torch.randint(0, 3, (rows,), generator=generator) if grouped else None
-        on_gpu = None if groups is None else groups.cuda()
-        seeds, coefs = got.step(step, o0.cuda(), o1.cuda(), grad.cuda(), on_gpu)
-        want_seeds, want_coefs, _ = want.step(step, o0, o1, grad, groups)
-        # the sums of the sizes of all terms, also of those that cancel in a mean
-        sizes = size.step(step, None, (o1.float() - o0.float()).abs(), grad.abs(), groups)[1]
-        assert seeds.tolist() == want_seeds and coefs.is_cuda
-        # fp32 chains of one thread: 4 columns of each row in a dot, the sum over rows, an old mean of up to 33 rows,
-        # product, result
-        tol = (5 * rows + 33 + 8) * U32
-        assert ((coefs.cpu().double() - want_coefs).abs() <= tol * sizes).all()
-
-
-@pytest.mark.gpu
-def test_gpu_bad_step_and_determinism():
-    runs = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(10)
-        got = window.EmaWindow(3)
-        coefs = []
-        for step in range(6):
-            o0, o1, grad = (o.cuda() for o in draw(generator, 16, 4, 1024))
-            if step == 2:
-                o1[3, 1, 7] = math.nan
-            coefs.append(got.step(step, o0, o1, grad, torch.arange(16, device="cuda") % 2)[1])
-            assert got.found_inf.item() == (step == 2)
-        assert (
-            got.skipped == 1 and (coefs[2] == 0).all() and (coefs[3][1] == 0) and (coefs[3][2] != 0)
-        )
-        runs.append(torch.cat(coefs))
-    assert torch.equal(runs[0], runs[1])
-
-
-@pytest.mark.gpu
-def test_gpu_makes_no_sync():
-    generator = torch.Generator().manual_seed(11)
-    o0, o1, grad = (o.cuda() for o in draw(generator, 4, 2, 64))
-    groups, loss = torch.tensor([0, 1, 1, 0]).cuda(), torch.tensor(1.0).cuda()
-    got = window.EmaWindow(3)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in range(5):
-            got.step(step, o0, o1, grad, groups, loss)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_gpu_graph_replay():
-    """A captured step can be replayed: the ticket is zero again each time."""
-    generator = torch.Generator().manual_seed(12)
-    o0, o1, grad = (o.cuda() for o in draw(generator, 8, 2, 512))
-    got = window.EmaWindow(1)
-    want = got.step(1, o0, o1, grad)[1].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        coefs = got.step(2, o0, o1, grad)[1]
-    for _ in range(3):
-        graph.replay()
-        assert torch.equal(coefs, want)
