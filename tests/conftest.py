@@ -1,7 +1,8 @@
-"""Before triton is imported: its interpreter where there is no GPU. gpu tests are skipped there, with the reason.
+"""Before triton is imported, chooses its interpreter where there is no GPU; skips gpu tests there.
 
-PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py: without a GPU, the kernels are compiled for compute capability
-9.0 and their PTX is run on the CPU (ptx_emulator.py), in place of the interpreter.
+PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py: without a GPU, the kernels are
+compiled for compute capability 9.0, and their PTX is run on the CPU in place of the interpreter
+(ptx_emulator).
 """
 
 import gc
@@ -12,7 +13,8 @@ import torch
 
 pytest.register_assert_rewrite("helpers")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # There are as many processes as cores, so each has one thread, and so has what it starts, unless told otherwise.
+    # There are as many processes as cores, so each of them, and what it starts, has one thread
+    # unless PSEUZO_TEST_THREADS says otherwise.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("PSEUZO_TEST_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if arch := os.environ.get("PSEUZO_EMULATE"):
@@ -33,8 +35,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logfinish():
-    """After a CUDA error all further calls of a process fail, so end it: pytest-xdist counts that against the test that
-    just ran, and starts another process for the others."""
+    """End a process in which a CUDA error occurred, since all its further calls would fail.
+    pytest-xdist counts that against the test that just ran, and starts another process."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -43,7 +45,8 @@ def pytest_runtest_logfinish():
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported by now: trainers and searches for lr collect garbage, and need not look there
+    # Trainers and searches for a rate collect garbage; what is imported by now need not be searched.
+    gc.freeze()
 
 
 def pytest_sessionfinish():

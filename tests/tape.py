@@ -1,5 +1,5 @@
-"""Without a GPU, a tape of ops stands in for the CUDA graph: like one it knows no Python, only the numbers and the
-memory that each op had when it was recorded."""
+"""Without a GPU, a tape of ops stands in for the CUDA graph. Like a graph it knows no Python, only
+the numbers and the memory that each op had when it was recorded."""
 
 import torch
 from pseuzo.perturb import graphs as capture

@@ -30,9 +30,10 @@ VOCAB = 1100
 
 
 def causal_lm(kind: str, tied: bool | None = None) -> nn.Module:
-    """A random causal LM with weights on both sides of what a perturbed pass copies whole, and with non-zero biases.
+    """A random causal LM with non-zero biases, and with weights smaller and larger than those that
+    a perturbed pass copies whole.
 
-    tied: is its output head the embedding's weight? By default as its kind usually has it.
+    tied: whether its output head is the embedding's weight; None leaves it as the kind has it.
     """
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -94,22 +95,27 @@ def batch_of(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.
     }
 
 
-# Sizes of tiny models, by the names that configs have for them; and what a model does to its logits, so that it counts.
+# Sizes of tiny models, and the names that configs have for them. What a model does to its logits
+# gets values that make a difference.
 TINY = {
-    32: "hidden_size n_embd d_model dim emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width",
-    64: "intermediate_size ffn_dim n_inner d_inner dff dim_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
-        "feed_forward_size mamba_d_ssm max_position_embeddings n_positions n_ctx max_seq_len index_topk",
-    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
-       "num_encoder_layers num_key_value_heads num_experts_per_tok linear_num_key_heads index_n_heads mamba_expand "
-       "eos_token_id type_vocab_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-       "num_decoder_attention_heads num_encoder_attention_heads num_experts num_local_experts n_routed_experts "
-       "moe_num_experts time_step_rank mamba_n_heads mamba_num_heads mamba_dt_rank linear_num_value_heads rotary_dim",
-    8: "head_dim attention_head_dim dim_head d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_d_state "
-       "state_size ssm_state_size sliding_window attention_window_size window_size linear_key_head_dim "
-       "linear_value_head_dim index_head_dim",
-    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank kv_lora_rank "
-        "qk_head_dim mamba_d_head mamba_head_dim expert_ffn_hidden_size chunk_size router_hidden_size",
+    32: "hidden_size n_embd d_model dim emb_dim embedding_dim embedding_size "
+        "word_embed_proj_dim lru_width",
+    64: "intermediate_size ffn_dim n_inner d_inner dff dim_ff encoder_ffn_dim decoder_ffn_dim "
+        "ffn_hidden_size feed_forward_size mamba_d_ssm max_position_embeddings n_positions "
+        "n_ctx max_seq_len index_topk",
+    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
+       "num_decoder_layers num_encoder_layers num_key_value_heads num_experts_per_tok "
+       "linear_num_key_heads index_n_heads mamba_expand eos_token_id type_vocab_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
+       "decoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
+       "num_experts num_local_experts n_routed_experts moe_num_experts time_step_rank "
+       "mamba_n_heads mamba_num_heads mamba_dt_rank linear_num_value_heads rotary_dim",
+    8: "head_dim attention_head_dim dim_head d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim "
+       "mamba_d_state state_size ssm_state_size sliding_window attention_window_size "
+       "window_size linear_key_head_dim linear_value_head_dim index_head_dim",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+        "q_lora_rank kv_lora_rank qk_head_dim mamba_d_head mamba_head_dim "
+        "expert_ffn_hidden_size chunk_size router_hidden_size",
     1: "n_group topk_group mamba_n_groups n_groups mamba_ngroups n_mamba_heads pad_token_id",
     0: "bos_token_id",
     3.0: "logits_scaling",
@@ -138,41 +144,76 @@ OF_A_TYPE = {name: sizes for names, sizes in _BY_TYPES for name in names.split()
     "deepseek_v2": _LATENT | dict(num_experts_per_tok=2),
     "longcat_flash": dict(head_dim=8, num_key_value_heads=4),
     "bailing_hybrid": _LATENT | dict(layer_types=[_LINEAR, _FULL]),
-    "kimi_linear": _LATENT | dict(
-        layer_types=[_LINEAR, _FULL], linear_head_dim=8, linear_num_heads=2, num_experts_per_token=2),
+    "kimi_linear": _LATENT
+    | dict(
+        layer_types=[_LINEAR, _FULL], linear_head_dim=8, linear_num_heads=2, num_experts_per_token=2
+    ),
     "bamba": dict(attn_layer_indices=[1]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
-    "zamba": dict(layers_block_type=[_LINEAR, "hybrid"] * 2, num_hidden_layers=4, attention_hidden_size=64,
-                  attention_head_dim=16),
+    "zamba": dict(
+        layers_block_type=[_LINEAR, "hybrid"] * 2,
+        num_hidden_layers=4,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+    ),
     "zamba2": dict(layers_block_type=[_LINEAR, "hybrid"]),
     "mamba2": dict(head_dim=16),
     "xlstm": dict(hidden_size=64, embedding_dim=64, qk_dim_factor=1.0),
     "zaya": dict(num_experts_per_tok=1),
-    "dots1": dict(layer_types=[_SLIDING, _FULL], n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
+    "dots1": dict(
+        layer_types=[_SLIDING, _FULL], n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2
+    ),
     "ernie4_5_moe": dict(moe_k=2),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
-                 ffn_config=dict(hidden_size=32, ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2)),
-    "cohere_compass_text": dict(layer_types=[_SLIDING, _FULL], rope_parameters={
-        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in (_SLIDING, _FULL)}),
-    "gemma3n_text": _OF_LAYERS | dict(layer_types=[_SLIDING, _FULL], laurel_rank=8, intermediate_size=64,
-                                      activation_sparsity_pattern=[0.0, 0.0]),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
+        ffn_config=dict(hidden_size=32, ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2),
+    ),
+    "cohere_compass_text": dict(
+        layer_types=[_SLIDING, _FULL],
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in (_SLIDING, _FULL)
+        },
+    ),
+    "gemma3n_text": _OF_LAYERS
+    | dict(
+        layer_types=[_SLIDING, _FULL],
+        laurel_rank=8,
+        intermediate_size=64,
+        activation_sparsity_pattern=[0.0, 0.0],
+    ),
     "gemma4_text": _OF_LAYERS | dict(layer_types=[_SLIDING, _FULL]),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
-    "reformer": dict(axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16), attn_layers=["local", "lsh"],
-                     lsh_attn_chunk_length=8, local_attn_chunk_length=8),
-    "roc_bert": dict(pronunciation_vocab_size=128, shape_vocab_size=128, pronunciation_embed_dim=32,
-                     shape_embed_dim=32),
+    "reformer": dict(
+        axial_pos_shape=(8, 8),
+        axial_pos_embds_dim=(16, 16),
+        attn_layers=["local", "lsh"],
+        lsh_attn_chunk_length=8,
+        local_attn_chunk_length=8,
+    ),
+    "roc_bert": dict(
+        pronunciation_vocab_size=128,
+        shape_vocab_size=128,
+        pronunciation_embed_dim=32,
+        shape_embed_dim=32,
+    ),
     "xmod": dict(default_language="en_XX"),
     "phi4_multimodal": dict(
         vision_config=_SMALL_TOWER | dict(num_hidden_layers=1),
-        audio_config=_SMALL_TOWER | dict(num_blocks=1, ext_pw_out_channel=32, depthwise_separable_out_channel=32,
-                                         nemo_conv_channels=32)),
-}  # fmt: skip
+        audio_config=_SMALL_TOWER
+        | dict(
+            num_blocks=1,
+            ext_pw_out_channel=32,
+            depthwise_separable_out_channel=32,
+            nemo_conv_channels=32,
+        ),
+    ),
+}
 
 
 def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
-    """A random causal LM of any type of Transformers that has one, in eval mode: two layers of width 32."""
+    """A random causal LM of any type that Transformers has, with two layers of width 32, in eval
+    mode."""
     known = CONFIG_MAPPING[model_type]
 
     def sizes(of: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +262,8 @@ OF_AN_ADAPTER: dict[str, dict[str, Any]] = {
     "CARTRIDGE": dict(num_virtual_tokens=3),
     "CPT": dict(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4]),
     "FOURIERFT": _QV | dict(n_frequency=20),
-    "IA3": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "IA3": dict(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LN_TUNING": dict(target_modules=["input_layernorm"]),
     "MISS": _QV | dict(r=4),
     "MULTITASK_PROMPT_TUNING": dict(num_virtual_tokens=3, num_tasks=2),
@@ -259,7 +301,8 @@ def adapted(base: nn.Module, peft_type: str, **more: Any) -> nn.Module:
 
 
 class Tied(nn.Module):
-    """Uses its large embedding's weight as output head without calling the embedding, and keeps a view of another."""
+    """Uses its large embedding's weight as output head without calling the embedding, and may keep
+    a view of another weight."""
 
     def __init__(self, vocab: int = 300, width: int = 256, keep_view: bool = False):
         super().__init__()

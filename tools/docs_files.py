@@ -1,6 +1,7 @@
-"""A hook of mkdocs: links from docs/ to other files of the repository, such as ../examples/my-task.yaml, work on the site.
+"""A hook of mkdocs that makes links from docs/ to other files of the repository work on the site.
 
-The files that are linked to are put on the site under `repository/`, and with a Markdown file, those beside it.
+A file that a page links to, such as ../examples/my-task.yaml, is put on the site under
+`repository/`; for a Markdown file, so are the files beside it.
 """
 
 import re

@@ -45,18 +45,9 @@ def test_public_functions_give_the_bits_of_the_cpu(noise, dtype):
             pk.add_noise(xs[6], list(range(1024)), [0.01] * 1024, 2**32 - 1, keep=0.5, noise=noise)
         )
         xs.append(pk.noise((3, 1000), -1, 5, dtype=dtype, noise=noise, device=where))
-        xs.append(
-            pk.add_noise(
-                xs[6],
-                1,
-                0.5,
-                2,
-                keep=0.3,
-                noise=noise,
-                noise_scale=0.0,
-                out=torch.empty_like(xs[6]),
-            )
-        )
+        out = torch.empty_like(xs[6])
+        options = dict(keep=0.3, noise=noise, noise_scale=0.0)
+        xs.append(pk.add_noise(xs[6], 1, 0.5, 2, **options, out=out))
     for h, d in zip(host, device, strict=True):
         assert torch.equal(h, d.cpu())
 
@@ -157,6 +148,11 @@ def test_repeated_launches_are_those_of_the_op(noise, dtype):
         assert all(torch.equal(y, w) for y, w in zip(outs, want, strict=True))
 
 
+def recorded(opt) -> list[bool]:
+    """Of each kind of step that was made, whether it is recorded as graphs."""
+    return [not isinstance(known, int) for known in opt.passes._graphs._steps.values()]
+
+
 def steps(opt, objective, device, n):
     losses = []
     for t in range(n):
@@ -229,17 +225,13 @@ def test_a_step_of_a_transformer_does_not_wait_for_the_device(make, kind, paddin
     forward, head = CausalLMObjective(model, [17, 4])({**batch, "labels": labels})
     closure = lambda: head(forward())  # noqa: E731
     opt = make(model, 1e-4, 1e-2, capture=capture)
-    step = (
-        partial(opt.step, forward, head, groups=labels)
-        if make is PseuZO
-        else partial(opt.step, closure)
-    )
+    step = partial(opt.step, closure)
+    if make is PseuZO:
+        step = partial(opt.step, forward, head, groups=labels)
     for _ in range(6):
         step()
     if capture:
-        assert not any(isinstance(known, int) for known in opt.passes._graphs._steps.values()), (
-            "it was not recorded"
-        )
+        assert all(recorded(opt)), "it was not recorded"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -257,9 +249,7 @@ def test_cuda_graphs_give_the_same_bits(make, padding):
     want = run_steps(make(model), model, 10, (12, 9), padding=padding)
     opt = make(twin, capture=True)
     got = run_steps(opt, twin, 10, (12, 9), padding=padding)
-    assert any(not isinstance(known, int) for known in opt.passes._graphs._steps.values()), (
-        "nothing was recorded"
-    )
+    assert any(recorded(opt)), "nothing was recorded"
     assert torch.equal(got, want)
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
@@ -285,9 +275,7 @@ def test_a_capture_that_fails_leaves_the_gpu_as_it_was():
     losses = torch.stack(
         [opt.step(lambda: closure()) for _ in range(3)] + [opt.step(closure) for _ in range(6)]
     )
-    assert losses.isfinite().all() and any(
-        not isinstance(known, int) for known in opt.passes._graphs._steps.values()
-    )
+    assert losses.isfinite().all() and any(recorded(opt))
 
 
 def test_rows_out_of_range_are_an_error():
@@ -304,10 +292,8 @@ for wrong in ([39, 0], [3, 40]):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.count("fine") == 1 and done.returncode != 0, done.stderr[-2000:]
-    assert (
-        "an index is out of range" in done.stdout + done.stderr
-        and "device-side assert" in done.stderr
-    )
+    assert "an index is out of range" in done.stdout + done.stderr
+    assert "device-side assert" in done.stderr
 
 
 def test_state_dict_resumes_to_the_bit():
