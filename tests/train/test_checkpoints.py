@@ -1,15 +1,13 @@
-"""Checkpoints that are damaged, cut short or gone; what is kept in the end; what a kill during a save leaves."""
+"""Checkpoints that are damaged, cut short or gone, and which weights are kept in the end."""
 
 import os
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import SMALL, ZERO_ORDER, pseuzo
-from pseuzo import files
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.checkpoints import MANIFEST, flaw, last_checkpoint, step_of
@@ -23,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def trainer_of(folder: Path, **changes) -> PseuZOTrainer:
-    """Of a module so small that a checkpoint takes milliseconds; its loss on the dev row falls at every step."""
+    """Of a module so small that a checkpoint takes milliseconds; its loss on the dev row falls at
+    every step."""
     torch.manual_seed(0)
     model, x = torch.nn.Linear(5, 1), torch.randn(8, 5)
     batch = {"x": x, "y": x.sum(1)}
@@ -32,9 +31,18 @@ def trainer_of(folder: Path, **changes) -> PseuZOTrainer:
         return lambda: model(batch["x"]), lambda o: F.mse_loss(o[:, 0], batch["y"])
 
     settings = dict(
-        output_dir=str(folder), method="mezo", max_steps=6, learning_rate=1e-2, use_cpu=True, report_to="none",
-        save_strategy="steps", save_steps=2, disable_tqdm=True, label_names=["y"], per_device_train_batch_size=8,
-    )  # fmt: skip
+        output_dir=str(folder),
+        method="mezo",
+        max_steps=6,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="steps",
+        save_steps=2,
+        disable_tqdm=True,
+        label_names=["y"],
+        per_device_train_batch_size=8,
+    )
     args = PseuZOTrainingArguments(**(settings | changes))
     rows = list(range(8))
     return PseuZOTrainer(model, args, lambda _: dict(batch), rows, rows, objective=objective)
@@ -73,10 +81,14 @@ def flipped(content: bytes, at: int) -> bytes:
 
 
 DAMAGES = {
-    "first bit": lambda b: flipped(b, 0), "a bit in the middle": lambda b: flipped(b, len(b) // 2),
-    "last bit": lambda b: flipped(b, len(b) - 1), "cut": lambda b: b[: len(b) // 2],
-    "zeros": lambda b: bytes(len(b)), "empty": lambda b: b"", "gone": None,
-}  # fmt: skip
+    "first bit": lambda b: flipped(b, 0),
+    "a bit in the middle": lambda b: flipped(b, len(b) // 2),
+    "last bit": lambda b: flipped(b, len(b) - 1),
+    "cut": lambda b: b[: len(b) // 2],
+    "zeros": lambda b: bytes(len(b)),
+    "empty": lambda b: b"",
+    "gone": None,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -116,10 +128,15 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_to_the_same_bits(copy, run
     assert same(weights(trainer), run[1]) and flaw(copy / "checkpoint-6") is None
 
 
-@pytest.mark.parametrize("content, sentence", [
-    ("", "it was not written to its end"), ("{", "its checksums.json is damaged"),
-    ("[1]", "its checksums.json is damaged"), ('{"a": 1}', "its checksums.json is damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("", "it was not written to its end"),
+        ("{", "its checksums.json is damaged"),
+        ("[1]", "its checksums.json is damaged"),
+        ('{"a": 1}', "its checksums.json is damaged"),
+    ],
+)
 def test_checksums_that_are_not_there(copy, content, sentence, capsys):
     (copy / "checkpoint-6" / MANIFEST).write_text(content)
     assert flaw(copy / "checkpoint-6") == sentence
@@ -163,7 +180,8 @@ def test_no_checkpoint_is_removed_before_the_next_one_is_sealed(tmp_path, monkey
 
 
 class Spoil(TrainerCallback):
-    """Does something to a run's folder when step 4 is saved, and makes what follows worse than it."""
+    """Does something to a run's folder when step 4 is saved, and makes what follows worse than
+    it."""
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -181,11 +199,18 @@ def flip_best(folder):
     file.write_bytes(flipped(file.read_bytes(), file.stat().st_size - 2))
 
 
-@pytest.mark.parametrize("spoil, why", [
-    (lambda folder: shutil.rmtree(folder / "checkpoint-4"), "it is not there"),
-    (flip_best, "its model.safetensors is damaged"),
-    (lambda folder: (folder / "checkpoint-4" / "optimizer.pt").unlink(), None),  # of no use in the end
-], ids=["gone", "a bit", "its optimizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (lambda folder: shutil.rmtree(folder / "checkpoint-4"), "it is not there"),
+        (flip_best, "its model.safetensors is damaged"),
+        (
+            lambda folder: (folder / "checkpoint-4" / "optimizer.pt").unlink(),
+            None,
+        ),  # of no use in the end
+    ],
+    ids=["gone", "a bit", "its optimizer"],
+)
 def test_best_checkpoint_that_is_gone_is_not_said_to_be_kept(tmp_path, spoil, why, capsys):
     trainer = trainer_of(tmp_path, **BEST)
     last = []
@@ -209,8 +234,8 @@ def test_best_checkpoint_that_is_gone_is_not_said_to_be_kept(tmp_path, spoil, wh
     assert trainer.kept_step is None and same(weights(trainer), last[5])
     assert trainer.state.best_model_checkpoint is None
     assert (
-        f"checkpoint-4, the best checkpoint, cannot be loaded: {why}; the weights are those of the last step, 6"
-        in said
+        f"checkpoint-4, the best checkpoint, cannot be loaded: {why}; the weights are those of the "
+        "last step, 6" in said
     )
     # the run is over: asked again, it says the same
     again = trainer_of(tmp_path, **BEST)
@@ -239,7 +264,8 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
 
 
 def test_best_is_the_best_of_those_that_are_saved(tmp_path):
-    """Evaluated at every step, saved at every second one: the best one is step 5, and the best that can be loaded 4."""
+    """Evaluated at every step, saved at every second one: the best one is step 5, and the best that
+    can be loaded 4."""
     trainer = trainer_of(tmp_path, **BEST | dict(eval_steps=1))
 
     class Worse(TrainerCallback):
@@ -258,9 +284,6 @@ def test_best_is_the_best_of_those_that_are_saved(tmp_path):
     assert min(losses, key=losses.get) % 2 == 1
     assert trainer.kept_step == min(saved, key=saved.get)
     assert trainer.state.best_metric == min(saved.values())
-
-
-# the journal
 
 
 def test_a_checkpoint_counts_when_its_steps_are_in_the_journal_on_the_disk(tmp_path, monkeypatch):
@@ -321,124 +344,6 @@ def test_a_run_is_not_resumed_with_a_journal_that_is_not_its_own(tmp_path):
     trainer_of(tmp_path / "run", max_steps=7).train(
         resume_from_checkpoint=True
     )  # without one, if that is wanted
-
-
-# what a kill during a save leaves
-
-
-class Saved:
-    """A model that can be saved."""
-
-    def __init__(self, content):
-        self.content = content
-
-    def save_pretrained(self, folder, state_dict=None):
-        folder.mkdir()
-        (folder / "weights").write_text(self.content)
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_kill_during_a_save_leaves_no_copy_for_ever(tmp_path, call):
-    """Killed before the old model is moved away, and after that."""
-    pytest.importorskip("fcntl")
-    out = tmp_path / "out"
-    with files.claim(out, "train") as first:
-        files.save_model(Saved("old"), None, out / "model")
-    assert sorted(f.name for f in out.iterdir()) == [files.MARKER, "model"]
-    child = os.fork()
-    if child == 0:
-        rename, calls = Path.rename, []
-
-        def dies(*args):
-            calls.append(args)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(*args)
-
-        Path.rename = dies
-        files.save_model(Saved("new"), None, out / "model")
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert (out / ".model.saving" / "new" / "weights").read_text() == "new"
-    with files.claim(out, "train") as again:
-        assert sorted(f.name for f in out.iterdir()) == [files.MARKER, "model"]
-    assert (out / "model" / "weights").read_text() == ("old" if call == 1 else "new")
-    assert first == again and len(first) == 16
-
-
-def test_a_save_at_work_is_left_alone(tmp_path):
-    pytest.importorskip("fcntl")
-    out = tmp_path / "out"
-    with files.claim(out, "train"):
-        pass
-    (began, begins), (ends, end) = os.pipe(), os.pipe()
-
-    class Waits(Saved):
-        def save_pretrained(self, folder, state_dict=None):
-            super().save_pretrained(folder)
-            os.write(begins, b".")
-            os.read(ends, 1)
-
-    child = os.fork()
-    if child == 0:
-        files.save_model(Waits("theirs"), None, out / "model")
-        os._exit(0)
-    try:
-        assert os.read(began, 1) == b"."
-        with files.claim(out, "train"):
-            assert (out / ".model.saving" / "new" / "weights").read_text() == "theirs"
-        with pytest.raises(ValueError, match="model is being saved by another process"):
-            files.save_model(Saved("mine"), None, out / "model")
-        os.write(end, b".")
-        assert os.waitpid(child, 0)[1] == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    assert (out / "model" / "weights").read_text() == "theirs" and not (
-        out / ".model.saving"
-    ).exists()
-
-
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path):
-    model = tmp_path / "model"
-    files.save_model(Saved("old"), None, model)
-
-    class Fails(Saved):
-        def save_pretrained(self, folder, state_dict=None):
-            super().save_pretrained(folder)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.save_model(Fails("new"), None, model)
-    assert [f.name for f in tmp_path.iterdir()] == ["model"] and (
-        model / "weights"
-    ).read_text() == "old"
-    foreign = tmp_path / ".model.saving" / "thesis.txt"  # what pseuzo did not write is not removed
-    foreign.parent.mkdir()
-    foreign.touch()
-    with pytest.raises(ValueError, match=r"thesis\.txt is in the way"):
-        files.save_model(Saved("new"), None, model)
-    with files.claim(tmp_path / "out", "train"):
-        pass
-    shutil.copytree(foreign.parent, tmp_path / "out" / ".model.saving")
-    with files.claim(tmp_path / "out", "train"):
-        assert (tmp_path / "out" / ".model.saving" / "thesis.txt").exists()
-    assert foreign.exists() and (model / "weights").read_text() == "old"
-
-
-def test_a_folder_is_usable_after_a_kill_before_its_mark_was_written(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / files.MARKER).touch()
-    for _ in range(2):
-        with files.claim(tmp_path / "run", "train"):
-            pass
-    (tmp_path / "run" / "theirs").touch()
-    (tmp_path / "run" / files.MARKER).write_text("")
-    with (
-        pytest.raises(ValueError, match="is not empty, and not the folder of a run"),
-        files.claim(tmp_path / "run", "train"),
-    ):
-        pass
 
 
 def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):

@@ -52,12 +52,17 @@ def test_hf_argument_parser_reads_them(tmp_path):
     assert args.to_dict()["noise_on"] == ["attention-out", "v_proj"]
 
 
-@pytest.mark.parametrize("name, value, words", [
-    ("eps", 0, "eps must be positive, got 0"), ("window", 0, "window must be at least 1, got 0"),
-    ("momentum", 1.5, "momentum must be at most 1, got 1.5"),
-    ("noise", "white", "one of hadamard,"),
-    ("head_lr", float("nan"), "head_lr must be positive, got nan"), ("head", None, "one of frozen"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("eps", 0, "eps must be positive, got 0"),
+        ("window", 0, "window must be at least 1, got 0"),
+        ("momentum", 1.5, "momentum must be at most 1, got 1.5"),
+        ("noise", "white", "one of hadamard,"),
+        ("head_lr", float("nan"), "head_lr must be positive, got nan"),
+        ("head", None, "one of frozen"),
+    ],
+)
 def test_values_out_of_range(tmp_path, name, value, words):
     with pytest.raises(ValueError, match=words):
         PseuZOTrainingArguments(output_dir=str(tmp_path), report_to="none", **{name: value})

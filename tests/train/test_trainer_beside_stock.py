@@ -1,6 +1,8 @@
-"""PseuZOTrainer beside Transformers' own Trainer, with the same arguments, data and weights: what each sees and says.
+"""PseuZOTrainer beside Transformers' own Trainer, with the same arguments, data and weights: what
+each sees and says.
 
-The learning rate is so small that no weight moves, so that all figures of all steps are of the same weights.
+The learning rate is so small that no weight moves, so that all figures of all steps are of the same
+weights.
 """
 
 from functools import partial
@@ -18,8 +20,17 @@ from transformers.trainer_callback import TrainerCallback as Events
 pytestmark = pytest.mark.slow
 LR = 1e-30  # rounds away
 METHODS = ("pseuzo", "mezo", "fo-sgd")
-OWN = {"forwards", "train_seconds", "tokens_per_second", "peak_memory_mib", "projected_grad", "momentum", "window",
-       "skipped_steps", "update_ulps_float32"}  # fmt: skip
+OWN = {
+    "forwards",
+    "train_seconds",
+    "tokens_per_second",
+    "peak_memory_mib",
+    "projected_grad",
+    "momentum",
+    "window",
+    "skipped_steps",
+    "update_ulps_float32",
+}
 CLOCK = ("runtime", "per_second", "preparation_time")
 
 
@@ -57,8 +68,11 @@ def accuracy(prediction) -> dict:
     found = {f"mean_of_{name}": float(np.mean(x)) for name, x in given.items() if x is not None}
     chosen = logits if logits.ndim == 2 else logits.argmax(-1)
     there = labels[:, 1:] != -100
-    return {"accuracy": float((chosen[:, :-1] == labels[:, 1:])[there].mean()), "size": float(np.abs(logits).mean()),
-            **found}  # fmt: skip
+    return {
+        "accuracy": float((chosen[:, :-1] == labels[:, 1:])[there].mean()),
+        "size": float(np.abs(logits).mean()),
+        **found,
+    }
 
 
 class Summed:
@@ -102,9 +116,16 @@ BEST = dict(load_best_model_at_end=True, metric_for_best_model="loss")
 # arguments; what the trainer is given besides; the rows
 CASES = {
     "plain": (EVAL, {}, rows()),
-    "epochs": (dict(max_steps=-1, num_train_epochs=2, logging_strategy="epoch", eval_strategy="epoch"), {}, rows()),
-    "a schedule": (dict(lr_scheduler_type="cosine", warmup_steps=2, logging_first_step=True, logging_steps=2), {},
-                   rows()),
+    "epochs": (
+        dict(max_steps=-1, num_train_epochs=2, logging_strategy="epoch", eval_strategy="epoch"),
+        {},
+        rows(),
+    ),
+    "a schedule": (
+        dict(lr_scheduler_type="cosine", warmup_steps=2, logging_first_step=True, logging_steps=2),
+        {},
+        rows(),
+    ),
     "last batch dropped": (dict(dataloader_drop_last=True), {}, rows()),
     "by length": (dict(train_sampling_strategy="group_by_length", **EVAL), {}, rows()),
     "in order": (dict(train_sampling_strategy="sequential"), {}, rows()),
@@ -114,35 +135,86 @@ CASES = {
     "columns of a data set": (EVAL, {}, datasets.Dataset.from_list(rows(idx=3, text="a"))),
     "other columns": ({}, {}, rows(idx=3, text="a")),
     "evaluated first": (dict(eval_on_start=True, eval_delay=3, **EVAL), {}, rows()),
-    "metrics": (dict(include_for_metrics=["inputs", "loss"], **EVAL), dict(compute_metrics=accuracy), rows()),
-    "metrics by batch": (dict(batch_eval_metrics=True, **EVAL), dict(compute_metrics=Summed), rows()),
-    "metrics, in parts": (dict(eval_accumulation_steps=1, eval_do_concat_batches=False, **EVAL),
-                          dict(compute_metrics=accuracy), rows()),
-    "metrics of the chosen": (EVAL, dict(compute_metrics=accuracy, preprocess_logits_for_metrics=lambda logits, labels:
-                                         logits.argmax(-1)), rows()),
-    "losses alone": (dict(prediction_loss_only=True, **EVAL), dict(compute_metrics=accuracy), rows()),
+    "metrics": (
+        dict(include_for_metrics=["inputs", "loss"], **EVAL),
+        dict(compute_metrics=accuracy),
+        rows(),
+    ),
+    "metrics by batch": (
+        dict(batch_eval_metrics=True, **EVAL),
+        dict(compute_metrics=Summed),
+        rows(),
+    ),
+    "metrics, in parts": (
+        dict(eval_accumulation_steps=1, eval_do_concat_batches=False, **EVAL),
+        dict(compute_metrics=accuracy),
+        rows(),
+    ),
+    "metrics of the chosen": (
+        EVAL,
+        dict(
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        ),
+        rows(),
+    ),
+    "losses alone": (
+        dict(prediction_loss_only=True, **EVAL),
+        dict(compute_metrics=accuracy),
+        rows(),
+    ),
     "several sets": (EVAL, dict(eval_dataset={"a": rows(4), "b": rows(6)}), rows()),
     "stopped": ({}, dict(callbacks=[StopsAt]), rows()),
-    "stopped early": ({**EVAL, **SAVE, **BEST}, dict(callbacks=[lambda: EarlyStoppingCallback(1)]), rows()),
-    "the best is saved": ({**EVAL, **BEST, "save_strategy": "best", "save_only_model": True}, {}, rows()),
-    "tokens": (dict(include_num_input_tokens_seen="non_padding"), {}, [r for r in rows() if all(r["attention_mask"])]),
+    "stopped early": (
+        {**EVAL, **SAVE, **BEST},
+        dict(callbacks=[lambda: EarlyStoppingCallback(1)]),
+        rows(),
+    ),
+    "the best is saved": (
+        {**EVAL, **BEST, "save_strategy": "best", "save_only_model": True},
+        {},
+        rows(),
+    ),
+    "tokens": (
+        dict(include_num_input_tokens_seen="non_padding"),
+        {},
+        [r for r in rows() if all(r["attention_mask"])],
+    ),
     "all tokens": (dict(include_num_input_tokens_seen="all"), {}, rows()),
-}  # fmt: skip
+}
 
 
 def run(folder, make, kind, case):
     arguments, given, data = CASES[case]
-    settings = dict(max_steps=5, per_device_train_batch_size=3, per_device_eval_batch_size=4, learning_rate=LR, seed=7,
-                    use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
-                    lr_scheduler_type="linear") | arguments  # fmt: skip
+    settings = (
+        dict(
+            max_steps=5,
+            per_device_train_batch_size=3,
+            per_device_eval_batch_size=4,
+            learning_rate=LR,
+            seed=7,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            lr_scheduler_type="linear",
+        )
+        | arguments
+    )
     batches, seen = [], Seen()
     given = dict(given)
     callbacks = [seen, *(one() for one in given.pop("callbacks", ()))]
     if given.get("compute_metrics") is Summed:
         given["compute_metrics"] = Summed()
     model = causal_lm("llama")
-    trainer = make(model=model, args=kind(str(folder), **settings), train_dataset=data, callbacks=callbacks,
-                   **dict(eval_dataset=rows(6)) | given)  # fmt: skip
+    trainer = make(
+        model=model,
+        args=kind(str(folder), **settings),
+        train_dataset=data,
+        callbacks=callbacks,
+        **dict(eval_dataset=rows(6)) | given,
+    )
     collate = trainer.data_collator
 
     def recorded(features):
@@ -178,8 +250,9 @@ def assert_alike(got: dict, want: dict, rel: float) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_stock_trainer(tmp_path, case):
-    """Losses of the same weights in fp32, of sums in another order: to 1e-5. Those of MeZO's perturbed passes, whose
-    mean differs from that at the weights by order eps^2 times the curvature, to 1e-3."""
+    """Losses of the same weights in fp32, of sums in another order: to 1e-5. Those of MeZO's
+    perturbed passes, whose mean differs from that at the weights by order eps^2 times the
+    curvature, to 1e-3."""
     stock, outcome, events, batches, saved, predicted, metrics = run(
         tmp_path / "stock", Trainer, TrainingArguments, case
     )
@@ -221,18 +294,40 @@ def test_is_the_stock_trainer(tmp_path, case):
                     np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [
-    {}, dict(gradient_accumulation_steps=2), dict(max_grad_norm=0.5, weight_decay=0.1),
-    dict(activation_checkpointing=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        dict(gradient_accumulation_steps=2),
+        dict(max_grad_norm=0.5, weight_decay=0.1),
+        dict(activation_checkpointing=True),
+    ],
+    ids=str,
+)
 def test_first_order_steps_are_the_stock_trainers(tmp_path, more):
-    """By SGD at a rate that matters; batches of different numbers of labels are accumulated by these numbers."""
+    """By SGD at a rate that matters; batches of different numbers of labels are accumulated by
+    these numbers."""
     weights, losses = [], []
-    settings = dict(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=0.5, seed=7,
-                    use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
-                    lr_scheduler_type="linear") | more  # fmt: skip
-    for make, kind, which in ((Trainer, TrainingArguments, {"optim": "sgd"}),
-                              (PseuZOTrainer, PseuZOTrainingArguments, {"method": "fo-sgd"})):  # fmt: skip
+    settings = (
+        dict(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=3,
+            learning_rate=0.5,
+            seed=7,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            lr_scheduler_type="linear",
+        )
+        | more
+    )
+    for make, kind, which in (
+        (Trainer, TrainingArguments, {"optim": "sgd"}),
+        (PseuZOTrainer, PseuZOTrainingArguments, {"method": "fo-sgd"}),
+    ):
         args = kind(**settings, **which)
         model = causal_lm("llama")
         trainer = make(model, args, train_dataset=rows())
@@ -253,7 +348,8 @@ def padded_left() -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_metrics_change_no_evaluation(tmp_path, kind):
-    """Rows that are padded on the left have the positions of training, with the model's logits or without."""
+    """Rows that are padded on the left have the positions of training, with the model's logits or
+    without."""
     found = []
     for given in ({}, {"compute_metrics": lambda prediction: {"n": len(prediction.predictions)}}):
         args = PseuZOTrainingArguments(

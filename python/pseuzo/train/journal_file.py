@@ -23,8 +23,18 @@ from pseuzo.machine import parts_of
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
 MAGIC, VERSION = b"PSEUZOJ\n", 3
-HEADER_KEYS = ("version", "noise", "rounding", "groups", "params", "dtype", "frozen_sha256", "run",
-               "first_step", "base_sha256")  # fmt: skip
+HEADER_KEYS = (
+    "version",
+    "noise",
+    "rounding",
+    "groups",
+    "params",
+    "dtype",
+    "frozen_sha256",
+    "run",
+    "first_step",
+    "base_sha256",
+)
 _LENGTH_AND_CRC = struct.Struct("<II")  # of a part
 _CRC = struct.Struct("<I")  # of the two numbers above
 _STEP = struct.Struct("<qqBIII")  # step, rounding seed, skipped, K, groups, unused weights

@@ -18,6 +18,7 @@ SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
+MOMENTA = "; ".join(f"{name} {METHODS[name].momentum:g}" for name in methods_with("momentum"))
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class ZeroOrderOptions:
         14, "Number of past steps in the window of pseuzo and mezo-momentum."
     )
     momentum: Annotated[float | None, Flag(least=0, most=1)] = _option(
-        None, "Decay of the window (lambda) or of the momentum. Default: "
-        + "; ".join(f"{m} {METHODS[m].momentum:g}" for m in methods_with("momentum")) + ".",
-    )  # fmt: skip
+        None, f"Decay of the window (lambda) or of the momentum. Default: {MOMENTA}."
+    )
     schedule: str = _option(
         "constant",
         "Schedule of lambda under pseuzo; cyclic-hyperbola is the published one.",
