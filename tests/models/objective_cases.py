@@ -7,7 +7,7 @@ OPTIONS = [17, 4, 900]
 
 
 def full_logits(model, batch):
-    """Of the model itself, with positions counted from the first token with attention."""
+    """The model's own logits, with positions counted from the first token with attention."""
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions
@@ -15,7 +15,7 @@ def full_logits(model, batch):
 
 
 def head_input(model, batch):
-    """The hidden states before the output head, and autograd's gradient of a loss with respect to them, in full."""
+    """The hidden states before the output head, which keep their gradient, and the full logits."""
     seen = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, a: seen.append(a[0]))
     logits = full_logits(model, batch)
@@ -24,7 +24,7 @@ def head_input(model, batch):
     return seen[0], logits
 
 
-# rows of options: example 1 has three, 0 and 2 have two; not in order; the right ones are rows 2, 0 and 6
+# Example 1 has three rows of options, 0 and 2 have two, not in order. The right ones: 2, 0 and 6.
 RAGGED = {"examples": torch.tensor([1, 0, 0, 1, 1, 2, 2]), "answers": torch.tensor([2, 0, 6])}
 
 
@@ -40,15 +40,18 @@ def option_batch():
 
 
 def plain_option_losses(model, batch):
-    """[B] in float64 from the model's full logits, one row and token at a time; and the scores [R]."""
+    """The losses [B] in float64 and the scores [R], from the model's full logits, one row and token
+    at a time."""
     logp = full_logits(model, batch).double().log_softmax(-1)
     scores = []
     for row, n in enumerate(OPTION_TOKENS):
         places = range(12 - n, 12)
         scores.append(sum(logp[row, t - 1, batch["input_ids"][row, t]] for t in places) / n)
     rows = [[1, 2], [0, 3, 4], [5, 6]]
-    losses = [torch.stack([scores[r] for r in mine]).logsumexp(0) - scores[right]
-              for mine, right in zip(rows, (2, 0, 6), strict=True)]  # fmt: skip
+    losses = [
+        torch.stack([scores[r] for r in mine]).logsumexp(0) - scores[right]
+        for mine, right in zip(rows, (2, 0, 6), strict=True)
+    ]
     return torch.stack(losses), torch.stack(scores)
 
 
@@ -58,5 +61,8 @@ def plain_option_losses_of(model, states, batch):
     token = logp[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     scores = torch.stack([token[row, -n:].mean() for row, n in enumerate(OPTION_TOKENS)])
     rows = [[1, 2], [0, 3, 4], [5, 6]]
-    return torch.stack([scores[mine].logsumexp(0) - scores[right]
-                        for mine, right in zip(rows, (2, 0, 6), strict=True)])  # fmt: skip
+    losses = [
+        scores[mine].logsumexp(0) - scores[right]
+        for mine, right in zip(rows, (2, 0, 6), strict=True)
+    ]
+    return torch.stack(losses)

@@ -26,14 +26,18 @@ def test_padding_changes_nothing(kind):
     objective = CausalLMObjective(model, OPTIONS)
     scores = objective.scores({**batch, "labels": torch.zeros(4, dtype=torch.long)})
     with torch.no_grad():
-        alone = [model(ids[mask != 0][None]).logits[0, -1, OPTIONS]
-                 for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
-    # logits about 1; other shapes round differently, and rotary angles of other positions by 2^-24 of up to 64
+        alone = [
+            model(ids[mask != 0][None]).logits[0, -1, OPTIONS]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+    # The logits are about 1. Other shapes round differently, and rotary angles of other positions
+    # by 2^-24 of up to 64.
     torch.testing.assert_close(scores, torch.stack(alone), rtol=0, atol=1e-5)
 
 
 def attentive_lm(dtype):
-    """One whose states change by far more than they are rounded by if a token sees others than it should."""
+    """A model whose states change by far more than their rounding if a token sees others than it
+    should."""
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=256,
@@ -56,7 +60,7 @@ def attentive_lm(dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_padding_changes_nothing_in_half_precision(dtype, device, length):
-    """Clean and perturbed. On a GPU other kernels attend with a mask, and others by the length."""
+    """Clean and perturbed. On a GPU the kernel that attends depends on the mask and the length."""
     model = attentive_lm(dtype).to(device)
     objective = CausalLMObjective(model, OPTIONS)
     ids = torch.randint(3, 1000, (3, length), device=device)
@@ -78,7 +82,7 @@ def test_padding_changes_nothing_in_half_precision(dtype, device, length):
             unmasked = last_states(
                 ids, attention_mask=torch.ones_like(mask), position_ids=positions
             )
-        # 8 ulps of bf16 between 2 and 4, where the largest states are
+        # This is 8 ulps of bf16 between 2 and 4, where the largest states are.
         torch.testing.assert_close(got, alone, rtol=0, atol=0.125)
         assert ((unmasked - alone)[:2].abs().amax((1, 2)) > 4 * 0.125).all(), (
             "a mask that is ignored would show"
@@ -150,8 +154,9 @@ def test_no_forward_waits(kind, mode):
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "mistral"])
 def test_attention_is_told_of_padding(kind, monkeypatch):
-    """Without a mask torch attends causally by itself, where no window is shorter; with one a mask is made, padding or
-    not: nobody looks. A forward that fails leaves nothing behind in Transformers."""
+    """Without a mask torch attends causally by itself, where no window is shorter. With one a mask
+    is made, padding or not, as nobody reads it. A forward that fails leaves nothing behind in
+    Transformers."""
     model = causal_lm(kind).eval()
     objective = CausalLMObjective(model, OPTIONS)
     masks = []
@@ -185,7 +190,7 @@ def test_attention_is_told_of_padding(kind, monkeypatch):
         )
     with torch.no_grad(), Waits() as waits:
         model(**batch_of(length=6))
-    assert waits.seen, "it was told for ever"
+    assert waits.seen, "it is not told any more"
     monkeypatch.setitem(
         AttentionMaskInterface._global_mapping, "sdpa", lambda **kwargs: masks.append("theirs")
     )

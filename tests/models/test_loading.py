@@ -60,7 +60,8 @@ def test_padding_defaults_to_the_end_of_text(tmp_path):
 
 
 def test_a_generation_config_is_saved_as_it_was_loaded(tmp_path):
-    """Transformers keeps sampling values without do_sample in a config that nobody changed, and refuses them else."""
+    """Transformers keeps sampling values without do_sample in a config that nobody changed, and
+    refuses them in others."""
     folder = folder_of(tmp_path)
     sampling = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
@@ -140,19 +141,31 @@ def based_on(folder, base):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
 
 
+def based_on_each_other(folder):
+    other = Path(f"{folder}-2")
+    shutil.copytree(folder, other)
+    based_on(folder, str(other))
+    based_on(other, str(folder))
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_BASE = "does not say which model the adapter is for"
+ITS_OWN_BASE = "and that is an adapter which in the end is for itself"
+
+
 @pytest.mark.parametrize("do, sentence", [
-    (lambda f: (f / "adapter_config.json").write_text("[]"), "does not say which model the adapter is for"),
-    (lambda f: (f / "adapter_config.json").write_text("[" * 9999), "does not say which model the adapter is for"),
-    (lambda f: based_on(f, None), "does not say which model the adapter is for"),
-    (lambda f: based_on(f, ["a"]), "does not say which model the adapter is for"),
-    (lambda f: based_on(f, str(f)), "for the model /.*/adapter, and that is an adapter which in the end is for itself"),
-    (lambda f: (shutil.copytree(f, f"{f}-2"), based_on(f, f"{f}-2"), based_on(Path(f"{f}-2"), str(f))),
-     "adapter for the model /.*/adapter-2, and that is an adapter which in the end is for itself"),
-    (lambda f: (f / "adapter_model.safetensors").write_bytes(b"no"), "the adapter in .* cannot be loaded"),
-    (lambda f: (f / "adapter_model.safetensors").unlink(), r"has no weights \(adapter_model.safetensors\)"),
-    (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle.* saved anew by peft"),
-    (lambda f: save_file({}, f / "adapter_model.safetensors"), "lacks 16 weights, the first being "),
-    (lambda f: shutil.rmtree(f.parent / "base"), "adapter is an adapter for the model .*/base, and there is no folder"),
+    (lambda f: (f / CONFIG).write_text("[]"), NO_BASE),
+    (lambda f: (f / CONFIG).write_text("[" * 9999), NO_BASE),
+    (lambda f: based_on(f, None), NO_BASE),
+    (lambda f: based_on(f, ["a"]), NO_BASE),
+    (lambda f: based_on(f, str(f)), f"for the model /.*/adapter, {ITS_OWN_BASE}"),
+    (based_on_each_other, f"adapter for the model /.*/adapter-2, {ITS_OWN_BASE}"),
+    (lambda f: (f / WEIGHTS).write_bytes(b"no"), "the adapter in .* cannot be loaded"),
+    (lambda f: (f / WEIGHTS).unlink(), r"has no weights \(adapter_model.safetensors\)"),
+    (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle.* saved anew by peft"),
+    (lambda f: save_file({}, f / WEIGHTS), "lacks 16 weights, the first being "),
+    (lambda f: shutil.rmtree(f.parent / "base"),
+     "adapter is an adapter for the model .*/base, and there is no folder"),
 ])  # fmt: skip
 def test_adapters_that_do_not_load(tmp_path, do, sentence):
     shutil.copytree(DEMO, tmp_path / "base")
@@ -179,8 +192,8 @@ def lose_weights(folder):
 
 
 def masked(folder):
-    BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-                               intermediate_size=8)).save_pretrained(folder)  # fmt: skip
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
 
 
 def widen_tokenizer(folder):
@@ -194,7 +207,8 @@ def widen_tokenizer(folder):
     (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: .*config"),
     (lambda f: (f / "config.json").write_text("{}"), "cannot be loaded: .*model_type"),
     (lambda f: (f / "config.json").write_text('{"a": ' * 9999), "cannot be loaded: .*recursion"),
-    (lambda f: configured(f, vocab_size="x"), "cannot be loaded: .*'vocab_size' expected int, got str"),
+    (lambda f: configured(f, vocab_size="x"),
+     "cannot be loaded: .*'vocab_size' expected int, got str"),
     (lambda f: configured(f, hidden_size=0), "cannot be loaded: "),
     (lambda f: configured(f, num_attention_heads=0), "cannot be loaded: .*division"),
     (lambda f: configured(f, activation_function="none"), "cannot be loaded: .*none"),

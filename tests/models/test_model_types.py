@@ -1,5 +1,6 @@
-"""What CausalLMObjective promises, for every type of model and of adapter: the loss is the model's own, of a row alone
-and in a padded batch, or one sentence refuses it. Which is which say the tables of docs/methods.md."""
+"""What CausalLMObjective promises, for every type of model and of adapter: the loss is the model's
+own, of a row alone and in a padded batch, or one sentence refuses it. The tables of docs/methods.md
+say which is which."""
 
 import re
 from collections.abc import Callable
@@ -31,7 +32,8 @@ QUICK = ("opt", "gpt2", "llama", "granite", "rwkv", "bart")
 QUICK_ADAPTERS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
 IDS = [torch.randint(3, 120, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 13)]
 TOKENS = [2, 9, 40]
-# losses about 5 and logits about 1, in fp32: in another shape sums round differently, some tens of times by 2^-24
+# Losses are about 5 and logits about 1, in fp32. Sums in another shape round differently, some tens
+# of times by 2^-24.
 CLOSE = dict(rtol=4e-6, atol=1e-5)
 
 
@@ -53,8 +55,11 @@ def batch_padded(side: str) -> dict[str, torch.Tensor]:
         sides = [(n, 0) if side == "left" else (0, n) for n in pads]
         return torch.stack([F.pad(x, n, value=fill) for x, n in zip(parts, sides, strict=True)])
 
-    return {"input_ids": rows(IDS, 1), "attention_mask": rows([torch.ones_like(x) for x in IDS], 0),
-            "labels": rows(list(map(labels_of, IDS)), -100)}  # fmt: skip
+    return {
+        "input_ids": rows(IDS, 1),
+        "attention_mask": rows([torch.ones_like(x) for x in IDS], 0),
+        "labels": rows(list(map(labels_of, IDS)), -100),
+    }
 
 
 def outcome(call: Callable[[], torch.Tensor]) -> torch.Tensor | None:
@@ -75,7 +80,10 @@ def loss_of(objective: CausalLMObjective, batch: dict[str, torch.Tensor]) -> tor
 
 @torch.no_grad()
 def support(model: torch.nn.Module, **more: torch.Tensor) -> str:
-    """What the objective does for this model; its numbers are asserted to be the model's own. more: of each row."""
+    """What the objective does for this model; its numbers are asserted to be the model's own.
+
+    more: other inputs of each row.
+    """
 
     def extra(rows: int) -> dict[str, torch.Tensor]:
         return {name: x.expand(rows) for name, x in more.items()}
@@ -112,9 +120,7 @@ def test_the_loss_is_the_models_own(model_type):
     said = table("Model types").get(model_type)
     if said == UNTESTED:
         pytest.skip("no tiny one is made of it here")
-    if (
-        said is None
-    ):  # Transformers has more types, and some with fewer layers or options, from version to version
+    if said is None:  # Transformers has more types from version to version
         pytest.skip("a type that docs/methods.md does not know; add it")
     assert support(tiny(model_type)) == said
 
@@ -135,7 +141,7 @@ def test_the_loss_is_the_adapted_models_own(name):
 
 
 def check_perturbed(model: torch.nn.Module, more: dict[str, torch.Tensor]) -> None:
-    """Passes at x + eps z of the adapter are those of a model whose weights have that written to them."""
+    """Passes at x + eps z of the adapter are those of a model that has these weights."""
     batch = {"input_ids": IDS[1][None], "labels": torch.tensor([1])} | {
         k: x.expand(1) for k, x in more.items()
     }
@@ -144,7 +150,7 @@ def check_perturbed(model: torch.nn.Module, more: dict[str, torch.Tensor]) -> No
     )
     assert (want - plain).abs().max() > 1e-4, "it does something"
     objective = CausalLMObjective(model, TOKENS)
-    for _ in range(3):  # from the second on it is known which weights are used where
+    for _ in range(3):  # the first pass learns which weights are used where
         with perturbed(model, 7, 0.5):
             torch.testing.assert_close(objective.scores(batch), want, **CLOSE)
     torch.testing.assert_close(objective.scores(batch), plain, rtol=0, atol=0)
@@ -208,8 +214,10 @@ def test_a_mixture_of_two_passes_is_refused(tmp_path):
     for name in "01":
         adapted(tiny("llama"), "LORA", r=4).save_pretrained(tmp_path / name)
     base = tiny("llama", use_cache=False)
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1,
-                              adapters={name: str(tmp_path / name) for name in "01"})  # fmt: skip
+    adapters = {name: str(tmp_path / name) for name in "01"}
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=adapters
+    )
     assert (
         table("Adapters")["XLORA"] == REFUSED == support(peft.get_peft_model(base, config).eval())
     )
@@ -243,8 +251,14 @@ def test_what_is_no_sum_over_next_tokens_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type, padding", [
-    ("opt", "anywhere"), ("llama", "anywhere"), ("mixtral", "anywhere"), ("gemma2", "anywhere"), ("mamba", "anywhere"),
-    ("rwkv", "right"), ("recurrent_gemma", "right"), ("roberta", "right"),
+    ("opt", "anywhere"),
+    ("llama", "anywhere"),
+    ("mixtral", "anywhere"),
+    ("gemma2", "anywhere"),
+    ("mamba", "anywhere"),
+    ("rwkv", "right"),
+    ("recurrent_gemma", "right"),
+    ("roberta", "right"),
 ])  # fmt: skip
 def test_where_padding_may_be_is_seen_in_half_precision(model_type, padding, dtype):
     objective = CausalLMObjective(tiny(model_type).to(dtype))
@@ -253,7 +267,8 @@ def test_where_padding_may_be_is_seen_in_half_precision(model_type, padding, dty
 
 
 def test_moved_padding():
-    """Rows begin at the first column, with all that belongs to their tokens; a row of padding alone stays."""
+    """Rows begin at the first column, with all that belongs to their tokens. A row of padding alone
+    stays as it is."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
     ids = torch.arange(16).view(4, 4)
     plan = {
@@ -289,7 +304,8 @@ def test_moved_padding():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rwkv"])
 def test_a_plan_that_is_padded_to_a_shape_has_the_same_loss(model_type):
-    """As the passes that are recorded take it: all are padded then, whether their batch is or not."""
+    """Passes that are recorded take all batches padded to a shape, whether these have padding or
+    not."""
     objective = CausalLMObjective(tiny(model_type))
     batch = {"input_ids": IDS[1][None], "labels": labels_of(IDS[1])[None]}
     plan = objective.checked(padded(objective.plan(batch), 16, 4))
@@ -351,8 +367,15 @@ def test_the_trainer_and_an_evaluation_have_the_models_own_loss(tmp_path, tokeni
     want = pytest.approx(total / count, rel=4e-6, abs=1e-5)  # as CLOSE
     assert len({len(row.tokens) for row in rows}) > 1 and count > 3
     assert evaluate(model, data, batch_size=3)["loss"] == want
-    args = PseuZOTrainingArguments(str(tmp_path), method="mezo", use_cpu=True, report_to="none", disable_tqdm=True,
-                                   per_device_eval_batch_size=3, save_strategy="no")  # fmt: skip
+    args = PseuZOTrainingArguments(
+        str(tmp_path),
+        method="mezo",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        per_device_eval_batch_size=3,
+        save_strategy="no",
+    )
     trainer = PseuZOTrainer(model, args, train_dataset=data, eval_dataset=data)
     assert trainer.evaluate()["eval_loss"] == want
     batch = data.collate([data[i] for i in range(3)])

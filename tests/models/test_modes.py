@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pseuzo.models.modes import MODES, Mode, ModeOption, by_mode, mode_options, tune
+from pseuzo.train.methods import METHODS, default_rate
+from tiny_models import causal_lm
+from tuned_models import trained
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -24,3 +28,51 @@ def test_examples_are_options_of_the_command(file, tmp_path):
     )
     assert given["batch_size"] == 16 and given["steps"] == 10_000 and given["dtype"] == "fp16"
     assert set(yaml.safe_load(file.read_text())) <= set(given)
+
+
+def test_defaults_of_the_modes():
+    assert by_mode("eps") == {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "head": 1e-3}
+    zeroth_order = {"full": 1e-7, "lora": 5e-5, "prefix": 1e-3, "head": 1e-4}
+    rates = dict.fromkeys(("pseuzo", "mezo", "mezo-momentum"), zeroth_order) | {
+        "fo-sgd": {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "head": 1e-2},
+        "fo-adam": {"full": 1e-5, "lora": 1e-4, "prefix": 1e-3, "head": 1e-4},
+    }
+    for method, by_name in rates.items():
+        assert {mode: default_rate(method, mode) for mode in MODES} == by_name
+    assert set(rates) <= set(METHODS)
+
+
+def tune_bias(model, *, seed, bias_layers):
+    """Train the biases of the first layers alone."""
+    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith(".bias") and any(f".layers.{i}." in name for i in range(bias_layers)):
+            p.requires_grad_(True)
+    return model
+
+
+def test_a_mode_is_a_row_and_a_function(monkeypatch):
+    row = Mode(
+        help="biases of the first layers",
+        function=f"{__name__}.tune_bias",
+        eps=1e-2,
+        lr=1e-4,
+        sgd_lr=1e-2,
+        adam_lr=1e-3,
+        options=(ModeOption("bias_layers", 1, "Number of layers.", least=1),),
+    )
+    monkeypatch.setitem(MODES, "bias", row)
+    names = trained(tune(causal_lm("opt"), "bias"))
+    assert names and all(".layers.0." in n and n.endswith(".bias") for n in names)
+    assert len(trained(tune(causal_lm("opt"), "bias", bias_layers=2))) == 2 * len(names)
+    assert mode_options()["bias_layers"] == (row.options[0], ("bias",))
+    with pytest.raises(ValueError, match="mode must be one of full, lora, prefix, head, bias, got"):
+        tune(causal_lm("opt"), "biases")
+
+
+def test_options_of_modes():
+    """An option of another mode does nothing; one that no mode has is a mistake."""
+    names = trained(tune(causal_lm("opt"), "head", lora_r=0, prefix_tokens=0))
+    assert names == {"lm_head.weight"}
+    with pytest.raises(TypeError, match="no mode has an option lora_rank"):
+        tune(causal_lm("opt"), "lora", lora_rank=4)

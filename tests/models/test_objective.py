@@ -39,7 +39,7 @@ def test_options_loss_and_gradient(kind, side):
     o.requires_grad_()
     loss = head(o)
     loss.backward()
-    # logits about 1 by a product of another shape: a few rounding errors of 2^-24, through a softmax
+    # Logits about 1 by a product of another shape: a few roundings of 2^-24, through a softmax.
     torch.testing.assert_close(loss, want, rtol=0, atol=1e-6)
     torch.testing.assert_close(o.grad[:, 0], states.grad[torch.arange(4), last], rtol=0, atol=1e-6)
     elsewhere = states.grad.clone()
@@ -114,10 +114,14 @@ def test_options_of_one_token_are_label_words():
     words = torch.tensor(OPTIONS).repeat(4)[:, None]
     labels = torch.cat([torch.full((12, 12), -100), words], 1)
     batch = {
-        "input_ids": torch.cat([prompts["input_ids"].repeat_interleave(3, 0), words], 1), "labels": labels,
-        "attention_mask": torch.cat([prompts["attention_mask"].repeat_interleave(3, 0), torch.ones_like(words)], 1),
-        "examples": torch.arange(4).repeat_interleave(3), "answers": torch.arange(4) * 3 + classes,
-    }  # fmt: skip
+        "input_ids": torch.cat([prompts["input_ids"].repeat_interleave(3, 0), words], 1),
+        "labels": labels,
+        "attention_mask": torch.cat(
+            [prompts["attention_mask"].repeat_interleave(3, 0), torch.ones_like(words)], 1
+        ),
+        "examples": torch.arange(4).repeat_interleave(3),
+        "answers": torch.arange(4) * 3 + classes,
+    }
     forward_options, head_options = CausalLMObjective(model)(batch, reduction="none")
     # fp32 rounding of log-likelihoods of about 7
     torch.testing.assert_close(head_options(forward_options()), head(forward()), rtol=0, atol=2e-6)
@@ -202,9 +206,14 @@ def test_bf16_model_gives_an_fp32_loss():
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ([5], "two or more different"), ([5, 5], "two or more different"), ([5, VOCAB], "token ids below"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ([5], "two or more different"),
+        ([5, 5], "two or more different"),
+        ([5, VOCAB], "token ids below"),
+    ],
+)
 def test_bad_options(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         CausalLMObjective(causal_lm("opt"), options)

@@ -1,4 +1,5 @@
-"""Where the noise goes: patterns, presets and groups over the architectures; the probe where the answer is known."""
+"""Where the noise goes: patterns, presets and groups over the architectures. And the probe, where
+the answer is known."""
 
 import copy
 import math
@@ -74,8 +75,8 @@ def test_groups_of_cover_each_parameter_once_and_know_it(kind):
     )
     assert ("head" in roles) == (kind in ("llama", "qwen3", "mistral", "neox", "roberta"))
     other = names(model, groups.get("other", []))
-    assert other == (["model.decoder.project_out.weight", "model.decoder.project_in.weight"]
-                     if kind == "opt-projected" else [])  # fmt: skip
+    projections = ["model.decoder.project_out.weight", "model.decoder.project_in.weight"]
+    assert other == (projections if kind == "opt-projected" else [])
     assert {n.split(":")[1] for n in groups if ":" in n} == {"early", "middle"}
     for name, params in groups.items():
         assert set(place(model, [name])) == set(params)
@@ -122,7 +123,8 @@ def test_peft_models():
 
 
 @pytest.mark.parametrize("patterns, sentence", [
-    (["v_prj.weight"], r"no parameter that is trained matches 'v_prj.weight'; near it: .*v_proj.weight"),
+    (["v_prj.weight"],
+     r"no parameter that is trained matches 'v_prj.weight'; near it: .*v_proj.weight"),
     (["attention_out"], "matches 'attention_out'; near it: attention-out"),
     (["xyzzy"], "matches 'xyzzy'; some names: all, attention-out, last-half"),
     (["all=-1"], "the scale in 'all=-1' must be a number from 0, got '-1'"),
@@ -193,8 +195,8 @@ class Quadratic(nn.Module):
 
 
 def test_probe_on_a_quadratic():
-    """The mean over directions of (z.g)^2 is |g|^2 with sd sqrt(2) |g|^2, that of z^T H z is tr H; with noise scales
-    too. Standard errors hold what they promise."""
+    """The mean over directions of (z.g)^2 is |g|^2 with sd sqrt(2) |g|^2, that of z^T H z is tr H;
+    with noise scales too. Standard errors hold what they promise."""
     model = Quadratic((500, 3000), (2.0, 1.0), (5.0, 40.0))
     before = [p.clone() for p in model.parameters()]
     calls = []
@@ -209,8 +211,12 @@ def test_probe_on_a_quadratic():
         r.name: r for r in probe(model, groups, [closure] * 3, eps=1e-2, directions=100, seed=5)
     }
     assert len(calls) == 3 + 4 * 2 * 300 == 3 + sum(r.forwards for r in rows.values())
-    want = {"a": (4.0, 5.0, 500), "b": (1.0, 40.0, 3000), "both": (5.0, 45.0, 3500),
-            "scaled": (4 * 4 + 0.25, 4 * 5 + 0.25 * 40, 4 * 500 + 0.25 * 3000)}  # fmt: skip
+    want = {
+        "a": (4.0, 5.0, 500),
+        "b": (1.0, 40.0, 3000),
+        "both": (5.0, 45.0, 3500),
+        "scaled": (4 * 4 + 0.25, 4 * 5 + 0.25 * 40, 4 * 500 + 0.25 * 3000),
+    }
     for name, (slope2, curvature, parameters) in want.items():
         row = rows[name]
         assert row.parameters == parameters
@@ -231,7 +237,8 @@ def test_probe_on_a_quadratic():
 
 
 def test_probe_on_logistic_regression():
-    """Against autograd's gradient, gradients of the examples, and Hessian; the batch's gradient is what it sees."""
+    """Against autograd's gradient, gradients of the examples, and Hessian. The probe sees the
+    gradient of the batch."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(40, 3)).double().float()
     x, y = torch.randn(64, 40, generator=generator), torch.randint(0, 3, (64,), generator=generator)
@@ -250,7 +257,7 @@ def test_probe_on_logistic_regression():
     trace = float(hessian.reshape(120, 120).trace())
     (row,) = probe(model, {"weight": [weight]}, [losses], eps=1e-2, directions=400)
     assert abs(row.slope2 - float(g.square().sum())) < 4 * row.slope2_error
-    # eps^2 z^T H z is about 1e-3 of a loss of 1, known to 1e-7; the fourth order is eps^2 of it
+    # eps^2 z^T H z is about 1e-3 of a loss of 1, known to 1e-7; the fourth order is eps^2 of it.
     assert abs(row.curvature - trace) < 4 * row.curvature_error + 2e-3 * trace
     assert (
         abs(row.fisher - fisher) < 4 * row.fisher_error + 2e-3 * fisher
@@ -328,8 +335,8 @@ def test_probe_refuses():
 
 @pytest.mark.slow
 def test_probe_on_the_demo_model_sees_what_its_documentation_says():
-    """The value and output projections have a far better ratio than the embedding, of which most is noise; and training
-    goes on afterwards as if nothing had been probed."""
+    """The value and output projections have a far better ratio than the embedding, of which most is
+    noise. Training continues afterwards as if nothing had been probed."""
     from pseuzo.demo import run
     from transformers import AutoModelForCausalLM
 

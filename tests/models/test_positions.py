@@ -24,8 +24,13 @@ def test_the_model_gets_its_inputs_alone():
     positions, targets = loss_positions(batch["labels"])
     option_rows = rows_of_options(batch["examples"], 3)
     assert option_rows.tolist() == [[1, 2, -1], [0, 3, 4], [5, 6, -1]]
-    more = {"groups": torch.arange(7), "rows": torch.arange(3), "positions": positions, "targets": targets,
-            "option_rows": option_rows}  # fmt: skip
+    more = {
+        "groups": torch.arange(7),
+        "rows": torch.arange(3),
+        "positions": positions,
+        "targets": targets,
+        "option_rows": option_rows,
+    }
     forward, head = CausalLMObjective(model)({**batch, **more})
     with_them = head(forward())
     forward, head = CausalLMObjective(model)(batch)
@@ -35,7 +40,7 @@ def test_the_model_gets_its_inputs_alone():
 
 
 def test_a_planned_batch_makes_nothing_wait():
-    """Of the objective's own; what a model does in its forward is its own affair."""
+    """The objective itself waits for nothing. What a model does in its forward may."""
     batch = option_batch()
     positions, targets = loss_positions(batch["labels"])
     batch |= {
@@ -59,7 +64,7 @@ def test_a_planned_batch_makes_nothing_wait():
 
 @pytest.mark.parametrize("collated", [False, True])
 def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
-    """As where the row is alone, though its label says that it carries a loss."""
+    """As in a row alone, though its label says that it carries a loss."""
     model = causal_lm("llama").eval()
     batch = batch_of()
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -1,6 +1,7 @@
-"""Quantised base models: adapters, prefixes and heads are trained on them, and the codes of their weights never change.
+"""Quantised base models: adapters, prefixes and heads are trained on them, and the codes of their
+weights never change.
 
-Skipped where the library that a model is quantised by is not installed.
+A test is skipped where the library that a model is quantised by is not installed.
 """
 
 import contextlib
@@ -29,9 +30,11 @@ def config_of(kind: str, head: bool = False):
     pytest.importorskip(kind.split()[0].strip(","))
     if kind.startswith("bitsandbytes"):
         skip = {"llm_int8_skip_modules": []} if head else {}
-        more = {"load_in_8bit": True} if "8" in kind else {"bnb_4bit_quant_type": "nf4", "load_in_4bit": True,
-                                                           "bnb_4bit_use_double_quant": True}  # fmt: skip
-        return BitsAndBytesConfig(**more, **skip)
+        if "8" in kind:
+            return BitsAndBytesConfig(load_in_8bit=True, **skip)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **skip
+        )
     from torchao import quantization
     from transformers import TorchAoConfig
 
@@ -73,15 +76,25 @@ def codes(model) -> str:
 
 def rows() -> list[dict]:
     batch = batch_of(rows=8)
-    return [{"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def trainer(model, folder, method="mezo", **more) -> PseuZOTrainer:
     args = PseuZOTrainingArguments(
-        str(folder), method=method, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4, learning_rate=1e-3,
-        save_strategy="steps", save_steps=2, **more,
-    )  # fmt: skip
+        str(folder),
+        method=method,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=4,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=2,
+        **more,
+    )
     return PseuZOTrainer(model, args, train_dataset=rows(), eval_dataset=rows())
 
 
@@ -165,7 +178,8 @@ def test_a_quantised_head_gives_label_words_and_is_not_trained(tmp_path, folder,
 
 
 def test_a_model_is_as_it_was_loaded_whatever_was_done_since(folder):
-    """Some processors' forwards of 4-bit weights would round their scales, and a save would keep them so."""
+    """Some processors' forwards of 4-bit weights would round their scales, and a save would keep
+    them rounded."""
     loaded = load(folder("bitsandbytes 4-bit"))
     want, state = logits(loaded), {name: x.clone() for name, x in loaded.state_dict().items()}
     assert torch.equal(logits(loaded), want)
@@ -188,7 +202,7 @@ def test_parts_of_a_quantised_weight(folder):
 
 
 def write_gguf(model, path) -> None:
-    """In blocks of 8-bit codes, as far as its linear layers go."""
+    """Write a GGUF file, with the linear layers in blocks of 8-bit codes."""
     gguf = pytest.importorskip("gguf")
     config, q8 = model.config, gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(path, "llama")
@@ -201,11 +215,21 @@ def write_gguf(model, path) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    known = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "model.layers": "blk"}  # fmt: skip
+    known = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+    }
     for name, p in model.state_dict().items():
         block = "proj" in name
         for theirs, ours in known.items():
@@ -229,7 +253,7 @@ def test_weights_of_a_gguf_file_are_numbers_again_and_take_every_mode(tmp_path, 
             tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
         ).eval()
         assert not quantised(model)
-        # 8-bit codes: each weight to half of 1/127 of its block's largest
+        # 8-bit codes hold each weight to half of 1/127 of its block's largest.
         assert (logits(model) - logits(source)).abs().max() < 0.05 * logits(source).abs().max()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         model = tune(model, mode)

@@ -16,9 +16,16 @@ from transformers import (
 
 def test_soft_capped_logits():
     torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                          num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                          final_logit_softcapping=0.5)  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
     model = Gemma2ForCausalLM(config).eval()
     batch = {**batch_of(), "labels": torch.tensor([0, 2, 1, 2])}
     forward, head = CausalLMObjective(model, OPTIONS)(batch)

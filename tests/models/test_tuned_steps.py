@@ -102,8 +102,12 @@ def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make, kind, mode, lr", [
-    (MeZO, "opt", "lora", 0.03), (PseuZO, "opt", "lora", 3e-3), (MeZO, "neox", "lora", 0.01),
-    (MeZO, "opt", "prefix", 10.0), (PseuZO, "gpt2", "prefix", 1.0), (PseuZO, "qwen3", "prefix", 0.1),
+    (MeZO, "opt", "lora", 0.03),
+    (PseuZO, "opt", "lora", 3e-3),
+    (MeZO, "neox", "lora", 0.01),
+    (MeZO, "opt", "prefix", 10.0),
+    (PseuZO, "gpt2", "prefix", 1.0),
+    (PseuZO, "qwen3", "prefix", 0.1),
 ])  # fmt: skip
 def test_training_lowers_the_loss(make, kind, mode, lr):
     model = tuned(kind, mode)
@@ -122,7 +126,7 @@ def test_training_lowers_the_loss(make, kind, mode, lr):
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_adapters_of_16_bit_models(mode, dtype):
-    """They are fp32, and what they do to a 16-bit model is exact too."""
+    """Adapters are fp32, and what they do to a 16-bit model is exact too."""
     model = tune(causal_lm("llama").to(dtype), mode).eval()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     forward, _ = parts(model)

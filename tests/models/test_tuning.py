@@ -138,7 +138,8 @@ def test_head_mode(kind, tied, tmp_path, caplog):
 
 
 def test_other_models():
-    """Attention heads that peft cannot read off a config are read off the activations; what has none is refused."""
+    """Attention heads that peft cannot read off a config are read off the activations. A model that
+    has none is refused."""
     sizes = dict(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4)
     with pytest.raises(
         ValueError, match=r"MambaForCausalLM cannot be given a prefix \(it keeps no past"
@@ -167,8 +168,10 @@ def test_a_prefix_that_does_not_work_is_refused():
                 raise NotImplementedError("no past here\nat all")
             return super().forward(*args, **kwargs)
 
-    for kind, sentence in ((Swaps, "does not see past keys and values as the tokens they were made of"),
-                           (Fails, r"Fails cannot be given a prefix \(no past here\); use mode 'lora'")):  # fmt: skip
+    for kind, sentence in (
+        (Swaps, "does not see past keys and values as the tokens they were made of"),
+        (Fails, r"Fails cannot be given a prefix \(no past here\); use mode 'lora'"),
+    ):
         model = causal_lm("llama")
         model.__class__ = kind
         with pytest.raises(ValueError, match=sentence):

@@ -25,7 +25,8 @@ TOKENS = [5, 17, 900, 44, 1021]
 
 
 def tuned(kind, mode, tied=None, **options):
-    """A tuned model whose adapters are past their start, at which half of LoRA's weights do nothing."""
+    """A tuned model whose adapters are past their start, at which half of LoRA's weights do
+    nothing."""
     model = tune(causal_lm(kind, tied), mode, **options).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
