@@ -1,7 +1,7 @@
-"""Builds pseuzo_kernels._C from csrc/; everything else is in pyproject.toml.
+"""Build pseuzo_kernels._C from csrc/; everything else is in pyproject.toml.
 
-PSEUZO_BUILD=auto|cuda|cpu|none: auto (the default) takes the best that can be built here and says in one line what is
-slower without the rest; the others fail if they cannot be had.
+PSEUZO_BUILD=auto|cuda|cpu|none: auto (the default) builds the best that is possible here and says
+in one line what is slower without the rest; cuda and cpu fail if they are not possible.
 """
 
 import os
@@ -18,8 +18,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        "pseuzo: torch must be importable while pseuzo is built, as its extension is compiled against it; "
-        'pip install torch "setuptools>=77", then pip install --no-build-isolation -e .'
+        "pseuzo: torch must be importable while pseuzo is built, as its extension is compiled "
+        'against it; pip install torch "setuptools>=77", then pip install --no-build-isolation -e .'
     ) from error
 
 MODES = ("auto", "cuda", "cpu", "none")
@@ -32,8 +32,11 @@ def say(line: str) -> None:
 
 
 def cuda_home() -> str | None:
-    """Where the CUDA toolkit is. torch takes nvcc's folder for it, which holds no headers where that nvcc is a script
-    that calls another (of ccache, of a package manager): then nvcc is asked where it is at home."""
+    """The folder of the CUDA toolkit.
+
+    torch assumes that nvcc lies in it. If that nvcc is a script of ccache or of a package manager
+    that calls another one, there are no headers beside it: then nvcc itself is asked.
+    """
     home = cpp_extension.CUDA_HOME
     if (
         home is None
@@ -55,7 +58,7 @@ def cuda_home() -> str | None:
 
 
 def missing_for_cuda() -> str | None:
-    """What a CUDA build lacks here, or None."""
+    """What is missing here for a CUDA build, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
@@ -102,12 +105,13 @@ def extension(mode: str):
 
 SLOWER = {
     "cuda": "the EMA window runs in plain torch on a GPU",
-    "cpu": "noise on CPU tensors runs in plain torch, 100 times slower (Triton on a GPU is unaffected)",
+    "cpu": "noise on CPU tensors runs in plain torch, 100 times slower "
+    "(Triton on a GPU is unaffected)",
 }
 
 
 def best_mode() -> str:
-    """The mode asked for, or for auto the best that can be tried."""
+    """The mode that was asked for; for auto, the best one that can be tried."""
     asked = os.environ.get("PSEUZO_BUILD", "auto")
     if asked not in MODES:
         raise SystemExit(f"pseuzo: PSEUZO_BUILD must be one of {', '.join(MODES)}, got {asked!r}")
@@ -130,7 +134,10 @@ def best_mode() -> str:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, which falls back where PSEUZO_BUILD=auto. Extension.optional would miss ninja's RuntimeError."""
+    """torch's class, with a fallback for PSEUZO_BUILD=auto.
+
+    Extension.optional would not do: it does not catch ninja's RuntimeError.
+    """
 
     def build_extensions(self):
         while self.extensions:
@@ -146,10 +153,10 @@ class BuildExtension(cpp_extension.BuildExtension):
                 self._replace_extension("cpu" if failed == "cuda" else "none")
 
     def _replace_extension(self, mode: str) -> None:
-        """In place: the distribution and the commands around this one hold the same list."""
+        """Change the list in place: the distribution and the other commands hold the same list."""
         old = self.extensions[0]
         self.extensions[:] = [] if mode == "none" else [extension(mode)]
-        for new in self.extensions:  # what finalize_options had set
+        for new in self.extensions:  # finalize_options had set these on the old one
             new._full_name, new._links_to_dynamic, new._needs_stub = old._full_name, False, False
             new._file_name = old._file_name
             self.ext_map[new.name] = self.ext_map[new._full_name] = new

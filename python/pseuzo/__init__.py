@@ -1,7 +1,7 @@
-"""Zeroth-order fine-tuning of language models: PseuZO and MeZO at the speed and in the memory of inference.
+"""Zeroth-order fine-tuning of language models, at the speed and in the memory of inference.
 
-Names are imported when they are first asked for: torch and Transformers take seconds to import, the command line shows
-its help without them, and Ctrl-C during such an import would end in a traceback.
+A name is imported when it is first used. torch and Transformers take seconds to import, the command
+line shows its help without them, and Ctrl-C during such an import would end in a traceback.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The command `pseuzo`: it answers Ctrl-C and a missing extra before the command line is imported."""
+"""The command `pseuzo`. It handles Ctrl-C and a missing extra while the command line imports."""
 
 import sys
 

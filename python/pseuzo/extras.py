@@ -1,4 +1,4 @@
-"""What `pip install "pseuzo[train]"` adds to the optimizers, and the sentence for where it is missing."""
+"""The packages that `pip install "pseuzo[train]"` adds, and the error for when they are missing."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What is in the wheel and in the source distribution, and that a wheel works where it is installed."""
+"""The wheel and the source distribution hold the right files, and an installed wheel works."""
 
 import os
 import shutil
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCES = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "site", "runs", "pseuzo-demo", "*.egg-info", "*.so", "__pycache__", ".*_cache"
-)  # fmt: skip
+BUILT = ".git .venv build dist site runs pseuzo-demo *.egg-info *.so __pycache__ .*_cache".split()
+NOT_SOURCES = shutil.ignore_patterns(*BUILT)
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -38,7 +37,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The source distribution, and a wheel without C++, built from a copy of the sources and without a network."""
+    """The source distribution and a wheel without C++, built offline from a copy of the sources."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "sources", ignore=NOT_SOURCES)
     (folder / "dist").mkdir()

@@ -1,4 +1,4 @@
-"""The pages on a checkout: links go to files and headings that exist, and the code imports names that exist."""
+"""On the pages, links go to files and headings that exist, and code imports names that exist."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The kernels and the optimizers need torch alone. Without the extra `train`, everything else says how to install it."""
+"""The kernels and optimizers run without the extra `train`; the rest says how to install it."""
 
 import re
 import subprocess
@@ -99,7 +99,7 @@ def test_the_changelog_has_the_version():
 
 
 def test_every_extra_is_pinned():
-    """make installs under constraints.txt: what is not in there could change from one day to the next."""
+    """make installs under constraints.txt: a package not in it could change from day to day."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {
         line.split("==")[0].lower()
