@@ -34,7 +34,7 @@ class Layout:
     ) -> None:
         self.perturbation, self.whole_pass = perturbation, whole_pass
         self.learned = Learned()
-        self.together = scratch.most_together(perturbation.params)
+        self.most_together = scratch.most_together(perturbation.params)
         self._model = ref(model)
         self._embeddings = {ref(m) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.places: dict[ref[nn.Module], list[Place]] = {}
@@ -69,7 +69,7 @@ class Layout:
                 for p in self.perturbation.params
                 if p.numel() <= scratch.SMALL or p in outside
             }
-            copies = self.whole_pass.together(whole)
+            copies = self.whole_pass.copies_of(whole)
             places, owned = [], {}
             for module, there in self.places.items():
                 for place in there:
@@ -117,7 +117,7 @@ class Layout:
         if (
             len(inside) > 1
             and ref(module) not in tables
-            and sum(map(scratch.room, {place.param for place in inside})) <= self.together
+            and sum(map(scratch.room, {place.param for place in inside})) <= self.most_together
             and all(place.param in reached for place in inside)
             and all(ref(module) in within.get(r, ()) for r in rest)
         ):

@@ -34,15 +34,12 @@ class ModulePasses:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        params: Mapping[nn.Parameter, tuple[int, float]],
-        noise: str = "hadamard",
+        self, model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str
     ) -> None:
         self._perturbation = Perturbation(params, noise)
         self.whole_pass = WholePassCopies(self._perturbation)
         self._layout = Layout(model, self._perturbation, self.whole_pass)
-        self.scratch = Scratch(self._perturbation, self._layout.together)
+        self.scratch = Scratch(self._perturbation, self._layout.most_together)
         self._learned = self._layout.learned
         self._pass = RunningPass(self._layout, self.scratch)
 

@@ -187,12 +187,12 @@ class RunningPass:
         blocks, reached, hooks = self._hooks_of.get(kind, (None, 0, None))
         if settled and hooks is not None and blocks is self._blocks and reached == known:
             return hooks
-        hooks = self._made_hooks(kind, settled)
+        hooks = self._make_hooks(kind, settled)
         if settled:
             self._hooks_of[kind] = self._blocks, known, hooks
         return hooks
 
-    def _made_hooks(self, kind: str, settled: bool) -> Hooks:
+    def _make_hooks(self, kind: str, settled: bool) -> Hooks:
         layout, hooks = self._layout, Hooks()
         if settled:
             reached = layout.learned.reached[kind]
@@ -248,8 +248,8 @@ class RunningPass:
         """
         places = bare(self._layout.plan().owned[ref(module)])
         if places:
-            copies = [self._copy_of(place.param) for place in places]
             self._strays += places
+            copies = [self._copy_of(place.param) for place in places]
             for (parameters, name, _), x in zip(places, copies, strict=True):
                 parameters[name] = x
             self._layout.runs_alone(ref(module), self._kind)

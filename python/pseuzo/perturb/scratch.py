@@ -185,7 +185,7 @@ class WholePassCopies:
             self._memory[param] = memory
         return self._memory[param]
 
-    def together(self, params: Iterable[nn.Parameter]) -> list[Copies]:
+    def copies_of(self, params: Iterable[nn.Parameter]) -> list[Copies]:
         """The copies of params, those of one dtype and device in one launch."""
         copies = []
         for part in alike(params):
@@ -196,7 +196,7 @@ class WholePassCopies:
     def single(self, param: nn.Parameter) -> Copies:
         """The copy of one weight, for one that is made when it is first used in a pass."""
         if param not in self._single:
-            (self._single[param],) = self.together([param])
+            (self._single[param],) = self.copies_of([param])
         return self._single[param]
 
     def weight_at(self, storage: int) -> nn.Parameter | None:
