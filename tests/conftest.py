@@ -1,8 +1,8 @@
 """Before triton is imported, chooses its interpreter where there is no GPU; skips gpu tests there.
 
-PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py: without a GPU, the kernels are
-compiled for compute capability 9.0, and their PTX is run on the CPU in place of the interpreter
-(ptx_emulator).
+PSEUZO_EMULATE=90 pytest tests/kernels/test_triton_launches.py: without a GPU, the kernels are
+compiled for compute capability 9.0, and their PTX is run on the CPU (ptx_emulator) in place of the
+interpreter.
 """
 
 import gc
@@ -45,7 +45,7 @@ def pytest_runtest_logfinish():
 
 
 def pytest_collection_finish():
-    # Trainers and searches for a rate collect garbage; what is imported by now need not be searched.
+    # Trainers and searches for a rate collect garbage, and need not search what is imported by now.
     gc.freeze()
 
 

@@ -5,7 +5,8 @@ source "$(dirname "$0")/common.sh"
 growth=(--max 28 --tokens 64 256 --seconds 0.15)
 # The tests of the window, and those of tensors whose last chunk is masked.
 names='gpu_bad_step_and_determinism|gpu_matches_formula|list_in_one_launch|rows'
-read -ra checked <<<"$(grep -lE "def test_($names)\(" tests/kernels/test_*{window,triton}*.py | tr '\n' ' ')"
+files=(tests/kernels/test_*{window,triton}*.py)
+read -ra checked <<<"$(grep -lE "def test_($names)\(" "${files[@]}" | tr '\n' ' ')"
 cases="gpu_bad_step or (gpu_matches_formula and 14-7-torch.bfloat16)"
 cases+=" or test_list_in_one_launch or hadamard-100"
 checked+=(-q -ra -p no:cacheprovider -k "$cases")
