@@ -1,8 +1,10 @@
-"""Noise that is made again from seeds, fused into one pass over the weights; and PseuZO's window of output changes.
+"""Noise that is made again from seeds, fused into one pass over the weights; and PseuZO's window of
+output changes.
 
-perturb_, restore_, update_, add_noise_, add_noise, noise: x <- keep * x + sum_k coefs[k] z(seeds[k], stream).
-EmaWindow: output changes in, coefficients out. reference: all of them in plain torch, which defines correct.
-CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, others (or a build without C++) to the reference.
+perturb_, restore_, update_, add_noise_, add_noise, noise: x <- keep * x + sum_k coefs[k]
+z(seeds[k], stream). EmaWindow: output changes in, coefficients out. reference: all of them in plain
+torch, which defines correct. CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, others (or
+a build without C++) to the reference.
 """
 
 from pseuzo_kernels import reference
@@ -23,6 +25,14 @@ if _C is not None and _C.build_info().get("rounding_version") != reference.ROUND
 __version__ = "0.1.0"
 
 __all__ = [
-    "NOISES", "ROUNDINGS", "EmaWindow", "add_noise", "add_noise_", "noise", "perturb_", "reference", "restore_",
+    "NOISES",
+    "ROUNDINGS",
+    "EmaWindow",
+    "add_noise",
+    "add_noise_",
+    "noise",
+    "perturb_",
+    "reference",
+    "restore_",
     "update_",
-]  # fmt: skip
+]

@@ -1,8 +1,8 @@
 """The public noise functions over one implementation of the ops: they check, normalise, and call.
 
-`pseuzo_kernels.ops` builds them over the dispatcher's ops (Triton, C++ or the reference, by device),
-`pseuzo_kernels.reference` over the plain-torch definitions; so both have the same names, arguments
-and errors. No arithmetic on weights happens here.
+`pseuzo_kernels.ops` builds them over the dispatcher's ops (Triton, C++ or the reference, by
+device), `pseuzo_kernels.reference` over the plain-torch definitions; so both have the same names,
+arguments and errors. No arithmetic on weights happens here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -77,11 +77,11 @@ class NoiseApi:
         """z(seed, stream) of the given shape: mean 0, variance 1, the same on every device.
 
         noise: "hadamard" (sums of 16 independent terms, normal to KS distance 4e-4, bit-exact
-        everywhere), "hadamard-fp16" (the same z; sums over several seeds are made in half precision,
-        to 1e-3 of their size, bit-exact everywhere), "rademacher" (+1 or -1, bit-exact everywhere)
-        or "normal" (Box-Muller from 16-bit radius and angle, at most 4.85 in size; backends agree to
-        4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5 that the documented errors of their
-        fast logarithm and sine allow).
+        everywhere), "hadamard-fp16" (the same z; sums over several seeds are made in half
+        precision, to 1e-3 of their size, bit-exact everywhere), "rademacher" (+1 or -1, bit-exact
+        everywhere) or "normal" (Box-Muller from 16-bit radius and angle, at most 4.85 in size;
+        backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5 that the documented
+        errors of their fast logarithm and sine allow).
         """
         check_noise("noise", noise)
         out = torch.empty(shape, dtype=dtype, device=device)
@@ -105,19 +105,19 @@ class NoiseApi:
         noise_scale: float = 1.0,
         found_inf: Tensor | None = None,
     ) -> None:
-        """x <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream), in place, in one pass.
+        """x <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream), in place, in one
+        pass.
 
         x: contiguous fp32, bf16 or fp16; sums are made in fp32 and rounded once, to nearest or
         stochastically: without bias for whatever fp32 holds, 2^-16 of the spacing of bf16, 2^-13 of
         that of fp16. seeds [K] int64 and coefs [K] fp32: numbers, lists, or tensors on x's device.
-        noise_scale 0 skips: nothing is made or written.
-        rounding_seed: needed to round stochastically, another one at each call: with the same one
-        all calls draw the same bits, and their errors add up.
-        found_inf: a float32 tensor of one element on x's device, as torch.amp has it, or None. If it
-        is not 0, x stays as it is, to the bit: no noise, no keep. The same happens if a tensor of
-        coefs holds a NaN or an infinity (for "hadamard-fp16" with several seeds, anything above
-        2^126); that also sets found_inf to 1, for callers that count skipped updates. Nothing waits
-        for the device. Numbers that are not finite are refused.
+        noise_scale 0 skips: nothing is made or written. rounding_seed: needed to round
+        stochastically, another one at each call: with the same one all calls draw the same bits,
+        and their errors add up. found_inf: a float32 tensor of one element on x's device, as
+        torch.amp has it, or None. If it is not 0, x stays as it is, to the bit: no noise, no keep.
+        The same happens if a tensor of coefs holds a NaN or an infinity (for "hadamard-fp16" with
+        several seeds, anything above 2^126); that also sets found_inf to 1, for callers that count
+        skipped updates. Nothing waits for the device. Numbers that are not finite are refused.
         Raises ValueError or TypeError before anything is written.
         """
         check_tensors("add_noise_", [x])
@@ -145,8 +145,8 @@ class NoiseApi:
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
-        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may be
-        x, but share no other memory with it. With noise_scale 0 no noise is made. A call that
+        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may
+        be x, but share no other memory with it. With noise_scale 0 no noise is made. A call that
         found_inf or coefs skip copies x.
         """
         op = "add_noise"
@@ -191,9 +191,9 @@ class NoiseApi:
 
         params: a tensor or a list of tensors that share no memory; streams: a number per tensor, by
         default its position in the list; scale: of either sign; noise_scale: a float or one per
-        tensor, not negative, 0 skips the tensor. restore_ undoes it up to the rounding of x's dtype.
-        noise, rounding, rounding_seed, found_inf: as add_noise_.
-        Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
+        tensor, not negative, 0 skips the tensor. restore_ undoes it up to the rounding of x's
+        dtype. noise, rounding, rounding_seed, found_inf: as add_noise_. Source: MeZO (Malladi et
+        al. 2023), Algorithm 1, PerturbParameters.
         """
         scale = check_finite("perturb_", "scale", scale)
         how = noise, rounding, rounding_seed, found_inf
@@ -233,12 +233,13 @@ class NoiseApi:
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
     ) -> None:
-        """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]), in one pass.
+        """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]), in one
+        pass.
 
         Arguments as perturb_ and add_noise_; weight_decay: a float or one per tensor, applied once
-        whatever K. A step that EmaWindow skipped leaves params as they are, without decay either: the
-        coefs that EmaWindow.step returned carry its found_inf. Give found_inf=window.found_inf if you
-        computed others from them.
+        whatever K. A step that EmaWindow skipped leaves params as they are, without decay either:
+        the coefs that EmaWindow.step returned carry its found_inf. Give found_inf=window.found_inf
+        if you computed others from them.
         """
         lr = check_not_negative("update_", "lr", lr)
         how = noise, rounding, rounding_seed, found_inf

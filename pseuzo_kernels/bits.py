@@ -115,9 +115,9 @@ def rounding_dither(q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
     """16 bits for each plane and column, [16, n] int64. q [n] int64, seed_hash [] int64.
 
     Plane j takes byte j % 4 (the low one first) of word j // 4 as its high byte, and the same byte
-    of word (j // 4) ^ 1 as its low one: exactly uniform, with no more Philox calls than 8 bits would
-    take. Planes j and j ^ 4 share their bytes crosswise: their roundings correlate by up to 0.012,
-    and by up to 2^-16 / p where rounding up, or down, has a chance p below 2^-9.
+    of word (j // 4) ^ 1 as its low one: exactly uniform, with no more Philox calls than 8 bits
+    would take. Planes j and j ^ 4 share their bytes crosswise: their roundings correlate by up to
+    0.012, and by up to 2^-16 / p where rounding up, or down, has a chance p below 2^-9.
     """
     words = torch.stack(philox4x32(counter_of(q, stream, seed_hash), KEY_ROUNDING, 7))
     shifts = 8 * torch.arange(4, device=q.device)[:, None]

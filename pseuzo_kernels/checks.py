@@ -32,18 +32,17 @@ def check_rounding(op: str, rounding: str) -> None:
 
 
 def _is_list(value: Any) -> bool:
-    return (
-        isinstance(value, Iterable) and getattr(value, "shape", None) != ()
-    )  # tensors and arrays of one number
+    # tensors and arrays of one number have a shape of ()
+    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
 
 def check_finite(op: str, name: str, value: Any) -> float:
-    """value, a number or a 0-d tensor or array, as a float. TypeError if it is neither, ValueError if not finite."""
+    """value, a number or a 0-d tensor or array, as a float. TypeError if it is neither, ValueError
+    if not finite."""
     if not isinstance(value, float) and getattr(value, "shape", None) == ():
         value = value.item()
-    if not isinstance(
-        value, float | numbers.Real
-    ):  # float: the other is slow to ask, and a list has hundreds
+    # float comes first: the other is slow to ask, and a list has hundreds
+    if not isinstance(value, float | numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not abs(value) <= MAX_FLOAT:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
@@ -60,14 +59,14 @@ def check_not_negative(op: str, name: str, value: Any) -> float:
 
 def refuse_freed(op: str, name: str) -> NoReturn:
     raise ValueError(
-        f"{op}: the memory of {name} was freed (its storage is empty), as offloading and sharding do; call {op} while "
-        "it is there"
+        f"{op}: the memory of {name} was freed (its storage is empty), as offloading and sharding "
+        f"do; call {op} while it is there"
     )
 
 
 def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
-    """Contiguous fp32, bf16 or fp16 tensors on one device that have memory and share none, none too large for the
-    counter."""
+    """Contiguous fp32, bf16 or fp16 tensors on one device that have memory and share none, none too
+    large for the counter."""
     labels = [name] if len(xs) == 1 else [f"{name}[{i}]" for i in range(len(xs))]
     for label, x in zip(labels, xs, strict=True):
         if not isinstance(x, Tensor):
@@ -76,16 +75,18 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
             raise TypeError(f"{op}: {label} must be float32, bfloat16 or float16, got {x.dtype}")
         if not x.is_contiguous():
             raise ValueError(
-                f"{op}: {label} must be contiguous, got strides {tuple(x.stride())}; call .contiguous()"
+                f"{op}: {label} must be contiguous, got strides {tuple(x.stride())}; "
+                "call .contiguous()"
             )
         if x.numel() > MAX_ELEMENTS:
             raise ValueError(
-                f"{op}: {label} has {x.numel()} elements, more than the 2^36 that the 32-bit counter "
-                "reaches; split the tensor"
+                f"{op}: {label} has {x.numel()} elements, more than the 2^36 that the 32-bit "
+                "counter reaches; split the tensor"
             )
         if x.device != xs[0].device:
             raise ValueError(
-                f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; call once per device"
+                f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; "
+                "call once per device"
             )
     if torch.compiler.is_compiling():
         return  # addresses and identities are not known yet
@@ -93,9 +94,8 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
     spans = [(x.data_ptr(), x.nbytes) if x.numel() and not x.is_meta else (-id(x), 1) for x in xs]
     for start, n_bytes in sorted(spans):
         if start == 0:
-            refuse_freed(
-                op, next(label for label, span in zip(labels, spans, strict=True) if span[0] == 0)
-            )
+            freed = next(label for label, span in zip(labels, spans, strict=True) if not span[0])
+            refuse_freed(op, freed)
         if start < end:
             raise ValueError(
                 f"{op}: the same tensor, or a part of it, is in the list twice; pass each once"
@@ -104,7 +104,8 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
 
 
 def _as_int(value: Any) -> int | None:
-    """None if it is no integer. torch.compile traces an int, and operator.index would make it a constant."""
+    """None if it is not an integer. torch.compile traces an int, and operator.index would make it a
+    constant."""
     if isinstance(value, int):
         return value
     return operator.index(value) if hasattr(value, "__index__") else None
@@ -129,11 +130,10 @@ def signed64(op: str, seed: int) -> int:
 
 
 def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1], filled in by a kernel: a copy from the host would wait for it."""
+    """[1], filled by a kernel, as a copy from the host would wait."""
     if dtype.is_floating_point and torch.compiler.is_compiling():
-        return (
-            torch.ones(1, dtype=dtype, device=device) * value
-        )  # where full would compile anew for each value
+        # full would compile anew for each value
+        return torch.ones(1, dtype=dtype, device=device) * value
     return torch.full((1,), value, dtype=dtype, device=device)
 
 
@@ -148,12 +148,8 @@ def _vector(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
             raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{op}: mixed devices, {name} is on {value.device} and x on {device}")
-        if (
-            not torch.compiler.is_compiling()
-            and value.numel()
-            and not value.is_meta
-            and not value.data_ptr()
-        ):
+        has_memory = torch.compiler.is_compiling() or value.is_meta or value.data_ptr()
+        if value.numel() and not has_memory:
             refuse_freed(op, name)
         return value.detach().reshape(-1).to(dtype).contiguous()
     values = list(value) if _is_list(value) else [value]

@@ -1,7 +1,7 @@
 """LAWS, the noise laws: what the random words of a Philox counter become. A law is one row.
 
-A row in plain torch is enough: the ops run it on every device, as Triton and C++ hand a law that they
-do not implement to the reference. What they implement is checked against this table by a test.
+A row in plain torch is enough: the ops run it on every device, as Triton and C++ hand a law that
+they do not implement to the reference. What they implement is checked against this table by a test.
 
     b = columns(words)                 16 planes from the words of a counter, 4 words for each key
     z = scale * FWHT16(b) or scale * b the transform is linear, so a sum over seeds takes it once
@@ -22,8 +22,8 @@ Words = tuple[Tensor, ...]  # int64 in 0 .. 2^32 - 1, [n] each
 
 
 class Pattern(NamedTuple):
-    """Four half-precision numbers from a word w: the halves of (w & mask) | ones, and the same after
-    the two bytes of each half of w were swapped."""
+    """Four half-precision numbers from a word w: the halves of (w & mask) | ones, and the same
+    after the two bytes of each half of w were swapped."""
 
     mask: int
     ones: int
@@ -64,7 +64,7 @@ class Law:
     sums: tuple[Sums, ...] = ("fp32",)  # in which sums over seeds may be made
 
     def column_noise(self, q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
-        """b, [16, n] fp32: plane by column, before transform and scale. q [n], seed_hash [] int64."""
+        """b, [16, n] fp32: before transform and scale. q [n] and seed_hash [] are int64."""
         counter = counter_of(q, stream, seed_hash)
         words = [philox4x32(counter, key, self.rounds) for key in self.keys]
         return self.columns(sum(words, ()))
@@ -80,7 +80,8 @@ LAWS: dict[str, Law] = {
 
 
 def noise_names() -> tuple[str, ...]:
-    """What users may ask for: each law, and "law-fp16" where its sums may be made in half precision."""
+    """What users may ask for: each law, and "law-fp16" where its sums may be made in half
+    precision."""
     fp16 = (f"{name}-fp16" for name, law in LAWS.items() if "fp16" in law.sums)
     return tuple(sorted((*LAWS, *fp16)))
 

@@ -2,8 +2,9 @@
 
     x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream)
 
-The dispatcher sends CUDA tensors to Triton, CPU tensors to C++ (`pseuzo_kernels._C` registers itself),
-and others, or all where these are missing, to `pseuzo_kernels.reference`, which defines every bit.
+The dispatcher sends CUDA tensors to Triton, CPU tensors to C++ (`pseuzo_kernels._C` registers
+itself), and others, or all where these are missing, to `pseuzo_kernels.reference`, which defines
+every bit.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,19 @@ except ImportError:  # a build of torch without CUDA may come without triton: CP
     launch = None
 
 __all__ = [
-    "RepeatedPerturb", "add_noise", "add_noise_", "add_noise_list_", "add_noise_list_out",
-    "add_noise_rows", "add_noise_steps_", "noise", "perturb_", "restore_", "tables_of_a_graph", "update_",
-]  # fmt: skip
+    "RepeatedPerturb",
+    "add_noise",
+    "add_noise_",
+    "add_noise_list_",
+    "add_noise_list_out",
+    "add_noise_rows",
+    "add_noise_steps_",
+    "noise",
+    "perturb_",
+    "restore_",
+    "tables_of_a_graph",
+    "update_",
+]
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
 _TERMS = "Tensor seeds, Tensor coefs, SymInt[] streams, {0} keeps, {0} scales"
@@ -82,8 +93,8 @@ add_noise_rows = _ops.add_noise_rows.default
 def _traceable(op: Any) -> Callable[..., None]:
     """The list op `op`, as torch.compile can trace it.
 
-    torch.compile would compile anew for each new number in a list of floats. So keeps and scales that
-    it does not know are put into tensors, on the CPU: the overload `traced` takes those.
+    torch.compile would compile anew for each new number in a list of floats. So keeps and scales
+    that it does not know are put into tensors, on the CPU: the overload `traced` takes those.
     """
 
     def from_tensors(xs, seeds, coefs, streams, keeps, scales, *rest, **out) -> None:
@@ -117,9 +128,9 @@ perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 class RepeatedPerturb:
     """out <- xs + scales * coefs[0] z(seeds[0]) of the same tensors again and again; no scale is 0.
 
-    It is add_noise_list_out at less cost to the host: on a GPU, what was launched the first time on a
-    stream is launched again as it was. Where ops are observed, or a CUDA graph is recorded, it is the
-    op.
+    It is add_noise_list_out at less cost to the host: on a GPU, what was launched the first time on
+    a stream is launched again as it was. Where ops are observed, or a CUDA graph is recorded, it is
+    the op.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Every op in plain torch. This file defines what is correct; Triton, C++ and CUDA must agree with it.
+"""Every op in plain torch: what is correct. Triton, C++ and CUDA must agree with it.
 
 The noise: z(seed, stream, i) is the i-th perturbation of tensor `stream` under `seed`, a pure
 function of the three, so any element of any tensor can be made again anywhere. A chunk is 2048
@@ -27,16 +27,16 @@ ends of fp32 the product can underflow or overflow.)
 "hadamard". With more, two planes share an instruction on a GPU:
 
     2^e     the power of two with 2^(e-1) < max_k |c_k| <= 2^e, but at least 2^-126
-    c'_k =  c_k / 2^e to the nearest multiple of 2^-10, ties to even; so |c'_k| <= 1, and fp16 holds it
+    c'_k =  c_k / 2^e to the nearest multiple of 2^-10, ties to even; so |c'_k| <= 1: fp16 holds it
     h <-    fp16(h + c'_k b_k), one rounding to nearest even, over 16 seeds in order, from h = 0
     acc <-  acc + h after each 16 seeds, in fp32;  d = FWHT16(acc) * (fp32 scale * 2^e)
 
 c'_k b_k is a multiple of 2^-19 below 1.86, so h + c'_k b_k is one below 32: fp32 holds it, and
-computing it in fp32 and then rounding gives the bits of the GPU's half-precision fused multiply-add.
-If max_k |c_k| is above 2^126, it counts as infinite. Rounding the sums costs 6e-4 of their size
-(rms; 2^-10 sqrt(16/12) at most, unbiased), and a coefficient is off by up to 2^(e-11), so those
-below that vanish: together 1e-3 for coefs that are alike or normal, K from 2 to 1000, and 1e-2 where
-one is a thousand times the 999 others.
+computing it in fp32 and then rounding gives the bits of the GPU's half-precision fused
+multiply-add. If max_k |c_k| is above 2^126, it counts as infinite. Rounding the sums costs 6e-4 of
+their size (rms; 2^-10 sqrt(16/12) at most, unbiased), and a coefficient is off by up to 2^(e-11),
+so those below that vanish: together 1e-3 for coefs that are alike or normal, K from 2 to 1000, and
+1e-2 where one is a thousand times the 999 others.
 
 If a coefficient is NaN or infinite, or becomes so when it is rounded, the op is skipped: what it
 writes to stays as it is, to the bit, and keep is not applied either. The op is also skipped if
@@ -76,7 +76,7 @@ HADAMARD_SCALE = LAWS["hadamard"].scale
 
 
 def scale_of(noise: str, noise_scale: float) -> float:
-    """The constant that multiplies a column's sums. It is rounded to fp32 once, where it is used."""
+    """The constant that multiplies a column's sums. It is rounded to fp32 where it is used."""
     return LAWS[resolve(noise)[0]].scale * noise_scale
 
 
@@ -126,7 +126,7 @@ def noise_sum(
 
 
 def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counters q [n] of chunks first .. last - 1, and the element of each (plane, column), [16, n]."""
+    """Counters q [n] of chunks first .. last - 1, and the elements [16, n] of their columns."""
     q = torch.arange(first * PLANE, last * PLANE, device=device)
     elements = (q // PLANE) * CHUNK + q % PLANE + PLANE * torch.arange(16, device=device)[:, None]
     return q, elements
@@ -228,8 +228,8 @@ def add_noise_steps_(
     """The op pseuzo::add_noise_steps_: updates in a row, for replaying a run.
 
     Each is rounded as if it were alone. seeds, coefs: those of all steps, one step after the other,
-    counts[s] of them in step s. keeps, scales: one per step and tensor, that of tensor t in step s at
-    s * len(xs) + t; where scales is 0, the step leaves the tensor alone. rounding_seeds: one per
+    counts[s] of them in step s. keeps, scales: one per step and tensor, that of tensor t in step s
+    at s * len(xs) + t; where scales is 0, the step leaves the tensor alone. rounding_seeds: one per
     step. op: makes a step.
     """
     resolve(noise, "add_noise_steps_")
@@ -242,12 +242,12 @@ def add_noise_steps_(
 
 
 def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
-    """The op pseuzo::add_noise_rows: rows `index` of x + scale * sum_k coefs[k] z(seeds[k], stream).
+    """The op pseuzo::add_noise_rows: rows of x + scale * sum_k coefs[k] z(seeds[k], stream).
 
-    Nothing else is made. x [N, D]; index int64, any shape, 0 <= index < N; returns
-    index.shape + [D], rounded to nearest; skipped, or with a scale of 0, the rows of x. The noise of
-    a row is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to the
-    bit.
+    Only the rows `index` are made. x [N, D]; index int64, any shape, 0 <= index < N; returns
+    index.shape + [D], rounded to nearest; skipped, or with a scale of 0, the rows of x. The noise
+    of a row is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to
+    the bit.
     """
     resolve(noise, "add_noise_rows")
     if index.numel() == 0:
@@ -288,13 +288,13 @@ def window_step(
 ):
     """The op pseuzo::window_step: write entry `slot`, project grad on the `used` last ones.
 
-    pseuzo_kernels.window.EmaWindow says what that means. State, written in place: values
-    [K, R, P, D] fp32, an entry's rows (means over a group), aligned to the last position; seeds [K]
-    int64; groups [K, R] int64; counts [K, R] int32, how many rows of the batch a row stands for: 0
-    means none, and the row is not read; skipped [] int64.
-    o0 (or None: o1 is the difference), o1, grad [B, P', D], B <= R, P' <= P; group [B] int64 or None:
-    each row its own; loss fp32 scalar or None. The entry of age a is at slot (slot - a) mod K.
-    Returns seeds [used], coefs [used] fp32, both the newest last, and found_inf [1] fp32.
+    pseuzo_kernels.window.EmaWindow says what that means. State, written in place: values [K, R, P,
+    D] fp32, an entry's rows (means over a group), aligned to the last position; seeds [K] int64;
+    groups [K, R] int64; counts [K, R] int32, how many rows of the batch a row stands for: 0 means
+    none, and the row is not read; skipped [] int64. o0 (or None: o1 is the difference), o1, grad
+    [B, P', D], B <= R, P' <= P; group [B] int64 or None: each row its own; loss fp32 scalar or
+    None. The entry of age a is at slot (slot - a) mod K. Returns seeds [used], coefs [used] fp32,
+    both the newest last, and found_inf [1] fp32.
     """
     slots_in_ring, _, positions_max, _ = values.shape
     rows, positions, _ = o1.shape

@@ -1,7 +1,8 @@
-"""EmaWindow and window_step: c_k = momentum^age_k * <do_k, grad> / eps for every entry k of a window.
+"""EmaWindow and its op: c_k = momentum^age_k * <do_k, grad> / eps for every entry k of a window.
 
-The op is one launch on a GPU (csrc/window/window.cu), one pass over the entries on a CPU (csrc/window/cpu.cpp), and elsewhere
-`reference.window_step`, which defines what is correct. Source: PseuZO (NeurIPS 2025), the EMA of Jacobians.
+The op is one launch on a GPU (csrc/window/window.cu), one pass over the entries on a CPU
+(csrc/window/cpu.cpp), and elsewhere `reference.window_step`, which defines what is correct. Source:
+PseuZO (NeurIPS 2025), the EMA of Jacobians.
 """
 
 import math
@@ -63,25 +64,27 @@ class Proposal(NamedTuple):
 
 
 class EmaWindow:
-    """A sliding window of output changes, projected on the present gradient: PseuZO's EMA of Jacobians.
+    """PseuZO's EMA of Jacobians: a window of output changes, projected on the present gradient.
 
     Each entry holds a seed and do = o1 - o0, the change of the model's output that the perturbation
     eps * z(seed) made. A step adds one and returns, for every entry,
     c_k = momentum^age_k * <do_k, grad> / eps (age 0: the newest). The update of the weights is then
     sum_k c_k z(seed_k).
 
-    Rows of an old entry belong to another batch, so how they pair with the rows of grad is a choice:
-    - groups given ([B] integers, such as the labels): an entry keeps the mean of do over the rows of
-      each group; that mean is paired with the sum of grad over the present rows of the same group.
-      A group that either side lacks adds nothing. The newest entry pairs its own rows exactly.
+    Rows of an old entry belong to another batch, so how they pair with the rows of grad is a
+    choice:
+    - groups given ([B] integers, such as the labels): an entry keeps the mean of do over the rows
+      of each group; that mean is paired with the sum of grad over the present rows of the same
+      group. A group that either side lacks adds nothing. The newest entry pairs its own rows
+      exactly.
     - groups None: row i pairs with row i, as published; a row that either side lacks adds nothing.
     Positions are aligned from the right: the last min(P_old, P) pair up. Batches of any size and
     length may follow each other; mixing steps with and without groups is refused, as the pairing
     would have no meaning.
 
     Sums are made in fp32 on a GPU (in a fixed order, so deterministic), in fp64 on a CPU. Nothing
-    waits for the device: if any coefficient is NaN or infinite (or loss is), all coefficients of the
-    step are zero, found_inf ([1] fp32) is 1, `skipped` counts the step, and an entry whose own
+    waits for the device: if any coefficient is NaN or infinite (or loss is), all coefficients of
+    the step are zero, found_inf ([1] fp32) is 1, `skipped` counts the step, and an entry whose own
     coefficient was not finite is dropped. update_ leaves the weights as they are in such a step,
     weight decay included: the coefs carry found_inf as an attribute of that name (not out of what
     torch.compile traces: give update_ found_inf=window.found_inf there).
@@ -128,11 +131,11 @@ class EmaWindow:
         groups: Tensor | Sequence[int] | None = None,
         loss: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Add (seed, o1 - o0) and project grad on all entries: seeds [n] int64, coefs [n] fp32, the newest last.
+        """Add (seed, o1 - o0) and project grad on all entries.
 
-        o0, o1, grad: [B, P, D] or [B, D], floating point, one device; o0 None means that o1 is the
-        difference already. groups: [B] integers or None. loss: a scalar tensor; where it is not
-        finite, the step is skipped.
+        Returns seeds [n] int64 and coefs [n] fp32, the newest last. o0, o1, grad: [B, P, D] or [B,
+        D], floating point, one device; o0 None means that o1 is the difference already. groups: [B]
+        integers or None. loss: a scalar tensor; where it is not finite, the step is skipped.
         """
         proposal = self.propose(seed, o0, o1, grad, groups, loss)
         self.commit(proposal)
@@ -163,19 +166,20 @@ class EmaWindow:
         seed = signed64("EmaWindow.step", seed)
         grouped, used = group is not None, 0 if restart else self._held.used
         if used and self._held.grouped != grouped:
+            has = "with" if self._held.grouped else "without"
             raise ValueError(
-                "EmaWindow.step: the window holds entries "
-                f"{'with' if self._held.grouped else 'without'} groups; call clear() before changing that"
+                f"EmaWindow.step: the window holds entries {has} groups; call clear() before "
+                "changing that"
             )
         self._proposal = None  # the op writes to the slot of an earlier one
         ring = self._room_for(o1, used)
         slot, used = (self._held.slot + 1) % (self.capacity + 1), min(used + 1, self.capacity)
         skipped = self._skipped_on(o1.device)
-        seeds, coefs, found_inf = type(self)._op(
-            *ring, skipped, o0, o1, grad, group, None if loss is None else loss.detach().float(),
-            seed, slot, used,
-            self.momentum if momentum is None else momentum, self.eps if eps is None else eps,
-        )  # fmt: skip
+        loss = None if loss is None else loss.detach().float()
+        momentum = self.momentum if momentum is None else momentum
+        eps = self.eps if eps is None else eps
+        inputs = o0, o1, grad, group, loss, seed, slot, used, momentum, eps
+        seeds, coefs, found_inf = type(self)._op(*ring, skipped, *inputs)
         if not torch.compiler.is_compiling():  # which cannot trace it
             coefs.found_inf = found_inf
         held = Held(ring, slot, used, grouped, skipped, found_inf)
@@ -183,21 +187,24 @@ class EmaWindow:
         return self._proposal
 
     def commit(self, proposal: Proposal) -> None:
-        """Take over the latest proposal. One assignment: an interrupt leaves all of it old or all of it new.
+        """Take over the latest proposal.
 
-        Committing a proposal again changes nothing. ValueError if another one was made since, or the
-        window was cleared or loaded.
+        This is one assignment, so an interrupt leaves all of the state old or all of it new.
+        Committing a proposal again changes nothing. ValueError if another one was made since, or
+        the window was cleared or loaded.
         """
         if proposal is not self._proposal:
             raise ValueError(
-                "EmaWindow.commit: the window has changed since this proposal was made, or another one "
-                "was made after it; commit the latest"
+                "EmaWindow.commit: the window has changed since this proposal was made, or another "
+                "one was made after it; commit the latest"
             )
         self._held = proposal.held
 
     def _skipped_on(self, device: torch.device) -> Tensor:
-        """The count of skipped steps, for the op to add to: a copy, but for the graph that is being captured, whose
-        replays all count."""
+        """The count of skipped steps, for the op to add to.
+
+        It is a copy, unless a CUDA graph is captured: all replays of that are counted.
+        """
         skipped = self._held.skipped
         if skipped is None:
             return torch.zeros((), dtype=torch.int64, device=device)
@@ -206,7 +213,10 @@ class EmaWindow:
         return skipped if capturing(device) else skipped.clone()
 
     def _room_for(self, o: Tensor, used: int) -> Ring:
-        """A ring with room for an entry like o beside `used` entries, aligned to the first row and last position."""
+        """A ring with room for an entry like o beside `used` others.
+
+        Entries are aligned to the first row and the last position.
+        """
         rows, positions, width = o.shape
         old = self._held.ring
         fits = old is not None and old.values.shape[3] == width and old.values.device == o.device
@@ -237,10 +247,14 @@ class EmaWindow:
         """Everything that the next step depends on; tensors are copies, on the window's device."""
         held, capacity = self._held, self.capacity
         state: dict[str, Any] = {
-            "capacity": capacity, "momentum": self.momentum, "eps": self.eps,
-            "slot": held.used - 1, "used": held.used, "grouped": held.grouped,
+            "capacity": capacity,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "slot": held.used - 1,
+            "used": held.used,
+            "grouped": held.grouped,
             "skipped": self.skipped,
-        }  # fmt: skip
+        }
         if held.used:  # capacity rows, the oldest entry first
             slots = _slots(held.slot, held.used, capacity + 1, held.ring.values.device)
             for name, tensor in held.ring._asdict().items():
@@ -249,8 +263,10 @@ class EmaWindow:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state_dict, with its capacity, momentum and eps. ValueError if it is not one; nothing has changed
-        then."""
+        """Take over a state_dict, with its capacity, momentum and eps.
+
+        If it is not one, raises ValueError and changes nothing.
+        """
         _check_state(state)
         capacity, used = state["capacity"], state["used"]
         ring, device = None, "cpu"
@@ -262,9 +278,12 @@ class EmaWindow:
                 tensor[:used] = state[name][slots]
         skipped = torch.tensor(state["skipped"], dtype=torch.int64, device=device)
         self.__dict__.update(
-            capacity=capacity, momentum=state["momentum"], eps=state["eps"], _proposal=None,
+            capacity=capacity,
+            momentum=state["momentum"],
+            eps=state["eps"],
+            _proposal=None,
             _held=Held(ring, used - 1, used, state["grouped"], skipped),
-        )  # fmt: skip
+        )
 
 
 def _slots(slot: int, used: int, slots: int, device: torch.device) -> Tensor:

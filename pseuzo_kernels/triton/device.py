@@ -1,7 +1,8 @@
-"""The noise contract as Triton device functions; `pseuzo_kernels.reference` says what each computes.
+"""The noise contract as Triton device functions.
 
-ASM picks inline PTX where Triton's own lowering costs more instructions. The interpreter has no PTX, so every such
-function has a twin in plain Triton with the same bits; both ways are compiled and tested.
+`pseuzo_kernels.reference` defines what each of them computes. ASM picks inline PTX where Triton's own lowering costs more instructions. The interpreter has no
+PTX, so every such function has a twin in plain Triton with the same bits; both ways are compiled
+and tested.
 """
 
 import triton
@@ -45,7 +46,7 @@ def stays_finite(coef):
 
 @triton.jit
 def powers(largest):
-    """2^-e and 2^e of "hadamard-fp16" from the bits of the largest |coef|, as reference.fp16_coefs has them."""
+    """2^-e and 2^e of reference.fp16_coefs, from the bits of the largest |coef|."""
     exponent = tl.minimum(tl.maximum((largest.to(tl.uint32) + 0x7FFFFF) >> 23, 1), 253)
     down, up = (254 - exponent) << 23, exponent << 23
     down = tl.where(largest > 0x7E800000, 0x7FC00000, down)
@@ -55,7 +56,10 @@ def powers(largest):
 
 @triton.jit
 def mul_wide(a, m: tl.constexpr, ASM: tl.constexpr):
-    """High and low half of the 64-bit product: one IMAD.WIDE; Triton's umulhi takes another for the low."""
+    """High and low half of the 64-bit product, by one IMAD.WIDE.
+
+    Triton's umulhi takes another instruction for the low half.
+    """
     if ASM:
         return tl.inline_asm_elementwise(
             "{.reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t;}",
@@ -122,7 +126,10 @@ def mask_or(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def halves(a, ASM: tl.constexpr):
-    """The two fp16 numbers in a word, as fp32. Without the asm LLVM repacks the halves first: an instruction each."""
+    """The two fp16 numbers in a word, as fp32.
+
+    Without the asm LLVM repacks the halves first, with an instruction for each.
+    """
     if ASM:
         return tl.inline_asm_elementwise(
             "{.reg .f16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
@@ -161,7 +168,10 @@ def half_coef(coef, ASM: tl.constexpr):
 
 @triton.jit
 def fma_halves(a, b, c, ASM: tl.constexpr):
-    """a * b + c in both fp16 halves of words, rounded once. The twin needs sums that fp32 holds; see reference.py."""
+    """a * b + c in both fp16 halves of words, rounded once.
+
+    The twin is right because fp32 holds these sums exactly; see `pseuzo_kernels.reference`.
+    """
     if ASM:
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;",
@@ -184,10 +194,14 @@ def fma_halves(a, b, c, ASM: tl.constexpr):
 
 @triton.jit
 def box_muller(w, coef, ASM: tl.constexpr):
-    """coef * radius / sqrt(2 log 2), and cosine and sine of the angle, from 16 bits each: the binary logarithm, and the
-    fast forms of all of them, are the GPU's own units."""
+    """coef * radius / sqrt(2 log 2), and cosine and sine of the angle, from 16 bits each.
+
+    The radius is in these units because the GPU computes binary logarithms. The asm takes the fast
+    forms of all functions.
+    """
     if ASM:
-        # 0x4300xxxx is 128 + x / 65536 in fp32: one permute and one exact sum make u, another and an fma the angle
+        # 0x4300xxxx is 128 + x / 65536 in fp32: one permute and one exact sum make u, another
+        # permute and an fma make the angle
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 h, l; .reg .f32 u, a, r;
@@ -230,10 +244,11 @@ def butterfly(a, H: tl.constexpr):
 
 @triton.jit
 def rounding_dither(words, J: tl.constexpr, ASM: tl.constexpr):
-    """The 16 bits that round plane J: a byte of its word above the same byte of the word beside that."""
+    """The 16 bits that round plane J: a byte of its word, above that byte of the next word."""
     high, low, byte = words[J // 4], words[(J // 4) ^ 1], J % 4
     if ASM:
-        # one permute puts both bytes on top: the shift that takes them down is free, as it fuses with the next addition
+        # One permute puts both bytes into the upper half. The shift that takes them down is free,
+        # as it fuses with the next addition.
         return (
             tl.inline_asm_elementwise(
                 "prmt.b32 $0, $1, $2, $3;",

@@ -1,7 +1,6 @@
-"""The noise kernels: x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream), each element read and
-written once for any K.
+"""The noise kernels: x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream).
 
-Perturb, restore and update are all calls of them. A kernel makes 16 planes of noise a counter and
+Each element is read and written once for any K. Perturb, restore and update are all calls of them. A kernel makes 16 planes of noise a counter and
 adds up the K terms in registers; for "hadamard" one transform of 16 points then turns the sums into
 noise, once per launch instead of once per seed. `pseuzo_kernels.reference` defines every bit.
 """
@@ -22,8 +21,11 @@ ROWS_OPTIONS = dict(debug=True, sanitize_overflow=False)
 
 @triton.jit
 def _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
-    """Is the op skipped?, and the K and the scale of the sums: such that adding them changes nothing if it is, or
-    if the scale is NaN, which stands for no noise."""
+    """Whether the op is skipped, and the K and the scale of the sums.
+
+    If it is, or if the scale is NaN, which stands for no noise, these are such that adding the sums
+    changes nothing.
+    """
     if HASH:
         power = 1.0
         for k in tl.static_range(HASH_IN_KERNEL):
@@ -33,12 +35,11 @@ def _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HAS
         power = tl.load(coefs_ptr + K)
     skipped = power != power
     if found_inf_ptr is not None:
-        if HASH and skipped:  # else _prepare_kernel has done that
+        if HASH and skipped:  # else prepare_kernel has done that
             tl.store(found_inf_ptr, 1.0)
         skipped = skipped | (tl.load(found_inf_ptr) != 0)
-    bits_of_zero: tl.constexpr = (
-        0x80000000 if HAS_X else 0
-    )  # by its bits: Triton 3.6 takes a constant -0.0 for 0.0
+    # -0 or 0, by its bits: Triton 3.6 takes a constant -0.0 for 0.0
+    bits_of_zero: tl.constexpr = 0x80000000 if HAS_X else 0
     nothing = tl.full((), bits_of_zero, tl.uint32).to(tl.float32, bitcast=True)
     still = skipped | (scale != scale)
     return skipped, tl.where(still, 0, K), tl.where(still, nothing, scale * power)
@@ -123,16 +124,15 @@ def _program(
         )
 
 
-@triton.jit(
-    do_not_specialize=["n", "stream", "K", "rounding_hash"]
-)  # Triton would make the value 1 a constant
+# Without do_not_specialize, Triton would compile another kernel where a number is 1.
+@triton.jit(do_not_specialize=["n", "stream", "K", "rounding_hash"])
 def add_noise_kernel(
     out_ptr,  # [n] fp32 | bf16 | fp16
     x_ptr,  # [n], same dtype; out_ptr itself in place, or without x
     n: tl.int64,
     stream: tl.int64,
     seeds_ptr,  # [K] int64, hashed unless HASH
-    coefs_ptr,  # [K] fp32, or from _prepare_kernel [K + 1]
+    coefs_ptr,  # [K] fp32, or from prepare_kernel [K + 1]
     K: tl.int32,
     keep: tl.float32,
     scale: tl.float32,  # NaN: no noise
@@ -237,7 +237,10 @@ def add_noise_steps_kernel(
     STOCHASTIC: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """S updates of a block that stays in registers: memory is read and written once, so masks cost nothing."""
+    """S updates of a block that stays in registers.
+
+    Memory is read and written once, so masks cost nothing.
+    """
     pid = tl.program_id(0).to(tl.int64)
     t = tl.load(table_ptr + 2 * pid)
     block = tl.load(table_ptr + 2 * pid + 1)
@@ -306,7 +309,8 @@ def add_noise_rows_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid // parts
     index = tl.load(index_ptr + row)
-    # An index out of range ends in an error of the device, as it does in torch's embedding. See ROWS_OPTIONS.
+    # As in torch's embedding, an index out of range is an error of the device; ROWS_OPTIONS
+    # compiles this assert in.
     tl.device_assert(
         index.to(tl.uint64) < N.to(tl.uint64), "add_noise_rows: an index is out of range"
     )
@@ -315,13 +319,13 @@ def add_noise_rows_kernel(
     start = chunk * 2048
     lo = tl.maximum(first - start, 0).to(tl.int32)
     hi = tl.minimum(first + width - start, 2048).to(tl.int32)
-    to = row * width - first + start
+    out_start = row * width - first + start
     if PLANES:
-        to = tl.multiple_of(to, 128)
+        out_start = tl.multiple_of(out_start, 128)
     _, K, scale = _unless_skipped(coefs_ptr, K, scale, None, True, HASH)
     if lo < hi:
         add_chunks(
-            out_ptr + to,
+            out_ptr + out_start,
             x_ptr + start,
             lo,
             hi,

@@ -61,7 +61,7 @@ def prepared(
     found_inf: Tensor | None = None,
     hash_in_kernel: bool = True,
 ) -> tuple[Tensor, Tensor, dict]:
-    """seeds and coefs as the kernels take them, and the kernels' options; NOISE says how they sum."""
+    """seeds and coefs as the kernels take them, and the options: NOISE says how they are summed."""
     seeds, coefs, K = seeds.contiguous(), coefs.contiguous(), seeds.numel()
     law, sums = resolve(noise)
     fp16 = sums == "fp16" and K > 1
@@ -189,8 +189,10 @@ def add_noise_list_out_triton(
     out,
     launched=None,
 ):
-    """reference.add_noise_list_out: one launch per dtype, and one per tensor that is not aligned to 16
-    bytes."""
+    """reference.add_noise_list_out.
+
+    There is one launch per dtype, and one per tensor that is not aligned to 16 bytes.
+    """
     op = "add_noise_list_out"
     if not implemented(noise, op):
         how = noise, stochastic, rounding_seed, found_inf

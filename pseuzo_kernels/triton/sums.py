@@ -1,9 +1,9 @@
-"""The sums over seeds, and the block of a tensor that a sum is added to: what all noise kernels share.
+"""The sums over seeds, and the block of a tensor to which a sum is added.
 
-Why the code looks as it does (counted in the machine code for sm_90, see bench/sass_cost.py): a thread
-has 4 counters, so that a plane is read and written 4 elements at a time; whole chunks and tails are
-separate code, since one mask makes every access narrow; x is loaded after the sum, 8 planes at a
-time, as 16 would cost 40 more registers.
+Why the code looks as it does (counted in the machine code for sm_90, see bench/sass_cost.py): a
+thread has 4 counters, so that a plane is read and written 4 elements at a time; whole chunks and
+tails are separate code, since one mask makes every access narrow; x is loaded after the sum, 8
+planes at a time, as 16 would cost 40 more registers.
 
 NOISE names the law, and how its sums are made: "hadamard", "rademacher", "normal"; "hadamard-fp16"
 for at most 16 seeds, "hadamard-fp16 blocks" for more.
@@ -17,9 +17,12 @@ from pseuzo_kernels.triton import device as px
 
 @triton.jit
 def inside(offs, lo, hi, J: tl.constexpr, PLANES: tl.constexpr):
-    """Which elements of plane J are written, lo <= i < hi; PLANES: of a single chunk, all of the plane or none."""
-    at = (tl.zeros_like(offs) if PLANES else offs) + J * 128
-    return (at >= lo) & (at < hi)
+    """Which elements i of plane J are written: lo <= i < hi.
+
+    PLANES: there is a single chunk, of which all of the plane is written or none.
+    """
+    i = (tl.zeros_like(offs) if PLANES else offs) + J * 128
+    return (i >= lo) & (i < hi)
 
 
 @triton.jit
@@ -32,8 +35,12 @@ def load(ptr, offs, lo, hi, J: tl.constexpr, FULL: tl.constexpr, PLANES: tl.cons
 
 @triton.jit
 def zeros_laid_out_as(x, ASM: tl.constexpr):
-    """uint32 zeros. The asm hides that they are constant, so all that is computed from them is laid out as x is:
-    each thread then makes the noise of the elements that it loads and stores, and nothing moves between threads."""
+    """uint32 zeros.
+
+    The asm hides that they are constant, so everything computed from them is laid out as x is: each
+    thread then makes the noise of the elements that it loads and stores, and nothing moves between
+    threads.
+    """
     if ASM:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, 0;", "=r,r", [x.to(tl.float32)], dtype=tl.uint32, is_pure=True, pack=1
@@ -90,7 +97,10 @@ def _fp32_sums(
 
 @triton.jit
 def _fp16_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, ASM: tl.constexpr):
-    """The same of "hadamard-fp16" over 16 seeds at most: while they add up in fp16, two planes share a word."""
+    """The same for "hadamard-fp16" over 16 seeds at most.
+
+    Two planes share a word while they are summed in fp16.
+    """
     acc = (zero,) * 8
     k = first
     while k < last:
@@ -125,7 +135,7 @@ def noise_sums(
     HASH: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The 16 planes of sum_k coefs[k] z(seeds[k], stream) over first <= k < last, but for the scale."""
+    """The 16 planes of sum_k coefs[k] z(seeds[k], stream) over first <= k < last, unscaled."""
     if NOISE == "hadamard-fp16":
         acc = _fp16_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, ASM)
     elif NOISE == "hadamard-fp16 blocks":

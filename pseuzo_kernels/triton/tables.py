@@ -1,5 +1,7 @@
-"""Launch tables on the device, and the cache that keeps them: a training step launches over the same
-tensors again and again."""
+"""Launch tables on the device, and the cache that keeps them.
+
+A training step launches over the same tensors again and again.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,8 @@ class TableCache(OrderedDict):
 
 
 cache = TableCache()
-# Tables of graphs that somebody else captures are kept for good: such a graph may always be replayed.
+# Tables of graphs that somebody else captures are kept for good: such a graph may always be
+# replayed.
 captured: dict[tuple, Any] = {}
 _lock = Lock()  # of cache and captured
 
@@ -55,8 +58,8 @@ _graph = _Graph()
 def tables_of_a_graph() -> Iterator[dict[tuple, Any]]:
     """Inside, a CUDA graph is captured.
 
-    The graph holds the addresses of the launch tables that the dict has in the end, so keep the dict
-    as long as the graph.
+    The graph holds the addresses of the launch tables that the dict has in the end, so keep the
+    dict as long as the graph.
     """
     before, _graph.tables = _graph.tables, {}
     try:
@@ -72,8 +75,8 @@ def capturing(device: torch.device) -> bool:
 def cached(key: tuple, build: Callable[[], Any], in_graph: bool) -> Any:
     """build(), or what it returned for the same key.
 
-    None if it is not cached while a graph is captured (in_graph): the graph would copy the tables at
-    each replay, from memory that is freed by then.
+    None if it is not cached while a graph is captured (in_graph): the graph would copy the tables
+    at each replay, from memory that is freed by then.
     """
     with _lock:
         tables = cache.get(key)  # hashing a long key takes time
@@ -102,7 +105,7 @@ def aligned_rows(*columns: Sequence[int]) -> list[list[int]]:
 
 
 def blocks_of(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor:
-    """[programs, 2] int32: the tensor and the block of that many elements that a program works on."""
+    """[programs, 2] int32: each program's tensor and block of so many elements."""
     blocks = torch.tensor([-(-n // elements) for n in sizes], device="cpu")
     tensor_of = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), blocks)
     block_of = torch.arange(len(tensor_of), device="cpu") - (blocks.cumsum(0) - blocks)[tensor_of]

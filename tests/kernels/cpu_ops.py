@@ -1,4 +1,5 @@
-"""What the tests of the C++ noise ops share: the instruction sets, and the tensors and terms of their calls."""
+"""What the tests of the C++ noise ops share: the instruction sets, and the tensors and terms of
+their calls."""
 
 import functools
 
@@ -79,7 +80,7 @@ def wanted_list(noise: str, k: int, stochastic: bool) -> list[torch.Tensor]:
 
 @functools.cache
 def steps_in_a_row(noise: str) -> tuple[list[torch.Tensor], tuple]:
-    """x and the arguments of 5 steps: no seed, one, several; keeps and scales of their own, some 0."""
+    """x and the arguments of 5 steps: no seed, one, several; each with its keeps and scales."""
     counts = [1, 3, 0, 1, 2]
     xs = [normals(n, dtype, seed=n) for n in (*SIZES, 9000) for dtype in DTYPES]
     size = len(counts) * len(xs)

@@ -1,8 +1,9 @@
-"""The kernels' PTX against the reference, to the bit. test_ptx.py runs this file for each compute capability, in a
-process of its own: PSEUZO_EMULATE=90 pytest tests/kernels/ptx_cases.py.
+"""The kernels' PTX against the reference, to the bit. test_ptx.py runs this file for each compute
+capability, in a process of its own: PSEUZO_EMULATE=90 pytest tests/kernels/ptx_cases.py.
 
-Compiling takes most of the time, so each path through the kernels is compiled once, and fewer of them for sm_80. All
-cases that the interpreter is tested with: PSEUZO_EMULATE=90 pytest tests/kernels/test_add_noise_triton.py.
+Compiling takes most of the time, so each path through the kernels is compiled once, and fewer of
+them for sm_80. All cases that the interpreter is tested with: PSEUZO_EMULATE=90 pytest
+tests/kernels/test_add_noise_triton.py.
 """
 
 import inspect
@@ -110,7 +111,8 @@ def test_skipped(K):
 
 
 def test_launches_are_made_again():
-    """As perturbed passes do: what was launched once is launched again, over other seeds and other numbers."""
+    """As perturbed passes do: what was launched once is launched again, over other seeds and other
+    numbers."""
     xs, scales, launches = [values(n, BF16) for n in SIZES], [0.0, 0.5, 2.0, -1.0], []
     outs = [torch.empty_like(x) for x in xs]
     seeds, coefs = torch.empty(1, dtype=torch.int64), torch.empty(1)
@@ -151,7 +153,8 @@ def test_rows(widths):
 
 
 def test_steps():
-    """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block."""
+    """Steps without a seed, with one and several; tensors left alone in some; sizes around a
+    program's block."""
     counts, dtypes = [2, 0, 1], (BF16, FP16)
     seeds, coefs = seeds_coefs(3)
     xs = [values(n, dtype) for n in (1, 4095, 4097) for dtype in dtypes]

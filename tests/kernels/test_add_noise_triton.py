@@ -1,4 +1,5 @@
-"""The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled with one."""
+"""The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled
+with one."""
 
 import warnings
 
@@ -115,7 +116,8 @@ def test_strided_seeds_and_coefs(K, noise):
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])
 def test_fp16_coefs_of_any_size(size):
-    """The ends of 2^e; beyond them nothing is done. More coefs than a program prepares, the largest not the first."""
+    """The ends of 2^e; beyond them nothing is done. More coefs than a program prepares, the largest
+    not the first."""
     with warnings.catch_warnings():  # the interpreter's numpy: of NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         for K in (2, 129, 300):
@@ -140,7 +142,8 @@ def test_fp16_coefs_of_any_size(size):
 
 @pytest.mark.parametrize("noise, K", [("hadamard", 2), ("hadamard-fp16", 17)])
 def test_out_of_place_and_without_x(noise, K):
-    """Tensors in one launch and one that is not aligned, each also with a scale of 0, for which no noise is made."""
+    """Tensors in one launch and one that is not aligned, each also with a scale of 0, for which no
+    noise is made."""
     seeds, coefs = seeds_coefs(K)
     xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049, 2100)]
     xs += [values(301, torch.float16).to(DEVICE)[1:] for _ in range(2)]
@@ -163,14 +166,23 @@ def test_out_of_place_and_without_x(noise, K):
             assert_same_bits(g, w)
 
 
-@pytest.mark.parametrize("noise, K, bad, found", [
-    ("hadamard", 1, "nan", 0.0), ("hadamard", 200, "-nan", 0.0), ("hadamard-fp16", 3, "-inf", 0.0),
-    ("hadamard-fp16", 20, "nan", 0.0), ("rademacher", 4, "3.4028235e38", 0.0), ("normal", 5, "3.4028235e38", 0.0),
-    ("hadamard", 1, "1", 0.5), ("hadamard", 5, "1", float("nan")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "noise, K, bad, found",
+    [
+        ("hadamard", 1, "nan", 0.0),
+        ("hadamard", 200, "-nan", 0.0),
+        ("hadamard-fp16", 3, "-inf", 0.0),
+        ("hadamard-fp16", 20, "nan", 0.0),
+        ("rademacher", 4, "3.4028235e38", 0.0),
+        ("normal", 5, "3.4028235e38", 0.0),
+        ("hadamard", 1, "1", 0.5),
+        ("hadamard", 5, "1", float("nan")),
+    ],
+)
 def test_skipped(noise, K, bad, found):
-    """By a coefficient that is not finite (the largest fp32 is not, once it is rounded), which sets found_inf, or by
-    found_inf: in place nothing is written; out of place x is copied. Tensors in one launch, and one by one."""
+    """By a coefficient that is not finite (the largest fp32 is not, once it is rounded), which sets
+    found_inf, or by found_inf: in place nothing is written; out of place x is copied. Tensors in
+    one launch, and one by one."""
     seeds, coefs = seeds_coefs(K)
     coefs[K - 1] = torch.tensor(float(bad))
     xs = [values(8193, torch.bfloat16), values(300, torch.float32), values(2100, torch.float16)]
@@ -215,11 +227,14 @@ def test_freed_memory_is_refused():
     x.untyped_storage().resize_(0)
     args = (seeds, coefs, [7], [0.5], [1.0], "hadamard", False, 3)
     for call in (
-        lambda: add_noise_list_triton_([x], *args), lambda: add_noise_list_out_triton([x], *args, out=[out]),
+        lambda: add_noise_list_triton_([x], *args),
+        lambda: add_noise_list_out_triton([x], *args, out=[out]),
         lambda: add_noise_list_out_triton([out], *args, out=[x]),
         lambda: add_noise_steps_triton_([x], seeds, coefs, [1], *args[2:-1], [3]),
-        lambda: add_noise_rows_triton(x.view(3, 100), torch.tensor([1], device=DEVICE), seeds, coefs, 7, 1.0, "normal"),
-    ):  # fmt: skip
+        lambda: add_noise_rows_triton(
+            x.view(3, 100), torch.tensor([1], device=DEVICE), seeds, coefs, 7, 1.0, "normal"
+        ),
+    ):
         with pytest.raises(ValueError, match=r"the memory of (x|out) was freed"):
             call()
     assert (out == 1).all()
@@ -228,7 +243,8 @@ def test_freed_memory_is_refused():
 @pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_steps(noise, stochastic):
-    """Steps without a seed, with one and several; tensors left alone in some; sizes around a program's block, 4096."""
+    """Steps without a seed, with one and several; tensors left alone in some; sizes around a
+    program's block, 4096."""
     counts = [2, 0, 1]
     seeds, coefs = seeds_coefs(3)
     sizes = (0, 1, 4095, 4097) if stochastic else (2049,)

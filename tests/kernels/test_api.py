@@ -32,8 +32,8 @@ def test_perturb_restore_update_are_add_noise(api, noise):
         z = 0.5 * reference.noise(x.shape, 1, i, noise=noise) - 2 * reference.noise(
             x.shape, 2, i, noise=noise
         )
-        # in half precision coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5 by 2^-12 each,
-        # which the transform of 16 inputs of up to 1.86 adds up
+        # in half precision coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5
+        # by 2^-12 each, which the transform of 16 inputs of up to 1.86 adds up
         more = 0.2978 * 16 * (2 * 1.86 * 2.0**-13 + 2 * 2.0**-12) if noise == "hadamard-fp16" else 0
         torch.testing.assert_close(
             x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol + more
@@ -80,8 +80,16 @@ def test_ops_equal_the_reference(dtype):
     want = [x.clone() for x in got]
     for api, xs in ((pk, got), (reference, want)):
         api.perturb_(xs, 3, 0.5, rounding="stochastic", rounding_seed=1)
-        api.update_(xs, torch.tensor([1, 2, 3]), torch.tensor([0.1, 0.2, -0.3]), lr=0.3, weight_decay=0.1,
-                    rounding="stochastic", rounding_seed=2, noise_scale=0.7)  # fmt: skip
+        api.update_(
+            xs,
+            torch.tensor([1, 2, 3]),
+            torch.tensor([0.1, 0.2, -0.3]),
+            lr=0.3,
+            weight_decay=0.1,
+            rounding="stochastic",
+            rounding_seed=2,
+            noise_scale=0.7,
+        )
         api.add_noise_(xs[0], 8, 0.25, 11, keep=0.5)
         xs.append(api.add_noise(xs[0], [8, 9], [0.25, 1.0], 2**32 - 1, keep=0.5))
         xs.append(api.noise((3, 1000), -1, 5, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What the public functions refuse before anything is written, and which calls they skip and count."""
+"""What the public functions refuse before anything is written, and what they skip and count."""
 
 import pytest
 import torch
@@ -231,7 +231,8 @@ writes = pytest.mark.parametrize("name", WRITES)
 @apis
 @writes
 def test_stochastic_rounding_needs_its_seed(api, name):
-    """Equal seeds draw equal bits at every call, and 400 roundings by the same bits are off by tens of ulps."""
+    """Equal seeds draw equal bits at every call, and 400 roundings by the same bits are off by tens
+    of ulps."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(300, dtype=dtype)
         op = name.split()[0]
@@ -313,7 +314,8 @@ def test_a_step_that_the_window_skipped_does_not_decay(api):
 @apis
 @writes
 def test_freed_memory_is_refused(api, name):
-    """As offloading and sharding leave a tensor; it would be taken for no x at all, or crash the process."""
+    """As offloading and sharding leave a tensor; it would be taken for no x at all, or crash the
+    process."""
     freed, flag = torch.ones(300), torch.ones(1)
     for tensor in (freed, flag):
         tensor.untyped_storage().resize_(0)

@@ -1,4 +1,5 @@
-"""How many ops a step calls: a number that grows with neither the window nor the run, or speed rots unseen."""
+"""How many ops a step calls: a number that grows with neither the window nor the run, or speed rots
+unseen."""
 
 import collections
 

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiled to machine code, without a GPU: no spills, wide accesses, and the cost we claim."""
+"""Every Triton kernel compiled to machine code, without a GPU: no spills, wide accesses, and the
+cost we claim."""
 
 import json
 import os
@@ -11,10 +12,12 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-# Instructions a normal in the loop over seeds, sm_90: what speed rests on, so no change may lose it unseen.
-# Hashing the seed where it is used costs more, and so does a thread with 2 counters in the place of 4.
+# Instructions a normal in the loop over seeds, sm_90: what speed rests on, so no change may lose it
+# unseen. Hashing the seed where it is used costs more, and so does a thread with 2 counters in the
+# place of 4.
 LIMITS = {"hadamard": 4.7, "hadamard-fp16": 3.3, "rademacher": 4.7, "normal": 10.8}
-# In all, a normal at K = 14 where the result is rounded stochastically: 6.12 and 6.82 with 8 bits of dither.
+# In all, a normal at K = 14 where the result is rounded stochastically: 6.12 and 6.82 with 8 bits
+# of dither.
 ROUNDED = {"bf16": 6.4, "fp16": 7.1}
 ALLOWANCES = {"hash": 0.45, "add_noise_steps_kernel": 0.3}
 
@@ -50,8 +53,9 @@ def test_nothing_spills(costs):
 
 def test_whole_chunks_are_read_and_written_widely(costs):
     for c in costs:
-        # Rows may begin anywhere, unless they are whole planes. Without the asm, layouts are converted: that is
-        # what the asm is for. Where many updates share an access, its width is nothing.
+        # Rows may begin anywhere, unless they are whole planes. Without the asm, layouts are
+        # converted: that is what the asm is for. Where many updates share an access, its width is
+        # nothing.
         anywhere = "rows" in c["kernel"] and "planes" not in c["kernel"]
         if not anywhere and not any(word in c["kernel"] for word in ("steps", "no asm")):
             assert c["shared_accesses"] == 0, c
@@ -83,9 +87,10 @@ def test_instructions_of_stochastic_rounding(costs):
 
 
 def test_registers(costs):
-    """128: four blocks a multiprocessor. Not for more than 16 seeds in half precision, where both sums are held, nor
-    for stochastic rounding to fp16, a long calculation on 8 planes at once. 168, three blocks, for the steps of a
-    replay, which hold x beside the sums: 123 with Triton 3.9, 152 with 3.6."""
+    """128: four blocks a multiprocessor. Not for more than 16 seeds in half precision, where both
+    sums are held, nor for stochastic rounding to fp16, a long calculation on 8 planes at once. 168,
+    three blocks, for the steps of a replay, which hold x beside the sums: 123 with Triton 3.9, 152
+    with 3.6."""
     for c in costs:
         if not any(word in c["kernel"] for word in ("blocks", " fp16 stochastic")):
             assert c["registers"] <= (168 if "steps" in c["kernel"] else 128), c

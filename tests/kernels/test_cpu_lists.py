@@ -1,4 +1,5 @@
-"""The C++ noise ops on the CPU against the reference, bit for bit, on every instruction set this machine has."""
+"""The C++ noise ops on the CPU against the reference, bit for bit, on every instruction set this
+machine has."""
 
 import functools
 

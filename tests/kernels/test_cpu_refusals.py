@@ -1,4 +1,4 @@
-"""What the C++ noise ops skip or refuse, and that they touch no memory but that of their tensors."""
+"""What the C++ noise ops skip or refuse, and that they touch only the memory of their tensors."""
 
 import ctypes
 import importlib
@@ -61,15 +61,17 @@ NOT_FINITE = (
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_skipped(noise):
-    """By found_inf, or by a coefficient that is not finite, which sets it: no byte changes, those of NaN and -0
-    included; out of place they are copied."""
+    """By found_inf, or by a coefficient that is not finite, which sets it: no byte changes, those
+    of NaN and -0 included; out of place they are copied."""
     specials = torch.tensor([math.nan, -math.nan, -0.0, 1e-45, math.inf])
     for dtype in DTYPES:
         start = torch.cat([special_values(dtype), specials.to(dtype)])
         for k, at, bad, found in (
-            *((k, k // 2, bad, 0.0) for k in (1, 3, 20) for bad in NOT_FINITE), (3, 0, 1.0, 1.0), (3, 0, 1.0, math.nan),
+            *((k, k // 2, bad, 0.0) for k in (1, 3, 20) for bad in NOT_FINITE),
+            (3, 0, 1.0, 1.0),
+            (3, 0, 1.0, math.nan),
             (3, 0, math.nan, 2.0),
-        ):  # fmt: skip
+        ):
             seeds, coefs = terms(k)
             coefs[at] = bad
             for flag in (torch.full((1,), found), None) if found == 0 else (torch.full((), found),):

@@ -1,4 +1,5 @@
-"""Every kind of number through the C++ noise ops: roundings, sums in half precision, special values, normals."""
+"""Every kind of number through the C++ noise ops: roundings, sums in half precision, special
+values, normals."""
 
 import functools
 import math
@@ -61,11 +62,32 @@ def test_known_answers():
         assert [bits & 0xFFFF for bits in x.view(torch.int16)[KNOWN_ELEMENTS].tolist()] == want
 
 
-# sizes of x' that are rounded: about the ends of the dtypes, next to the values that they hold, below their spacing
+# sizes of x' that are rounded: about the ends of the dtypes, next to the values that they hold,
+# below their spacing
 ROUNDED = (
-    1.0, 1.25 + 2**-17, 2 - 2**-23, 1 / 3, 2**-14, 2**-14 - 2**-38, 6.1e-5, 5.96e-8, 3e-8, 1e-9, 2**-40, 2**-41,
-    65504.0, 65519.9, 65520.0, 65535.99, 65536.0, 1e-38, 2**-133, 2**-134 + 2**-140, 3.38e38, 3.4e38,
-)  # fmt: skip
+    1.0,
+    1.25 + 2**-17,
+    2 - 2**-23,
+    1 / 3,
+    2**-14,
+    2**-14 - 2**-38,
+    6.1e-5,
+    5.96e-8,
+    3e-8,
+    1e-9,
+    2**-40,
+    2**-41,
+    65504.0,
+    65519.9,
+    65520.0,
+    65535.99,
+    65536.0,
+    1e-38,
+    2**-133,
+    2**-134 + 2**-140,
+    3.38e38,
+    3.4e38,
+)
 
 
 @functools.cache
@@ -126,7 +148,8 @@ def fp16_args(k: int, size: float) -> tuple:
 @pytest.mark.parametrize("size", (1.0, 1e-44, 1e-38, 1e38, float("inf"), float("nan")))
 @pytest.mark.parametrize("k", (2, 15, 16, 17, 33, 40))
 def test_fp16_sums(k, size):
-    """Blocks of 16, coefs of any size: so small that 2^e has an end, so large that the op is skipped."""
+    """Blocks of 16, coefs of any size: so small that 2^e has an end, so large that the op is
+    skipped."""
     for dtype in DTYPES:
         x = normals(2300, dtype)
         ops.add_noise_list_([x], *fp16_args(k, size))
@@ -172,8 +195,8 @@ def test_subnormals_survive_flush_denormal():
 
 @pytest.mark.parametrize("noise", BIT_EXACT)
 def test_scales_at_the_ends(noise):
-    """A scale that fp32 does not hold is still a scale: keep applies, and zeros get the sign of the noise's. Large ones
-    overflow alike."""
+    """A scale that fp32 does not hold is still a scale: keep applies, and zeros get the sign of the
+    noise's. Large ones overflow alike."""
     for dtype in DTYPES:
         start = torch.cat(
             [torch.tensor([-0.0, 0.0, 1e-45, 65504.0, -6e-8, math.inf, math.nan]), normals(300)]
@@ -242,7 +265,8 @@ def test_normal_sums(dtype):
     args = (*terms(14), [6], [0.9], [1.3], "normal", False, 0)
     ops.add_noise_list_([got], *args, None)
     reference.add_noise_list_([want], *args)
-    # each of 14 terms is off by 4 ulp of at most 4.85 * |coef|; then sums and product round 16 times, and x once
+    # each of 14 terms is off by 4 ulp of at most 4.85 * |coef|; then sums and product round 16
+    # times, and x once
     bound = 1.3 * 4.85 * float(terms(14)[1].abs().sum())
     atol = 20 * torch.finfo(torch.float32).eps * bound + torch.finfo(dtype).eps * (
         x.abs() + want.float().abs()

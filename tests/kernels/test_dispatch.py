@@ -91,8 +91,8 @@ CHANGING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGING)
 def test_numbers_that_change_are_compiled_once(name):
-    """Once for the first numbers and once for all others; the bits are those of the op. Python numbers, as a training
-    loop has them: a seed, a scale, a rate."""
+    """Once for the first numbers and once for all others; the bits are those of the op. Python
+    numbers, as a training loop has them: a seed, a scale, a rate."""
     graphs = []
 
     def backend(graph, inputs):

@@ -1,5 +1,5 @@
-"""LAWS is where a noise law is added: one row in plain torch, which all ops then run; no backend takes a name that has
-no row, and what Triton and C++ implement is what the table says."""
+"""LAWS is where a noise law is added: one row in plain torch, which all ops then run; no backend
+takes a name that has no row, and what Triton and C++ implement is what the table says."""
 
 import pytest
 import torch
@@ -112,9 +112,24 @@ def test_the_kernels_themselves_refuse_an_unknown_law():
     x = torch.ones(8)
     with pytest.raises(Exception):  # noqa: B017  (of Triton's own, around an assertion)
         kernels.add_noise_kernel[(1,)](
-            x, x, 8, 0, SEEDS, COEFS, 2, 1.0, 1.0, 0, None, NOISE="gauss", COUNTERS=512, HAS_X=True,
-            HASH=True, STOCHASTIC=False, ASM=False,
-        )  # fmt: skip
+            x,
+            x,
+            8,
+            0,
+            SEEDS,
+            COEFS,
+            2,
+            1.0,
+            1.0,
+            0,
+            None,
+            NOISE="gauss",
+            COUNTERS=512,
+            HAS_X=True,
+            HASH=True,
+            STOCHASTIC=False,
+            ASM=False,
+        )
     assert (x == 1).all()
 
 
@@ -171,7 +186,8 @@ def test_triton_implements_the_table():
 
 @pytest.mark.parametrize("name", laws.LAWS)
 def test_a_row_says_what_it_is(name):
-    """b before the transform has mean 0 and, with the scale, variance 1; of one key come 16 planes from 4 words."""
+    """b before the transform has mean 0 and, with the scale, variance 1; of one key come 16 planes
+    from 4 words."""
     law = laws.LAWS[name]
     q = torch.arange(1 << 14)
     b = law.column_noise(q, 3, reference.hash_seeds(torch.tensor(1)))

@@ -1,4 +1,5 @@
-"""The PTX of the Triton kernels, run on the CPU, gives the bits of the reference (ptx_cases.py, ptx_emulator.py)."""
+"""The PTX of the Triton kernels, run on the CPU, gives the bits of the reference (ptx_cases.py,
+ptx_emulator.py)."""
 
 import os
 import subprocess
@@ -41,7 +42,8 @@ def test_kernels_give_the_bits_of_the_reference(arch, tmp_path):
 
 @pytest.mark.parametrize("dtype, small", [(np.float32, 2.0**-30), (np.float16, 2.0**-12)])
 def test_fused_multiply_add_rounds_once(dtype, small):
-    """Also where the exact sum lies beside the middle between two numbers, nearer than float64 can tell."""
+    """Also where the exact sum lies beside the middle between two numbers, nearer than float64 can
+    tell."""
     draw = np.random.default_rng(0)
     x, y, z = (
         (draw.standard_normal(300) * 2.0 ** draw.integers(-6, 6, 300)).astype(dtype)
@@ -83,7 +85,7 @@ FILL = """
 $L__END:
 	ret;
 }
-"""  # fmt: skip
+"""
 
 
 def fill(x: torch.Tensor, n: int, branch: str = "bra $L__END;") -> None:

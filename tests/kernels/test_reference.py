@@ -87,8 +87,22 @@ def test_rounding_known_answers():
     x = torch.tensor(
         [0, -0.0, INF, -INF, NAN, 65504, 65519.9, 65520, 1e-8, -3e-8, 6e-5, -6.1e-5, 1, -2.5]
     )
-    want = [0x0000, 0x8000, 0x7C00, 0xFC00, 0x7E00, 0x7BFF, 0x7C00, 0x7BFF, 0x0000, 0x8000, 0x03EF, 0x8400, 0x3C00,
-            0xC100]  # fmt: skip
+    want = [
+        0x0000,
+        0x8000,
+        0x7C00,
+        0xFC00,
+        0x7E00,
+        0x7BFF,
+        0x7C00,
+        0x7BFF,
+        0x0000,
+        0x8000,
+        0x03EF,
+        0x8400,
+        0x3C00,
+        0xC100,
+    ]
     got = reference.round_stochastically(x, dither[:14], torch.float16)
     assert [v & 0xFFFF for v in got.view(torch.int16).tolist()] == want
 
@@ -110,8 +124,17 @@ def test_fp16_known_answers():
     assert torch.equal(x[KNOWN_ELEMENTS], torch.tensor(want))
     x = torch.full((4096,), 0.5, dtype=torch.bfloat16)
     seeds, coefs = list(range(20)), [0.1 * k - 1 for k in range(20)]  # more than a block
-    reference.add_noise_(x, seeds, coefs, 3, keep=0.75, noise="hadamard-fp16", rounding="stochastic", rounding_seed=9,
-                         noise_scale=0.5)  # fmt: skip
+    reference.add_noise_(
+        x,
+        seeds,
+        coefs,
+        3,
+        keep=0.75,
+        noise="hadamard-fp16",
+        rounding="stochastic",
+        rounding_seed=9,
+        noise_scale=0.5,
+    )
     want = [0xBF84, 0xBE39, 0x3F16, 0xBFF6, 0x3EDC, 0xBF85, 0xBE41, 0x3E95]
     assert [v & 0xFFFF for v in x[KNOWN_ELEMENTS].view(torch.int16).tolist()] == want
 
@@ -157,8 +180,9 @@ def test_fp16_coefs(coefs, want, power):
 
 
 def test_fp16_sums_are_rounded_once():
-    """fp32 holds what a fused multiply-add rounds: patterns and coefs are multiples of 2^-9 and 2^-10, sums below 32.
-    And so the reference's sums are those of one rounding, made here from fp64, which holds them in any case."""
+    """fp32 holds what a fused multiply-add rounds: patterns and coefs are multiples of 2^-9 and
+    2^-10, sums below 32. And so the reference's sums are those of one rounding, made here from
+    fp64, which holds them in any case."""
     every = torch.arange(1 << 16)
     b = laws.HADAMARD((every, every, every, every))
     assert (b * 512 == (b * 512).round()).all()
@@ -189,9 +213,10 @@ def test_fp16_sums_are_rounded_once():
 @pytest.mark.parametrize("spread", [0, 12])
 @pytest.mark.parametrize("K", [2, 14, 16, 17, 40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_fp16_sums_are_near_and_unbiased(K, spread):
-    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most, and 16 steps of a block by the roots of their squares' sum,
-    below 2^-10 sqrt(16/12) of the sum; a coefficient is off by delta. spread: of the coefs, in powers of two. The first
-    pattern of a block has 128 values, in pairs of signs, so its errors average over 64 only."""
+    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most, and 16 steps of a block by the roots of
+    their squares' sum, below 2^-10 sqrt(16/12) of the sum; a coefficient is off by delta. spread:
+    of the coefs, in powers of two. The first pattern of a block has 128 values, in pairs of signs,
+    so its errors average over 64 only."""
     g = torch.Generator().manual_seed(K)
     coefs = torch.randn(K, generator=g) * torch.exp2(-spread * torch.rand(K, generator=g))
     n = 1 << 13
@@ -219,7 +244,8 @@ def test_fp16_sums_are_near_and_unbiased(K, spread):
 
 
 def test_transform_is_orthogonal_and_linear():
-    """FWHT16 of the identity is a Hadamard matrix, so sum_k c_k z_k = FWHT16(sum_k c_k b_k) up to rounding."""
+    """FWHT16 of the identity is a Hadamard matrix, so sum_k c_k z_k = FWHT16(sum_k c_k b_k) up to
+    rounding."""
     h = reference.fwht16(torch.eye(16))
     assert torch.equal(h @ h.T, 16 * torch.eye(16)) and set(h.unique().tolist()) == {-1.0, 1.0}
     seeds, coefs = (
@@ -238,7 +264,8 @@ def test_transform_is_orthogonal_and_linear():
 
 @pytest.mark.parametrize("noise", KINDS)
 def test_moments_and_distribution(noise):
-    """Bounds are 5 standard errors of N samples; KS at the 1e-6 level, plus the known distance of hadamard, 4e-4."""
+    """Bounds are 5 standard errors of N samples; KS at the 1e-6 level, plus the known distance of
+    hadamard, 4e-4."""
     z = reference.noise((N,), 2024, 5, noise=noise).double()
     kurtosis = {"hadamard": 3 - 0.0144, "normal": 3.0, "rademacher": 1.0}[noise]
     assert abs(z.mean()) < 5 / math.sqrt(N)
@@ -254,7 +281,8 @@ def test_moments_and_distribution(noise):
 
 @pytest.mark.parametrize("noise", KINDS)
 def test_no_correlation_between_seeds_streams_and_neighbours(noise):
-    """|r| < 5 / sqrt(N) for independent samples. Seeds and streams that differ in a bit are the hard ones."""
+    """|r| < 5 / sqrt(N) for independent samples. Seeds and streams that differ in a bit are the
+    hard ones."""
     z = {
         (s, t): reference.noise((N // 4,), s, t, noise=noise) for s in (0, 1, 2**32) for t in (0, 1)
     }
@@ -271,7 +299,8 @@ def test_elements_do_not_depend_on_the_size():
     assert torch.equal(reference.noise((10,), 1, 2), reference.noise((100, 77), 1, 2).view(-1)[:10])
 
 
-# x' around the ends of the dtypes, near the values that they hold and far below their spacing, as fp32 has them
+# x' around the ends of the dtypes, near the values that they hold and far below their spacing, as
+# fp32 has them
 NEAR = (
     0.0,
     1.0,
@@ -293,8 +322,8 @@ OFFSETS = (0, 2**-24, 2**-18, 2**-12, -(2**-13), 2**-9, 0.3e-3)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_exactly_unbiased(dtype):
-    """All 2^16 dithers of a value give that value on average: exactly, but for what 2^-16 of the spacing cannot hold
-    (of fp16, what is below 2^-40); and each is what the definition says."""
+    """All 2^16 dithers of a value give that value on average: exactly, but for what 2^-16 of the
+    spacing cannot hold (of fp16, what is below 2^-40); and each is what the definition says."""
     x = torch.tensor(
         [a + a * b for a in NEAR for b in OFFSETS] + [-0.3, -1e-6, -(2**-24) * (1 + 2**-16)]
     )
@@ -322,7 +351,8 @@ def test_stochastic_rounding_is_exactly_unbiased(dtype):
 
 
 def test_dither_is_uniform_and_partners_hardly_correlate():
-    """Chi-square of both bytes, jointly; and over all pairs of bytes, exactly, the correlation of roundings up."""
+    """Chi-square of both bytes, jointly; and over all pairs of bytes, exactly, the correlation of
+    roundings up."""
     planes = dither_of(1 << 22, 1, 5).view(-1, 16, 128)
     for plane in (0, 3, 4, 9, 15):
         counts = torch.bincount(planes[:, plane].flatten() >> 4, minlength=4096)
@@ -342,7 +372,8 @@ def test_dither_is_uniform_and_partners_hardly_correlate():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_far_below_the_spacing_arrive(dtype):
-    """Updates of 1/2048 of a spacing in one direction: lost to nearest, kept on average by stochastic rounding."""
+    """Updates of 1/2048 of a spacing in one direction: lost to nearest, kept on average by
+    stochastic rounding."""
     steps, n, ulp = 8, 1 << 20, torch.finfo(dtype).eps
     coef = ulp / 2048
     z = pk.noise((n,), 7, 0)
@@ -351,8 +382,9 @@ def test_updates_far_below_the_spacing_arrive(dtype):
         pk.add_noise_(near, 7, coef, 0)
         pk.add_noise_(stochastic, 7, coef, 0, rounding="stochastic", rounding_seed=t)
     arrived = float(((stochastic.double() - 1.25) * z).sum() / (steps * coef * (z * z).sum()))
-    # An element goes up or down by an ulp with chance p = |coef z| / ulp: a variance of p ulp^2 a step at most, whose
-    # regression on z has that of ulp sum |z|^3 / (steps coef n^2), and E|z|^3 = 1.6: a deviation of 0.02.
+    # An element goes up or down by an ulp with chance p = |coef z| / ulp: a variance of p ulp^2 a
+    # step at most, whose regression on z has that of ulp sum |z|^3 / (steps coef n^2), and E|z|^3 =
+    # 1.6: a deviation of 0.02.
     assert abs(arrived - 1) < 5 * math.sqrt(1.6 * 2048 / (steps * n))
     assert (near == 1.25).all()
 
@@ -372,7 +404,8 @@ def test_small_updates_survive_in_bf16():
         reference.add_noise_(stochastic, seed, coef, 0, rounding="stochastic", rounding_seed=t)
     want = total.double()
     moved = lambda x: ((x.double() - 1) * want).sum() / (want * want).sum()  # noqa: E731
-    # the noise of rounding is independent of want: its regression on it is 0 within 5 standard errors
+    # the noise of rounding is independent of want: its regression on it is 0 within 5 standard
+    # errors
     error = 5 * math.sqrt(steps) * ulp / 2 / (want.std() * math.sqrt(n))
     assert abs(moved(stochastic) - 1) < error
     assert moved(near) < 0.2

@@ -1,4 +1,5 @@
-"""Launches of the Triton kernels: what is launched together, the tables that are cached, launches made again."""
+"""Launches of the Triton kernels: what is launched together, the tables that are cached, launches
+made again."""
 
 import inspect
 import sys
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the in
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_list_in_one_launch(stochastic):
-    """Aligned tensors of several sizes and dtypes, one misaligned view, one empty, one skipped by a scale of 0."""
+    """Aligned tensors of several sizes and dtypes, one misaligned view, one empty, one skipped by a
+    scale of 0."""
     seeds, coefs = seeds_coefs(3)
     xs = [
         values(n, dtype)
@@ -54,8 +56,8 @@ def test_list_in_one_launch(stochastic):
 
 
 def test_tables_of_a_captured_graph(monkeypatch):
-    """A graph launches over a table that was there before, which then stays; it makes none, for its address would be
-    of memory that is filled when it is captured, not when it is replayed."""
+    """A graph launches over a table that was there before, which then stays; it makes none, for its
+    address would be of memory that is filled when it is captured, not when it is replayed."""
     seeds, coefs = seeds_coefs(1)
     rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
 
@@ -117,7 +119,8 @@ def test_tables_are_forgotten_by_size(monkeypatch):
 
 
 def test_tables_of_several_threads(monkeypatch):
-    """One may forget what another is about to use; each gets the table of its key, and their sizes add up."""
+    """One may forget what another is about to use; each gets the table of its key, and their sizes
+    add up."""
     monkeypatch.setattr(tables, "MAX_BYTES", 3 * tables.ENTRY_BYTES)
     monkeypatch.setattr(tables, "cache", type(tables.cache)())
     errors, interval = [], sys.getswitchinterval()
@@ -147,8 +150,8 @@ def test_tables_of_several_threads(monkeypatch):
 
 
 class Jitted:
-    """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)` returns what takes all
-    arguments by position, constants included."""
+    """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)`
+    returns what takes all arguments by position, constants included."""
 
     def __init__(self, kernel):
         self.kernel, self.names = kernel, list(inspect.signature(kernel.fn).parameters)

@@ -1,4 +1,5 @@
-"""EmaWindow and its op against the reference, and both against the formula of the method, written again in float64."""
+"""EmaWindow and its op against the reference, and both against the formula of the method, written
+again in float64."""
 
 import math
 
@@ -76,7 +77,8 @@ def test_mixed_output_dtypes_and_double(Window):
 @needs_native
 @pytest.mark.parametrize("grouped", [False, True])
 def test_matches_reference(grouped):
-    """One call of each op from one state: outputs, and every row of the new entry that is ever read."""
+    """One call of each op from one state: outputs, and every row of the new entry that is ever
+    read."""
     generator = torch.Generator().manual_seed(5)
     capacity, rows_max, positions_max, width = 4, 9, 3, 700
     for used, slot, rows, positions in (
@@ -129,7 +131,8 @@ def test_matches_reference(grouped):
 @pytest.mark.parametrize("where", ["o0", "o1", "grad", "loss"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite(Window, grouped, where, bad):
-    """The step is zero and counted, its entry is dropped, and later steps are as if it had added nothing."""
+    """The step is zero and counted, its entry is dropped, and later steps are as if it had added
+    nothing."""
     generator = torch.Generator().manual_seed(1)
     got, want = Window(3, momentum=0.9), Formula(3, momentum=0.9)
     for step in range(7):
@@ -303,10 +306,19 @@ def test_op_protects_memory():
     good = [*state, torch.tensor(0), None, o, o, None, None, 1, 0, 1, 1.0, 1.0]
     torch.ops.pseuzo.window_step(*good)
     replacements = {
-        0: state[0].double(), 1: state[1][:2], 2: state[2][:, :1], 3: state[3].long(), 4: torch.zeros(1).long(),
-        5: o[:1], 6: torch.zeros(3, 1, 4), 7: torch.zeros(2, 1, 8)[..., ::2], 8: torch.zeros(3).long(),
-        9: torch.zeros(2), 11: 3, 12: 4,
-    }  # fmt: skip
+        0: state[0].double(),
+        1: state[1][:2],
+        2: state[2][:, :1],
+        3: state[3].long(),
+        4: torch.zeros(1).long(),
+        5: o[:1],
+        6: torch.zeros(3, 1, 4),
+        7: torch.zeros(2, 1, 8)[..., ::2],
+        8: torch.zeros(3).long(),
+        9: torch.zeros(2),
+        11: 3,
+        12: 4,
+    }
     for at, value in replacements.items():
         with pytest.raises(RuntimeError, match="window_step: "):
             torch.ops.pseuzo.window_step(*good[:at], value, *good[at + 1 :])
@@ -320,9 +332,12 @@ def test_opcheck(grouped, with_loss, difference):
     o0, o1, grad = draw(generator, 3, 2, 4)
     counts = torch.tensor([[1, 1, 1]] * 4, dtype=torch.int32)
     state = [
-        torch.randn(4, 3, 2, 4, generator=generator), torch.arange(4), torch.arange(3).repeat(4, 1), counts,
+        torch.randn(4, 3, 2, 4, generator=generator),
+        torch.arange(4),
+        torch.arange(3).repeat(4, 1),
+        counts,
         torch.tensor(0),
-    ]  # fmt: skip
+    ]
     group = torch.tensor([1, 1, 0]) if grouped else None
     loss = torch.tensor(1.0) if with_loss else None
     args = (*state, None if difference else o0, o1, grad, group, loss, 9, 1, 3, 0.5, 1e-2)

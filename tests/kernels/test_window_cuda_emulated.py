@@ -1,4 +1,5 @@
-"""csrc/window/window.cu without a GPU: nvcc compiles it, and its very source, run on the CPU, agrees with the reference."""
+"""csrc/window/window.cu without a GPU: nvcc compiles it, and its very source, run on the CPU,
+agrees with the reference."""
 
 import ctypes
 import shutil
@@ -22,7 +23,9 @@ ORDERS = (0, 1, 2)  # of threads and blocks: forward, backward, shuffled
 WRAPPER = r"""
 #include "cuda_on_cpu.h"
 #include "window.cu"
-extern "C" int64_t scratch_of(const pseuzo::WindowStep* step) { return pseuzo::window_step_scratch(*step); }
+extern "C" int64_t scratch_of(const pseuzo::WindowStep* step) {
+  return pseuzo::window_step_scratch(*step);
+}
 extern "C" int window_step(const pseuzo::WindowStep* step, int order) {
   emulated::order = static_cast<emulated::Order>(order);
   return pseuzo::launch_window_step(*step, nullptr);
@@ -31,12 +34,32 @@ extern "C" int64_t size_of() { return sizeof(pseuzo::WindowStep); }
 """
 
 POINTERS = (
-    "values", "seeds", "groups", "counts", "skipped", "o0", "o1", "grad", "group", "loss",
-    "seeds_out", "coefs", "found_inf", "scratch",
-)  # fmt: skip
+    "values",
+    "seeds",
+    "groups",
+    "counts",
+    "skipped",
+    "o0",
+    "o1",
+    "grad",
+    "group",
+    "loss",
+    "seeds_out",
+    "coefs",
+    "found_inf",
+    "scratch",
+)
 INTEGERS = (
-    "capacity", "rows_max", "positions_max", "width", "rows", "positions", "seed", "slot", "used",
-)  # fmt: skip
+    "capacity",
+    "rows_max",
+    "positions_max",
+    "width",
+    "rows",
+    "positions",
+    "seed",
+    "slot",
+    "used",
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -63,10 +86,23 @@ def cuda_include() -> Path | None:
 def build(folder: Path, threads: int, blocks: int) -> ctypes.CDLL:
     path = folder / f"window_{threads}_{blocks}.so"
     command = [
-        GXX, "-x", "c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC",
-        f"-DPSEUZO_WINDOW_THREADS={threads}", f"-DPSEUZO_WINDOW_BLOCKS={blocks}",
-        f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc/window'}", f"-isystem{cuda_include()}", "-", "-o", str(path),
-    ]  # fmt: skip
+        GXX,
+        "-x",
+        "c++",
+        "-std=c++20",
+        "-O1",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+        f"-DPSEUZO_WINDOW_THREADS={threads}",
+        f"-DPSEUZO_WINDOW_BLOCKS={blocks}",
+        f"-I{ROOT / 'tests'}",
+        f"-I{ROOT / 'csrc/window'}",
+        f"-isystem{cuda_include()}",
+        "-",
+        "-o",
+        str(path),
+    ]
     subprocess.run(command, input=WRAPPER, text=True, check=True)
     library = ctypes.CDLL(str(path))
     for function in (library.scratch_of, library.size_of):
@@ -114,7 +150,8 @@ class Bands:
 def emulate(
     library, order, values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, *scalars
 ):
-    """pseuzo::window_step as csrc/window/cuda.cpp calls it; the tensors of the state must be contiguous."""
+    """pseuzo::window_step as csrc/window/cuda.cpp calls it; the tensors of the state must be
+    contiguous."""
     seed, slot, used, momentum, eps = scalars
     bands = Bands()
     nan = float("nan")
@@ -126,15 +163,27 @@ def emulate(
     if o0 is not None and o0.dtype != o1.dtype:
         o0, o1 = o0.float(), o1.float()
     tensors = {
-        "values": values, "seeds": seeds, "groups": groups, "counts": counts, "skipped": skipped,
-        "o0": o0, "o1": o1, "grad": grad, "group": group, "loss": loss, **out,
-    }  # fmt: skip
+        "values": values,
+        "seeds": seeds,
+        "groups": groups,
+        "counts": counts,
+        "skipped": skipped,
+        "o0": o0,
+        "o1": o1,
+        "grad": grad,
+        "group": group,
+        "loss": loss,
+        **out,
+    }
     numbers = (*values.shape, o1.shape[0], o1.shape[1], seed, slot, used)
     step = WindowStep(
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
         **dict(zip(INTEGERS, numbers, strict=True)),
-        momentum=momentum, eps=eps, o_dtype=DTYPES[o1.dtype], grad_dtype=DTYPES[grad.dtype],
-    )  # fmt: skip
+        momentum=momentum,
+        eps=eps,
+        o_dtype=DTYPES[o1.dtype],
+        grad_dtype=DTYPES[grad.dtype],
+    )
     scratch = bands.copy(
         torch.full((library.scratch_of(ctypes.byref(step)),), nan, dtype=torch.float64)
     )
@@ -163,7 +212,8 @@ def random_state(generator, capacity, rows_max, positions_max, width, n_groups):
 
 
 def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3, shift=0):
-    """inputs: o0, o1, grad, group, loss. The emulated kernel against the reference, in all orders to the bit."""
+    """inputs: o0, o1, grad, group, loss. The emulated kernel against the reference, in all orders
+    to the bit."""
     o0, o1, grad, group, _ = inputs
     rows = o1.shape[0]
     want_state = [t.clone() for t in state]
@@ -174,7 +224,8 @@ def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3,
     size = reference.window_step(
         *sizes, None, change, grad.abs(), group, None, seed, slot, used, momentum, eps
     )[1]
-    # fp32 chains of one thread: at most 4 columns of each row in a dot; sum over rows; mean; product; result
+    # fp32 chains of one thread: at most 4 columns of each row in a dot; sum over rows; mean;
+    # product; result
     tol = (4 * rows + 2 * rows + 4) * U32
 
     first = None
@@ -363,7 +414,16 @@ def test_nvcc_compiles(tmp_path):
         "2",
     ]
     run = subprocess.run(
-        [NVCC, "-c", *flags, *archs, str(ROOT / "csrc/window/window.cu"), "-o", str(tmp_path / "window.o")],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            NVCC,
+            "-c",
+            *flags,
+            *archs,
+            str(ROOT / "csrc/window/window.cu"),
+            "-o",
+            str(tmp_path / "window.o"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,5 @@
-"""EmaWindow on a GPU: its values, that steps are deterministic and wait for nothing, and that they can be captured."""
+"""EmaWindow on a GPU: its values, that steps are deterministic and wait for nothing, and that they
+can be captured."""
 
 import math
 
@@ -28,8 +29,8 @@ def test_gpu_matches_formula(grouped, dtype, width, capacity):
         # the sums of the sizes of all terms, also of those that cancel in a mean
         sizes = size.step(step, None, (o1.float() - o0.float()).abs(), grad.abs(), groups)[1]
         assert seeds.tolist() == want_seeds and coefs.is_cuda
-        # fp32 chains of one thread: 4 columns of each row in a dot, the sum over rows, an old mean of up to 33 rows,
-        # product, result
+        # fp32 chains of one thread: 4 columns of each row in a dot, the sum over rows, an old mean
+        # of up to 33 rows, product, result
         tol = (5 * rows + 33 + 8) * U32
         assert ((coefs.cpu().double() - want_coefs).abs() <= tol * sizes).all()
 

@@ -1,4 +1,5 @@
-"""EmaWindow.propose and commit: a step in two halves, of which the first changes nothing that the window holds."""
+"""EmaWindow.propose and commit: a step in two halves, of which the first changes nothing that the
+window holds."""
 
 import math
 
@@ -47,7 +48,7 @@ def test_a_step_is_a_proposal_and_its_commit(Window):
 
 @pytest.mark.parametrize("held", [0, 1, 3, 5])
 def test_a_proposal_that_is_not_committed_leaves_no_trace(Window, held):
-    """Nor does one that is not finite, that grows the ring, or that starts anew with another width."""
+    """Nor does one that is not finite, grows the ring, or starts anew with another width."""
     generator = torch.Generator().manual_seed(1)
     got, want = (Window(3, momentum=0.7) for _ in range(2))
     for step in range(held):
@@ -132,7 +133,8 @@ def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
 
 
 def test_momentum_eps_and_a_new_start(Window):
-    """Given to propose, they are those of a window that was made or cleared with them; the window keeps its own."""
+    """Given to propose, they are those of a window that was made or cleared with them; the window
+    keeps its own."""
     generator = torch.Generator().manual_seed(5)
     got, want = Window(3, momentum=1.0, eps=1.0), Window(3, momentum=0.5, eps=0.25)
     for step in range(5):

@@ -32,7 +32,13 @@ def values(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_close_normal(got, want, K):
-    """Fast logarithm, sine and cosine: 5e-5 a term at worst (near a radius of 0), and a rounding of the result."""
+    """Fast logarithm, sine and cosine: 5e-5 a term at worst (near a radius of 0), and a rounding of
+    the result."""
     want = want.cpu().float()
-    torch.testing.assert_close(got.cpu().float(), want, rtol=2**-8 if got.dtype is torch.bfloat16 else 2**-10,
-                               atol=5e-5 * K, equal_nan=True)  # fmt: skip
+    torch.testing.assert_close(
+        got.cpu().float(),
+        want,
+        rtol=2**-8 if got.dtype is torch.bfloat16 else 2**-10,
+        atol=5e-5 * K,
+        equal_nan=True,
+    )

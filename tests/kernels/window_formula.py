@@ -19,7 +19,8 @@ needs_native = pytest.mark.skipif(
 
 
 class Formula:
-    """c_k = momentum^age * sum over groups g and positions of <mean_k,g, sum of grad over g> / eps, in float64."""
+    """c_k = momentum^age * sum over groups g and positions of <mean_k,g, sum of grad over g> / eps,
+    in float64."""
 
     def __init__(self, capacity, momentum=1.0, eps=1e-3):
         self.capacity, self.momentum, self.eps = capacity, momentum, eps
@@ -65,8 +66,8 @@ def draw(generator, rows, positions, width, dtype=torch.float32, g_dtype=torch.f
 
 
 def assert_near(coefs, want, sizes):
-    # Sums are in fp64. Two roundings to fp32 remain, each half an ulp on either side of the comparison:
-    # of a kept mean, relative to the size of its terms, and of the result.
+    # Sums are in fp64. Two roundings to fp32 remain, each half an ulp on either side of the
+    # comparison: of a kept mean, relative to the size of its terms, and of the result.
     if isinstance(want, torch.Tensor):
         want = want.double().cpu()
     assert ((coefs.double().cpu() - want).abs() <= 2 * U32 * (sizes + want.abs())).all(), (
