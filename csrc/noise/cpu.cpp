@@ -1,6 +1,6 @@
 // The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_steps_, add_noise_rows.
 //
-// Here arguments are checked and the work is shared out among threads; the arithmetic is in cpu_isa.cpp.
+// This file checks arguments and divides the work among threads; the arithmetic is in cpu_isa.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -8,131 +8,26 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "cpu_task.h"
+#include "cpu_terms.h"
 #include "isa.h"
 #include "noise.h"
 
 namespace pseuzo {
 namespace {
 
-// ---- arguments
-
-struct NamedNoise {
-  const char* name;
-  Noise noise;
-};
-constexpr NamedNoise kNoises[] = {
-    {"hadamard", Noise::kHadamard},
-    {"hadamard-fp16", Noise::kHadamardFp16},
-    {"normal", Noise::kNormal},
-    {"rademacher", Noise::kRademacher},
-};
-
-// None if the noise is not implemented here: the reference then makes it, or refuses it.
-std::optional<Noise> noise_of(std::string_view name) {
-  for (const NamedNoise& known : kNoises)
-    if (name == known.name) return known.noise;
-  return std::nullopt;
-}
-
-// The reference is registered for all backends at once, and so answers where no backend is asked for.
+// Calls the reference: it is registered for every backend, so it is what runs for none.
 template <typename Op, typename... Args>
 auto in_plain_torch(const char* name, Op*, const Args&... args) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
   return op.redispatch(c10::DispatchKeySet(), args...);
 }
-
-Dtype dtype_of(const char* op, const at::Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return Dtype::kFp32;
-  if (x.scalar_type() == at::kBFloat16) return Dtype::kBf16;
-  TORCH_CHECK(x.scalar_type() == at::kHalf, op, ": x must be float32, bfloat16 or float16, got ", x.scalar_type(),
-              "; convert it");
-  return Dtype::kFp16;
-}
-
-void check_dense(const char* op, const char* name, const at::Tensor& x) {
-  TORCH_CHECK(x.device().is_cpu(), op, ": ", name, " must be on the CPU, got ", x.device(), "; call once per device");
-  TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous, got strides ", x.strides(),
-              "; call .contiguous()");
-  const int64_t n_bytes = static_cast<int64_t>(x.storage().nbytes());
-  TORCH_CHECK(x.numel() == 0 || n_bytes >= (x.storage_offset() + x.numel()) * x.element_size(), op, ": the memory of ",
-              name, " was freed (its storage has ", n_bytes, " bytes), as offloading and sharding do; call ", op,
-              " while it is there");
-}
-
-// The seeds, hashed, and the coefficients, rounded: all tensors of a call share them. counts: how many each step has.
-struct Terms {
-  std::vector<uint64_t> hashes;
-  std::vector<float> coefs;
-  std::vector<float> powers;  // one a step: a factor of its sums beside the scale; NaN: the step is skipped
-  Noise noise;
-
-  Terms(const char* op, const at::Tensor& seeds, const at::Tensor& coefs_in, at::IntArrayRef counts, Noise noise)
-      : noise(noise) {
-    check_dense(op, "seeds", seeds);
-    check_dense(op, "coefs", coefs_in);
-    TORCH_CHECK(seeds.scalar_type() == at::kLong, op, ": seeds must be int64, got ", seeds.scalar_type());
-    TORCH_CHECK(coefs_in.scalar_type() == at::kFloat, op, ": coefs must be float32, got ", coefs_in.scalar_type());
-    TORCH_CHECK(seeds.numel() == coefs_in.numel(), op, ": as many coefs as seeds are needed, got ", seeds.numel(),
-                " seeds and ", coefs_in.numel(), " coefs");
-    const int64_t* const s = seeds.const_data_ptr<int64_t>();
-    const float* const c = coefs_in.const_data_ptr<float>();
-    const FloatMode mode;
-    hashes.resize(seeds.numel());
-    std::transform(s, s + seeds.numel(), hashes.begin(), splitmix64);
-    coefs.assign(c, c + seeds.numel());
-    float* of_step = coefs.data();
-    for (const int64_t count : counts) {
-      if (noise_for(count) == Noise::kHadamardFp16) {
-        powers.push_back(fp16_coefs(of_step, count));
-      } else {
-        std::transform(of_step, of_step + count, of_step, round17);
-        const bool finite = std::all_of(of_step, of_step + count, [](float c) { return std::isfinite(c); });
-        powers.push_back(finite ? 1 : std::numeric_limits<float>::quiet_NaN());
-      }
-      of_step += count;
-    }
-  }
-
-  // Whether a step changes nothing, since a coefficient is not finite.
-  bool skips(int64_t step) const { return std::isnan(powers[step]); }
-
-  // A single term is not rounded to half precision.
-  Noise noise_for(int64_t K) const { return noise == Noise::kHadamardFp16 && K < 2 ? Noise::kHadamard : noise; }
-
-  float scale_for(int64_t step, double noise_scale) const {
-    const FloatMode mode;
-    const bool hadamard = noise == Noise::kHadamard || noise == Noise::kHadamardFp16;
-    return static_cast<float>((hadamard ? kHadamardScale : 1.0) * noise_scale) * powers[step];
-  }
-
-  // Gives tasks their seeds, which depend on their streams and are kept in `room`.
-  void set(std::vector<Task>& tasks, std::vector<Seed>& room) const {
-    const int keys = noise == Noise::kNormal ? 2 : 1;
-    room.clear();
-    for (const Task& task : tasks)
-      for (int i = 0; i < keys; i++)
-        for (int64_t k = task.first_term; k < task.first_term + task.K; k++)
-          room.push_back(make_seed(hashes[k], task.stream, i ? kKeyNoiseHigh : kKeyNoise, coefs[k]));
-    const Seed* seeds = room.data();
-    for (Task& task : tasks) {
-      task.noise = noise_for(task.K);
-      task.seeds = seeds;
-      seeds += keys * task.K;
-    }
-  }
-};
-
-// A thread that has fewer chunks is not worth waking: about 30,000 normals.
-int64_t grain_of(const Terms& terms) { return std::max<int64_t>(1, 16 / std::max<int64_t>(1, terms.hashes.size())); }
 
 // ---- the ops
 
@@ -143,11 +38,13 @@ struct Piece {
   std::vector<Task> tasks;  // one; or several in a row, all in place
 };
 
-// Chunks that several tasks go over in turn, before the next ones are read: 16 or 32 KiB stay in the L1 cache.
+// Several tasks go over so many chunks in turn before the next ones are read: 16 or 32 KiB stay in
+// the L1 cache.
 constexpr int64_t kBlock = 4;
 
 void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
-  // Chunks of all tensors in one row, so that a list of a thousand small ones is shared out as one large one is.
+  // The chunks of all tensors are numbered in one row, so a list of a thousand small tensors is
+  // divided as a large one is.
   std::vector<int64_t> starts;
   int64_t total = 0;
   for (const Piece& piece : pieces) {
@@ -168,29 +65,33 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
       const int64_t size = tasks[0].dtype == Dtype::kFp32 ? 4 : 2;
       const int64_t stop = std::min(piece.n, (end - starts[t]) * kChunk);
       const int64_t block = tasks.size() == 1 ? stop : kBlock * kChunk;
-      for (int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk; first < stop; first += block) {
+      for (int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk; first < stop;
+           first += block) {
         const int64_t last = std::min(stop, first + block);
         const char* const src = piece.src ? piece.src + first * size : nullptr;
-        for (const Task& task : tasks) isa->add_noise_span(task, first, last, src, piece.dst + first * size);
+        for (const Task& task : tasks)
+          isa->add_noise_span(task, first, last, src, piece.dst + first * size);
       }
     }
   });
 }
 
 // in_place: xs is out, and tensors with scale 0 are left alone. Else xs is empty, or like out.
-void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place, const at::Tensor& seeds,
-                    const at::Tensor& coefs, at::IntArrayRef streams, at::ArrayRef<double> keeps,
-                    at::ArrayRef<double> scales, Noise noise, bool stochastic, int64_t rounding_seed,
+void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place,
+                    const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
+                    at::ArrayRef<double> keeps, at::ArrayRef<double> scales, Noise noise,
+                    bool stochastic, int64_t rounding_seed,
                     const std::optional<at::Tensor>& found_inf) {
-  TORCH_CHECK((xs.empty() || xs.size() == out.size()) && streams.size() == out.size() && keeps.size() == out.size() &&
-                  scales.size() == out.size(),
-              op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(), "), got ",
-              xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
+  TORCH_CHECK((xs.empty() || xs.size() == out.size()) && streams.size() == out.size() &&
+                  keeps.size() == out.size() && scales.size() == out.size(),
+              op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(),
+              "), got ", xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
   const Terms terms(op, seeds, coefs, seeds.numel(), noise);
   if (found_inf) {
     check_dense(op, "found_inf", *found_inf);
     TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
-                ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ", found_inf->sizes());
+                ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ",
+                found_inf->sizes());
   }
   std::vector<Piece> pieces;
   for (size_t t = 0; t < out.size(); t++) {
@@ -210,14 +111,17 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     const char* src = in_place ? dst : nullptr;
     if (!in_place && !xs.empty()) {
       check_dense(op, "x", xs[t]);
-      TORCH_CHECK(xs[t].numel() == y.numel() && xs[t].scalar_type() == y.scalar_type(), op, ": out must be like x, ",
-                  xs[t].sizes(), " ", xs[t].scalar_type(), ", got ", y.sizes(), " ", y.scalar_type());
+      TORCH_CHECK(xs[t].numel() == y.numel() && xs[t].scalar_type() == y.scalar_type(), op,
+                  ": out must be like x, ", xs[t].sizes(), " ", xs[t].scalar_type(), ", got ",
+                  y.sizes(), " ", y.scalar_type());
       src = static_cast<const char*>(xs[t].const_data_ptr());
     }
     pieces.push_back({src, dst, y.numel(), {task}});
   }
-  // Nothing is written before all arguments are known to be good; nothing at all where there is nothing to do.
-  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; })) return;
+  // All arguments have been checked before anything is written. With nothing to do, nothing is
+  // written at all: not found_inf either.
+  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
+    return;
   bool skipped = terms.skips(0);
   if (found_inf) {
     float* const found = found_inf->mutable_data_ptr<float>();
@@ -232,53 +136,57 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
   }
 }
 
-void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
-                         at::ArrayRef<double> keeps, at::ArrayRef<double> scales, std::string_view noise,
-                         bool stochastic, int64_t rounding_seed, const std::optional<at::Tensor>& found_inf) {
+void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                         at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                         at::ArrayRef<double> scales, std::string_view noise, bool stochastic,
+                         int64_t rounding_seed, const std::optional<at::Tensor>& found_inf) {
   const auto known = noise_of(noise);
   if (!known) {
-    return in_plain_torch("pseuzo::add_noise_list_", add_noise_list_cpu_, xs, seeds, coefs, streams, keeps, scales,
-                          noise, stochastic, rounding_seed, found_inf);
+    return in_plain_torch("pseuzo::add_noise_list_", add_noise_list_cpu_, xs, seeds, coefs, streams,
+                          keeps, scales, noise, stochastic, rounding_seed, found_inf);
   }
-  add_noise_list("add_noise_list_", xs, xs, true, seeds, coefs, streams, keeps, scales, *known, stochastic,
-                 rounding_seed, found_inf);
+  add_noise_list("add_noise_list_", xs, xs, true, seeds, coefs, streams, keeps, scales, *known,
+                 stochastic, rounding_seed, found_inf);
 }
 
 void add_noise_list_out_cpu(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
-                            at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
-                            std::string_view noise, bool stochastic, int64_t rounding_seed,
-                            const std::optional<at::Tensor>& found_inf, at::TensorList out) {
+                            at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                            at::ArrayRef<double> scales, std::string_view noise, bool stochastic,
+                            int64_t rounding_seed, const std::optional<at::Tensor>& found_inf,
+                            at::TensorList out) {
   const auto known = noise_of(noise);
   if (!known) {
-    return in_plain_torch("pseuzo::add_noise_list_out", add_noise_list_out_cpu, xs, seeds, coefs, streams, keeps,
-                          scales, noise, stochastic, rounding_seed, found_inf, out);
+    return in_plain_torch("pseuzo::add_noise_list_out", add_noise_list_out_cpu, xs, seeds, coefs,
+                          streams, keeps, scales, noise, stochastic, rounding_seed, found_inf, out);
   }
-  add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, *known, stochastic,
-                 rounding_seed, found_inf);
+  add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, *known,
+                 stochastic, rounding_seed, found_inf);
 }
 
-void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef counts,
-                          at::IntArrayRef streams, at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
+void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                          at::IntArrayRef counts, at::IntArrayRef streams,
+                          at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
                           std::string_view noise, bool stochastic, at::IntArrayRef rounding_seeds) {
   const char* const op = "add_noise_steps_";
   const auto known = noise_of(noise);
   if (!known) {
-    return in_plain_torch("pseuzo::add_noise_steps_", add_noise_steps_cpu_, xs, seeds, coefs, counts, streams, keeps,
-                          scales, noise, stochastic, rounding_seeds);
+    return in_plain_torch("pseuzo::add_noise_steps_", add_noise_steps_cpu_, xs, seeds, coefs,
+                          counts, streams, keeps, scales, noise, stochastic, rounding_seeds);
   }
   const size_t steps = counts.size();
-  TORCH_CHECK(streams.size() == xs.size() && rounding_seeds.size() == steps && keeps.size() == steps * xs.size() &&
-                  scales.size() == keeps.size(),
-              op, ": streams must be one per tensor (", xs.size(), "), rounding_seeds one per step (", steps,
-              "), keeps and scales one per step and tensor, got ", streams.size(), ", ", rounding_seeds.size(), ", ",
-              keeps.size(), ", ", scales.size());
+  TORCH_CHECK(streams.size() == xs.size() && rounding_seeds.size() == steps &&
+                  keeps.size() == steps * xs.size() && scales.size() == keeps.size(),
+              op, ": streams must be one per tensor (", xs.size(),
+              "), rounding_seeds one per step (", steps,
+              "), keeps and scales one per step and tensor, got ", streams.size(), ", ",
+              rounding_seeds.size(), ", ", keeps.size(), ", ", scales.size());
   int64_t total = 0;
   for (const int64_t count : counts) {
     TORCH_CHECK(count >= 0, op, ": counts must not be negative, got ", count);
     total += count;
   }
-  TORCH_CHECK(total == seeds.numel(), op, ": counts must add up to the number of seeds, ", seeds.numel(), ", got ",
-              total);
+  TORCH_CHECK(total == seeds.numel(), op, ": counts must add up to the number of seeds, ",
+              seeds.numel(), ", got ", total);
   const Terms terms(op, seeds, coefs, counts, *known);
   std::vector<Piece> pieces;
   for (size_t t = 0; t < xs.size(); t++) {
@@ -305,16 +213,19 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
 
 // Only the chunks that the rows touch; a row that is looked up twice is made twice.
 at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
-                              const at::Tensor& coefs, int64_t stream, double scale, std::string_view noise) {
+                              const at::Tensor& coefs, int64_t stream, double scale,
+                              std::string_view noise) {
   const char* const op = "add_noise_rows";
   const auto known = noise_of(noise);
   if (!known) {
-    return in_plain_torch("pseuzo::add_noise_rows", add_noise_rows_cpu, x, index, seeds, coefs, stream, scale, noise);
+    return in_plain_torch("pseuzo::add_noise_rows", add_noise_rows_cpu, x, index, seeds, coefs,
+                          stream, scale, noise);
   }
   TORCH_CHECK(x.dim() == 2, op, ": x must have two dimensions, got shape ", x.sizes());
   check_dense(op, "x", x);
-  TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op, ": index must be int64 on the CPU, got ",
-              index.scalar_type(), " on ", index.device());
+  TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op,
+              ": index must be int64 on the CPU, got ", index.scalar_type(), " on ",
+              index.device());
   const Terms terms(op, seeds, coefs, seeds.numel(), *known);
   const int64_t n_rows = x.size(0), width = x.size(1);
   const at::Tensor rows = index.contiguous();
@@ -343,11 +254,13 @@ at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, cons
   char* const dst = static_cast<char*>(out.mutable_data_ptr());
   const Isa* const isa = chosen_isa();
   const int64_t chunks = width / kChunk + 1;
-  at::parallel_for(0, rows.numel(), std::max<int64_t>(1, grain_of(terms) / chunks), [&](int64_t begin, int64_t end) {
-    const FloatMode mode;
-    for (int64_t i = begin; i < end; i++)
-      isa->add_noise_span(task, row[i] * width, (row[i] + 1) * width, src + row[i] * n_bytes, dst + i * n_bytes);
-  });
+  at::parallel_for(0, rows.numel(), std::max<int64_t>(1, grain_of(terms) / chunks),
+                   [&](int64_t begin, int64_t end) {
+                     const FloatMode mode;
+                     for (int64_t i = begin; i < end; i++)
+                       isa->add_noise_span(task, row[i] * width, (row[i] + 1) * width,
+                                           src + row[i] * n_bytes, dst + i * n_bytes);
+                   });
   return out;
 }
 

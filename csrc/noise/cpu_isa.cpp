@@ -1,10 +1,11 @@
 // The vector code of the noise ops on the CPU, and which instruction set is used.
 //
-// One inner source, cpu_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen at run time; the bits
-// are the same. V columns of a chunk at a time, all 16 planes: their sums are made for all seeds before x is read, so x
-// is read and written once for any K. Arithmetic limits it: for 256 normals 106 vector instructions with AVX-512, for
-// which a core has two ports, and 16 stores of 512 bits, each of which keeps both ports busy for 0.6 cycles (measured
-// on a Xeon with AMX); with AVX2 290 instructions, on three ports.
+// One inner source, cpu_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen
+// at run time; the bits are the same. It does V columns of a chunk at a time, with all 16 planes:
+// their sums are made for all seeds before x is read, so x is read and written once for any K.
+// Arithmetic limits it: for 256 normals 106 vector instructions with AVX-512, for which a core has
+// two ports, and 16 stores of 512 bits, each of which keeps both ports busy for 0.6 cycles
+// (measured on a Xeon with AMX); with AVX2 290 instructions, on three ports.
 #include <c10/util/Exception.h>
 
 #include <atomic>
@@ -24,14 +25,16 @@
 #define PSEUZO_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(unroll n)
-#define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define PSEUZO_TARGET(isa) \
+  PSEUZO_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define PSEUZO_TARGET_END PSEUZO_PRAGMA(clang attribute pop)
 #pragma STDC FP_CONTRACT OFF
 #else
 #define PSEUZO_UNROLL(n) PSEUZO_PRAGMA(GCC unroll n)
 #define PSEUZO_TARGET(isa) PSEUZO_PRAGMA(GCC push_options) PSEUZO_PRAGMA(GCC target(isa))
 #define PSEUZO_TARGET_END PSEUZO_PRAGMA(GCC pop_options)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, hundreds of them
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header, hundreds of them
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
@@ -66,10 +69,11 @@ const std::vector<Isa>& isas() {  // the best first
     std::vector<Isa> isas;
 #ifdef PSEUZO_X86
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     isas.push_back({"avx512", avx512::add_noise_span, has_avx512});
     isas.push_back({"avx2", avx2::add_noise_span, has_avx2});
 #endif
@@ -85,7 +89,8 @@ const Isa* find_isa(const std::string& name) {
     if (isa.name == name && isa.supported) return &isa;
     if (isa.supported) known += (known.empty() ? "" : ", ") + std::string(isa.name);
   }
-  TORCH_CHECK(false, "PSEUZO_CPU_ISA: must be one of ", known, " on this CPU, got '", name, "'; unset it for the best");
+  TORCH_CHECK(false, "PSEUZO_CPU_ISA: must be one of ", known, " on this CPU, got '", name,
+              "'; unset it for the best");
 }
 
 const Isa* default_isa() {

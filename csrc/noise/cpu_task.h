@@ -1,4 +1,4 @@
-// What the ops of cpu.cpp ask of the vector code in cpu_isa.cpp: a task, and a function that does it.
+// A task of the noise ops, which cpu.cpp makes, and the vector code of cpu_isa.cpp that does it.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ enum class Dtype { kFp32, kBf16, kFp16 };
 
 constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
 
-// What is to be done to one tensor.
+// The work on one tensor.
 struct Task {
-  int64_t first_term;  // of the call's terms, where its K begin
+  int64_t first_term;  // its K terms begin there among those of the call
   int64_t K;
   const Seed* seeds;  // [K]; "normal": [2, K], for kKeyNoise and for kKeyNoiseHigh
   Noise noise;
@@ -29,7 +29,7 @@ struct Task {
   uint32_t stream;
   float keep;
   float scale;
-  bool noisy;  // else d = 0, and nothing is made
+  bool noisy;  // else the noise is 0, and none is made
 };
 
 // An instruction set that the vector code was compiled for.
@@ -42,7 +42,8 @@ struct Isa {
 
 const Isa* chosen_isa();
 
-// Rounding to nearest, subnormals kept: torch.set_flush_denormal and other libraries change that, for each thread.
+// Rounds to nearest and keeps subnormals while it lives: torch.set_flush_denormal and other
+// libraries change both, for each thread.
 class FloatMode {
  public:
 #if defined(PSEUZO_X86)

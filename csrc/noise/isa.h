@@ -6,8 +6,8 @@
 
 namespace pseuzo {
 
-std::string cpu_isa();                      // in use: "avx512", "avx2" or "plain"; PSEUZO_CPU_ISA chooses
-std::vector<std::string> cpu_isas();        // compiled in
+std::string cpu_isa();                // in use: "avx512", "avx2" or "plain"; PSEUZO_CPU_ISA chooses
+std::vector<std::string> cpu_isas();  // compiled in
 std::vector<std::string> cpu_noises();      // implemented: others run in plain torch
 void set_cpu_isa(const std::string& name);  // for tests
 

@@ -1,5 +1,5 @@
-// The noise contract for C++: which bits make z(seed, stream, i). pseuzo_kernels/reference.py defines it in full; here
-// are its constants and the work that is done once per seed. The vector code is in cpu_noise.inc.
+// The noise contract for C++: its constants, and the work that is done once per seed.
+// pseuzo_kernels/reference.py defines it in full; the vector code is in cpu_noise.inc.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 
 namespace pseuzo {
 
-// A chunk is 2048 consecutive elements of a tensor, 16 planes of 128 columns; a column has one Philox counter.
+// A chunk is 2048 consecutive elements of a tensor, 16 planes of 128 columns; a column has one
+// Philox counter.
 constexpr int kChunk = 2048, kPlanes = 16, kPlane = 128;
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;  // Salmon et al. 2011
@@ -33,7 +34,8 @@ inline uint64_t splitmix64(uint64_t seed) {
   return z ^ (z >> 31);
 }
 
-// 17 significant bits, halves away from zero. b has 7, so c * b is exact and an fma is the same bits as two roundings.
+// Rounds to 17 significant bits, halves away from zero. b has 7, so c * b is exact, and an fma
+// gives the same bits as two roundings.
 inline float round17(float c) {
   if (!std::isfinite(c)) return c;  // rounding the bits of a NaN can make -0
   uint32_t bits;
@@ -43,7 +45,8 @@ inline float round17(float c) {
   return c;
 }
 
-// Of "hadamard-fp16": makes c' of K coefs, in place, and returns 2^e. NaN if the largest is above 2^126 or not finite.
+// For "hadamard-fp16": makes c' from K coefs, in place, and returns 2^e, or NaN if the largest is
+// above 2^126 or not finite.
 inline float fp16_coefs(float* coefs, int64_t K) {
   uint32_t largest = 0;  // as an integer: NaN counts as larger than infinity
   for (int64_t k = 0; k < K; k++) {
@@ -59,8 +62,8 @@ inline float fp16_coefs(float* coefs, int64_t K) {
   return power;
 }
 
-// What Philox's first two rounds owe to the seed, the stream and the key alone: 11 vector multiplications in place
-// of 14.
+// What the first two rounds of Philox owe to the seed, the stream and the key alone. It saves 3 of
+// 14 vector multiplications.
 struct Seed {
   uint32_t round1_c2, round2_c0, round2_c2, round3_c2;
   float coef;  // already round17'd

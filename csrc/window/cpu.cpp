@@ -1,9 +1,10 @@
 // window_step on a CPU: one pass over the outputs and the paired rows of the window, sums in fp64.
 //
-// Alignment to the last position makes the paired part of every row contiguous, so all is rows by n = positions * width
-// columns. A task is the rows of one group by kTile columns: it sums do and grad over the rows, writes the mean of do,
-// and multiplies the sum of grad with the group's row of each old entry. Tasks are split into parts by their number
-// alone, and the sums of the parts are added in order, so the bits do not depend on the number of threads.
+// Alignment to the last position makes the paired part of every row contiguous, so all is rows by n
+// = positions * width columns. A task is the rows of one group by kTile columns: it sums do and
+// grad over the rows, writes the mean of do, and multiplies the sum of grad with the group's row of
+// each old entry. Tasks are split into parts by their number alone, and the sums of the parts are
+// added in order, so the bits do not depend on the number of threads.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -32,13 +33,15 @@ static_assert(kTile % kLanes == 0);
 float widened(float x) { return x; }
 float widened(at::BFloat16 x) { return x; }
 
-// With masks in place of branches the loop over it becomes SIMD. Subnormals stay exact where the CPU flushes them.
+// It has masks instead of branches, so that a loop over it becomes SIMD. Subnormals stay exact even
+// if the CPU flushes them.
 float widened(at::Half x) {
   const uint32_t size = x.x & 0x7FFF, sign = static_cast<uint32_t>(x.x & 0x8000) << 16;
   const uint32_t is_subnormal = -static_cast<uint32_t>(size < 0x400);
   const uint32_t is_not_finite = -static_cast<uint32_t>(size >= 0x7C00);
   const uint32_t normal = (size << 13) + 0x38000000 + (is_not_finite & 0x38000000);
-  const uint32_t subnormal = c10::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f);
+  const uint32_t subnormal =
+      c10::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f);
   return c10::bit_cast<float>((is_subnormal & subnormal) | (~is_subnormal & normal) | sign);
 }
 
@@ -91,11 +94,13 @@ struct Pairing {
   std::vector<int64_t> leaders;
   std::vector<int32_t> sizes;  // of the leaders' groups
   std::vector<int64_t> next;   // next row of the same group, -1 after the last; one per row
-  std::vector<int64_t> old;    // [entries, leaders]: the paired row of values, slot * rows_max + i; -1: none
+  std::vector<int64_t>
+      old;  // [entries, leaders]: the paired row of values, slot * rows_max + i; -1: none
 };
 
-Pairing pair_rows(const at::Tensor& groups, const at::Tensor& counts, const std::optional<at::Tensor>& group,
-                  int64_t rows, const std::vector<int64_t>& old_slots) {
+Pairing pair_rows(const at::Tensor& groups, const at::Tensor& counts,
+                  const std::optional<at::Tensor>& group, int64_t rows,
+                  const std::vector<int64_t>& old_slots) {
   Pairing p;
   p.next.assign(rows, -1);
   const int64_t* ids = group ? group->const_data_ptr<int64_t>() : nullptr;
@@ -128,17 +133,19 @@ Pairing pair_rows(const at::Tensor& groups, const at::Tensor& counts, const std:
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cpu(
-    const at::Tensor& values, const at::Tensor& seeds, const at::Tensor& groups, const at::Tensor& counts,
-    const at::Tensor& skipped, const std::optional<at::Tensor>& o0, const at::Tensor& o1, const at::Tensor& grad,
-    const std::optional<at::Tensor>& group, const std::optional<at::Tensor>& loss, int64_t seed, int64_t slot,
-    int64_t used, double momentum, double eps) {
+    const at::Tensor& values, const at::Tensor& seeds, const at::Tensor& groups,
+    const at::Tensor& counts, const at::Tensor& skipped, const std::optional<at::Tensor>& o0,
+    const at::Tensor& o1, const at::Tensor& grad, const std::optional<at::Tensor>& group,
+    const std::optional<at::Tensor>& loss, int64_t seed, int64_t slot, int64_t used,
+    double momentum, double eps) {
   check_window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, slot, used);
   const int64_t capacity = values.size(0), rows_max = values.size(1), width = values.size(3);
   const int64_t rows = o1.size(0), n = o1.size(1) * width;
   const int64_t row_stride = values.size(2) * width, offset = row_stride - n;
 
   std::vector<int64_t> old_slots;  // oldest first
-  for (int64_t age = used - 1; age > 0; --age) old_slots.push_back((slot - age + capacity) % capacity);
+  for (int64_t age = used - 1; age > 0; --age)
+    old_slots.push_back((slot - age + capacity) % capacity);
   const int64_t n_old = used - 1;
   const Pairing pairing = pair_rows(groups, counts, group, rows, old_slots);
   const int64_t n_leaders = pairing.leaders.size();
@@ -150,7 +157,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cpu(
   std::vector<double> partial(parts * used, 0.0);  // [parts, used], newest last
 
   const auto run_task = [&](int64_t task, double* sums) {
-    const int64_t leader = task / tiles, column = task % tiles * kTile, m = std::min(kTile, n - column);
+    const int64_t leader = task / tiles, column = task % tiles * kTile,
+                  m = std::min(kTile, n - column);
     const int64_t padded = (m + kLanes - 1) / kLanes * kLanes;
     float d[kTile], e[kTile], clean[kTile];
     double sum_d[kTile], sum_e[kTile];
@@ -189,7 +197,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cpu(
   auto* const slot_counts = counts.mutable_data_ptr<int32_t>() + slot * rows_max;
   auto* const slot_groups = groups.mutable_data_ptr<int64_t>() + slot * rows_max;
   std::fill_n(slot_counts, rows_max, 0);
-  for (const auto row : c10::irange(rows)) slot_groups[row] = group ? group->const_data_ptr<int64_t>()[row] : row;
+  for (const auto row : c10::irange(rows))
+    slot_groups[row] = group ? group->const_data_ptr<int64_t>()[row] : row;
   for (const auto leader : c10::irange(n_leaders)) {
     slot_counts[pairing.leaders[leader]] = pairing.sizes[leader];
     std::fill_n(entry + pairing.leaders[leader] * row_stride, offset, 0.0f);
@@ -207,7 +216,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cpu(
     for (const auto part : c10::irange(parts)) sum += partial[part * used + k];
     c[k] = static_cast<float>(sum * (std::pow(momentum, static_cast<double>(used - 1 - k)) / eps));
     ok = ok && std::isfinite(c[k]);
-    seeds_out.mutable_data_ptr<int64_t>()[k] = seeds.const_data_ptr<int64_t>()[k == n_old ? slot : old_slots[k]];
+    seeds_out.mutable_data_ptr<int64_t>()[k] =
+        seeds.const_data_ptr<int64_t>()[k == n_old ? slot : old_slots[k]];
   }
   if (!loss_ok || !std::isfinite(c[n_old])) std::fill_n(slot_counts, rows_max, 0);
   if (!ok) std::fill_n(c, used, 0.0f);

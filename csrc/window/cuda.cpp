@@ -1,4 +1,5 @@
-// window_step on a GPU: checks, outputs and scratch, and the launch of window.cu. Nothing here waits for the device.
+// window_step on a GPU: checks, outputs, scratch, and the launch of window.cu. Nothing here waits
+// for the device.
 
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAException.h>
@@ -24,15 +25,17 @@ WindowDtype window_dtype(const at::Tensor& x) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cuda(
-    const at::Tensor& values, const at::Tensor& seeds, const at::Tensor& groups, const at::Tensor& counts,
-    const at::Tensor& skipped, const std::optional<at::Tensor>& o0, const at::Tensor& o1, const at::Tensor& grad,
-    const std::optional<at::Tensor>& group, const std::optional<at::Tensor>& loss, int64_t seed, int64_t slot,
-    int64_t used, double momentum, double eps) {
+    const at::Tensor& values, const at::Tensor& seeds, const at::Tensor& groups,
+    const at::Tensor& counts, const at::Tensor& skipped, const std::optional<at::Tensor>& o0,
+    const at::Tensor& o1, const at::Tensor& grad, const std::optional<at::Tensor>& group,
+    const std::optional<at::Tensor>& loss, int64_t seed, int64_t slot, int64_t used,
+    double momentum, double eps) {
   check_window_step(values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, slot, used);
   const c10::cuda::CUDAGuard guard(values.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
-  // The kernel takes one type for both outputs; a model's two forwards have one, so this copies next to never.
+  // The kernel takes one type for both outputs. A model's two forwards have one, so this hardly
+  // ever copies.
   const bool mixed = o0 && o0->scalar_type() != o1.scalar_type();
   const at::Tensor perturbed = mixed ? o1.to(at::kFloat) : o1;
   const at::Tensor clean = mixed ? o0->to(at::kFloat) : o0.value_or(at::Tensor());
@@ -72,7 +75,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> window_step_cuda(
   const int64_t length = window_step_scratch(step);
   at::Tensor scratch = at::empty({length}, values.options().dtype(at::kDouble));
   step.scratch = scratch.mutable_data_ptr<double>();
-  // Of its own stream order, so two streams, or a capture and the step after it, cannot share a ticket.
+  // Scratch is allocated in stream order, so two streams, or a capture and the step after it,
+  // cannot share a ticket.
   C10_CUDA_CHECK(cudaMemsetAsync(step.scratch + length - 1, 0, sizeof(double), stream));
   C10_CUDA_CHECK(launch_window_step(step, stream));
   return {seeds_out, coefs, found_inf};

@@ -1,13 +1,15 @@
-// window_step on a GPU: one launch writes the new entry, projects grad on the window and finishes the coefficients.
+// window_step on a GPU: one launch writes the new entry, projects grad on the window and finishes
+// the coefficients.
 //
-// Alignment to the last position makes the paired part of every row contiguous, so all is rows by n = positions * width
-// columns. A thread owns V columns; blockIdx.x runs over columns, blockIdx.y over rows, of which only those that are
-// the first of their group (leaders) have work. For a leader, a block sums do and grad over the rows of the group, so
-// that each row is read once, and multiplies the sum of grad with the group's row of each old entry.
+// Alignment to the last position makes the paired part of every row contiguous, so all is rows by n
+// = positions * width columns. A thread owns V columns; blockIdx.x runs over columns, blockIdx.y
+// over rows, of which only those that are the first of their group (leaders) have work. For a
+// leader, a block sums do and grad over the rows of the group, so that each row is read once, and
+// multiplies the sum of grad with the group's row of each old entry.
 //
-// Threads add in fp32; blocks and the last block, which adds the blocks' partial sums, in fp64. Every sum has a fixed
-// order and the grid depends on shapes alone, so equal inputs give equal bits. Blocks read old entries and write the
-// new one, so they need no order among themselves.
+// Threads add in fp32; blocks and the last block, which adds the blocks' partial sums, in fp64.
+// Every sum has a fixed order and the grid depends on shapes alone, so equal inputs give equal
+// bits. Blocks read old entries and write the new one, so they need no order among themselves.
 //
 // No torch headers, and nothing but barriers between threads: tests run this source on a CPU.
 
@@ -18,7 +20,8 @@
 #include "window.h"
 
 #ifndef PSEUZO_LAUNCH
-#define PSEUZO_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define PSEUZO_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 #ifndef PSEUZO_WINDOW_THREADS
 #define PSEUZO_WINDOW_THREADS 256
@@ -31,13 +34,15 @@ namespace pseuzo {
 namespace {
 
 constexpr int kThreads = PSEUZO_WINDOW_THREADS;  // per block
-constexpr int kBlocks = PSEUZO_WINDOW_BLOCKS;    // rows are spread over blocks until there are so many
-constexpr int kTile = 16;                        // old entries at a time, one accumulator each
-constexpr int kBatch = 4;                        // rows of a group at a time
-constexpr int kFinders = kThreads / kTile;       // threads that look for a group's row in one entry
-constexpr int kAdders = 8;                       // threads that add up one row of terms in a block
-constexpr int kFinishers = 16;                   // threads that add up one coefficient over blocks
-static_assert(kThreads > kTile && kThreads % kTile == 0 && kThreads % kAdders == 0 && kThreads % kFinishers == 0);
+constexpr int kBlocks =
+    PSEUZO_WINDOW_BLOCKS;                   // rows are spread over blocks until there are so many
+constexpr int kTile = 16;                   // old entries at a time, one accumulator each
+constexpr int kBatch = 4;                   // rows of a group at a time
+constexpr int kFinders = kThreads / kTile;  // threads that look for a group's row in one entry
+constexpr int kAdders = 8;                  // threads that add up one row of terms in a block
+constexpr int kFinishers = 16;              // threads that add up one coefficient over blocks
+static_assert(kThreads > kTile && kThreads % kTile == 0 && kThreads % kAdders == 0 &&
+              kThreads % kFinishers == 0);
 
 __device__ inline bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
@@ -46,15 +51,18 @@ struct alignas(sizeof(T) * V) Vector {
   T x[V];
 };
 
-// x[i] = element at + i of source. BYTES per element; 0: ask dtype, slower but one code for all types.
+// x[i] = element at + i of source. BYTES per element; 0: ask dtype, slower but one code for all
+// types.
 template <int BYTES, int V>
 __device__ inline void load(const void* source, WindowDtype dtype, int64_t at, float (&x)[V]) {
   if (BYTES == 4 || (BYTES == 0 && dtype == WindowDtype::kFloat)) {
-    const auto v = *reinterpret_cast<const Vector<float, V>*>(static_cast<const float*>(source) + at);
+    const auto v =
+        *reinterpret_cast<const Vector<float, V>*>(static_cast<const float*>(source) + at);
 #pragma unroll
     for (int i = 0; i < V; ++i) x[i] = v.x[i];
   } else {
-    const auto v = *reinterpret_cast<const Vector<uint16_t, V>*>(static_cast<const uint16_t*>(source) + at);
+    const auto v =
+        *reinterpret_cast<const Vector<uint16_t, V>*>(static_cast<const uint16_t*>(source) + at);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       x[i] = dtype == WindowDtype::kHalf ? __half2float(__ushort_as_half(v.x[i]))
@@ -87,8 +95,10 @@ __device__ inline bool is_leader(const int64_t* group, int64_t row) {
   return s_found == 0;
 }
 
-// Lists the rows of group id among kThreads rows from `first` on, in order; returns how many they are.
-__device__ inline int list_members(const int64_t* group, int64_t rows, int64_t id, int64_t first, int64_t* s_members) {
+// Lists the rows of group id among kThreads rows from `first` on, in order; returns how many they
+// are.
+__device__ inline int list_members(const int64_t* group, int64_t rows, int64_t id, int64_t first,
+                                   int64_t* s_members) {
   __shared__ int s_match[kThreads];
   const int64_t row = first + threadIdx.x;
   const int match = row < rows && group[row] == id;
@@ -105,8 +115,10 @@ __device__ inline int list_members(const int64_t* group, int64_t rows, int64_t i
   return total;
 }
 
-// s_old[e]: the row of values, slot * rows_max + i, that old entry tile + e has for the group of `row`; -1: none.
-__device__ inline void find_old_rows(const WindowStep& step, int64_t row, int64_t tile, int64_t* s_old) {
+// s_old[e]: the row of values, slot * rows_max + i, that old entry tile + e has for the group of
+// `row`; -1: none.
+__device__ inline void find_old_rows(const WindowStep& step, int64_t row, int64_t tile,
+                                     int64_t* s_old) {
   const int64_t n_old = step.used - 1;
   __syncthreads();  // the last rows have been read
   if (threadIdx.x < kTile) {
@@ -130,10 +142,12 @@ __device__ inline void find_old_rows(const WindowStep& step, int64_t row, int64_
   __syncthreads();
 }
 
-// partials[(tile + e) * blocks] += the block's sum of acc[e]; likewise own for the newest entry. Clears acc and own.
-__device__ inline void flush(const WindowStep& step, float (&acc)[kTile], float& own, int64_t tile, double* s_sums,
-                             double* partials, int64_t blocks) {
-  __shared__ float s_terms[kTile + 1][kThreads + kAdders];  // padded: the adders of 4 rows read 32 banks
+// partials[(tile + e) * blocks] += the block's sum of acc[e]; likewise own for the newest entry.
+// Clears acc and own.
+__device__ inline void flush(const WindowStep& step, float (&acc)[kTile], float& own, int64_t tile,
+                             double* s_sums, double* partials, int64_t blocks) {
+  __shared__ float s_terms[kTile + 1]
+                          [kThreads + kAdders];  // padded: the adders of 4 rows read 32 banks
   const int thread = threadIdx.x;
 #pragma unroll
   for (int e = 0; e < kTile; ++e) {
@@ -157,11 +171,11 @@ __device__ inline void flush(const WindowStep& step, float (&acc)[kTile], float&
   }
 }
 
-// Adds some rows to the sums. All loads come before the first use: one wait for the memory, not one per row. A row of
-// -1 adds nothing, and the first is never -1.
+// Adds some rows to the sums. All loads come before the first use: one wait for the memory, not one
+// per row. A row of -1 adds nothing, and the first is never -1.
 template <int O, int G, int V, int N>
-__device__ inline void add_rows(const WindowStep& step, const int64_t (&rows)[N], int64_t column, float& own,
-                                float (&sum_do)[V], float (&sum_e)[V]) {
+__device__ inline void add_rows(const WindowStep& step, const int64_t (&rows)[N], int64_t column,
+                                float& own, float (&sum_do)[V], float (&sum_e)[V]) {
   const bool difference = step.o0 == nullptr;
   float d[N][V], e[N][V], clean[N][V];
 #pragma unroll
@@ -184,7 +198,8 @@ __device__ inline void add_rows(const WindowStep& step, const int64_t (&rows)[N]
   }
 }
 
-// Adds the blocks' partial sums, in the last block; not inlined into every instantiation of the kernel.
+// Adds the blocks' partial sums, in the last block; not inlined into every instantiation of the
+// kernel.
 __device__ __noinline__ void finish(const WindowStep& step, int64_t blocks) {
   __shared__ double s_sums[kThreads];
   __shared__ int s_bad, s_drop;
@@ -218,7 +233,8 @@ __device__ __noinline__ void finish(const WindowStep& step, int64_t blocks) {
     step.seeds_out[k] = k == step.used - 1 ? step.seed : step.seeds[slot_of(step, k)];
   }
   if (s_drop) {
-    for (int64_t i = thread; i < step.rows_max; i += kThreads) step.counts[step.slot * step.rows_max + i] = 0;
+    for (int64_t i = thread; i < step.rows_max; i += kThreads)
+      step.counts[step.slot * step.rows_max + i] = 0;
   }
   if (thread == 0) {
     step.seeds[step.slot] = step.seed;
@@ -229,7 +245,8 @@ __device__ __noinline__ void finish(const WindowStep& step, int64_t blocks) {
 }
 
 template <int O, int G, int V>
-__global__ void __launch_bounds__(kThreads, 2) window_step_kernel(const __grid_constant__ WindowStep step) {
+__global__ void __launch_bounds__(kThreads, 2)
+    window_step_kernel(const __grid_constant__ WindowStep step) {
   __shared__ int64_t s_members[kThreads];
   __shared__ int64_t s_old[kTile];
   __shared__ double s_sums[(kTile + 1) * kAdders];
@@ -247,7 +264,8 @@ __global__ void __launch_bounds__(kThreads, 2) window_step_kernel(const __grid_c
   const int64_t n_old = step.used - 1;
   const bool one_tile = n_old <= kTile;
 
-  for (int64_t k = thread; k < step.used; k += kThreads) partials[k * blocks] = 0;  // flush has barriers
+  for (int64_t k = thread; k < step.used; k += kThreads)
+    partials[k * blocks] = 0;  // flush has barriers
 
   float own = 0, acc[kTile] = {};
   for (int64_t row = blockIdx.y; row < step.rows_max; row += gridDim.y) {
@@ -294,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, 2) window_step_kernel(const __grid_c
 #pragma unroll
             for (int i = 0; i < V; ++i) old[e][i] = 0;
             if (s_old[e] >= 0)
-              load<4>(step.values, WindowDtype::kFloat, s_old[e] * row_stride + offset + column, old[e]);
+              load<4>(step.values, WindowDtype::kFloat, s_old[e] * row_stride + offset + column,
+                      old[e]);
           }
 #pragma unroll
           for (int e = 0; e < kTile; ++e) {
@@ -315,7 +334,8 @@ __global__ void __launch_bounds__(kThreads, 2) window_step_kernel(const __grid_c
   // The last block to arrive sees what all others wrote, and finishes.
   __threadfence();
   __syncthreads();
-  if (thread == 0) s_last = atomicAdd(ticket_of(step, blocks), 1u) == static_cast<unsigned int>(blocks - 1);
+  if (thread == 0)
+    s_last = atomicAdd(ticket_of(step, blocks), 1u) == static_cast<unsigned int>(blocks - 1);
   __syncthreads();
   if (!s_last) return;
   __threadfence();
@@ -330,8 +350,8 @@ bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(
 // Columns per thread.
 int vector_of(const WindowStep& step) {
   const int64_t o = 4 * bytes_of(step.o_dtype), g = 4 * bytes_of(step.grad_dtype);
-  const bool four = step.width % 4 == 0 && aligned(step.values, 16) && aligned(step.o0, o) && aligned(step.o1, o) &&
-                    aligned(step.grad, g);
+  const bool four = step.width % 4 == 0 && aligned(step.values, 16) && aligned(step.o0, o) &&
+                    aligned(step.o1, o) && aligned(step.grad, g);
   return four ? 4 : 1;
 }
 
@@ -364,8 +384,8 @@ cudaError_t launch_window_step(const WindowStep& step, cudaStream_t stream) {
     kernel = o == 2 ? (g == 2 ? window_step_kernel<2, 2, 4> : window_step_kernel<2, 4, 4>)
                     : (g == 2 ? window_step_kernel<4, 2, 4> : window_step_kernel<4, 4, 4>);
   }
-  PSEUZO_LAUNCH(kernel, dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), dim3(kThreads), stream,
-                step);
+  PSEUZO_LAUNCH(kernel, dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)),
+                dim3(kThreads), stream, step);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,5 @@
-// The CUDA window step in plain types: kernels and launcher are in window.cu, their caller in cuda.cpp.
+// The CUDA window step in plain types: kernels and launcher are in window.cu, their caller in
+// cuda.cpp.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +10,8 @@ namespace pseuzo {
 
 enum class WindowDtype : int32_t { kFloat, kBFloat16, kHalf };
 
-// The arguments of window_step, see pseuzo_kernels/reference.py. All tensors are contiguous and on one device.
+// The arguments of window_step, see pseuzo_kernels/reference.py. All tensors are contiguous and on
+// one device.
 struct WindowStep {
   // State, written in place.
   float* values;     // [capacity, rows_max, positions_max, width]
@@ -27,7 +29,8 @@ struct WindowStep {
   int64_t* seeds_out;  // [used]
   float* coefs;        // [used]
   float* found_inf;    // [1]
-  // window_step_scratch() doubles. The last holds the ticket: zero bytes before the launch, and again after it.
+  // window_step_scratch() doubles. The last holds the ticket: zero bytes before the launch, and
+  // again after it.
   double* scratch;
   int64_t capacity, rows_max, positions_max, width;
   int64_t rows, positions;  // rows <= rows_max, positions <= positions_max

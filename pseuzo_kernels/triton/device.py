@@ -1,8 +1,8 @@
 """The noise contract as Triton device functions.
 
-`pseuzo_kernels.reference` defines what each of them computes. ASM picks inline PTX where Triton's own lowering costs more instructions. The interpreter has no
-PTX, so every such function has a twin in plain Triton with the same bits; both ways are compiled
-and tested.
+`pseuzo_kernels.reference` defines what each of them computes. ASM picks inline PTX where Triton's
+own lowering costs more instructions. The interpreter has no PTX, so every such function has a twin
+in plain Triton with the same bits; both ways are compiled and tested.
 """
 
 import triton

@@ -1,8 +1,9 @@
 """The noise kernels: x <- keep * x + scale * sum_k coefs[k] z(seeds[k], stream).
 
-Each element is read and written once for any K. Perturb, restore and update are all calls of them. A kernel makes 16 planes of noise a counter and
-adds up the K terms in registers; for "hadamard" one transform of 16 points then turns the sums into
-noise, once per launch instead of once per seed. `pseuzo_kernels.reference` defines every bit.
+Each element is read and written once for any K. Perturb, restore and update are all calls of them.
+A kernel makes 16 planes of noise a counter and adds up the K terms in registers; for "hadamard" one
+transform of 16 points then turns the sums into noise, once per launch instead of once per seed.
+`pseuzo_kernels.reference` defines every bit.
 """
 
 import triton

@@ -1,9 +1,11 @@
-// Runs CUDA kernels on one CPU core, so that tests can check their source: include this, then the .cu file as C++.
+// Runs CUDA kernels on one CPU core, so that tests can check their source: include this, then the
+// .cu file as C++.
 //
-// Each CUDA thread of a block is a fibre that runs until its next barrier; blocks run one after another. Kernels may use
-// barriers, __shared__, atomics and fences, but no warp intrinsics. The order of threads and blocks can be changed:
-// equal bits in all orders say that no result hangs on a race within a block, or on which block comes last. A barrier
-// that not all threads reach is an error. What this cannot show: whether fences between blocks suffice.
+// Each CUDA thread of a block is a fibre that runs until its next barrier; blocks run one after
+// another. Kernels may use barriers, __shared__, atomics and fences, but no warp intrinsics. The
+// order of threads and blocks can be changed: equal bits in all orders say that no result hangs on
+// a race within a block, or on which block comes last. A barrier that not all threads reach is an
+// error. What this cannot show: whether fences between blocks suffice.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -85,7 +87,8 @@ inline void run_block() {
       swapcontext(&scheduler, &fibres[thread].context);
     }
     for (const Fibre& fibre : fibres) {
-      if (fibre.barrier != fibres[0].barrier) error = cudaErrorLaunchFailure;  // not all are at the same barrier
+      if (fibre.barrier != fibres[0].barrier)
+        error = cudaErrorLaunchFailure;  // not all are at the same barrier
     }
   } while (error == cudaSuccess && fibres[0].barrier != 0);
 }
@@ -112,7 +115,9 @@ inline cudaError_t take_error() { return std::exchange(error, cudaSuccess); }
   ((void)stream, emulated::launch(kernel, grid, block, __VA_ARGS__))
 
 inline void __threadfence() {}
-inline unsigned int atomicAdd(unsigned int* at, unsigned int by) { return std::exchange(*at, *at + by); }
+inline unsigned int atomicAdd(unsigned int* at, unsigned int by) {
+  return std::exchange(*at, *at + by);
+}
 template <typename T>
 T __ldcg(const T* at) {
   return *at;
