@@ -11,7 +11,7 @@ from pseuzo.train.methods import METHODS, ZEROTH_ORDER
 from pseuzo.train.options import NOISES, OPTIONS, ROUNDINGS, ZeroOrderOptions
 from transformers import HfArgumentParser
 
-from pseuzo_kernels.checks import check_noise, check_rounding
+import pseuzo_kernels
 
 
 def test_nothing_heavy_is_imported():
@@ -36,10 +36,9 @@ def test_where_options_apply():
 
 
 def test_choices_are_those_of_the_kernels():
-    for noise in NOISES:
-        check_noise("test", noise)
-    for rounding in ROUNDINGS:
-        check_rounding("test", rounding)
+    """They are written twice, as the kernels' package imports torch."""
+    assert sorted(NOISES) == sorted(pseuzo_kernels.NOISES)
+    assert sorted(ROUNDINGS) == sorted(pseuzo_kernels.ROUNDINGS)
 
 
 def test_hf_argument_parser_reads_them(tmp_path):

@@ -30,12 +30,13 @@ REFUSED = {
     ),
     "metric of a first-order run": (
         dict(method="fo-adam", objective="metric"),
-        "need a zeroth-order method",
+        "objective=metric needs method mezo or mezo-momentum, not fo-adam",
     ),
     "journal of a first-order run": (
         dict(method="fo-sgd", journal="j"),
-        "need a zeroth-order method",
+        "journal=j needs method pseuzo or mezo or mezo-momentum, not fo-sgd",
     ),
+    "directions": (dict(directions=2), "directions=2 needs method mezo or mezo-momentum, not"),
     "clip": (dict(method="fo-sgd", clip_examples=0.0), "clip_examples must be positive"),
 }
 

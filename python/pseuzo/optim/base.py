@@ -136,7 +136,8 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def _step(self, inputs: tuple, options: dict[str, Any]) -> Tensor | None:
         last, self._measured = self._measured, None
-        given = bool(inputs or options)
+        # Schedulers and wrappers of optimizers call step(None), as torch's closure is optional.
+        given = any(x is not None for x in (*inputs, *options.values()))
         measured = self.measure(*inputs, **options) if given else last
         if measured is None:
             raise RuntimeError(

@@ -75,7 +75,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
 
     @property
     def zeroth_order(self) -> bool:
-        return self.method in ZEROTH_ORDER
+        return METHODS[self.method].zeroth_order
 
     def _refuse_unused(self) -> None:
         usual = {f.name: f.default for f in fields(TrainingArguments)}
@@ -86,6 +86,14 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                     raise ValueError(
                         f"{name}={value} does not go with method {self.method}: {instead}"
                     )
+
+    def _refuse_of_other_methods(self, name: str) -> None:
+        option, value = OPTIONS[name], getattr(self, name)
+        methods = option.applies_to["method"]
+        if value and value != option.default and self.method not in methods:
+            raise ValueError(
+                f"{name}={value} needs method {' or '.join(methods)}, not {self.method}"
+            )
 
     def refuse(self) -> None:
         """Raise ValueError for arguments that do not go with the method or with each other.
@@ -99,13 +107,11 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 f"{self.method} runs on one GPU, {self.n_gpu} were given; set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
+        for name in ("journal", "capture", "objective"):
+            self._refuse_of_other_methods(name)
         if not self.zeroth_order:
-            if self.journal or self.objective != "loss" or self.capture:
-                raise ValueError(
-                    "journal, objective=metric and capture need a zeroth-order method, not "
-                    f"{self.method}"
-                )
             return
+        self._refuse_of_other_methods("directions")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but "
@@ -116,15 +122,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             raise ValueError(
                 "clip_examples needs the loss of each example, and objective=metric has none"
             )
-        if self.objective == "metric" and self.method == "pseuzo":
-            raise ValueError(
-                "objective=metric needs method mezo or mezo-momentum: pseuzo differentiates its "
-                "head"
-            )
         if self.objective == "metric" and self.capture:
             raise ValueError("capture records the loss; objective=metric is computed on the host")
-        if self.directions != 1 and self.method == "pseuzo":
-            raise ValueError("directions is for mezo; pseuzo perturbs along one direction per step")
         if self.head == "exact" and self.journal:
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"

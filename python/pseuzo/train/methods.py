@@ -50,8 +50,8 @@ class Method:
 # How the optimizers are built
 
 
-def _common(setup: Setup) -> dict[str, Any]:
-    """The options of every zeroth-order optimizer."""
+def zeroth_order_options(setup: Setup) -> dict[str, Any]:
+    """What every zeroth-order optimizer takes."""
     args = setup.args
     return {
         "lr": setup.lr,
@@ -75,7 +75,7 @@ def _mezo(setup: Setup) -> Optimizer:
     }
     if args.method == "mezo-momentum":
         own |= {"momentum": args.momentum, "window": args.window}
-    return MeZO(setup.groups, **own, **_common(setup))
+    return MeZO(setup.groups, **own, **zeroth_order_options(setup))
 
 
 def _pseuzo(setup: Setup) -> Optimizer:
@@ -107,7 +107,7 @@ def _pseuzo(setup: Setup) -> Optimizer:
         window=args.window,
         momentum=_schedule(setup),
         two_sided=bool(args.two_sided),
-        **_common(setup),
+        **zeroth_order_options(setup),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pseuzo.train.methods import METHODS, methods_with
 
+# These two are written here again, because pseuzo_kernels, which defines them, imports torch.
 NOISES = ("hadamard", "hadamard-fp16", "rademacher", "normal")
 ROUNDINGS = ("stochastic", "nearest")
 SCHEDULES = ("constant", "linear", "cyclic-hyperbola")

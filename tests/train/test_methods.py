@@ -1,0 +1,95 @@
+"""METHODS: a new method is an estimator and a row, and everything else derives from it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from helpers import SMALL
+from pseuzo.models.modes import MODES
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, forwards_per_step
+from pseuzo.train.options import OPTIONS, ZeroOrderOptions
+
+# The file of the estimator, its builder and its row, as a source tree would have them.
+NEW = """
+import sys
+from dataclasses import replace
+
+from pseuzo.train import methods
+
+
+def build(setup):
+    from pseuzo.optim.base import ZeroOrder
+    from pseuzo.optim.mezo import mean_direction, measure_slopes
+
+    class SignMeZO(ZeroOrder):
+        def measure(self, closure):
+            return measure_slopes(self, (closure,), closure)
+
+        def coefficients(self, measured):
+            direction = mean_direction(self, measured)
+            return replace(direction, coefs=direction.coefs.sign())
+
+    return SignMeZO(setup.groups, **methods.zeroth_order_options(setup))
+
+
+methods.METHODS["zo-sign"] = methods.Method(
+    help="MeZO with the sign of its projected gradient.",
+    build=build,
+    passes=lambda directions, two_sided: 2,
+    options=methods.PERTURBING,
+    rates=methods.ZEROTH_ORDER_RATES,
+)
+methods.ZEROTH_ORDER += ("zo-sign",)
+from pseuzo.cli.commands import main
+
+main(sys.argv[1:])
+"""
+
+
+def with_new(*args):
+    command = [sys.executable, "-c", NEW, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_every_row_is_complete():
+    names = {f.name for f in fields(ZeroOrderOptions)}
+    for name, method in METHODS.items():
+        assert set(method.options) <= names and method.help.endswith(".")
+        assert all(default_rate(name, mode) > 0 for mode in MODES)
+        assert method.zeroth_order == (name in ZEROTH_ORDER) == ("eps" in method.options)
+    assert OPTIONS["method"].choices == tuple(METHODS)
+
+
+@pytest.mark.parametrize("method, directions, two_sided, want", [
+    ("pseuzo", 1, None, 2), ("pseuzo", 1, True, 3), ("mezo", 1, None, 2), ("mezo", 3, None, 6),
+    ("mezo", 3, False, 4), ("mezo-momentum", 2, True, 4), ("fo-sgd", 1, None, 3),
+    ("fo-adam", 1, None, 3),
+])  # fmt: skip
+def test_forwards_per_step(method, directions, two_sided, want):
+    assert forwards_per_step(method, directions, two_sided) == want
+
+
+@pytest.mark.slow
+def test_a_new_method_trains_resumes_and_replays(tmp_path):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    args = ["train", *SMALL, "--method", "zo-sign", "--lr", "1e-4", "--eps", "1e-3", "--steps", 4]
+    args += ["--keep", "last", "--save-every", 2, "--journal", journal, "--output", out]
+    done = with_new(*args)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["method"] == "zo-sign" and results["forwards"] == 8
+    assert results["eps"] == 1e-3 and results["lr"] == 1e-4
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    replayed = with_new(
+        "replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "m"
+    )
+    assert replayed.returncode == 0, replayed.stderr
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == weights
+
+    listed = with_new("train", "--help").stdout
+    assert "zo-sign" in listed
+    refused = with_new("train", *SMALL, "--method", "zo-sign", "--window", 3, "--output", out)
+    assert refused.returncode == 2
+    assert "--window is for pseuzo and mezo-momentum, not for zo-sign" in refused.stderr
