@@ -1,10 +1,10 @@
-"""Noise that is made again from seeds, fused into one pass over the weights; and PseuZO's window of
-output changes.
+"""Noise that is made again from seeds, fused into one pass over the weights, and PseuZO's window.
 
-perturb_, restore_, update_, add_noise_, add_noise, noise: x <- keep * x + sum_k coefs[k]
-z(seeds[k], stream). EmaWindow: output changes in, coefficients out. reference: all of them in plain
-torch, which defines correct. CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, others (or
-a build without C++) to the reference.
+perturb_, restore_, update_, add_noise_, add_noise and noise compute, for tensors x of a model,
+x <- keep * x + sum_k coefs[k] z(seeds[k], stream). EmaWindow takes output changes and returns
+coefficients. `reference` has all of them in plain torch and defines what is correct. CUDA tensors go
+to Triton and CUDA C++, CPU tensors to C++, and others, or all in a build without C++, to the
+reference. `laws` is the table of noise laws; `ops` has the unchecked ops for optimizers.
 """
 
 from pseuzo_kernels import reference

@@ -125,7 +125,7 @@ def noise_sum(
     return (fwht16(acc) if law.transform else acc) * (scale * power)
 
 
-def _columns(first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def columns_of_chunks(first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Counters q [n] of chunks first .. last - 1, and the elements [16, n] of their columns."""
     q = torch.arange(first * PLANE, last * PLANE, device=device)
     elements = (q // PLANE) * CHUNK + q % PLANE + PLANE * torch.arange(16, device=device)[:, None]
@@ -142,7 +142,9 @@ def _add_noise_into(
     n = out.numel()
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
     for first in range(0, -(-n // CHUNK), chunks_at_once):
-        q, elements = _columns(first, min(first + chunks_at_once, -(-n // CHUNK)), out.device)
+        q, elements = columns_of_chunks(
+            first, min(first + chunks_at_once, -(-n // CHUNK)), out.device
+        )
         if scale:
             y = noise_sum(noise, q, stream, hashes, coefs, scale)
         else:  # adding -0 changes nothing

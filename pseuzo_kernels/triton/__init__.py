@@ -1,1 +1,1 @@
-"""The noise op in Triton."""
+"""The noise ops in Triton. Only `tables` may be imported without it."""

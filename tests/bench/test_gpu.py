@@ -95,7 +95,7 @@ def test_large_tensor_beyond_32_bit_offsets():
     pk.perturb_(x, 1, 1.0)
     assert (x[-5000:] != 0).float().mean() > 0.99
     chunk = n // 2048 * 2048
-    q, elements = reference._columns(n // 2048, n // 2048 + 1, torch.device("cpu"))
+    q, elements = reference.columns_of_chunks(n // 2048, n // 2048 + 1, torch.device("cpu"))
     z = reference.noise_sum(
         "hadamard", q, 0, reference.hash_seeds(torch.tensor([1])), torch.ones(1), 1.0
     )

@@ -92,7 +92,7 @@ ROUNDED = (
 
 @functools.cache
 def dither() -> torch.Tensor:
-    q, _ = reference._columns(0, 1, torch.device("cpu"))
+    q, _ = reference.columns_of_chunks(0, 1, torch.device("cpu"))
     return reference.rounding_dither(q, 3, reference.hash_seeds(torch.tensor(9))).flatten()
 
 

@@ -76,7 +76,7 @@ def test_add_noise_known_answers():
 
 def dither_of(n: int, stream: int, rounding_seed: int) -> torch.Tensor:
     """[n], by element."""
-    q, elements = reference._columns(0, -(-n // reference.CHUNK), torch.device("cpu"))
+    q, elements = reference.columns_of_chunks(0, -(-n // reference.CHUNK), torch.device("cpu"))
     dither = reference.rounding_dither(q, stream, reference.hash_seeds(torch.tensor(rounding_seed)))
     return dither.flatten()[elements.flatten().argsort()][:n]
 

@@ -96,7 +96,7 @@ def build(folder: Path, threads: int, blocks: int) -> ctypes.CDLL:
         "-fPIC",
         f"-DPSEUZO_WINDOW_THREADS={threads}",
         f"-DPSEUZO_WINDOW_BLOCKS={blocks}",
-        f"-I{ROOT / 'tests'}",
+        f"-I{Path(__file__).parent}",
         f"-I{ROOT / 'csrc/window'}",
         f"-isystem{cuda_include()}",
         "-",
