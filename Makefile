@@ -42,6 +42,7 @@ test-machines: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(READY)
@@ -65,7 +66,8 @@ dist: $(VENV)/.dist
 	$(BIN)/twine check --strict dist/*
 
 $(VENV)/.docs $(VENV)/.dist: $(VENV)/.%: $(READY)
-	$(PIP) --no-build-isolation -e ".[$*]"
+	$(PIP) $$($(BIN)/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
 	touch $@
 
 # Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the

@@ -42,6 +42,7 @@ class Measured:
 class ZeroOrder(torch.optim.Optimizer):
     """x <- (1 - lr wd) x - lr sum_k c_k z(s_k). A subclass says which seeds and coefficients."""
 
+    state: Any  # torch's, by parameter, and KEY while a state_dict is made
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
 
     def __init__(
@@ -100,7 +101,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def coefficients(self, measured: Measured) -> Direction:
+    def coefficients(self, measured: Any) -> Direction:
         """Seeds and coefficients of the update, and the state to keep, which is not kept yet."""
         raise NotImplementedError
 
@@ -127,7 +128,9 @@ class ZeroOrder(torch.optim.Optimizer):
         self._measured = cleanly(measure, self.passes.restore)
         return self._measured.loss
 
-    def step(self, *inputs: Any, **options: Any) -> Tensor | None:
+    def step(  # type: ignore[override]  # torch's takes a closure alone
+        self, *inputs: Any, **options: Any
+    ) -> Tensor | None:
         """Estimate and apply; without arguments, apply the last estimate. Returns the loss.
 
         RuntimeError if there is no estimate to apply.

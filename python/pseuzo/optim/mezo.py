@@ -50,16 +50,17 @@ def measure_slopes(
         clean = None if two_sided else as_losses(o, o.passes.clean(loss_of))
         for seed in seeds:
             plus = as_losses(o, o.passes.perturbed(seed, eps, "loss", loss_of))
-            minus = clean
-            if two_sided:
+            if clean is None:
                 minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", loss_of))
+            else:
+                minus = clean
             if plus.shape != minus.shape:
                 raise ValueError(
                     f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
                     f"{tuple(minus.shape)}; they must run on the same batch"
                 )
             slope = (plus - minus) / (2 * eps if two_sided else eps)
-            loss = (plus + minus) / 2 if two_sided else clean
+            loss = (plus + minus) / 2 if clean is None else clean
             ok = ok & slope.isfinite().all() & loss.isfinite().all()
             if o.clip_examples is not None:
                 limit = clip_limit(slope.abs(), o.clip_examples)
@@ -163,7 +164,9 @@ class MeZO(ZeroOrder):
         self._past: tuple[Tensor, Tensor] | None = None
         super().__init__(params, lr=lr, eps=eps, **options)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
+    def step(  # type: ignore[override]  # torch's closure returns a float
+        self, closure: Callable[[], Any] | None = None
+    ) -> Tensor | None:
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice.
 
         Returns the mean of both (the clean loss if not two_sided), on the device: reading it waits.
@@ -186,11 +189,10 @@ class MeZO(ZeroOrder):
         past = self._past
         if past is None:
             past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
-        past = tuple(
+        seeds, coefs = (
             torch.cat([old, new[None]])[-self.window :]
             for old, new in zip(past, (seeds, coefs), strict=True)
         )
-        seeds, coefs = past
         ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
         decays = torch.full_like(ages, self.momentum, dtype=torch.float64)
         faded = (coefs * torch.pow(decays, ages)[:, None]).float().flatten()
@@ -198,8 +200,8 @@ class MeZO(ZeroOrder):
             now,
             seeds=seeds.flatten(),
             coefs=torch.where(now.found_inf != 0, 0.0, faded),
-            state=past,
-            stats=now.stats | {"momentum": self.momentum, "window": len(coefs)},
+            state=(seeds, coefs),
+            stats={**now.stats, "momentum": self.momentum, "window": len(coefs)},
         )
 
     def keep(self, state: tuple[Tensor, Tensor] | None) -> None:
@@ -208,8 +210,10 @@ class MeZO(ZeroOrder):
 
     def own_state(self) -> dict[str, Any]:
         seeds, coefs = self._past or (None, None)
-        past = {"seeds": seeds, "coefs": coefs, "directions": self.directions}
-        past |= {"momentum": self.momentum, "window": self.window}
+        past = {
+            "seeds": seeds, "coefs": coefs, "directions": self.directions,
+            "momentum": self.momentum, "window": self.window,
+        }  # fmt: skip
         return super().own_state() | {"past": past}
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ class Passes:
         self._in_place = InPlace(optimizer.noise, self._before_writing, self._after_writing)
         self._known: dict[str, list[int]] = {}  # from a loaded state: kind of pass -> streams
         # The parameters that take noise, and what they were found from.
-        self._places: tuple[list, dict[nn.Parameter, tuple[int, float]]] = [], {}
+        self._places: tuple[list, dict[Any, tuple[int, float]]] = [], {}
         self._graphs = Graphs(optimizer.device) if capture else None
         self._recorded_of: tuple | None = None  # the memory that the graphs read and write
 
@@ -69,7 +69,7 @@ class Passes:
             if passes is not self._of_module:  # it begins with what this optimizer knows
                 passes.note_used(self.used())
                 self._of_module, self._recorded_of = passes, None
-        graphs = nullcontext()
+        graphs: AbstractContextManager[None] = nullcontext()
         if self._graphs is not None:
             memory = (self._of_module, self._perturbing.replaced)
             if memory != self._recorded_of:  # what the graphs read or write is not there any more
@@ -107,7 +107,7 @@ class Passes:
         """An update took back what was pending. Idempotent."""
         self._in_place.forget()
 
-    def unused(self, op: str, kind: str) -> set[Tensor]:
+    def unused(self, op: str, kind: str) -> Set[Tensor]:
         """The weights that no pass of this kind has used: noise is all that they would get.
 
         RuntimeError if it has used none of the model's.

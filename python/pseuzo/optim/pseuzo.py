@@ -82,7 +82,7 @@ class PseuZO(ZeroOrder):
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, **options)
         self.window = EmaWindow(window, eps=eps)
 
-    def step(
+    def step(  # type: ignore[override]  # torch's takes a closure
         self,
         forward: Callable[[], Tensor] | None = None,
         head: Callable[[Tensor], Tensor] | None = None,

@@ -47,6 +47,8 @@ class Constant(Schedule):
 class Linear(Schedule):
     """lambda from start at step 0 to end at step `steps`, and end from there on."""
 
+    steps: int
+
     def __init__(self, start: float, end: float, steps: int):
         if steps < 1:
             raise ValueError(f"Linear: steps must be at least 1, got {steps}")

@@ -53,7 +53,8 @@ class Update:
         unused: Set[Tensor],
         rounding_seed: int,
     ) -> None:
-        self._launches, self._made = launches, []
+        self._launches = launches
+        self._made: list[Any] = []
         self.moved, self.unused, self.rounding_seed = moved, unused, rounding_seed
 
     @property
@@ -113,7 +114,7 @@ def prepare(
         # own flag stays as it is.
         skip = found_inf.to(device, copy=abs(step) > 0.25)
         at = [streams[p] for p in members]
-        if back is None:
+        if back is None or shift is None:
             arguments = (s, c, at, keeps, scales, noise, stochastic, rounding_seed, skip)
             if copied:
                 from_copies = [copies[p] for p in members]
@@ -126,8 +127,8 @@ def prepare(
         c = torch.cat([c, c.new_full((1,), -shift.offset * keeps[0])])
         arguments = (s, c, at, keeps, scales, exact_sums, stochastic, rounding_seed, skip)
         launches.append(partial(add_noise_list_, members, *arguments))
-        arguments = (s[-1:], at, scales, exact_sums)
-        launches.append(partial(_take_back_if_skipped, members, *arguments, shift.offset, skip))
+        taken_back = (s[-1:], at, scales, exact_sums, shift.offset, skip)
+        launches.append(partial(_take_back_if_skipped, members, *taken_back))
     launches += _descents(exact_groups, direction, streams, stochastic, rounding_seed)
     written = [p for params, _ in moved for p in params]
     launches.append(partial(torch.autograd.graph.increment_version, written))

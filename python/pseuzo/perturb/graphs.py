@@ -69,7 +69,8 @@ class Graphs:
         self._steps: OrderedDict[Hashable, int | dict[str, Recorded]] = OrderedDict()
         self._graphs: dict[str, Recorded] | None = None  # of the step that runs
         self._recording = False
-        self._stream = self._pool = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
         # How many kinds of step in a row were forgotten before they were recorded.
         self._lost = 0
 
@@ -89,7 +90,8 @@ class Graphs:
         self._graphs = {} if self._recording else None if isinstance(known, int) else known
         try:
             yield
-            self._keep(key, min(known + 1, WARM_UP) if self._graphs is None else self._graphs)
+            ran = known + 1 if isinstance(known, int) else WARM_UP
+            self._keep(key, min(ran, WARM_UP) if self._graphs is None else self._graphs)
         finally:
             self._recording, self._graphs = False, None
 

@@ -70,7 +70,8 @@ class Layout:
                 if p.numel() <= scratch.SMALL or p in outside
             }
             copies = self.whole_pass.copies_of(whole)
-            places, owned = [], {}
+            places: list[tuple[Place, Tensor]] = []
+            owned: dict[ref[nn.Module], list[Place]] = {}
             for module, there in self.places.items():
                 for place in there:
                     if place.param in whole:
@@ -92,7 +93,9 @@ class Layout:
         if key not in self._blocks:
             blocks: Blocks = {}
             if settled:
-                self._gather(self._model(), kind, blocks)
+                model = self._model()
+                assert model is not None  # a pass of it runs
+                self._gather(model, kind, blocks)
             else:
                 blocks.update({module: self._own_block(module) for module in self.plan().owned})
             self._blocks[key] = blocks

@@ -14,7 +14,7 @@ pass that replaced nothing and saw no new weight.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakKeyDictionary
 
@@ -95,7 +95,7 @@ class ModulePasses:
         """Does a pass of this kind run without the watch?"""
         return kind in self._learned.settled
 
-    def unused(self, kind: str) -> set[nn.Parameter]:
+    def unused(self, kind: str) -> Set[Tensor]:
         """The weights that no pass of this kind has used: changed outputs do not depend on them."""
         return self.params.keys() - self._learned.reached.get(kind, set())
 
@@ -143,7 +143,7 @@ def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
     """
     passes = _passes.get(model)
     if passes is not None and passes.active and weight in passes.params:
-        return passes.rows(weight, index)
+        return passes.rows(weight, index)  # type: ignore[arg-type]  # it is one of the params
     return weight.index_select(0, index)
 
 

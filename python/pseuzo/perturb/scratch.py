@@ -14,7 +14,7 @@ module runs, replaces `Scratch`. This is all that a pass asks of it:
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +36,7 @@ ALIGN = 2048  # elements between tensors in scratch: each begins where the kerne
 class Place(NamedTuple):
     """Where a module has a weight. To hold the module itself would keep the model alive."""
 
-    parameters: dict[str, nn.Parameter | None]
+    parameters: dict[str, Any]  # the module's own dict, in which a pass puts perturbed weights
     name: str
     param: nn.Parameter
 

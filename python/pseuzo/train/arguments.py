@@ -45,14 +45,14 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     refused, as is each argument that would have no effect (UNUSED).
     """
 
-    logging_nan_inf_filter: bool | None = field(
+    logging_nan_inf_filter: bool | None = field(  # type: ignore[assignment]  # None: decided later
         default=None,
         metadata={
             "help": "Filter losses that are not finite; for training losses this waits for each "
             "step. Default: evaluations alone."
         },
     )
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool | None = field(  # type: ignore[assignment]  # None: decided later
         default=None,
         metadata={"help": "Default: True, but False with a TaskData or an objective of your own."},
     )

@@ -7,7 +7,7 @@ Transformers, so `--help` is quick.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pseuzo.train.methods import METHODS, methods_with
@@ -178,7 +178,7 @@ def _described(f: Field, annotation: Any) -> Option:
         type=next(iter(get_args(annotation)), annotation)
         if annotation != list[str]
         else annotation,
-        default=f.default if f.default is not MISSING else f.default_factory(),
+        default=f.default_factory() if callable(f.default_factory) else f.default,
         help=f.metadata["help"],
         choices=f.metadata.get("choices", ()),
         flag=flag,
