@@ -1,6 +1,8 @@
 """Loads causal language models and their tokenizers, and adapters that `peft` saved.
 
-model, tokenizer = load_model("facebook/opt-1.3b", dtype="bf16")
+    model, tokenizer = load_model("facebook/opt-1.3b", dtype="bf16")
+
+What cannot be loaded is refused with one sentence, which says what to do instead.
 """
 
 import json
@@ -63,7 +65,7 @@ def load_model(
         model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
     except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what a config of wrong types makes of a model may fail in any way
+    except Exception as error:  # a config of wrong types may fail in any way
         raise ValueError(
             f"load_model: {name} cannot be loaded: {' '.join(str(error).split())}"
         ) from error
@@ -99,6 +101,7 @@ def keep_as_loaded(model: nn.Module) -> None:
             for conversion in getattr(base, "_weight_conversions", None) or ()
             if _reverts(conversion)
         ]
+        # Transformers has no public way to leave conversions out of all saves, the Trainer's too.
         base._weight_conversions = kept or None
     else:
         base.hf_quantizer.remove_quantization_config(base)
@@ -113,11 +116,12 @@ def _reverts(conversion: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _folder(name: str) -> Path | None:
-    """The folder that is meant, or None if the name is one of the hub's."""
+    """The folder of this name, or None if it is a name on the hub."""
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
@@ -144,7 +148,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def _check_bases(folder: Path) -> None:
-    """ValueError if an adapter is, by way of others or not, for itself."""
+    """ValueError if an adapter is for itself, directly or through other adapters."""
     seen: list[Path] = []
     while folder and (folder / "adapter_config.json").is_file():
         if folder.resolve() in seen:
@@ -167,7 +171,7 @@ def _check_weights(folder: Path, stem: str, instead: str = "") -> None:
 
 
 def _pickled(what: str, name: str, instead: str = "") -> str:
-    """What to do about weights that are pickled: to open them may run what they contain."""
+    """What to do about pickled weights, which may run code when they are opened."""
     refused = f"{what} a pickle, which may run code of its own, where safetensors is expected; "
     if instead:
         return refused + instead
@@ -203,7 +207,7 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if folder and not (folder / "config.json").is_file():
-        inside = folder / "model"  # of a run
+        inside = folder / "model"  # where a run has its model
         hint = f"; did you mean {inside}?" if any(inside.glob("*config.json")) else ""
         if file := next(iter(sorted(folder.glob("*.gguf"))), None):
             raise ValueError(f"load_model: {_packed(file)}")
@@ -281,6 +285,7 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> nn.Module:
 
 
 def _unreachable(name: str, error: Exception) -> str:
+    """Why a model could not be had, from what the hub's library says."""
     text = str(error).lower()
     if "connect" in text or "offline" in text:
         return (
@@ -301,7 +306,7 @@ def _load_tokenizer(name: str, model: nn.Module) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=False
         )
-    except Exception as error:  # as many kinds as there are tokenizers
+    except Exception as error:  # each kind of tokenizer fails in its own ways
         raise ValueError(
             f"load_model: {name} has no tokenizer that can be loaded: {first_line(error)}"
         ) from None

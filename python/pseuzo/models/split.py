@@ -82,8 +82,8 @@ class _HeadReached(Exception):
 class SplitModel:
     """A model and its output head, one module: a Linear, tied or not, or one that peft wrapped.
 
-    options: token ids; `logits` are then those of these tokens alone. anew: forget what an earlier
-    one learned of the model.
+    options: token ids, whose logits alone `logits` then gives. anew: forget what an earlier
+    SplitModel learned of the model.
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None, *, anew: bool):
@@ -105,7 +105,8 @@ class SplitModel:
             )
         self.model, self.head, self.options = model, head, options
         plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
-        self._has_rows = plain and not holds_codes(head.weight)  # of which some can be chosen
+        # A plain weight: its rows can be multiplied alone, as no adapter or quantisation is between.
+        self._has_rows = plain and not holds_codes(head.weight)
         self.quantised = any(map(holds_codes, model.parameters()))
         if self._has_rows:
             self.check_options(head.weight.shape[0])

@@ -1,7 +1,7 @@
 """Compares what a split model computes with what the model itself does, on one row.
 
 `verify_loss` compares the logits and the loss, `find_padding` a row alone and the same row padded.
-Both keep what they found in the model's `Known`.
+Both keep what they found in `split.known`.
 """
 
 import math
@@ -137,8 +137,11 @@ def _eps(split: SplitModel, o: Tensor) -> float:
 def _one_row(
     split: SplitModel, plan: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The plan of the last tokens of one row up to its loss, without padding, [1, T], of a row with
-    a loss if there is one; and its labels [1, T], if the loss is that of language modelling."""
+    """The plan of one row, [1, T], and its labels [1, T] if the loss is that of language modelling.
+
+    It is the row with the most loss positions, without its padding, cut after the last of them and
+    to the last MAX_TOKENS tokens before that.
+    """
     ids, positions, mask = plan["input_ids"], plan["positions"], plan.get("attention_mask")
     row = int((positions >= 0).sum(1).argmax())
     at = positions[row][positions[row] >= 0].to(ids.device)
