@@ -41,8 +41,11 @@ class Mode:
     sgd_lr: float
     adam_lr: float
     options: tuple[ModeOption, ...] = ()
-    # The weights it trains are in the dtype of the model, and not in fp32.
+    # The weights it trains are in the dtype of the model. Adapters are in fp32.
     model_dtype: bool = False
+    # It adds no weights, so a journal is replayed from the base model. For other modes a run with a
+    # journal saves the model that it starts from.
+    starts_from_base: bool = False
 
 
 # eps and lr are those published for OPT-1.3B, the other rates are common ones.
@@ -55,6 +58,7 @@ MODES: dict[str, Mode] = {
         sgd_lr=1e-3,
         adam_lr=1e-5,
         model_dtype=True,
+        starts_from_base=True,
     ),
     "lora": Mode(
         help="LoRA adapters of the layers that make queries and values",

@@ -105,7 +105,7 @@ class SplitModel:
             )
         self.model, self.head, self.options = model, head, options
         plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
-        # A plain weight: its rows can be multiplied alone, as no adapter or quantisation is between.
+        # The rows of a plain weight can be multiplied alone: no adapter, no quantisation between.
         self._has_rows = plain and not holds_codes(head.weight)
         self.quantised = any(map(holds_codes, model.parameters()))
         if self._has_rows:
