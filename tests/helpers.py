@@ -28,7 +28,8 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     )
 
 
-# elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k] z(seeds[k], 3), rounding_seed 9
+# elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k] z(seeds[k], 3),
+# rounding_seed 9
 KNOWN_TERMS = [1, 2, 3], [0.1, -0.2, 0.3]
 KNOWN_ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
 KNOWN_DITHER = [0xE99F, 0x78E9, 0xD07E, 0xDEE0, 0x7B65, 0xBFB7, 0x8B62, 0xE9FA]
@@ -41,7 +42,8 @@ KNOWN_ROUNDED = {
 def rounded_by_definition(
     x: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x, in float64: at most 40 bits."""
+    """floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x, in float64: at
+    most 40 bits."""
     exact, info = x.double(), torch.finfo(dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent - 1
     ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent)
@@ -62,7 +64,8 @@ def assert_untouched(model, before):
 
 
 def perturbed_copy(model, seed, eps, noise="hadamard"):
-    """What perturbed() promises, done in the plain way: every weight that requires grad, stream = its position."""
+    """What perturbed() promises, done in the plain way: every weight that requires grad, stream =
+    its position."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for i, p in enumerate(other.parameters()):
@@ -101,8 +104,25 @@ class Waits(TorchDispatchMode):
 
 # the command line
 
-SMALL = ["--model", "demo", "--task", "demo", "--train-size", "48", "--dev-size", "24", "--test-size", "24",
-         "--batch-size", "6", "--eval-batch-size", "24", "--device", "cpu", "--quiet"]  # fmt: skip
+SMALL = [
+    "--model",
+    "demo",
+    "--task",
+    "demo",
+    "--train-size",
+    "48",
+    "--dev-size",
+    "24",
+    "--test-size",
+    "24",
+    "--batch-size",
+    "6",
+    "--eval-batch-size",
+    "24",
+    "--device",
+    "cpu",
+    "--quiet",
+]
 ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
 
 
@@ -167,7 +187,8 @@ def _ended(*args: object) -> int:
 
 
 def killed(args: list[str], function: str, call: int) -> None:
-    """Runs the command in a process that is killed as it makes the given call (1 is the first) of a function."""
+    """Runs the command in a process that is killed as it makes the given call (1 is the first) of a
+    function."""
     assert _ended(args, (function, call)) == -signal.SIGKILL
 
 
@@ -181,7 +202,8 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 
 def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
-    """Steps on batches of changing content; functions and memory are those of a length's first batch."""
+    """Steps on batches of changing content; functions and memory are those of a length's first
+    batch."""
     from tiny_models import batch_of
 
     objective, functions, losses = CausalLMObjective(model, [17, 4]), {}, []
@@ -226,90 +248,3 @@ MAKERS = {
 
 
 # tasks
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-# name: (row, prompt, options, answer, golds), by hand from the public schemas
-PUBLIC = {
-    "sst2": [
-        ({"sentence": "a moving film ", "label": 1, "idx": 4},
-         "a moving film All in all, it was", ("terrible", "great"), 1, ("great",)),
-        ({"sentence": "dull", "label": 0, "idx": 5},
-         "dull All in all, it was", ("terrible", "great"), 0, ("terrible",)),
-    ],
-    "rte": [
-        ({"premise": "It rained all day.", "hypothesis": "It was wet.", "idx": 0, "label": 0},
-         'It rained all day.\nCan one conclude from this that "It was wet." is true? Yes or No?\n', ("Yes", "No"), 0,
-         ("Yes",)),
-        ({"premise": "A cat sat.", "hypothesis": "A dog sat.", "idx": 1, "label": 1},
-         'A cat sat.\nCan one conclude from this that "A dog sat." is true? Yes or No?\n', ("Yes", "No"), 1, ("No",)),
-    ],
-    "cb": [
-        ({"premise": "I doubt he came.", "hypothesis": "he came", "idx": 0, "label": 2},
-         'Given that I doubt he came. May we conclude that "he came"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2,
-         ("Maybe",)),
-    ],
-    "boolq": [
-        ({"question": "is ice cold", "passage": "Ice -- Ice is frozen water.", "idx": 0, "label": 1},
-         "Ice -- Ice is frozen water. Is ice cold?\n", ("No", "Yes"), 1, ("Yes",)),
-    ],
-    "wsc": [
-        ({"text": "Mark told Pete that he won.", "span1_index": 0, "span2_index": 4, "span1_text": "Mark",
-          "span2_text": "he", "idx": 0, "label": 0},
-         'Mark told Pete that he won.\nIn the text above, does the word "he" stand for Mark? Yes or No?\n',
-         ("No", "Yes"), 0, ("No",)),
-    ],
-    "wic": [
-        ({"word": "bank", "sentence1": "The bank lent it.", "sentence2": "A river bank.", "start1": 4, "start2": 8,
-          "end1": 8, "end2": 12, "idx": 0, "label": 0},
-         'Is the word "bank" used in the same sense in both of these sentences? Yes or No?\nThe bank lent it.\n'
-         "A river bank.\n", ("No", "Yes"), 0, ("No",)),
-    ],
-    "multirc": [
-        ({"paragraph": "Ann ate two pears.", "question": "How many pears?", "answer": "Two", "label": 1,
-          "idx": {"paragraph": 0, "question": 0, "answer": 0}},
-         'Ann ate two pears.\nQuestion: How many pears?\nSomebody answered "Two". Is this right? Yes or No?\n',
-         ("No", "Yes"), 1, ("Yes",)),
-    ],
-    "copa": [
-        ({"premise": "The ice melted.", "choice1": "The sun shone.", "choice2": "I'm cold.", "question": "cause",
-          "idx": 0, "label": 0},
-         "The ice melted because", ("the sun shone.", "I'm cold."), 0, ("the sun shone.",)),
-        ({"premise": "It rained.", "choice1": "It was dry.", "choice2": "I got wet.", "question": "effect", "idx": 1,
-          "label": 1}, "It rained so", ("it was dry.", "I got wet."), 1, ("I got wet.",)),
-    ],
-    "record": [
-        ({"passage": "Rome fell.\n@highlight\nThe Goths came", "query": "@placeholder was sacked",
-          "entities": ["Goths", "Rome", "The Goths"], "entity_spans": {"text": ["Rome"], "start": [0], "end": [4]},
-          "answers": ["Rome", "Roma"], "idx": {"passage": 0, "query": 0}},
-         'Rome fell.\n- The Goths came\n@placeholder was sacked\nQuestion: Who or what is "@placeholder"?\nAnswer:',
-         ("Goths", "Rome", "The Goths"), 1, ("Rome",)),
-        ({"passage": "Goths, the Goths.", "query": "It was @placeholder", "entities": ["Rome", "Goths", "The Goths"],
-          "entity_spans": {"text": ["Goths"], "start": [0], "end": [5]}, "answers": ["The Goths", "Goths"],
-          "idx": {"passage": 1, "query": 0}},
-         'Goths, the Goths.\nIt was @placeholder\nQuestion: Who or what is "@placeholder"?\nAnswer:',
-         ("Rome", "Goths", "The Goths"), 2, ("The Goths", "Goths")),
-    ],
-    "squad": [
-        ({"id": "5", "title": "Nile_River", "context": "The Nile is long.", "question": "What is long? ",
-          "answers": {"text": ["The Nile", "Nile", "Nile"], "answer_start": [0, 4, 4]}},
-         "Title: Nile River\nPassage: The Nile is long.\nQuestion: What is long?\nAnswer:", (), None,
-         ("The Nile", "Nile")),
-    ],
-    "drop": [
-        ({"section_id": "nfl_1", "query_id": "q", "passage": "They won 21-7.", "question": "By how many points?",
-          "answers_spans": {"spans": ["14"], "types": ["number"]}},
-         "Passage: They won 21-7.\nQuestion: By how many points?\nAnswer:", (), None, ("14",)),
-    ],
-}  # fmt: skip

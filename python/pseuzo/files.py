@@ -1,4 +1,5 @@
-"""Writing results so that a crash leaves the old or the new, never half, and two processes do not mix theirs."""
+"""Writing results so that a crash leaves the old or the new, never half, and two processes do not
+mix theirs."""
 
 import json
 import math
@@ -30,11 +31,12 @@ MARKER = ".pseuzo"  # in every folder that a command fills: which one
 
 @contextmanager
 def claim(folder: Path, command: str) -> Iterator[str]:
-    """Make a folder for the files of `pseuzo command`, ours alone in here: a new or empty one, or its own of an earlier
-    time. ValueError, and nothing is touched, where other files are, or where another process is at work.
+    """Make a folder for the files of `pseuzo command`, ours alone in here: a new or empty one, or
+    its own of an earlier time. ValueError, and nothing is touched, where other files are, or where
+    another process is at work.
 
-    Gives the identifier of the folder, which it keeps in there for as long as it exists. Copies of a model that a
-    killed process was saving are removed.
+    Gives the identifier of the folder, which it keeps in there for as long as it exists. Copies of
+    a model that a killed process was saving are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
@@ -45,13 +47,15 @@ def claim(folder: Path, command: str) -> Iterator[str]:
     )  # a process that was killed as it began leaves it empty
     if (others or found) and not found.startswith(mark):
         raise ValueError(
-            f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose another folder"
+            f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose "
+            f"another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with open(marker, "a") as file:
         if not lock(file):
             raise ValueError(
-                f"{folder} is in use by another pseuzo process; wait for its end, or choose another folder"
+                f"{folder} is in use by another pseuzo process; wait for its end, or choose "
+                f"another folder"
             )
         written = marker.read_text().removeprefix(mark).split()
         if not written:  # a new folder, or one that was made before folders had an identifier
@@ -69,8 +73,9 @@ def claim(folder: Path, command: str) -> Iterator[str]:
 
 
 def lock(file: IO | int) -> bool:
-    """Keep others who lock it out of an open file or folder, until unlock or the end of the process, whatever that is.
-    False if one of them has it. Readers are let in; systems and disks without such locks go without."""
+    """Keep others who lock it out of an open file or folder, until unlock or the end of the
+    process, whatever that is. False if one of them has it. Readers are let in; systems and disks
+    without such locks go without."""
     if fcntl is None:
         return True
     try:
@@ -83,14 +88,16 @@ def lock(file: IO | int) -> bool:
 
 
 def unlock(file: IO | int) -> None:
-    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the file open as well."""
+    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the
+    file open as well."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk, where they outlast a loss of power."""
+    """Return when a file, or the names in a folder, are on the disk, where they outlast a loss of
+    power."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -109,7 +116,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Either the old file or the whole new one is there, whenever it is looked at, and after a loss of power."""
+    """Either the old file or the whole new one is there, whenever it is looked at, and after a loss
+    of power."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text)
     sync(scratch)
@@ -143,7 +151,8 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
             value[key]
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be used ({type(error).__name__}: {error}); delete it, or choose another folder"
+            f"{path} cannot be used ({type(error).__name__}: {error}); delete it, or choose "
+            f"another folder"
         ) from None
     return value
 
@@ -162,9 +171,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(
     path: Path, loader: "type[yaml.SafeLoader] | type[yaml.BaseLoader] | None" = None
 ) -> Any:
-    """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML, and for what could
-    take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH levels, and aliases, which a few lines
-    can multiply to billions of values."""
+    """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML,
+    and for what could take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH
+    levels, and aliases, which a few lines can multiply to billions of values."""
 
     import yaml  # an optimizer and its journal go without it
 
@@ -204,7 +213,8 @@ def parse_yaml(
 def differing(
     before: dict[str, Any], now: dict[str, Any], besides: Collection[str] = ()
 ) -> tuple[str, Any, Any] | None:
-    """The first setting that is not the same in both, with both values; None if all but `besides` are."""
+    """The first setting that is not the same in both, with both values; None if all but `besides`
+    are."""
     for key in sorted((before.keys() | now.keys()) - set(besides)):
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -212,7 +222,8 @@ def differing(
 
 
 def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
-    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer if there is one.
+    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer if
+    there is one.
 
     Complete or not there. ValueError where another process is saving to the same folder.
     """
@@ -242,12 +253,14 @@ def check_saving(
     folder: Path,
     extra: int = 0,
 ) -> None:
-    """Make what can only fail at a save fail now: run save(scratch folder, state_dict) within folder for all that is
-    saved but the weights' bytes, and ask whether the disk has room for those, and `extra` bytes more.
+    """Make what can only fail at a save fail now: run save(scratch folder, state_dict) within
+    folder for all that is saved but the weights' bytes, and ask whether the disk has room for
+    those, and `extra` bytes more.
 
-    The state_dict has one element of each weight that could be refused, where it lies in memory, so that weights that
-    share memory still do; None for adapters, which are small. ValueError, of one sentence: a config or a tokenizer that
-    cannot be written, weights that safetensors refuses, a folder that cannot be written to, a disk without room.
+    The state_dict has one element of each weight that could be refused, where it lies in memory, so
+    that weights that share memory still do; None for adapters, which are small. ValueError, of one
+    sentence: a config or a tokenizer that cannot be written, weights that safetensors refuses, a
+    folder that cannot be written to, a disk without room.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
@@ -259,7 +272,8 @@ def check_saving(
     needed, free = sum(sizes.values()) + extra, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"a checkpoint of this run takes {needed / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB "
+            f"a checkpoint of this run takes {needed / 1e9:.1f} GB, and the disk of {folder} has "
+            f"{free / 1e9:.1f} GB "
             "left: make room, or choose a folder on another disk"
         )
     try:
@@ -273,7 +287,8 @@ def check_saving(
 
 
 def _address(x: Tensor) -> int:
-    """Where the memory begins that x is in; of tensors that stand for several others, a number of their own."""
+    """Where the memory begins that x is in; of tensors that stand for several others, a number of
+    their own."""
     try:
         return x.untyped_storage().data_ptr() or id(x)
     except (RuntimeError, NotImplementedError):
@@ -281,8 +296,9 @@ def _address(x: Tensor) -> int:
 
 
 def _one_element_each(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    """The first element of each weight that safetensors could refuse. Of a Transformers model those are the ones that
-    share memory: it makes the others fit, and may have to see them whole for that."""
+    """The first element of each weight that safetensors could refuse. Of a Transformers model those
+    are the ones that share memory: it makes the others fit, and may have to see them whole for
+    that."""
     if hasattr(model, "save_pretrained"):
         at = {name: _address(x) for name, x in weights.items() if isinstance(x, Tensor)}
         shared = Counter(at.values())
@@ -305,15 +321,17 @@ def _scratch(name: str) -> str:
 
 @contextmanager
 def _saving(target: Path) -> Iterator[Path]:
-    """An empty scratch folder for what will be target, ours alone; it is removed in the end. One that a killed process
-    left behind is taken over. ValueError where another process has it, or where it holds other files."""
+    """An empty scratch folder for what will be target, ours alone; it is removed in the end. One
+    that a killed process left behind is taken over. ValueError where another process has it, or
+    where it holds other files."""
     scratch = target.with_name(_scratch(target.name))
     scratch.mkdir(exist_ok=True)
     number = os.open(scratch, os.O_RDONLY)
     try:
         if not lock(number):
             raise ValueError(
-                f"{target} is being saved by another process; wait for its end, or choose another folder"
+                f"{target} is being saved by another process; wait for its end, or choose another "
+                f"folder"
             )
         if other := next((f for f in scratch.iterdir() if f.name not in ("new", "old")), None):
             raise ValueError(
@@ -331,7 +349,8 @@ def _saving(target: Path) -> Iterator[Path]:
 
 
 def _clear(scratch: Path, target: Path) -> None:
-    """Remove what _saving left; but the whole new one is kept if the old one was moved away for it already."""
+    """Remove what _saving left; but the whole new one is kept if the old one was moved away for it
+    already."""
     if (scratch / "old").exists() and not target.exists():
         (scratch / "new").rename(target)
     for left in scratch.iterdir():

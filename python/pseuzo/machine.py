@@ -1,4 +1,5 @@
-"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it or made of others."""
+"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it or
+made of others."""
 
 import platform
 import resource
@@ -21,14 +22,17 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def refuse_replicas(op: str, ranks: int | None = None) -> None:
-    """ValueError if there are several ranks; None: as many as the default process group has, if there is one."""
+    """ValueError if there are several ranks; None: as many as the default process group has, if
+    there is one."""
     if ranks is None:
         grouped = distributed.is_available() and distributed.is_initialized()
         ranks = distributed.get_world_size() if grouped else 1
     if ranks > 1:
         raise ValueError(
-            f"{op}: runs in one process, but this is one of {ranks} ranks: each would step by its own data, and the "
-            "replicas would drift apart; start one process (python, not torchrun) and give it the whole batch"
+            f"{op}: runs in one process, but this is one of {ranks} ranks: each would step by its "
+            f"own data, and the "
+            "replicas would drift apart; start one process (python, not torchrun) and give it the "
+            "whole batch"
         )
 
 
@@ -60,7 +64,8 @@ def reset_peak(device: torch.device | str) -> None:
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """MiB. CUDA: allocated on the GPU. CPU: resident memory of the process, libraries and interpreter included."""
+    """MiB. CUDA: allocated on the GPU. CPU: resident memory of the process, libraries and
+    interpreter included."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -72,7 +77,8 @@ def peak_memory(device: torch.device | str) -> float:
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
-    """The tensors that hold the numbers of x: itself, or those that a quantised weight of torchao is made of."""
+    """The tensors that hold the numbers of x: itself, or those that a quantised weight of torchao
+    is made of."""
     if not hasattr(x, "__tensor_flatten__"):
         return [x]
     names, _ = x.__tensor_flatten__()
@@ -85,7 +91,8 @@ def holds_codes(x: Tensor) -> bool:
 
 
 class Fetched:
-    """Tensors as they are now, on their way from a GPU to the host: whoever asks when they are here does not wait.
+    """Tensors as they are now, on their way from a GPU to the host: whoever asks when they are here
+    does not wait.
 
     Tensors of a CPU are not copied.
     """

@@ -19,8 +19,20 @@ pytestmark = pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path):
     out = tmp_path / "out"
     for _ in range(2):  # the second run replaces the first one's files
-        result = CliRunner().invoke(main, ["demo", "--steps", "3", "--out", str(out), "--method", "mezo-attention-out",
-                                           "--method", "pseuzo-groups"])  # fmt: skip
+        result = CliRunner().invoke(
+            main,
+            [
+                "demo",
+                "--steps",
+                "3",
+                "--out",
+                str(out),
+                "--method",
+                "mezo-attention-out",
+                "--method",
+                "pseuzo-groups",
+            ],
+        )
         assert result.exit_code == 0, result.output
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["methods"]) == ["pseuzo-groups", "mezo-attention-out"]
@@ -36,8 +48,11 @@ def test_demo_writes_what_it_promises(tmp_path):
         )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(r["method"], r["step"]) for r in rows] == [
-        ("pseuzo-groups", 0), ("pseuzo-groups", 3), ("mezo-attention-out", 0), ("mezo-attention-out", 3),
-    ]  # fmt: skip
+        ("pseuzo-groups", 0),
+        ("pseuzo-groups", 3),
+        ("mezo-attention-out", 0),
+        ("mezo-attention-out", 3),
+    ]
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {p.suffix for p in (out / "model").iterdir()} <= {".json", ".safetensors"}
     model = AutoModelForCausalLM.from_pretrained(out / "model")
@@ -50,7 +65,8 @@ def test_demo_writes_what_it_promises(tmp_path):
 
 
 def test_demo_learns():
-    """A third of the demo's steps with the noise on few weights: well above the start, whatever the machine."""
+    """A third of the demo's steps with the noise on few weights: well above the start, whatever the
+    machine."""
     loaded = demo.load()
     method = next(m for m in demo.METHODS if m.name == "mezo-attention-out")
     _, figures = demo.train(method, loaded, 120, 16, 0, torch.device("cpu"), lambda row: None)
@@ -59,8 +75,10 @@ def test_demo_learns():
 
 def test_data_is_balanced_and_split_by_file():
     folder = demo.load().model_folder.parent
-    rows = {s: [json.loads(line) for line in (folder / f"{s}.jsonl").read_text().splitlines()]
-            for s in ("train", "val", "test")}  # fmt: skip
+    rows = {
+        s: [json.loads(line) for line in (folder / f"{s}.jsonl").read_text().splitlines()]
+        for s in ("train", "val", "test")
+    }
     assert {s: len(r) for s, r in rows.items()} == {"train": 1000, "val": 400, "test": 1000}
     for split in rows.values():
         assert sum(r["label"] == "code" for r in split) * 2 == len(split)
@@ -70,11 +88,14 @@ def test_data_is_balanced_and_split_by_file():
         assert not files[a] & files[b] and not texts[a] & texts[b]
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--method", "adam"], "unknown method 'adam'; known: mezo"),
-    (["--device", "abacus"], "device 'abacus' cannot be used"),
-    (["--steps", "0"], "0 is not in the range"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--method", "adam"], "unknown method 'adam'; known: mezo"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--steps", "0"], "0 is not in the range"),
+    ],
+)
 def test_bad_arguments_exit_with_2(arguments, sentence, tmp_path):
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "x"), *arguments])
     assert result.exit_code == 2 and sentence in result.output
@@ -97,7 +118,8 @@ def test_label_words():
 
 
 def test_the_task_asks_what_the_model_was_made_for():
-    """tools/make_demo.py writes the cards that the model learned from; the task file is what runs ask."""
+    """tools/make_demo.py writes the cards that the model learned from; the task file is what runs
+    ask."""
     rows = [
         json.loads(line)
         for line in (Path(str(demo.ASSETS)) / "train.jsonl").read_text().splitlines()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import PUBLIC
 from pseuzo import CausalLMObjective
 from pseuzo.tasks import Example, Task, TaskData, load_task
+from public_rows import PUBLIC
 from task_examples import CODE, DEMO_MODEL, LONG, TEXTS, decoded, examples_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

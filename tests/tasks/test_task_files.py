@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from helpers import write
 from pseuzo import CausalLMObjective
 from pseuzo.tasks import Example, Task, TaskData, load_task
 from pseuzo.tasks.drawing import PARTS
+from public_rows import write
 from task_examples import DEMO_MODEL, EXAMPLES, GOOD, TASK
 from transformers import AutoModelForCausalLM
 

@@ -4,9 +4,9 @@ import json
 import warnings
 
 import pytest
-from helpers import PUBLIC, write
 from pseuzo.tasks import BUILTIN, Example, TaskData, load_task, sources
 from pseuzo.tasks.drawing import PARTS
+from public_rows import PUBLIC, write
 from task_examples import DEMO_MODEL, TASK, numbered, numbers
 from transformers import AutoTokenizer
 

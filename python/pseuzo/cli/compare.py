@@ -1,6 +1,7 @@
 """Methods side by side: the same task, forward passes and seeds, every run a process of its own.
 
-A process of its own, since memory and time are only then those of the method. Runs that are done are not run again.
+A process of its own, since memory and time are only then those of the method. Runs that are done
+are not run again.
 """
 
 import shutil
@@ -32,17 +33,21 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method for the same number of forward passes with seeds 0 .. seeds - 1.
 
-    common: settings of `pseuzo train` that all share. methods: title -> settings of its own. Where lr is "auto" it is
-    searched for with the first seed and kept for the others. Writes compare.json, table.md and compare.png into output.
-    ValueError with the end of a run's log if one fails, if output has a run of that name with other settings, or if
-    files are in it that no comparison wrote.
+    common: settings of `pseuzo train` that all share. methods: title -> settings of its own. Where
+    lr is "auto" it is searched for with the first seed and kept for the others. Writes
+    compare.json, table.md and compare.png into output. ValueError with the end of a run's log if
+    one fails, if output has a run of that name with other settings, or if files are in it that no
+    comparison wrote.
     """
     with claim(output, "compare"):
         runs = _run(common, methods, output, seeds, forwards, progress)
         summary = {
-            "forwards": forwards, "seeds": seeds, "hardware": next(iter(runs.values()))[0]["hardware"],
-            "metric": next(iter(runs.values()))[0]["metric"], "methods": summarise(runs),
-        }  # fmt: skip
+            "forwards": forwards,
+            "seeds": seeds,
+            "hardware": next(iter(runs.values()))[0]["hardware"],
+            "metric": next(iter(runs.values()))[0]["metric"],
+            "methods": summarise(runs),
+        }
         write_json(output / "compare.json", summary)
         write_atomically(output / "table.md", markdown(summary))
         plot_runs(runs, output / "compare.png")
@@ -138,7 +143,8 @@ def _train(config: dict[str, Any], folder: Path) -> None:
 
 
 def summarise(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per method: the test metric after all forwards, the dev metric then and when the quickest method was done."""
+    """Per method: the test metric after all forwards, the dev metric then and when the quickest
+    method was done."""
     seconds = {
         title: float(np.mean([r["train_seconds"] for r in of])) for title, of in runs.items()
     }
@@ -150,12 +156,20 @@ def summarise(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, A
         dev = [curve(r, "forwards", f"eval_{metric}")[1][-1] for r in of]
         at_time = [_at(curve(r, "train_seconds", f"eval_{metric}"), least) for r in of]
         rows[title] = {
-            "test": test, "test_mean": float(np.mean(test)), "test_std": _std(test), "dev_mean": float(np.mean(dev)),
-            "dev_std": _std(dev), "dev_at_equal_time": float(np.mean(at_time)), "equal_seconds": least,
-            "seconds": seconds[title], "steps": of[0]["steps"], "forwards": of[0]["forwards"],
-            "lr": of[0]["lr"], "eps": of[0]["eps"],
+            "test": test,
+            "test_mean": float(np.mean(test)),
+            "test_std": _std(test),
+            "dev_mean": float(np.mean(dev)),
+            "dev_std": _std(dev),
+            "dev_at_equal_time": float(np.mean(at_time)),
+            "equal_seconds": least,
+            "seconds": seconds[title],
+            "steps": of[0]["steps"],
+            "forwards": of[0]["forwards"],
+            "lr": of[0]["lr"],
+            "eps": of[0]["eps"],
             "peak_memory_mib": float(np.mean([r["peak_memory_mib"] for r in of])),
-        }  # fmt: skip
+        }
     return rows
 
 
@@ -176,16 +190,28 @@ def columns(summary: dict[str, Any]) -> list[str]:
         summary["metric"],
         min(row["equal_seconds"] for row in summary["methods"].values()),
     )
-    return ["method", "lr", f"test {metric}", f"dev {metric}", f"dev {metric} after {least:.0f} s", "seconds",
-            "peak memory"]  # fmt: skip
+    return [
+        "method",
+        "lr",
+        f"test {metric}",
+        f"dev {metric}",
+        f"dev {metric} after {least:.0f} s",
+        "seconds",
+        "peak memory",
+    ]
 
 
 def cells(title: str, row: dict[str, Any]) -> list[str]:
     """A row of the summary as it is printed."""
     return [
-        title, f"{row['lr']:.2g}", f"{row['test_mean']:.3f} ± {row['test_std']:.3f}", f"{row['dev_mean']:.3f}",
-        f"{row['dev_at_equal_time']:.3f}", f"{row['seconds']:.0f}", f"{row['peak_memory_mib']:.0f} MiB",
-    ]  # fmt: skip
+        title,
+        f"{row['lr']:.2g}",
+        f"{row['test_mean']:.3f} ± {row['test_std']:.3f}",
+        f"{row['dev_mean']:.3f}",
+        f"{row['dev_at_equal_time']:.3f}",
+        f"{row['seconds']:.0f}",
+        f"{row['peak_memory_mib']:.0f} MiB",
+    ]
 
 
 def markdown(summary: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ def read_results(run: Path) -> dict[str, Any]:
         and all(isinstance(row, dict) for row in rows)
     ):
         raise ValueError(
-            f"{run} is not the folder of a finished run: no metric and rows of a history in {file.name}"
+            f"{run} is not the folder of a finished run: no metric and rows of a history in "
+            f"{file.name}"
         )
     drawn = ("step", "forwards", "train_seconds", "loss", f"eval_{metric}")
     if bad := {
@@ -67,7 +68,8 @@ def mean_and_spread(
 
 
 def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], path: Path) -> None:
-    """One PNG: a line per name; several runs under one name are their mean, with their standard deviation around it."""
+    """One PNG: a line per name; several runs under one name are their mean, with their standard
+    deviation around it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,7 +12,8 @@ BITS, ROUNDED = "same bits as the reference", "as the reference, but for roundin
 
 
 def checks(devices: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """For each op and device: what was tested, how it should agree with the reference, and whether it does."""
+    """For each op and device: what was tested, how it should agree with the reference, and whether
+    it does."""
     for device in devices:
         for noise in ("hadamard", "hadamard-fp16", "rademacher"):
             x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)

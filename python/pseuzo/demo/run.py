@@ -1,7 +1,9 @@
-"""The demo: a pretrained OPT of a million parameters learns to tell code from docstring prose, by forward passes alone.
+"""The demo: a pretrained OPT of a million parameters learns to tell code from docstring prose, by
+forward passes alone.
 
-Four ways from the same start, the same batches and the same number of forward passes, each with its own learning rate,
-as tuned on the validation lines. What each of them does is in METHODS; what was measured is in the README.
+Four ways from the same start, the same batches and the same number of forward passes, each with its
+own learning rate, as tuned on the validation lines. What each of them does is in METHODS; what was
+measured is in the README.
 """
 
 import itertools
@@ -41,18 +43,24 @@ class Method:
 METHODS = (
     Method("mezo", "MeZO", lambda model, seed: MeZO(model, lr=4e-4, eps=1e-3, seed=seed)),
     Method(
-        "pseuzo-rows", "PseuZO, rows paired as published",
+        "pseuzo-rows",
+        "PseuZO, rows paired as published",
         lambda model, seed: PseuZO(model, lr=1e-4, eps=1e-3, seed=seed),
     ),
     Method(
-        "pseuzo-groups", "PseuZO, rows paired by label",
-        lambda model, seed: PseuZO(model, lr=4e-5, eps=1e-3, seed=seed), grouped=True,
+        "pseuzo-groups",
+        "PseuZO, rows paired by label",
+        lambda model, seed: PseuZO(model, lr=4e-5, eps=1e-3, seed=seed),
+        grouped=True,
     ),
     Method(
-        "mezo-attention-out", "MeZO, noise on v_proj and out_proj only",
-        lambda model, seed: MeZO(list(place(model, ["attention-out"])), lr=3.5e-3, eps=5.2e-3, seed=seed, model=model),
+        "mezo-attention-out",
+        "MeZO, noise on v_proj and out_proj only",
+        lambda model, seed: MeZO(
+            list(place(model, ["attention-out"])), lr=3.5e-3, eps=5.2e-3, seed=seed, model=model
+        ),
     ),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -97,7 +105,8 @@ def train(
     device: torch.device,
     log: Callable[[dict], None],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Fine-tune from the pretrained model; the model and its figures. log gets a row every EVALUATE_EVERY steps."""
+    """Fine-tune from the pretrained model; the model and its figures. log gets a row every
+    EVALUATE_EVERY steps."""
     reset_peak(device)
     model = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
     objective = CausalLMObjective(model, demo.train.options)
@@ -122,8 +131,15 @@ def train(
                 seconds += time.perf_counter() - started
                 losses.clear()
                 val = evaluate(model, demo.val, batch_size=100)["accuracy"]
-                log({"method": method.name, "step": step, "seconds": round(seconds, 3), "loss": round(mean, 5),
-                     "val_accuracy": val})  # fmt: skip
+                log(
+                    {
+                        "method": method.name,
+                        "step": step,
+                        "seconds": round(seconds, 3),
+                        "loss": round(mean, 5),
+                        "val_accuracy": val,
+                    }
+                )
                 bar.set_postfix(loss=f"{mean:.3f}", val=f"{val:.3f}")
             else:
                 seconds += time.perf_counter() - started
@@ -165,8 +181,8 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(
     out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the summary. ValueError if
-    files are in it that no demo wrote."""
+    """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the
+    summary. ValueError if files are in it that no demo wrote."""
     with claim(out, "demo"):
         return _run(out, methods, steps, batch_size, seed, device)
 
@@ -183,9 +199,14 @@ def _run(
     del pretrained
     rows: list[dict] = []
     summary: dict[str, Any] = {
-        "hardware": hardware(device), "torch": torch.__version__, "steps": steps, "batch_size": batch_size,
-        "seed": seed, "forwards_per_step": 2, "methods": {},
-    }  # fmt: skip
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "forwards_per_step": 2,
+        "methods": {},
+    }
     best = (-math.inf, "")
     with open(out / "metrics.jsonl", "w") as metrics:
 

@@ -1,0 +1,78 @@
+"""--config FILE: a YAML mapping of a command's own options."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pseuzo.cli.errors import Failure
+
+
+def configured(command: click.Command) -> click.Command:
+    """Adds --config FILE: a YAML mapping of the command's own options, which those on the command
+    line override."""
+
+    def read(context: click.Context, parameter: click.Parameter, file: Path | None) -> None:
+        if file is None:
+            return
+        import yaml
+
+        from pseuzo.files import parse_yaml
+
+        # every scalar as it is written: the options' own types read it, as on the command line
+        try:
+            config = parse_yaml(file, yaml.BaseLoader)
+        except (OSError, ValueError) as error:
+            raise Failure(f"{file} cannot be read as YAML: {error}") from None
+        if not isinstance(config, dict):
+            raise Failure(f"{file} must hold `option: value` lines")
+        known = {p.name: p for p in context.command.params if p.name != "config"}
+        context.default_map = {}
+        for key, value in config.items():
+            p = known.get(str(key).replace("-", "_"))
+            if p is None:
+                raise Failure(
+                    f"{file}: unknown option {key!r}; pseuzo {context.info_name} --help lists them "
+                    f"all"
+                )
+            if value in ("", "~", "null", "Null", "NULL"):
+                continue
+            try:
+                value = _from_yaml(p, value)
+                if value is not None and not isinstance(
+                    p.type, click.Path
+                ):  # whether those exist: if not overridden
+                    p.type_cast_value(context, value)
+            except (click.BadParameter, ValueError) as error:
+                raise Failure(f"{file}: {key}: {getattr(error, 'message', error)}") from None
+            if value is not None:
+                context.default_map[p.name] = value
+
+    option = click.Option(
+        ["--config"],
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        help="YAML file of options (`batch_size: 16`); the command line overrides it.",
+    )
+    command.params.insert(0, option)
+    return command
+
+
+def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:
+    """A value of a file as the text that the command line would have; None: as if it were not
+    there."""
+    values = value if isinstance(value, list) and p.multiple else [value]
+    if not all(isinstance(v, str) for v in values):
+        raise ValueError(
+            "a list of plain values expected"
+            if p.multiple
+            else "one plain value expected, not a list"
+        )
+    if p.name == "resume":  # true: from the last checkpoint
+        on = {"true": "auto", "yes": "auto", "on": "auto", "false": None, "no": None, "off": None}
+        return on.get(value.lower(), value)
+    if not p.is_flag and any(v.lower() in ("true", "false") for v in values):
+        raise ValueError(f"{value} is for switches, and this option takes a value")
+    return values if p.multiple else value

@@ -1,0 +1,119 @@
+"""What the command line says when something cannot be done: one sentence, and an exit code.
+
+2: what was asked for cannot be done. 130: interrupted. 1: a bug, with its traceback.
+"""
+
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+FULL = (  # what errors of writing say, in the system's words, which safetensors has too, or torch's
+    *(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+)
+
+
+class Failure(click.ClickException):
+    """One sentence and exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, sentence: str):  # which may quote a file of any size
+        super().__init__(
+            sentence if len(sentence) <= 2000 else f"{sentence[:1500]} ... {sentence[-400:]}"
+        )
+
+
+def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
+    """Refusals become one sentence and exit code 2, an interruption 130. PSEUZO_DEBUG=1 shows where
+    they came from."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            if _was_interruption(error):
+                click.echo(interrupted, err=True)
+                raise SystemExit(130) from None
+            sentence = None if os.environ.get("PSEUZO_DEBUG") else _sentence(error)
+            if sentence is None:
+                raise
+            raise Failure(sentence) from None
+
+    return run
+
+
+def _was_interruption(error: BaseException | None) -> bool:
+    """Or came of one: Transformers makes an ImportError of a Ctrl-C during its imports."""
+    return any(isinstance(e, KeyboardInterrupt) for e in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it came of."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell of an error that is the user's to mend; None: a bug, or click's own."""
+    import yaml
+    from safetensors import SafetensorError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    has = {p.name for p in click.get_current_context().command.params}
+    if full := next(
+        (str(e) for e in _chain(error) if any(words in str(e) for words in FULL)), None
+    ):
+        then = "; then --resume goes on with the run" if "resume" in has else ""
+        full = " ".join(full.split())
+        return f"the disk is full, or a limit on files was hit ({full}): make room{then}"
+    memory = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(m in text.lower() for m in memory)
+    ):
+        ways = {
+            "batch_size": "a smaller --batch-size",
+            "eval_batch_size": "a smaller --eval-batch-size",
+            "max_length": "a smaller --max-length",
+            "dtype": "a 16-bit --dtype",
+        }
+        ways = [way for name, way in ways.items() if name in has] or ["a smaller model"]
+        return f"out of memory: try {listed(ways, 'or')}"
+    if isinstance(error, yaml.YAMLError):
+        return f"not YAML: {text}"
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged: {text}"
+    if isinstance(error, LookupError) and _module(error) in (
+        "pseuzo.cli.compare",
+        "pseuzo.cli.plots",
+    ):  # they read runs' files
+        what = repr(error.args[0]) if isinstance(error, KeyError) else "an evaluation"
+        return (
+            f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
+        )
+    if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
+        return text
+    return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
+
+
+def _module(error: BaseException) -> str:
+    """The module that an error comes from; of an op's, the one that calls the op."""
+    at, found = error.__traceback__, ""
+    while at is not None:
+        name = at.tb_frame.f_globals.get("__name__", "")
+        found = found if name == "torch._ops" else name
+        at = at.tb_next
+    return found
+
+
+def listed(words: list[str] | tuple[str, ...], last: str = "and") -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

@@ -1,0 +1,264 @@
+"""The options of the commands.
+
+Those of training are made from the fields of `pseuzo.train.options.ZeroOrderOptions`, where their
+defaults, choices and help stand. This module adds what the command line alone has: model, task,
+data, tuning mode, and how long and how often.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pseuzo.cli.errors import listed
+from pseuzo.train.methods import MODES
+from pseuzo.train.options import OPTIONS, Option
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
+# Options of a tuning mode, which do nothing under another one.
+MODE_OPTIONS = {"lora_r": ("lora",), "lora_alpha": ("lora",), "prefix_tokens": ("prefix",)}
+
+
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+POSITIVE = Number(min=0, min_open=True)
+
+
+class LearningRate(click.ParamType):
+    name = "float|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        if value == "auto":
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return POSITIVE.convert(number, param, ctx)
+
+
+class Device(click.ParamType):
+    name = "text"
+
+    def convert(self, value: str, param: Any, ctx: Any) -> str:
+        if value.split(":")[0] == "meta":
+            self.fail("'meta' holds no numbers; cpu or cuda", param, ctx)
+        return value
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several options as one decorator, in the order they are written."""
+
+    def add(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
+
+
+def option(*names: str, **settings: Any) -> Callable:
+    if settings.get("default") is not None and not settings.get("is_flag"):
+        settings.setdefault("show_default", True)
+    return click.option(*names, **settings)
+
+
+def setting_name(o: Option) -> str:
+    """The name of a training option among a command's settings."""
+    return o.flag_name.split("/")[0].removeprefix("--").replace("-", "_")
+
+
+def training_option(name: str, *more_help: str, **changes: Any) -> Callable:
+    """The option of a field of ZeroOrderOptions. more_help is added to its help; changes: what the
+    command line does otherwise, such as a default that it works out."""
+    o = OPTIONS[name]
+    settings: dict[str, Any] = {"help": " ".join((o.help, *more_help)), "metavar": o.flag.metavar}
+    if o.type is bool and "/" not in o.flag_name:
+        settings["is_flag"] = True
+    else:
+        settings |= {"default": o.default, "type": _type_of(o)}
+    if o.type == list[str]:
+        settings["multiple"] = True
+    return option(o.flag_name, setting_name(o), **settings | changes)
+
+
+def _type_of(o: Option) -> Any:
+    if o.choices:
+        return click.Choice(o.choices)
+    if o.type is int:
+        return click.IntRange(o.flag.least, o.flag.most)
+    if o.type is float:
+        least = 0 if o.flag.positive else o.flag.least
+        return Number(least, o.flag.most, min_open=o.flag.positive)
+    return bool if o.type is bool else str
+
+
+DATA_OPTIONS = options(
+    option(
+        "--model",
+        required=True,
+        help="A causal LM: a name on the hub, a folder, or demo, the embedded one.",
+    ),
+    option(
+        "--task",
+        required=True,
+        help="sst2 rte cb boolq wsc wic multirc copa record squad drop demo, or the path of a "
+        ".yaml or .jsonl.",
+    ),
+    option(
+        "--data",
+        type=click.Path(exists=True, path_type=Path),
+        help="Local folder, .jsonl or .parquet in the task's columns. Default: the public data "
+        "set on the hub.",
+    ),
+    option(
+        "--dtype",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        default="fp32",
+        help="Precision of the weights.",
+    ),
+    option("--device", type=Device(), help="cpu or cuda. Default: cuda where there is one."),
+    option(
+        "--max-length",
+        type=click.IntRange(min=8),
+        help="Most tokens of a sequence; prompts are cut on the left. Default: 2048, or what the "
+        "model has positions for.",
+    ),
+    option(
+        "--train-size", type=click.IntRange(min=1), default=1000, help="Rows of the train split."
+    ),
+    option(
+        "--dev-size",
+        type=click.IntRange(min=1),
+        default=500,
+        help="Rows of the dev split, which are taken from the rows of train.",
+    ),
+    option("--test-size", type=click.IntRange(min=1), default=1000, help="Rows of the test split."),
+    option(
+        "--chat/--no-chat",
+        "chat",
+        default=None,
+        help="Ask in the tokenizer's chat template, for instruction-tuned models. Default: what "
+        "the task says.",
+    ),
+    option("--data-seed", type=SEED, help="Seed that draws the rows. Default: --seed."),
+    option("--eval-batch-size", type=click.IntRange(min=1), default=16),
+    option(
+        "--seed",
+        type=SEED,
+        default=0,
+        help="Seed of the batches and the perturbations; eval: of the shots.",
+    ),
+    option("--quiet", is_flag=True, help="Show no progress bars."),
+)
+
+RUN_OPTIONS = options(
+    training_option("method"),
+    option("--mode", type=click.Choice(MODES), default="full", help="What is trained."),
+    option("--steps", type=click.IntRange(min=1), default=10_000),
+    option("--batch-size", type=click.IntRange(min=1), default=16),
+    training_option(
+        "learning_rate",
+        "auto: a search by short trials on the dev loss. Default: the published rate of the mode "
+        "(full 1e-7, lora 5e-5, prefix 1e-3); fo-*: a common one.",
+        type=LearningRate(),
+        default=None,
+    ),
+    training_option("eps", "Default: full 1e-3, lora 1e-2, prefix 1e-1.", default=None),
+    training_option("lr_scheduler_type", type=click.Choice(["constant", "linear", "cosine"])),
+    option(
+        "--weight-decay",
+        type=Number(min=0),
+        default=0.0,
+        help="Decoupled weight decay, not on biases and norms.",
+    ),
+    *(
+        training_option(name)
+        for name in ("window", "momentum", "schedule", "groups", "directions", "two_sided", "noise")
+    ),
+    training_option("noise_on", "lr and eps not given are scaled to it."),
+    *(
+        training_option(name)
+        for name in ("clip_examples", "rounding", "head", "head_lr", "objective")
+    ),
+    option(
+        "--train-on",
+        type=click.Choice(["auto", "options", "label-words"]),
+        default="auto",
+        help="Classification: the length-normalised likelihood of the options, or the label words "
+        "alone.",
+    ),
+    option("--lora-r", type=click.IntRange(min=1), default=8),
+    option("--lora-alpha", type=click.IntRange(min=1), default=16),
+    option("--prefix-tokens", type=click.IntRange(min=1), default=5),
+    option(
+        "--eval-every",
+        type=click.IntRange(min=0),
+        help="Steps between evaluations; 0: never. Default: a tenth of the run.",
+    ),
+    option(
+        "--save-every",
+        type=click.IntRange(min=0),
+        help="Steps between checkpoints; 0: none. Default: --eval-every.",
+    ),
+    option(
+        "--log-every",
+        type=click.IntRange(min=1),
+        help="Steps between lines of the log. Default: a hundredth of the run.",
+    ),
+    option(
+        "--keep",
+        type=click.Choice(["best", "last"]),
+        default="best",
+        help="Keep the weights that are best by the dev metric, or the last.",
+    ),
+    training_option("journal", type=FILE),
+    training_option("capture"),
+    option(
+        "--report-to",
+        "--report_to",
+        multiple=True,
+        metavar="NAME",
+        help="tensorboard, wandb, ...; see Transformers.",
+    ),
+)
+
+APPLIES_TO: dict[str, Mapping[str, tuple[str, ...]]] = {
+    setting_name(o): o.applies_to for o in OPTIONS.values() if o.applies_to
+} | {name: {"mode": modes} for name, modes in MODE_OPTIONS.items()}
+PROBES = tuple(setting_name(o) for o in OPTIONS.values() if o.flag.probes)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unused(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Options that are given and do nothing: name -> the option that decides, and a sentence."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, conditions in APPLIES_TO.items():
+        if name not in settings or settings[name] in (None, defaults[name]):
+            continue
+        if name in PROBES and list(settings["noise_on"]) != ["all"]:
+            continue
+        for decides, values in conditions.items():
+            if settings[decides] not in values:
+                prefix = "" if decides == "method" else f"{flag(decides)} "
+                here = f"not for {prefix}{settings[decides]}"
+                sentence = f"{flag(name)} is for {prefix}{listed(values)}, {here}"
+                found.setdefault(name, (decides, sentence))
+    return found

@@ -1,0 +1,115 @@
+"""The search for a learning rate by short trials."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pseuzo.cli.folder import LR_FILE, plain
+from pseuzo.files import read_json, write_json
+from pseuzo.tasks import evaluate
+from pseuzo.train.methods import ZEROTH_ORDER, default_rate
+from pseuzo.train.trainer import PLACEMENT_FILE
+
+if TYPE_CHECKING:
+    from pseuzo.cli.run import Run
+
+EVALUATED, TRIALS = (
+    200,
+    10,
+)  # of the search for lr: dev examples of a trial, and most rates on the way up or down
+
+
+def search_lr(run: Run, output: Path) -> dict[str, Any]:
+    """A rate for the run by short trials from the same start, a tenth of its steps long (20 to
+    200), judged by the loss on at most 200 dev examples.
+
+    Rates go up by a factor of 2 (first order: 4) until a trial ends above where it began. What a
+    short run survives, a long one may not: of the rates at most a quarter of the largest that
+    survived, the one with the least loss is taken. Zeroth-order rates begin from the curvature T
+    along the noise, which a few forward passes measure: for a quadratic loss the best rate of a
+    step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T; the first trial takes an eighth of that.
+    """
+    c = run.c
+    steps = min(max(20, c["steps"] // 10), 200)
+    model = run.model()
+    chosen: dict[str, Any] = {}
+    zeroth = c["method"] in ZEROTH_ORDER
+    if zeroth or list(c["noise_on"]) == ["auto"]:
+        found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
+        chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
+    if not zeroth:
+        first, factor = default_rate(c["method"], c["mode"]), 4.0
+    elif found["curvature"] > 0:
+        first, factor = 0.125 / found["curvature"], 2.0
+    else:
+        raise ValueError(
+            f"--lr auto: the loss does not curve upwards along the noise "
+            f"({found['curvature']:.3g}), so there is "
+            "no scale to begin from; give --lr, or another --eps"
+        )
+    dev = run.part("dev", EVALUATED)
+    start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
+    del model
+    file, request = output / LR_FILE, plain(c) | chosen
+    before = read_json(file) if file.exists() else {}
+    trials: dict[float, float] = {}
+    if before.get("request") == request:  # of a search that was killed
+        trials = {
+            float(lr): math.inf if loss is None else loss for lr, loss in before["trials"].items()
+        }
+        print(f"{file}: {len(trials)} trials are done already", flush=True)
+
+    def survives(lr: float) -> bool:
+        lr = _rounded(lr)
+        if lr not in trials:
+            model = run.model()
+            run.trainer(
+                model,
+                output,
+                lr=lr,
+                steps=steps,
+                eval_every=0,
+                save_every=0,
+                keep="last",
+                journal=None,
+                quiet=True,
+                report_to=(),
+                scale_lr=False,
+                scale_eps=False,
+                resume=None,
+                **chosen,
+            ).train()
+            loss = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
+            trials[lr] = loss if math.isfinite(loss) else math.inf  # null in the file
+            write_json(file, {"request": request, "trials": trials})
+            print(
+                f"lr {lr:.2g}: dev loss {loss:.4f} after {steps} steps, {start:.4f} before",
+                flush=True,
+            )
+        return trials[lr] < 1.05 * start
+
+    lr = first
+    while not survives(lr) and len(trials) < TRIALS:
+        lr /= factor
+    while survives(lr) and survives(lr * factor) and len(trials) < TRIALS:
+        lr *= factor
+    if not survives(lr):
+        raise ValueError(
+            f"--lr auto: every rate from {min(trials):.2g} to {max(trials):.2g} made the loss "
+            f"worse; look at the data "
+            "and the dtype, or give --lr"
+        )
+    largest = max(rate for rate in trials if survives(rate))
+    for rate in (largest / 4, largest / 8):
+        survives(rate)
+    best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.__getitem__)
+    chosen |= {"lr": best}
+    if "noise_on" in chosen:
+        write_json(output / PLACEMENT_FILE, found | chosen)
+    return {"request": request, "steps": steps, "start": start, "trials": trials, "chosen": chosen}
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.2g}")

@@ -1,0 +1,172 @@
+"""Settings that are read from a command line, and checks of them before anything is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from pseuzo.cli.errors import Failure
+from pseuzo.cli.options import flag, unused
+from pseuzo.train.methods import METHODS
+
+# Options that compare sets for every run.
+COMPARED = {"steps", "seed", "eval_every", "save_every", "keep", "quiet", "journal", "method"}
+
+
+def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ValueError for an option that does nothing. One of a --config whose method (or mode) the
+    command line overrides was not meant for this one: it is left out, and a line says so."""
+    source = click.get_current_context().get_parameter_source
+    file, line = click.core.ParameterSource.DEFAULT_MAP, click.core.ParameterSource.COMMANDLINE
+    for name, (decides, sentence) in unused(settings, defaults).items():
+        if not (source(name) == file and source(decides) == line):
+            raise ValueError(sentence)
+        settings[name] = defaults[name]
+        click.echo(f"{sentence}: that of --config is left out", err=True)
+
+
+def check_combination(settings: Mapping[str, Any]) -> None:
+    """ValueError for options of one run that do not go together."""
+    if settings["objective"] == "metric":
+        if settings["clip_examples"] is not None:
+            raise ValueError(
+                "--clip-examples needs the loss of each example, and --objective metric has none"
+            )
+        if settings["lr"] == "auto":
+            raise ValueError(
+                "--lr auto searches by the curvature of the loss, and --objective "
+                "metric has none; "
+                "give --lr"
+            )
+    if (
+        settings["method"] == "fo-adam"
+        and settings["dtype"] == "fp16"
+        and settings["mode"] in ("full", "head")
+    ):
+        raise ValueError(
+            "--method fo-adam cannot train fp16 weights, in which its eps of 1e-8 is "
+            "0: use --dtype bf16 "
+            "or fp32"
+        )
+
+
+def check_journal(settings: Mapping[str, Any]) -> None:
+    """ValueError before a model is loaded, if the journal cannot be written."""
+    journal, output = settings["journal"], settings["output"]
+    if journal is None:
+        return
+    if (
+        not journal.parent.is_dir() and journal.parent.resolve() != output.resolve()
+    ):  # that one will be made
+        raise ValueError(f"--journal {journal}: there is no folder {journal.parent}")
+    if journal.resolve() == output.resolve():
+        raise ValueError(
+            f"--journal and --output are the same, {output}; the journal is a file, in there or "
+            f"elsewhere"
+        )
+    own = (
+        "config.yaml",
+        "results.json",
+        "curves.png",
+        "lr.json",
+        "noise_on.json",
+        "model",
+        "start",
+        ".pseuzo",
+    )
+    if journal.parent.resolve() == output.resolve() and journal.name in own:
+        raise ValueError(
+            f"--journal {journal}: the run writes {journal.name} itself; choose another name"
+        )
+    goes_on = settings["resume"] and (output / "config.yaml").exists()
+    if not goes_on and journal.exists() and journal.stat().st_size:
+        raise ValueError(
+            f"--journal {journal} exists already; choose another file, or --resume to go on with "
+            f"its run"
+        )
+
+
+def take_rows_of_run(settings: dict[str, Any]) -> None:
+    """Of a task in one file, other options would draw test rows that the run was trained on, or ask
+    in another way: its own are the defaults, and a line says so."""
+    from pseuzo.cli.folder import rows_of_run
+
+    found = rows_of_run(settings["model"], settings["task"], settings["data"])
+    if found is None:
+        return
+    run, own = found
+    context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
+    types = {p.name: p.type for p in context.command.params}
+    before, taken = settings | {"data_seed": settings["seed"]}, {}
+    for name, value in own.items():
+        try:
+            value = types[name].convert(value, None, context)
+        except click.BadParameter as error:
+            raise Failure(f"{run / 'config.yaml'}: {name}: {error.message}") from None
+        if context.get_parameter_source(name) == default and value != before[name]:
+            taken[name] = value
+    if taken:
+        settings |= taken
+        options = " ".join(
+            flag(name if value else f"no_{name}")
+            if isinstance(value, bool)
+            else f"{flag(name)} {value}"
+            for name, value in taken.items()
+        )
+        click.echo(f"rows as in {run / 'config.yaml'}: {options}", err=True)
+
+
+def read_method(text: str, options: Mapping[str, click.Parameter]) -> tuple[str, dict[str, Any]]:
+    """NAME:KEY=VALUE,... as a title and settings, read as pseuzo train would read them."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"--methods: {name!r} is not a method; known: {', '.join(METHODS)}")
+    own: dict[str, Any] = {"method": name}
+    known = {n: p for n, p in options.items() if n not in COMPARED | {"output", "resume", "config"}}
+    for pair in filter(None, rest.split(",")):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        key = key.replace("-", "_")
+        if key in COMPARED | {"output", "resume"}:
+            raise ValueError(
+                f"--methods: {key} is not a method's own; compare sets it for every run"
+            )
+        if not value or key not in known:
+            raise ValueError(f"--methods: {pair!r} is not KEY=VALUE with an option of pseuzo train")
+        p = known[key]
+        try:
+            own[key] = p.type_cast_value(
+                click.get_current_context(), value.split("+") if p.multiple else value
+            )
+        except click.BadParameter as error:
+            raise ValueError(f"--methods {text}: {key}: {error.message}") from None
+    return text, own
+
+
+def share(
+    settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Options given for all methods go to those that they are for. ValueError for one that is for
+    none of them, and for methods that cannot be run."""
+    import torch
+
+    from pseuzo.perturb.graphs import check_device
+
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    left_out = []
+    for title, own in chosen.items():
+        idle = unused(defaults | settings | own, defaults)
+        for name, (_, sentence) in idle.items():
+            if name in own:
+                raise ValueError(f"--methods {title}: {sentence}")
+        left_out.append(idle)
+        own |= {name: defaults[name] for name in idle}
+        try:
+            given = defaults | settings | own
+            check_combination(given)
+            if given["capture"]:
+                check_device("--capture", torch.device(given["device"] or usual))
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from None
+    for name, (_, sentence) in left_out[0].items():
+        if all(name in idle for idle in left_out):
+            raise ValueError(sentence)

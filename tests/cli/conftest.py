@@ -1,0 +1,97 @@
+"""Fixtures of the tests beside this file."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+from cli_families import VOCABULARY, WORDS, tokenizer
+from pseuzo.cli import compare
+from pseuzo.cli import run as runs
+from tiny_models import causal_lm
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """Runs end before they begin: what they would have been given."""
+    seen = {}
+
+    def train(given):
+        seen.clear()
+        seen.update(given)
+        return {
+            "test": {"accuracy": 0.5},
+            "steps": 10,
+            "forwards": 20,
+            "best_step": given["steps"] - 2,
+        }
+
+    monkeypatch.setattr(runs, "train", train)
+    return seen
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    seen = {}
+
+    def run(common, methods, output, **kwargs):
+        seen.update({title: common | own for title, own in methods.items()})
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(compare, "compare", run)
+    return seen
+
+
+TASK = """
+name: own
+kind: classification
+data: rows.jsonl
+prompt: "{{ text }}"
+label: label
+labels: {0: FIRST, 1: SECOND}
+"""
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """No pictures, which test_cli.py has, and no search for garbage among what is imported: a
+    second a run."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "plot_runs", lambda *args: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """folder(kind, tied): a tiny random model with its tokenizer, saved."""
+    root = tmp_path_factory.mktemp("models")
+
+    def saved(kind: str, tied: bool = True) -> Path:
+        target = root / f"{kind}-{'tied' if tied else 'untied'}"
+        if not target.exists():
+            causal_lm(kind, tied).save_pretrained(target)
+            tokenizer().save_pretrained(target)
+        return target
+
+    return saved
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """task(words): a file of a task with these label words; rows of different lengths, so that
+    batches are padded."""
+    root = tmp_path_factory.mktemp("task")
+    texts = [
+        " ".join(VOCABULARY[(7 * i + 3 * j * j) % 60] for j in range(5 + i % 9)) for i in range(60)
+    ]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def file(words: tuple[str, str] = WORDS) -> Path:
+        path = root / f"{'-'.join(words).replace(' ', '_')}.yaml"
+        path.write_text(TASK.replace("FIRST", words[0]).replace("SECOND", words[1]))
+        return path
+
+    return file

@@ -1,0 +1,70 @@
+"""Ctrl-C while libraries are imported, and what the package imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def records(journal):
+    """All but the header, which has the identifier of its run."""
+    content = journal.read_bytes()
+    return content[8 + 12 + int.from_bytes(content[8:12], "little") :]
+
+
+pytestmark = pytest.mark.slow
+
+
+MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; main()"]
+
+
+@pytest.mark.parametrize(
+    "start, module",
+    [
+        *(
+            (MODULE, name)
+            for name in (
+                "click",
+                "pseuzo.cli.commands",
+                "yaml",
+                "numpy",
+                "torch",
+                "transformers.trainer",
+            )
+        ),
+        *((SCRIPT, name) for name in ("click", "pseuzo.cli.commands", "torch")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_ctrl_c_during_the_imports(tmp_path, start, module):
+    """Wherever it comes, the command ends with 130 and a line: before there is a command line, too,
+    and where an import takes it for a module that is missing."""
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    (tmp_path / "config.yaml").write_text("model: demo\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *start, "eval", "--config", tmp_path / "config.yaml", "--task", "demo"],
+        env=os.environ | {"INTERRUPTED_AT": module, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    libraries, line = done.stderr.split(
+        "interrupted\n"
+    )  # what these say of themselves as they are imported
+    assert (done.returncode, done.stdout, line) == (130, "", "") and "Traceback" not in libraries
+    assert not libraries or module == "transformers.trainer"
+
+
+def test_the_package_imports_what_is_asked_for():
+    """Nothing else: torch takes seconds."""
+    code = """
+import sys
+import pseuzo, pseuzo.cli.commands
+assert "torch" not in sys.modules and {"PseuZO", "perturbed"} <= set(dir(pseuzo))
+from pseuzo import perturbed
+assert perturbed.__name__ == "perturbed"
+assert pseuzo.optim.MeZO is pseuzo.MeZO and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,235 @@
+"""Options that do nothing, or do not go together, are refused before anything runs."""
+
+import pytest
+import yaml
+from cli_refusals import BASE, EXAMPLES, raising, refused
+from helpers import pseuzo
+from pseuzo.cli import compare
+from pseuzo.cli import run as runs
+
+pytestmark = pytest.mark.slow
+
+
+UNUSED = {
+    ("--directions", "2"): ("pseuzo", "--directions is for mezo and mezo-momentum, not for pseuzo"),
+    ("--objective", "metric"): (
+        "pseuzo",
+        "--objective is for mezo and mezo-momentum, not for pseuzo",
+    ),
+    ("--one-sided",): (
+        "fo-sgd",
+        "--two-sided is for pseuzo, mezo and mezo-momentum, not for fo-sgd",
+    ),
+    ("--eps", "1e-2"): ("fo-adam", "--eps is for"),
+    ("--noise", "normal"): ("fo-adam", "--noise is for"),
+    ("--rounding", "nearest"): ("fo-sgd", "--rounding is for"),
+    ("--journal", "j.pzj"): ("fo-sgd", "--journal is for"),
+    ("--window", "3"): ("mezo", "--window is for pseuzo and mezo-momentum, not for mezo"),
+    ("--schedule", "linear"): ("mezo", "--schedule is for pseuzo, not for mezo"),
+    ("--groups", "row"): ("mezo-momentum", "--groups is for pseuzo"),
+    ("--head", "exact"): ("mezo", "--head is for pseuzo"),
+    ("--head-lr", "1"): ("pseuzo", "--head-lr is for --head exact, not for --head frozen"),
+    ("--momentum", "0.5"): (
+        "mezo",
+        "--momentum is for pseuzo, mezo-momentum and fo-sgd, not for mezo",
+    ),
+    ("--lora-r", "4"): ("mezo", "--lora-r is for --mode lora, not for --mode full"),
+    ("--lora-alpha", "4"): ("mezo", "--lora-alpha is for"),
+    ("--prefix-tokens", "4"): ("mezo", "--prefix-tokens is for --mode prefix"),
+}
+
+
+@pytest.mark.parametrize("option", UNUSED)
+def test_option_without_use(tmp_path, settings, option):
+    method, words = UNUSED[option]
+    assert words in refused(
+        "train", *BASE, "--method", method, *option, "--output", tmp_path / "run"
+    )
+    assert not settings and not (tmp_path / "run").exists()
+
+
+def test_defaults_and_used_options_pass(tmp_path, settings):
+    for args in (
+        ["--method", "fo-adam", "--report_to", "wandb", "--report-to", "tensorboard"],
+        [
+            "--method",
+            "fo-sgd",
+            "--momentum",
+            "0.5",
+            "--groups",
+            "label",
+            "--directions",
+            "1",
+            "--noise-on",
+            "v_proj",
+        ],
+        [
+            "--method",
+            "fo-adam",
+            "--noise-on",
+            "all=2",
+            "--eps",
+            "1e-2",
+            "--noise",
+            "normal",
+            "--clip-examples",
+            "2",
+        ],
+        ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
+        [
+            "--method",
+            "mezo-momentum",
+            "--directions",
+            "2",
+            "--one-sided",
+            "--objective",
+            "metric",
+            "--eps",
+            "1",
+        ],
+    ):
+        pseuzo("train", *BASE, *args, "--output", tmp_path / "run")
+        assert settings["method"] == args[1]
+        assert settings["report_to"] == (("wandb", "tensorboard") if "--report_to" in args else ())
+
+
+def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_path, settings):
+    def resolved(*args: object) -> dict:
+        pseuzo("train", *BASE, "--method", "fo-sgd", *args, "--output", tmp_path / "run")
+        found = runs.resolve(dict(settings))
+        return {key: found[key] for key in ("eps", "scale_lr", "scale_eps")}
+
+    assert resolved("--noise-on", "v_proj") == {"eps": 1e-3, "scale_lr": True, "scale_eps": False}
+    assert resolved("--noise-on", "v_proj", "--lr", "0.1") == {
+        "eps": 1e-3,
+        "scale_lr": False,
+        "scale_eps": False,
+    }
+    assert resolved() == {"eps": None, "scale_lr": False, "scale_eps": False}
+
+
+def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings):
+    """Examples hold PseuZO's own options; --method mezo on the command line is the baseline to
+    them."""
+    file = EXAMPLES / "opt-1.3b-sst2.yaml"
+    text = pseuzo("train", "--config", file, "--method", "mezo", "--output", tmp_path / "run")
+    assert "--groups is for pseuzo, not for mezo: that of --config is left out" in text
+    assert (settings["groups"], settings["schedule"], settings["momentum"]) == (
+        "label",
+        "constant",
+        None,
+    )
+    assert "--groups" in refused(
+        "train",
+        "--config",
+        file,
+        "--method",
+        "mezo",
+        "--groups",
+        "row",
+        "--output",
+        tmp_path / "run",
+    )
+    (tmp_path / "own.yaml").write_text("method: mezo\nschedule: linear\n")
+    assert "--schedule is for pseuzo" in refused(
+        "train", *BASE, "--config", tmp_path / "own.yaml", "--output", "run"
+    )
+
+
+COMBINATIONS = {
+    "metric and clip": (
+        ["--objective", "metric", "--clip-examples", "2", "--method", "mezo"],
+        "--clip-examples needs",
+    ),
+    "metric and auto": (["--objective", "metric", "--lr", "auto", "--method", "mezo"], "give --lr"),
+    "no warmup": (["--lr-scheduler", "constant_with_warmup"], "constant_with_warmup"),
+    "meta": (["--device", "meta"], "cpu or cuda"),
+    "nan eps": (["--eps", "nan"], "not a finite number"),
+    "nan decay": (["--weight-decay", "nan"], "not a finite number"),
+    "inf lr": (["--lr", "inf"], "not a finite number"),
+    "fo-adam on fp16": (["--method", "fo-adam", "--dtype", "fp16"], "use --dtype bf16 or fp32"),
+    "its head on fp16": (
+        ["--method", "fo-adam", "--dtype", "fp16", "--mode", "head"],
+        "its eps of 1e-8 is 0",
+    ),
+    "no folder for the journal": (
+        ["--journal", "no/such/folder/j.pzj"],
+        "there is no folder no/such/folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_refused_at_once(tmp_path, settings, what):
+    args, words = COMBINATIONS[what]
+    assert words in refused("train", *BASE, *args, "--output", tmp_path / "run")
+    assert not settings
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (
+            ["tensorboard", "wandb"],
+            "--report-to wandb: WandbCallback requires wandb to be installed",
+        ),
+        (["wandbb"], "wandbb is not supported"),
+    ],
+)
+def test_a_missing_integration_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, names, words
+):
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.is_wandb_available", lambda: False
+    )
+    monkeypatch.setattr(runs, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(runs, "load_task", raising(AssertionError("loads")))
+    given = [x for name in names for x in ("--report-to", name)]
+    assert words in refused("train", *BASE, *given, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for usable in ([], ["none"], ["all"], ["tensorboard"]):
+        runs.check_integrations(usable)
+
+
+def test_journal(tmp_path, settings):
+    journal, out = tmp_path / "run.pzj", tmp_path / "run"
+    args = ("train", *BASE, "--output", out, "--journal")
+    assert "--until" not in pseuzo(*args, journal, "--steps", 10), "it is not there"
+    journal.touch()
+    text = pseuzo(*args, journal, "--steps", 10)
+    assert "model/ is step 8" in text and "--until 8" in text
+    assert "--until" not in pseuzo(*args, journal, "--steps", 10, "--keep", "last")
+    assert "--until" not in pseuzo(*args, journal, "--steps", 12)
+    journal.write_bytes(b"records")
+    assert "exists already" in refused(*args, journal)
+    assert "exists already" in refused(*args, journal, "--resume")  # there is no run to go on with
+    assert "are the same" in refused(*args, out) and not out.exists()
+    assert (
+        "the run writes results.json itself" in refused(*args, out / "results.json")
+        and not out.exists()
+    )
+    pseuzo(*args, out / "inside.pzj")  # its folder will be made
+    out.mkdir()
+    (out / "config.yaml").touch()
+    pseuzo(*args, journal, "--resume")
+
+
+def test_the_compare_example_is_accepted(monkeypatch, tmp_path):
+    seen = {}
+
+    def compared(common, methods, output, **rest):
+        seen.update(common=common, methods=methods, **rest)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(compare, "compare", compared)
+    text = refused(
+        "compare", "--config", EXAMPLES / "compare-demo.yaml", "--output", tmp_path / "out"
+    )
+    assert text == "that is all"
+    listed = yaml.safe_load((EXAMPLES / "compare-demo.yaml").read_text())
+    assert (
+        list(seen["methods"]) == listed["methods"]
+        and seen["forwards"] == 600
+        and seen["seeds"] == 3
+    )
+    assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]

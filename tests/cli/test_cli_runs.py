@@ -1,0 +1,306 @@
+"""What runs of the command line write, and that they can be replayed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_runs import OWN, ROWS
+from helpers import (
+    SMALL,
+    ZERO_ORDER,
+    assert_same_weights,
+    last_json,
+    pseuzo,
+    weights,
+)
+from pseuzo.cli.run import model_path
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+
+METHODS = {
+    "pseuzo": ["--groups", "label"],
+    "pseuzo, published": ["--groups", "row", "--schedule", "cyclic-hyperbola"],
+    "mezo": ["--directions", "2", "--one-sided"],
+    "mezo-momentum": ["--window", "3", "--momentum", "0.7"],
+    "fo-sgd": ["--momentum", "0.5"],
+    "fo-adam": [],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_train_writes_a_run(tmp_path, name):
+    method = name.split(",")[0]
+    out = tmp_path / "run"
+    rate = ["--lr", "1e-3"] if method.startswith("fo-") else [*ZERO_ORDER, "--clip-examples", "2"]
+    text = pseuzo(
+        "train", *SMALL, "--method", method, "--steps", 5, *rate, *METHODS[name], "--output", out
+    )
+    assert "accuracy" in text
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 5 and 0 <= results["test"]["accuracy"] <= 1
+    passes = {"pseuzo": 2, "mezo": 3, "mezo-momentum": 2}.get(method, 3)
+    assert results["forwards"] == 5 * passes
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["method"] == method and config["eval_every"] == 1
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    logged = [row for row in results["history"] if "loss" in row]
+    assert len(logged) == 5 and all(row["tokens_per_second"] > 0 for row in logged)
+    if not method.startswith("fo-"):
+        assert {
+            "projected_grad",
+            "momentum",
+            "window",
+            "skipped_steps",
+            "update_ulps_float32",
+        } <= logged[-1].keys()
+    start = weights(Path(model_path("demo")))
+    assert any(
+        not torch.equal(p, start[n]) for n, p in weights(out / "model").items() if n in start
+    )
+    again = tmp_path / "again"  # the resolved settings make the same run
+    pseuzo("train", "--config", out / "config.yaml", "--output", again)
+    assert_same_weights(out / "model", again / "model")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_journal_of_a_run_replays_to_its_weights(tmp_path, dtype):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    pseuzo(
+        "train",
+        *SMALL,
+        *ZERO_ORDER,
+        "--dtype",
+        dtype,
+        "--steps",
+        7,
+        "--keep",
+        "last",
+        "--journal",
+        journal,
+        "--weight-decay",
+        "0.1",
+        "--output",
+        out,
+    )
+    pseuzo(
+        "replay",
+        "--base",
+        model_path("demo"),
+        "--journal",
+        journal,
+        "--output",
+        tmp_path / "replayed",
+    )
+    assert_same_weights(out / "model", tmp_path / "replayed")
+    pseuzo(
+        "replay",
+        "--base",
+        out / "model",
+        "--journal",
+        journal,
+        "--output",
+        tmp_path / "other",
+        code=2,
+    )
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("mode, method", [("lora", "pseuzo"), ("prefix", "mezo"), ("head", "mezo")])
+def test_modes_train_replay_and_load_again(tmp_path, mode, method):
+    out, journal = tmp_path / "run", tmp_path / "run.pzj"
+    pseuzo(
+        "train",
+        *SMALL,
+        "--method",
+        method,
+        "--mode",
+        mode,
+        "--lr",
+        "1e-3",
+        "--steps",
+        4,
+        "--keep",
+        "last",
+        "--journal",
+        journal,
+        "--output",
+        out,
+    )
+    pseuzo(
+        "replay", "--base", out / "start", "--journal", journal, "--output", tmp_path / "replayed"
+    )
+    name = "model.safetensors" if mode == "head" else "adapter_model.safetensors"
+    start, end, again = (
+        load_file(d / name) for d in (out / "start", out / "model", tmp_path / "replayed")
+    )
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+    assert all(torch.equal(again[k], end[k]) for k in end)
+    figures = last_json(
+        pseuzo("eval", "--model", out / "model", *SMALL[2:4], "--test-size", 24, "--quiet")
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert figures["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
+
+
+def test_a_step_that_is_skipped_does_not_spoil_the_curves(tmp_path):
+    out = tmp_path / "run"
+    pseuzo(
+        "train",
+        *SMALL,
+        "--method",
+        "mezo",
+        "--dtype",
+        "fp16",
+        "--lr",
+        "80",
+        "--steps",
+        6,
+        "--eval-every",
+        0,
+        "--keep",
+        "last",
+        "--output",
+        out,
+    )
+    text = (out / "results.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    results = json.loads(text)
+    assert results["skipped_steps"] > 0 and results["test"]["accuracy"] == 0, (
+        "what is not finite is not right"
+    )
+    losses = [row["loss"] for row in results["history"] if "loss" in row]
+    assert losses[0] is not None and len(losses) == 6
+
+
+def test_prefix_adapters_are_evaluated_at_the_length_that_is_left(tmp_path):
+    (tmp_path / "task.yaml").write_text(OWN)
+    rows = [row | {"text": "long " * 300 + row["text"]} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["--train-size", 20, "--dev-size", 10, "--test-size", 30, "--quiet"]
+    common = ["--task", tmp_path / "task.yaml", *sizes]
+    pseuzo(
+        "train",
+        "--model",
+        "demo",
+        *common,
+        "--steps",
+        1,
+        "--mode",
+        "prefix",
+        "--output",
+        tmp_path / "run",
+    )
+    scored = last_json(pseuzo("eval", "--model", tmp_path / "run" / "model", *common))
+    assert scored["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"], (
+        "the same rows"
+    )
+
+
+def test_plot_overlays_runs(tmp_path):
+    for seed in (0, 1):
+        pseuzo(
+            "train",
+            *SMALL,
+            *ZERO_ORDER,
+            "--steps",
+            2,
+            "--seed",
+            seed,
+            "--output",
+            tmp_path / f"run{seed}",
+        )
+    png = tmp_path / "both.png"
+    pseuzo("plot", tmp_path / "run0", tmp_path / "run1", "--output", png)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    assert "not the folder of a finished run" in pseuzo("plot", tmp_path / "empty", code=2)
+
+
+def test_compare_runs_methods_for_equal_forwards(tmp_path):
+    out = tmp_path / "compared"
+    args = [
+        "compare",
+        *SMALL[:-1],
+        "--methods",
+        "mezo:lr=2e-4,directions=2",
+        "--methods",
+        "fo-adam",
+        "--seeds",
+        2,
+        "--forwards",
+        24,
+        "--output",
+        out,
+    ]
+    text = pseuzo(*args)
+    assert "mezo" in text and "fo-adam" in text
+    summary = json.loads((out / "compare.json").read_text())
+    rows = summary["methods"]
+    assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam"]["steps"] == 8
+    assert all(
+        row["forwards"] == 24 and row["peak_memory_mib"] > 0 and len(row["test"]) == 2
+        for row in rows.values()
+    )
+    assert (out / "table.md").read_text().count("|\n") == 4 and (out / "compare.png").exists()
+    searched = list((out / "runs").glob("fo-adam*/lr.json"))
+    assert len(searched) == 1, "the rate is searched for with the first seed alone"
+    made = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
+    pseuzo(*args)  # finished runs are not run again
+    assert made == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
+    text = pseuzo(*args, "--batch-size", 3, code=2)  # but only if they are the same runs
+    assert "batch_size 6, not 3" in text
+
+
+def test_lr_auto_searches_and_says_what_it_found(tmp_path):
+    out = tmp_path / "run"
+    text = pseuzo(
+        "train", *SMALL, "--method", "mezo", "--lr", "auto", "--steps", 20, "--output", out
+    )
+    found = json.loads((out / "lr.json").read_text())
+    trials = {float(rate): loss for rate, loss in found["trials"].items()}
+    assert len(trials) >= 3 and text.count("dev loss") == len(trials)
+    largest = max(rate for rate, loss in trials.items() if loss < 1.05 * found["start"])
+    best = min(
+        (rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get
+    )  # what a long run survives
+    assert found["chosen"]["lr"] == best == json.loads((out / "results.json").read_text())["lr"]
+
+
+def test_noise_on_auto_saves_its_table(tmp_path):
+    out = tmp_path / "run"
+    text = pseuzo(
+        "train", *SMALL, "--method", "mezo", "--noise-on", "auto", "--steps", 3, "--output", out
+    )
+    decided = json.loads((out / "noise_on.json").read_text())
+    assert decided["noise_on"] and decided["table"] and decided["lr"] != 1e-7
+    assert all(row["name"] in text for row in decided["table"])
+
+
+def test_reports_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pseuzo(
+        "train",
+        *SMALL,
+        *ZERO_ORDER,
+        "--steps",
+        3,
+        "--report-to",
+        "tensorboard",
+        "--output",
+        tmp_path / "run",
+    )
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    log = EventAccumulator(str(events)).Reload()
+    losses = [e.value for e in log.Scalars("train/loss")]
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    assert (
+        losses == pytest.approx([row["loss"] for row in history if "loss" in row])
+        and len(losses) == 3
+    )
+    assert "train/projected_grad" in log.Tags()["scalars"]

@@ -1,0 +1,26 @@
+"""What the tests of cli_refusals share."""
+
+from pathlib import Path
+
+from helpers import pseuzo
+
+BASE = ["--model", "demo", "--task", "demo"]
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def refused(*args: object) -> str:
+    """The one sentence."""
+    text = pseuzo(*args, code=2)
+    assert "Traceback" not in text
+    *_, last = text.strip().splitlines()
+    assert last.startswith("Error: ")
+    return last.removeprefix("Error: ")
+
+
+def raising(error: BaseException):
+    def run(*args, **kwargs):
+        raise error
+
+    return run
