@@ -15,6 +15,16 @@ def records(journal):
 
 pytestmark = pytest.mark.slow
 
+HOOK = """
+import os, sys
+class AtAnImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("INTERRUPTED_AT"):
+            del os.environ["INTERRUPTED_AT"]
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, AtAnImport())
+"""
+
 
 MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; main()"]
 

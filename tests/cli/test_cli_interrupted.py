@@ -390,14 +390,3 @@ def test_a_refused_try_does_not_block_the_next(tmp_path):
     assert "not the folder of a run" in pseuzo(
         *args[:-4], "--output", tmp_path / "mine", "--resume", code=2
     )
-
-
-HOOK = """
-import os, sys
-class AtAnImport:
-    def find_spec(self, name, path=None, target=None):
-        if name == os.environ.get("INTERRUPTED_AT"):
-            del os.environ["INTERRUPTED_AT"]
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, AtAnImport())
-"""
