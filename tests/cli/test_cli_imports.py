@@ -6,13 +6,6 @@ import sys
 
 import pytest
 
-
-def records(journal):
-    """All but the header, which has the identifier of its run."""
-    content = journal.read_bytes()
-    return content[8 + 12 + int.from_bytes(content[8:12], "little") :]
-
-
 pytestmark = pytest.mark.slow
 
 HOOK = """

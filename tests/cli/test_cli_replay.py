@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli_families import EPS, EPS32, arguments, replay, same, train
 from helpers import assert_same_weights, pseuzo, weights
-from pseuzo.train.journal import read_journal
+from pseuzo.train.journal_file import read_journal
 
 import pseuzo_kernels
 
