@@ -13,14 +13,14 @@ from typing import Any
 import click
 
 from pseuzo.cli.errors import listed
-from pseuzo.train.methods import MODES
+from pseuzo.models.modes import MODES, ModeOption, by_mode, mode_options
 from pseuzo.train.options import OPTIONS, Option
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
 # Options of a tuning mode, which do nothing under another one.
-MODE_OPTIONS = {"lora_r": ("lora",), "lora_alpha": ("lora",), "prefix_tokens": ("prefix",)}
+MODE_OPTIONS = {name: modes for name, (o, modes) in mode_options().items() if o.on_command_line}
 
 
 class Number(click.FloatRange):
@@ -107,6 +107,24 @@ def _type_of(o: Option) -> Any:
     return bool if o.type is bool else str
 
 
+def by_modes(field: str) -> str:
+    """A default of each tuning mode, as in `full 1e-7, lora 5e-5`."""
+    values = by_mode(field).items()
+    return ", ".join(f"{name} {value:g}".replace("e-0", "e-") for name, value in values)
+
+
+def mode_option(o: ModeOption, modes: tuple[str, ...]) -> Callable:
+    """The option of a tuning mode."""
+    kind = click.IntRange(min=o.least) if isinstance(o.default, int) else Number(min=o.least)
+    help = f"{o.help} For --mode {listed(modes, 'or')}."
+    return option(flag(o.name), type=kind, default=o.default, help=help)
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 DATA_OPTIONS = options(
     option(
         "--model",
@@ -168,17 +186,29 @@ DATA_OPTIONS = options(
 
 RUN_OPTIONS = options(
     training_option("method"),
-    option("--mode", type=click.Choice(MODES), default="full", help="What is trained."),
+    option(
+        "--mode",
+        type=click.Choice(list(MODES)),
+        default="full",
+        help="What is trained: "
+        + "; ".join(f"{name}, {mode.help}" for name, mode in MODES.items())
+        + ".",
+    ),
     option("--steps", type=click.IntRange(min=1), default=10_000),
     option("--batch-size", type=click.IntRange(min=1), default=16),
     training_option(
         "learning_rate",
-        "auto: a search by short trials on the dev loss. Default: the published rate of the mode "
-        "(full 1e-7, lora 5e-5, prefix 1e-3); fo-*: a common one.",
+        "auto: a search by short trials on the dev loss. Default: the published rate of the mode ("
+        + by_modes("lr")
+        + "); fo-*: a common one.",
         type=LearningRate(),
         default=None,
     ),
-    training_option("eps", "Default: full 1e-3, lora 1e-2, prefix 1e-1.", default=None),
+    training_option(
+        "eps",
+        f"Default: {by_modes('eps')}.",
+        default=None,
+    ),
     training_option("lr_scheduler_type", type=click.Choice(["constant", "linear", "cosine"])),
     option(
         "--weight-decay",
@@ -202,9 +232,7 @@ RUN_OPTIONS = options(
         help="Classification: the length-normalised likelihood of the options, or the label words "
         "alone.",
     ),
-    option("--lora-r", type=click.IntRange(min=1), default=8),
-    option("--lora-alpha", type=click.IntRange(min=1), default=16),
-    option("--prefix-tokens", type=click.IntRange(min=1), default=5),
+    *(mode_option(o, modes) for o, modes in mode_options().values() if o.on_command_line),
     option(
         "--eval-every",
         type=click.IntRange(min=0),
@@ -241,10 +269,6 @@ APPLIES_TO: dict[str, Mapping[str, tuple[str, ...]]] = {
     setting_name(o): o.applies_to for o in OPTIONS.values() if o.applies_to
 } | {name: {"mode": modes} for name, modes in MODE_OPTIONS.items()}
 PROBES = tuple(setting_name(o) for o in OPTIONS.values() if o.flag.probes)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def unused(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -36,7 +36,7 @@ from pseuzo.cli.folder import (
     to_make,
     undo,
 )
-from pseuzo.cli.options import setting_name
+from pseuzo.cli.options import MODE_OPTIONS, setting_name
 from pseuzo.cli.plots import plot_runs
 from pseuzo.cli.search import search_lr
 from pseuzo.files import (
@@ -48,7 +48,8 @@ from pseuzo.files import (
     write_model,
 )
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
-from pseuzo.models.loading import load_model, tune
+from pseuzo.models.loading import load_model
+from pseuzo.models.modes import MODES, tune
 from pseuzo.optim.schedule import Schedule
 from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
@@ -58,8 +59,6 @@ from pseuzo.train.methods import ZEROTH_ORDER, default_rate
 from pseuzo.train.options import OPTIONS
 from pseuzo.train.trainer import PseuZOTrainer
 from pseuzo_kernels import _C
-
-DEFAULT_EPS = {"full": 1e-3, "head": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 
 
 def model_path(name: str) -> str:
@@ -97,14 +96,8 @@ class Run:
         model, self.tokenizer = load_model(
             model_path(c["model"]), dtype=c["dtype"], device=c["device"]
         )
-        model = tune(
-            model,
-            c["mode"],
-            lora_r=c["lora_r"],
-            lora_alpha=c["lora_alpha"],
-            prefix_tokens=c["prefix_tokens"],
-            seed=c["seed"],
-        )
+        mode_options = {name: c[name] for name in MODE_OPTIONS}
+        model = tune(model, c["mode"], seed=c["seed"], **mode_options)
         if not self.data:
             check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
             self.longest = max_length(model, c["max_length"])
@@ -222,7 +215,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
-        c["eps"], c["scale_eps"] = DEFAULT_EPS[c["mode"]], zeroth and placed
+        c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, zeroth and placed
     if c["lr"] is None:
         c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:
