@@ -10,7 +10,6 @@ from cli_refusals import BASE, raising, refused
 from helpers import SMALL, pseuzo
 from pseuzo import files
 from pseuzo.cli import compare, search
-from pseuzo.cli import run as runs
 from pseuzo.optim import MeZO
 
 pytestmark = pytest.mark.slow
@@ -223,7 +222,7 @@ def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "evaluate", interrupted)
+        patched.setattr(search, "evaluate", interrupted)
         pseuzo(*args, tmp_path / "run", code=130)
     text = pseuzo(*args, tmp_path / "run", "--resume")
     assert (

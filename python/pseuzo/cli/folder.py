@@ -17,7 +17,7 @@ from typing import Any
 from pseuzo.files import MARKER, claim, differing, read_json, read_yaml
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal_file import JournalError, held, owner
-from pseuzo.train.trainer import PLACEMENT_FILE
+from pseuzo.train.noise_on import PLACEMENT_FILE
 
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
 

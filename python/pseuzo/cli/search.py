@@ -10,7 +10,7 @@ from pseuzo.cli.folder import LR_FILE, plain
 from pseuzo.files import read_json, write_json
 from pseuzo.tasks import evaluate
 from pseuzo.train.methods import ZEROTH_ORDER, default_rate
-from pseuzo.train.trainer import PLACEMENT_FILE
+from pseuzo.train.noise_on import PLACEMENT_FILE
 
 if TYPE_CHECKING:
     from pseuzo.cli.run import Run
