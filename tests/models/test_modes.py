@@ -1,9 +1,12 @@
 """The table of tuning modes, and what derives from it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from pseuzo.cli.settings import check_combination
 from pseuzo.models.modes import MODES, Mode, ModeOption, by_mode, mode_options, tune
 from pseuzo.train.methods import METHODS, default_rate
 from tiny_models import causal_lm
@@ -68,6 +71,17 @@ def test_a_mode_is_a_row_and_a_function(monkeypatch):
     assert mode_options()["bias_layers"] == (row.options[0], ("bias",))
     with pytest.raises(ValueError, match="mode must be one of full, lora, prefix, head, bias, got"):
         tune(causal_lm("opt"), "biases")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_says_which_dtype_is_trained(mode):
+    """fo-adam refuses fp16 weights of the modes that train in the dtype of the model."""
+    model = tune(causal_lm("opt").half(), mode)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float16 if MODES[mode].model_dtype else torch.float32}
+    settings = {"method": "fo-adam", "dtype": "fp16", "mode": mode, "objective": "loss"}
+    with pytest.raises(ValueError, match="fo-adam") if MODES[mode].model_dtype else nullcontext():
+        check_combination(settings)
 
 
 def test_options_of_modes():

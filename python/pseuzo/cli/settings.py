@@ -7,6 +7,7 @@ import click
 
 from pseuzo.cli.errors import Failure
 from pseuzo.cli.options import flag, unused
+from pseuzo.models.modes import MODES
 from pseuzo.train.methods import METHODS
 
 # Options that compare sets for every run.
@@ -34,19 +35,17 @@ def check_combination(settings: Mapping[str, Any]) -> None:
             )
         if settings["lr"] == "auto":
             raise ValueError(
-                "--lr auto searches by the curvature of the loss, and --objective "
-                "metric has none; "
+                "--lr auto searches by the curvature of the loss, and --objective metric has none; "
                 "give --lr"
             )
     if (
         settings["method"] == "fo-adam"
         and settings["dtype"] == "fp16"
-        and settings["mode"] in ("full", "head")
+        and MODES[settings["mode"]].model_dtype
     ):
         raise ValueError(
-            "--method fo-adam cannot train fp16 weights, in which its eps of 1e-8 is "
-            "0: use --dtype bf16 "
-            "or fp32"
+            "--method fo-adam cannot train fp16 weights, in which its eps of 1e-8 is 0: use "
+            "--dtype bf16 or fp32"
         )
 
 
