@@ -2,8 +2,8 @@
 
 perturb_, restore_, update_, add_noise_, add_noise and noise compute, for tensors x of a model,
 x <- keep * x + sum_k coefs[k] z(seeds[k], stream). EmaWindow takes output changes and returns
-coefficients. `reference` has all of them in plain torch and defines what is correct. CUDA tensors go
-to Triton and CUDA C++, CPU tensors to C++, and others, or all in a build without C++, to the
+coefficients. `reference` has all of them in plain torch and defines what is correct. CUDA tensors
+go to Triton and CUDA C++, CPU tensors to C++, and others, or all in a build without C++, to the
 reference. `laws` is the table of noise laws; `ops` has the unchecked ops for optimizers.
 """
 

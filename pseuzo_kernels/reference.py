@@ -69,9 +69,8 @@ from pseuzo_kernels.bits import (  # noqa: F401  (part of what this module offer
 )
 from pseuzo_kernels.laws import LAWS, resolve
 
-COUNTERS_AT_ONCE = (
-    1 << 16
-)  # bounds the int64 temporaries to about 16 MiB, however large a tensor is
+# bounds the int64 temporaries to about 16 MiB, however large a tensor is
+COUNTERS_AT_ONCE = 1 << 16
 HADAMARD_SCALE = LAWS["hadamard"].scale
 
 

@@ -238,9 +238,8 @@ class EmaWindow:
             new.seeds.copy_(old.seeds)
             new.groups[:, :r].copy_(old.groups)
             new.counts[:, :r].copy_(old.counts)
-            self._held = self._held._replace(
-                ring=new
-            )  # the same entries, and the old memory is free
+            # the same entries, and the old memory is free
+            self._held = self._held._replace(ring=new)
         return new
 
     def state_dict(self) -> dict[str, Any]:

@@ -284,9 +284,8 @@ def cast(
         d = rounding_dither(words, J, ASM)
         normal = (u - 0x38000000 + (d >> 3)) >> 13
         tiny = u < 0x38800000
-        small = (
-            tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 1099511627776.0
-        )  # 2^40; < 2^26 then
+        # 2^40; < 2^26 then
+        small = tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 1099511627776.0
         out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + d) >> 16, normal)
         out = tl.where(u >= 0x47800000, 0x7C00, out)
         out = tl.where(u > 0x7F800000, 0x7E00, out)

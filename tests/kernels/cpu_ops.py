@@ -1,5 +1,4 @@
-"""What the tests of the C++ noise ops share: the instruction sets, and the tensors and terms of
-their calls."""
+"""What the tests of the C++ noise ops share: instruction sets, tensors, and terms."""
 
 import functools
 
@@ -44,14 +43,14 @@ def normals(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.
 
 
 def terms(k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """seeds over all of int64, and coefs that round17 changes."""
+    """Seeds from all of int64, and coefs that round17 changes."""
     generator = torch.Generator().manual_seed(k)
     seeds = torch.randint(-(2**63), 2**63 - 1, (k,), generator=generator)
     return seeds, torch.randn(k, generator=generator)
 
 
 def banded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of x, and the larger tensor full of 7 that it lies in."""
+    """A copy of x, and the larger tensor, full of 7, in which it lies."""
     band = torch.full((x.numel() + 2 * BAND,), 7.0, dtype=x.dtype)
     inside = band[BAND : BAND + x.numel()]
     inside.copy_(x)
@@ -59,7 +58,7 @@ def banded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mixed_list(k: int) -> tuple[list[torch.Tensor], list[int], list[float], list[float]]:
-    """xs, streams, keeps, scales; many seeds on few sizes, for the sake of the reference's time."""
+    """xs, streams, keeps, scales. With many seeds there are few sizes, as the reference is slow."""
     xs = [
         normals(n, dtype, seed=n)
         for n in (SIZES if k < 100 else (1, 127, 2048, 2049))
@@ -110,7 +109,7 @@ def wanted_steps(noise: str) -> list[torch.Tensor]:
 
 @functools.cache
 def special_values(dtype: torch.dtype) -> torch.Tensor:
-    """Every fp16 and bf16 there is; fp32: those, with the lower bits filled."""
+    """All values of fp16 and bf16; for fp32 these, with the lower bits filled."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     if dtype is not torch.float32:
         return every.view(dtype)

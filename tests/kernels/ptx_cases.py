@@ -86,7 +86,7 @@ def test_one_tensor(dtype, has_x, misaligned):
 @only_sm_90
 @pytest.mark.parametrize("K", [14, 1])
 def test_skipped(K):
-    """In place nothing is read or written, out of place x is copied, and the flag is set."""
+    """In place nothing is read or written; out of place x is copied. The flag is set."""
     seeds, coefs = seeds_coefs(K)
     coefs[-1] = float("nan")
     xs = [values(n, FP32) for n in SIZES]
@@ -111,8 +111,7 @@ def test_skipped(K):
 
 
 def test_launches_are_made_again():
-    """As perturbed passes do: what was launched once is launched again, over other seeds and other
-    numbers."""
+    """A launch can be made again over other seeds and other numbers, as perturbed passes do."""
     xs, scales, launches = [values(n, BF16) for n in SIZES], [0.0, 0.5, 2.0, -1.0], []
     outs = [torch.empty_like(x) for x in xs]
     seeds, coefs = torch.empty(1, dtype=torch.int64), torch.empty(1)
@@ -153,8 +152,7 @@ def test_rows(widths):
 
 
 def test_steps():
-    """Steps without a seed, with one and several; tensors left alone in some; sizes around a
-    program's block."""
+    """Some steps have no seed, some tensors are left alone; sizes lie around a program's block."""
     counts, dtypes = [2, 0, 1], (BF16, FP16)
     seeds, coefs = seeds_coefs(3)
     xs = [values(n, dtype) for n in (1, 4095, 4097) for dtype in dtypes]
@@ -170,7 +168,7 @@ def test_steps():
 
 
 def test_all_kernels_and_all_inline_asm_were_run():
-    """By the cases above: this one is the last."""
+    """The cases above have run all of it, so this one comes last."""
     names = {
         name
         for name, f in vars(kernels).items()

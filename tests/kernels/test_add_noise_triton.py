@@ -1,5 +1,7 @@
-"""The Triton kernels against the reference, to the bit: in the interpreter without a GPU, compiled
-with one."""
+"""The Triton kernels give the bits of the reference.
+
+Without a GPU they run in the interpreter, with one they are compiled.
+"""
 
 import warnings
 
@@ -71,7 +73,7 @@ def _round_kernel(
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_value_is_rounded_as_the_reference_does(dtype):
-    """Every upper half that an fp32 has, over other bits, in all 16 planes."""
+    """All upper halves of fp32, over other bits, in all 16 planes."""
     upper = torch.arange(-(2**15), 2**15).int()
     x = ((upper << 16) | (upper * 40503 & 0xFFFF)).view(torch.float32)
     q, seed_hash = torch.arange(len(x)), reference.hash_seeds(torch.tensor(9))
@@ -116,8 +118,9 @@ def test_strided_seeds_and_coefs(K, noise):
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])
 def test_fp16_coefs_of_any_size(size):
-    """The ends of 2^e; beyond them nothing is done. More coefs than a program prepares, the largest
-    not the first."""
+    """2^e has ends, and beyond them nothing is done. There may be more coefs than a program
+    prepares, and the largest need not be the first.
+    """
     with warnings.catch_warnings():  # the interpreter's numpy: of NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         for K in (2, 129, 300):
@@ -126,9 +129,8 @@ def test_fp16_coefs_of_any_size(size):
             hashes, coefs_of_sums, _ = prepared(seeds, coefs, "hadamard-fp16")
             assert torch.equal(hashes, reference.hash_seeds(seeds))
             rounded, power = reference.fp16_coefs(coefs.cpu())
-            assert_same_bits(
-                coefs_of_sums, torch.cat([rounded + 0.0, power.view(1)])
-            )  # the sign of 0 does not matter
+            # the sign of 0 does not matter
+            assert_same_bits(coefs_of_sums, torch.cat([rounded + 0.0, power.view(1)]))
         seeds, coefs = seeds_coefs(2)
         coefs *= size
         want, got = torch.ones(300), torch.ones(300, device=DEVICE)
@@ -142,8 +144,7 @@ def test_fp16_coefs_of_any_size(size):
 
 @pytest.mark.parametrize("noise, K", [("hadamard", 2), ("hadamard-fp16", 17)])
 def test_out_of_place_and_without_x(noise, K):
-    """Tensors in one launch and one that is not aligned, each also with a scale of 0, for which no
-    noise is made."""
+    """Tensors share a launch, one is not aligned; with a scale of 0 no noise is made."""
     seeds, coefs = seeds_coefs(K)
     xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049, 2100)]
     xs += [values(301, torch.float16).to(DEVICE)[1:] for _ in range(2)]
@@ -180,9 +181,11 @@ def test_out_of_place_and_without_x(noise, K):
     ],
 )
 def test_skipped(noise, K, bad, found):
-    """By a coefficient that is not finite (the largest fp32 is not, once it is rounded), which sets
-    found_inf, or by found_inf: in place nothing is written; out of place x is copied. Tensors in
-    one launch, and one by one."""
+    """A coefficient that is not finite skips the op and sets found_inf; found_inf skips it, too.
+
+    The largest fp32 is not finite once it is rounded. In place nothing is written; out of place x
+    is copied. Tensors share a launch, or have one each.
+    """
     seeds, coefs = seeds_coefs(K)
     coefs[K - 1] = torch.tensor(float(bad))
     xs = [values(8193, torch.bfloat16), values(300, torch.float32), values(2100, torch.float16)]
@@ -207,7 +210,7 @@ def test_skipped(noise, K, bad, found):
 
 
 def test_not_skipped():
-    """A flag of 0 stays 0, and changes nothing."""
+    """A flag of 0 stays 0 and changes nothing."""
     seeds, coefs = seeds_coefs(14)
     for K in (1, 14):
         xs = [values(300, torch.float16)]
@@ -243,8 +246,9 @@ def test_freed_memory_is_refused():
 @pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_steps(noise, stochastic):
-    """Steps without a seed, with one and several; tensors left alone in some; sizes around a
-    program's block, 4096."""
+    """Some steps have no seed, some tensors are left alone; sizes lie around a program's block,
+    4096.
+    """
     counts = [2, 0, 1]
     seeds, coefs = seeds_coefs(3)
     sizes = (0, 1, 4095, 4097) if stochastic else (2049,)
@@ -261,7 +265,9 @@ def test_steps(noise, stochastic):
 
 
 def test_scales_that_fp32_does_not_hold():
-    """Are still scales: keep applies. In a row, only a scale of 0 leaves a tensor alone."""
+    """They are scales all the same: keep applies. In a row, only a scale of 0 leaves a tensor
+    alone.
+    """
     seeds, coefs = seeds_coefs(3)
     start = torch.cat([torch.tensor([-0.0, 0.0]), values(300, torch.float32)])
     for scale in (1e-60, 0.0):

@@ -14,18 +14,16 @@ from pseuzo_kernels import reference
 def test_perturb_restore_update_are_add_noise(api, noise):
     xs = [torch.randn(5000), torch.randn(3, 7), torch.randn(0), torch.randn(2048)]
     start = [x.clone() for x in xs]
-    atol = (
-        0.2 * 5.5 * 2.0**-17
-    )  # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
+    # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
+    atol = 0.2 * 5.5 * 2.0**-17
     api.perturb_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
     for x, was, stream, scale in zip(xs, start, (4, 9, 2, 0), (1.0, 2.0, 1.0, 0.0), strict=True):
         z = reference.noise(x.shape, 5, stream, noise=noise)
         torch.testing.assert_close(x, was + 0.1 * scale * z, rtol=0, atol=atol)
     api.restore_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
     for x, was in zip(xs, start, strict=True):
-        torch.testing.assert_close(
-            x, was, rtol=0, atol=2.0**-21
-        )  # two roundings of numbers below 8
+        # two roundings of numbers below 8
+        torch.testing.assert_close(x, was, rtol=0, atol=2.0**-21)
     assert torch.equal(xs[3], start[3])
     api.update_(xs[:2], [1, 2], [0.5, -2.0], lr=0.1, weight_decay=[0.3, 0.0], noise=noise)
     for i, (x, was) in enumerate(zip(xs[:2], start, strict=False)):

@@ -26,9 +26,8 @@ def test_tensors_of_a_list_share_no_memory(api):
         with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
             api.add_noise(x[4:10], 1, 1.0, 0, out=out)
     assert (x == 1).all()
-    api.perturb_(
-        [x[:6], x[9:], x[6:9], torch.empty(0), x[3:3]], 1, 0.1
-    )  # side by side, in any order
+    # side by side, in any order
+    api.perturb_([x[:6], x[9:], x[6:9], torch.empty(0), x[3:3]], 1, 0.1)
     assert (x != 1).all()
     want = api.add_noise(x[:6], 1, 1.0, 0)
     api.add_noise(x[:6], 1, 1.0, 0, out=x[6:])
@@ -231,8 +230,7 @@ writes = pytest.mark.parametrize("name", WRITES)
 @apis
 @writes
 def test_stochastic_rounding_needs_its_seed(api, name):
-    """Equal seeds draw equal bits at every call, and 400 roundings by the same bits are off by tens
-    of ulps."""
+    """With equal seeds, all calls draw equal bits: 400 roundings are then off by tens of ulps."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(300, dtype=dtype)
         op = name.split()[0]
@@ -314,8 +312,9 @@ def test_a_step_that_the_window_skipped_does_not_decay(api):
 @apis
 @writes
 def test_freed_memory_is_refused(api, name):
-    """As offloading and sharding leave a tensor; it would be taken for no x at all, or crash the
-    process."""
+    """Offloading and sharding free the memory of a tensor. An op would take it for no x at all, or
+    crash.
+    """
     freed, flag = torch.ones(300), torch.ones(1)
     for tensor in (freed, flag):
         tensor.untyped_storage().resize_(0)

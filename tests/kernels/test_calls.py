@@ -1,5 +1,7 @@
-"""How many ops a step calls: a number that grows with neither the window nor the run, or speed rots
-unseen."""
+"""The number of ops that a step calls grows with neither the window nor the run.
+
+Speed would be lost unnoticed otherwise.
+"""
 
 import collections
 

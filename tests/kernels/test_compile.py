@@ -1,5 +1,7 @@
-"""Every Triton kernel compiled to machine code, without a GPU: no spills, wide accesses, and the
-cost we claim."""
+"""Every Triton kernel compiled to machine code, without a GPU.
+
+It must not spill, its accesses must be wide, and it must cost what we claim.
+"""
 
 import json
 import os
@@ -87,10 +89,13 @@ def test_instructions_of_stochastic_rounding(costs):
 
 
 def test_registers(costs):
-    """128: four blocks a multiprocessor. Not for more than 16 seeds in half precision, where both
-    sums are held, nor for stochastic rounding to fp16, a long calculation on 8 planes at once. 168,
-    three blocks, for the steps of a replay, which hold x beside the sums: 123 with Triton 3.9, 152
-    with 3.6."""
+    """With 128 registers a multiprocessor has four blocks.
+
+    More are needed for more than 16 seeds in half precision, where both sums are held, and for
+    stochastic rounding to fp16, a long calculation on 8 planes at once. The steps of a replay,
+    which hold x beside the sums, may have 168, which are three blocks: Triton 3.9 takes 123, Triton
+    3.6 takes 152.
+    """
     for c in costs:
         if not any(word in c["kernel"] for word in ("blocks", " fp16 stochastic")):
             assert c["registers"] <= (168 if "steps" in c["kernel"] else 128), c

@@ -1,5 +1,4 @@
-"""The C++ noise ops on the CPU against the reference, bit for bit, on every instruction set this
-machine has."""
+"""The C++ noise ops give the bits of the reference, on all instruction sets of this machine."""
 
 import functools
 

@@ -39,9 +39,8 @@ def test_reads_nothing_beyond_x(dtype):
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     mprotect = ctypes.CDLL(None, use_errno=True).mprotect
     for guard in (0, 11):
-        assert (
-            mprotect(ctypes.c_void_p(base + guard * page), ctypes.c_size_t(page), 0) == 0
-        )  # no access
+        # no access
+        assert mprotect(ctypes.c_void_p(base + guard * page), ctypes.c_size_t(page), 0) == 0
     size = dtype.itemsize
     for n in (1, 127, 2047, 2049, 5000):
         for offset in (page, 11 * page - n * size):  # after the first guard, before the last
@@ -51,18 +50,21 @@ def test_reads_nothing_beyond_x(dtype):
             ops.add_noise_rows(x.view(n, 1), index, *terms(2), 0, 1.0, "hadamard")
 
 
+# the last once it is rounded to 17 bits
 NOT_FINITE = (
     math.nan,
     math.inf,
     -math.inf,
     torch.finfo(torch.float32).max,
-)  # the last once it is rounded to 17 bits
+)
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_skipped(noise):
-    """By found_inf, or by a coefficient that is not finite, which sets it: no byte changes, those
-    of NaN and -0 included; out of place they are copied."""
+    """found_inf skips an op, and so does a coefficient that is not finite, which sets found_inf.
+
+    No byte changes, not even of NaN and -0; out of place all bytes are copied.
+    """
     specials = torch.tensor([math.nan, -math.nan, -0.0, 1e-45, math.inf])
     for dtype in DTYPES:
         start = torch.cat([special_values(dtype), specials.to(dtype)])
@@ -87,7 +89,7 @@ def test_skipped(noise):
 
 @pytest.mark.parametrize("noise", BIT_EXACT)
 def test_skipped_matches_reference(noise):
-    """Values that are not skipped are as before: with a flag of 0, which stays 0."""
+    """A flag of 0 stays 0, and the op is not skipped."""
     for dtype in DTYPES:
         for bad, found in ((1.0, 0.0), (math.nan, 0.0), (1.0, 1.0)):
             got, want = normals(3000, dtype), normals(3000, dtype)
@@ -150,7 +152,7 @@ def test_rows_out_of_range():
 
 
 def test_an_extension_of_other_sources_is_refused(monkeypatch):
-    """It would round by the rule of then, and journals would say that of now."""
+    """It would round by an old rule, while journals name the present one."""
     monkeypatch.setattr(reference, "ROUNDING_VERSION", 99)
     with pytest.raises(ImportError, match="built from other sources than these; build it again"):
         importlib.reload(pseuzo_kernels)

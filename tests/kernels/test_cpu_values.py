@@ -1,5 +1,4 @@
-"""Every kind of number through the C++ noise ops: roundings, sums in half precision, special
-values, normals."""
+"""All kinds of numbers in the C++ noise ops: roundings, half precision, special values, normals."""
 
 import functools
 import math
@@ -98,7 +97,7 @@ def dither() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rounds_as_defined(dtype):
-    """One term of +-1 makes x' of any size, another one of the same seed the bits beyond 17."""
+    """One term of +-1 gives x' its size; another one of the same seed gives the bits beyond 17."""
     signs = reference.noise(2048, 5, 3, noise="rademacher")
     for size in map(float, torch.tensor(ROUNDED)):
         first = float(reference.round17(torch.tensor(size)))
@@ -148,8 +147,9 @@ def fp16_args(k: int, size: float) -> tuple:
 @pytest.mark.parametrize("size", (1.0, 1e-44, 1e-38, 1e38, float("inf"), float("nan")))
 @pytest.mark.parametrize("k", (2, 15, 16, 17, 33, 40))
 def test_fp16_sums(k, size):
-    """Blocks of 16, coefs of any size: so small that 2^e has an end, so large that the op is
-    skipped."""
+    """Coefs in blocks of 16 have any size: as small as the end of 2^e, so large that the op is
+    skipped.
+    """
     for dtype in DTYPES:
         x = normals(2300, dtype)
         ops.add_noise_list_([x], *fp16_args(k, size))
@@ -195,8 +195,10 @@ def test_subnormals_survive_flush_denormal():
 
 @pytest.mark.parametrize("noise", BIT_EXACT)
 def test_scales_at_the_ends(noise):
-    """A scale that fp32 does not hold is still a scale: keep applies, and zeros get the sign of the
-    noise's. Large ones overflow alike."""
+    """A scale that fp32 does not hold is a scale all the same: keep applies.
+
+    Zeros get the sign of the noise's, and large scales overflow alike.
+    """
     for dtype in DTYPES:
         start = torch.cat(
             [torch.tensor([-0.0, 0.0, 1e-45, 65504.0, -6e-8, math.inf, math.nan]), normals(300)]
@@ -234,9 +236,8 @@ def test_scales_at_the_ends(noise):
 
 @functools.cache
 def wanted_normal() -> torch.Tensor:
-    z = torch.empty(
-        1 << 22
-    )  # 2^21 pairs: each of the 65536 radii and angles is missed with probability e^-32
+    # 2^21 pairs: each of the 65536 radii and angles is missed with probability e^-32
+    z = torch.empty(1 << 22)
     seed, coef = torch.tensor([5]), torch.tensor([1.0])
     reference.add_noise_list_out([], seed, coef, [0], [1.0], [1.0], "normal", False, 0, out=[z])
     return z
@@ -254,9 +255,8 @@ def test_normal(isa):
     assert ((got - want).abs() <= atol).all(), (
         f"off by {float(((got - want).abs() / atol).max())} of the tolerance"
     )
-    assert_same_bits(
-        got, first_normal.setdefault("z", got)
-    )  # no fma in it, so the instruction sets agree
+    # no fma in it, so the instruction sets agree
+    assert_same_bits(got, first_normal.setdefault("z", got))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

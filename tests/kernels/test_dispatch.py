@@ -91,8 +91,10 @@ CHANGING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGING)
 def test_numbers_that_change_are_compiled_once(name):
-    """Once for the first numbers and once for all others; the bits are those of the op. Python
-    numbers, as a training loop has them: a seed, a scale, a rate."""
+    """An op is compiled once for the first numbers and once for all others, with the same bits.
+
+    The numbers are Python numbers, as in a training loop: a seed, a scale, a rate.
+    """
     graphs = []
 
     def backend(graph, inputs):

@@ -1,5 +1,7 @@
-"""LAWS is where a noise law is added: one row in plain torch, which all ops then run; no backend
-takes a name that has no row, and what Triton and C++ implement is what the table says."""
+"""A noise law is one row of LAWS, in plain torch, which all ops then run.
+
+No backend takes a name that has no row, and Triton and C++ implement what the table says.
+"""
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ class TritonOps:
 
 
 def calls(backend, noise):
-    """name: (tensors that the op writes, what calls it)."""
+    """name: (the tensors that the op writes, a call of it)."""
     x, out, steps = (torch.ones(3000, dtype=torch.bfloat16) for _ in range(3))
     how = noise, True, 5
     rows = torch.ones(20, 300), torch.tensor([3, 19])
@@ -135,7 +137,7 @@ def test_the_kernels_themselves_refuse_an_unknown_law():
 
 @pytest.mark.parametrize("op", calls(reference, "normal"))
 def test_a_row_is_all_that_a_law_needs(backend, toy, op):
-    """The values are those of the definition, by every op of every backend."""
+    """Every op of every backend gives the values of the definition."""
     (want, call), (got, other) = calls(reference, toy)[op], calls(backend, toy)[op]
     returned = call(), other()
     for w, g in zip(want, got, strict=True):
@@ -186,8 +188,7 @@ def test_triton_implements_the_table():
 
 @pytest.mark.parametrize("name", laws.LAWS)
 def test_a_row_says_what_it_is(name):
-    """b before the transform has mean 0 and, with the scale, variance 1; of one key come 16 planes
-    from 4 words."""
+    """b has mean 0 and, with the scale, variance 1. One key gives 16 planes from 4 words."""
     law = laws.LAWS[name]
     q = torch.arange(1 << 14)
     b = law.column_noise(q, 3, reference.hash_seeds(torch.tensor(1)))

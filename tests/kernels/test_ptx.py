@@ -1,5 +1,7 @@
-"""The PTX of the Triton kernels, run on the CPU, gives the bits of the reference (ptx_cases.py,
-ptx_emulator.py)."""
+"""The PTX of the Triton kernels, run on the CPU, gives the bits of the reference.
+
+The cases are in ptx_cases.py, the emulator is the package ptx_emulator.
+"""
 
 import os
 import subprocess
@@ -42,8 +44,7 @@ def test_kernels_give_the_bits_of_the_reference(arch, tmp_path):
 
 @pytest.mark.parametrize("dtype, small", [(np.float32, 2.0**-30), (np.float16, 2.0**-12)])
 def test_fused_multiply_add_rounds_once(dtype, small):
-    """Also where the exact sum lies beside the middle between two numbers, nearer than float64 can
-    tell."""
+    """The exact sum may lie nearer to the middle between two numbers than float64 can tell."""
     draw = np.random.default_rng(0)
     x, y, z = (
         (draw.standard_normal(300) * 2.0 ** draw.integers(-6, 6, 300)).astype(dtype)

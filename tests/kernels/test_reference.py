@@ -75,7 +75,7 @@ def test_add_noise_known_answers():
 
 
 def dither_of(n: int, stream: int, rounding_seed: int) -> torch.Tensor:
-    """[n], by element."""
+    """The dither of each element, [n]."""
     q, elements = reference.columns_of_chunks(0, -(-n // reference.CHUNK), torch.device("cpu"))
     dither = reference.rounding_dither(q, stream, reference.hash_seeds(torch.tensor(rounding_seed)))
     return dither.flatten()[elements.flatten().argsort()][:n]
@@ -108,7 +108,7 @@ def test_rounding_known_answers():
 
 
 def test_fp16_known_answers():
-    """As above, a little off: these too are written into journals."""
+    """These are a little off from those above; journals depend on them, too."""
     x = torch.full((4096,), 0.5)
     reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, noise="hadamard-fp16")
     want = [
@@ -180,9 +180,11 @@ def test_fp16_coefs(coefs, want, power):
 
 
 def test_fp16_sums_are_rounded_once():
-    """fp32 holds what a fused multiply-add rounds: patterns and coefs are multiples of 2^-9 and
-    2^-10, sums below 32. And so the reference's sums are those of one rounding, made here from
-    fp64, which holds them in any case."""
+    """fp32 holds what a fused multiply-add rounds.
+
+    Patterns and coefs are multiples of 2^-9 and 2^-10, and sums lie below 32. So the reference's
+    sums are those of one rounding, which are made here from fp64.
+    """
     every = torch.arange(1 << 16)
     b = laws.HADAMARD((every, every, every, every))
     assert (b * 512 == (b * 512).round()).all()
@@ -213,10 +215,12 @@ def test_fp16_sums_are_rounded_once():
 @pytest.mark.parametrize("spread", [0, 12])
 @pytest.mark.parametrize("K", [2, 14, 16, 17, 40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_fp16_sums_are_near_and_unbiased(K, spread):
-    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most, and 16 steps of a block by the roots of
-    their squares' sum, below 2^-10 sqrt(16/12) of the sum; a coefficient is off by delta. spread:
-    of the coefs, in powers of two. The first pattern of a block has 128 values, in pairs of signs,
-    so its errors average over 64 only."""
+    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most.
+
+    The 16 steps of a block round it by the root of their squares' sum, below 2^-10 sqrt(16/12) of
+    the sum; a coefficient is off by delta. spread: of the coefs, in powers of two. The first
+    pattern of a block has 128 values, in pairs of signs, so its errors average over 64 only.
+    """
     g = torch.Generator().manual_seed(K)
     coefs = torch.randn(K, generator=g) * torch.exp2(-spread * torch.rand(K, generator=g))
     n = 1 << 13
@@ -238,9 +242,8 @@ def test_fp16_sums_are_near_and_unbiased(K, spread):
     deviation = 5 * rounding.std() / math.sqrt(n)  # of a mean of independent errors
     assert abs(rounding.mean()) < deviation
     first = 5 * 2.0**-10 / math.sqrt(12 * 64)
-    assert (
-        abs((rounding * want).mean()) < (deviation + first * size) * size
-    )  # neither shrunk nor stretched
+    # neither shrunk nor stretched
+    assert abs((rounding * want).mean()) < (deviation + first * size) * size
 
 
 def test_transform_is_orthogonal_and_linear():
@@ -248,24 +251,26 @@ def test_transform_is_orthogonal_and_linear():
     rounding."""
     h = reference.fwht16(torch.eye(16))
     assert torch.equal(h @ h.T, 16 * torch.eye(16)) and set(h.unique().tolist()) == {-1.0, 1.0}
+    # powers of two: rounding them to 17 bits changes nothing
     seeds, coefs = (
         [3, 4, 5],
         [0.5, -2.0, 0.25],
-    )  # powers of two: rounding them to 17 bits changes nothing
+    )
     x = torch.zeros(5000)
     reference.add_noise_(x, seeds, coefs, 1)
     want = sum(
         c * reference.noise((5000,), s, 1).double() for s, c in zip(seeds, coefs, strict=True)
     )
-    torch.testing.assert_close(
-        x.double(), want, rtol=0, atol=16 * 2.0**-24 * 8
-    )  # sums of 48 terms below 8 in fp32
+    # sums of 48 terms below 8 in fp32
+    torch.testing.assert_close(x.double(), want, rtol=0, atol=16 * 2.0**-24 * 8)
 
 
 @pytest.mark.parametrize("noise", KINDS)
 def test_moments_and_distribution(noise):
-    """Bounds are 5 standard errors of N samples; KS at the 1e-6 level, plus the known distance of
-    hadamard, 4e-4."""
+    """Bounds are 5 standard errors of N samples.
+
+    The KS distance has its 1e-6 level, plus the known distance of hadamard, 4e-4.
+    """
     z = reference.noise((N,), 2024, 5, noise=noise).double()
     kurtosis = {"hadamard": 3 - 0.0144, "normal": 3.0, "rademacher": 1.0}[noise]
     assert abs(z.mean()) < 5 / math.sqrt(N)
@@ -281,8 +286,9 @@ def test_moments_and_distribution(noise):
 
 @pytest.mark.parametrize("noise", KINDS)
 def test_no_correlation_between_seeds_streams_and_neighbours(noise):
-    """|r| < 5 / sqrt(N) for independent samples. Seeds and streams that differ in a bit are the
-    hard ones."""
+    """|r| < 5 / sqrt(N) for independent samples. Seeds and streams that differ in one bit are the
+    hardest.
+    """
     z = {
         (s, t): reference.noise((N // 4,), s, t, noise=noise) for s in (0, 1, 2**32) for t in (0, 1)
     }
@@ -322,8 +328,11 @@ OFFSETS = (0, 2**-24, 2**-18, 2**-12, -(2**-13), 2**-9, 0.3e-3)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_exactly_unbiased(dtype):
-    """All 2^16 dithers of a value give that value on average: exactly, but for what 2^-16 of the
-    spacing cannot hold (of fp16, what is below 2^-40); and each is what the definition says."""
+    """All 2^16 dithers of a value give that value on average, and each gives what is defined.
+
+    The average is exact, except for what 2^-16 of the spacing cannot hold (for fp16, what is below
+    2^-40).
+    """
     x = torch.tensor(
         [a + a * b for a in NEAR for b in OFFSETS] + [-0.3, -1e-6, -(2**-24) * (1 + 2**-16)]
     )
@@ -351,8 +360,9 @@ def test_stochastic_rounding_is_exactly_unbiased(dtype):
 
 
 def test_dither_is_uniform_and_partners_hardly_correlate():
-    """Chi-square of both bytes, jointly; and over all pairs of bytes, exactly, the correlation of
-    roundings up."""
+    """A chi-square test takes both bytes jointly; the correlation of roundings is exact, over all
+    pairs of bytes.
+    """
     planes = dither_of(1 << 22, 1, 5).view(-1, 16, 128)
     for plane in (0, 3, 4, 9, 15):
         counts = torch.bincount(planes[:, plane].flatten() >> 4, minlength=4096)
@@ -372,8 +382,9 @@ def test_dither_is_uniform_and_partners_hardly_correlate():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_far_below_the_spacing_arrive(dtype):
-    """Updates of 1/2048 of a spacing in one direction: lost to nearest, kept on average by
-    stochastic rounding."""
+    """Updates of 1/2048 of a spacing are lost to nearest, and kept on average by stochastic
+    rounding.
+    """
     steps, n, ulp = 8, 1 << 20, torch.finfo(dtype).eps
     coef = ulp / 2048
     z = pk.noise((n,), 7, 0)
@@ -391,7 +402,7 @@ def test_updates_far_below_the_spacing_arrive(dtype):
 
 @pytest.mark.slow
 def test_small_updates_survive_in_bf16():
-    """400 updates of 1/40 of a spacing: lost to nearest, kept on average by stochastic rounding."""
+    """400 updates of 1/40 of a spacing are lost to nearest, and kept by stochastic rounding."""
     steps, n = 400, 1 << 14
     ulp = 2.0**-7
     total = torch.zeros(n)

@@ -1,5 +1,4 @@
-"""Launches of the Triton kernels: what is launched together, the tables that are cached, launches
-made again."""
+"""Launches of the Triton kernels: which tensors share one, cached tables, repeated launches."""
 
 import inspect
 import sys
@@ -29,8 +28,7 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the in
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_list_in_one_launch(stochastic):
-    """Aligned tensors of several sizes and dtypes, one misaligned view, one empty, one skipped by a
-    scale of 0."""
+    """Sizes and dtypes differ; a view is misaligned, a tensor is empty, one has a scale of 0."""
     seeds, coefs = seeds_coefs(3)
     xs = [
         values(n, dtype)
@@ -56,8 +54,11 @@ def test_list_in_one_launch(stochastic):
 
 
 def test_tables_of_a_captured_graph(monkeypatch):
-    """A graph launches over a table that was there before, which then stays; it makes none, for its
-    address would be of memory that is filled when it is captured, not when it is replayed."""
+    """A graph launches over a table that was cached before, which is then kept.
+
+    It makes none: the address would be of memory that is filled when the graph is captured, not
+    when it is replayed.
+    """
     seeds, coefs = seeds_coefs(1)
     rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
 
@@ -119,8 +120,10 @@ def test_tables_are_forgotten_by_size(monkeypatch):
 
 
 def test_tables_of_several_threads(monkeypatch):
-    """One may forget what another is about to use; each gets the table of its key, and their sizes
-    add up."""
+    """A thread may evict a table that another one is about to use.
+
+    Each still gets the table of its key, and the sizes add up.
+    """
     monkeypatch.setattr(tables, "MAX_BYTES", 3 * tables.ENTRY_BYTES)
     monkeypatch.setattr(tables, "cache", type(tables.cache)())
     errors, interval = [], sys.getswitchinterval()
@@ -150,8 +153,10 @@ def test_tables_of_several_threads(monkeypatch):
 
 
 class Jitted:
-    """A kernel in the interpreter that is launched as compiled ones are: `kernel[grid](...)`
-    returns what takes all arguments by position, constants included."""
+    """A kernel in the interpreter that is launched as compiled ones are.
+
+    `kernel[grid](...)` returns a launch that takes all arguments by position, constants included.
+    """
 
     def __init__(self, kernel):
         self.kernel, self.names = kernel, list(inspect.signature(kernel.fn).parameters)

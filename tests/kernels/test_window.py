@@ -1,5 +1,4 @@
-"""EmaWindow and its op against the reference, and both against the formula of the method, written
-again in float64."""
+"""EmaWindow and its op agree with the reference, and both with the formula of the method."""
 
 import math
 
@@ -21,7 +20,7 @@ def Window(request):
     ("capacity", "momentum", "eps"), [(1, 0.5, 1e-3), (4, 1.0, 1e-3), (5, 0.7, 0.25), (3, 0.0, 2.0)]
 )
 def test_formula(Window, grouped, capacity, momentum, eps):
-    """Ragged batches and lengths that grow and shrink, more than twice around the ring."""
+    """Batches and lengths grow and shrink, while the ring is filled more than twice."""
     generator = torch.Generator().manual_seed(capacity)
     got, want = Window(capacity, momentum=momentum, eps=eps), Formula(capacity, momentum, eps)
     for step in range(2 * capacity + 6):
@@ -77,8 +76,7 @@ def test_mixed_output_dtypes_and_double(Window):
 @needs_native
 @pytest.mark.parametrize("grouped", [False, True])
 def test_matches_reference(grouped):
-    """One call of each op from one state: outputs, and every row of the new entry that is ever
-    read."""
+    """One call of each op from one state: outputs, and all rows of the new entry that are read."""
     generator = torch.Generator().manual_seed(5)
     capacity, rows_max, positions_max, width = 4, 9, 3, 700
     for used, slot, rows, positions in (
@@ -131,8 +129,7 @@ def test_matches_reference(grouped):
 @pytest.mark.parametrize("where", ["o0", "o1", "grad", "loss"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite(Window, grouped, where, bad):
-    """The step is zero and counted, its entry is dropped, and later steps are as if it had added
-    nothing."""
+    """The step is zero and counted, and its entry is dropped: later steps do not see it."""
     generator = torch.Generator().manual_seed(1)
     got, want = Window(3, momentum=0.9), Formula(3, momentum=0.9)
     for step in range(7):
@@ -180,7 +177,7 @@ def test_views_and_autograd(Window):
 
 
 def test_deterministic(Window):
-    """Same bits again, and with another number of threads."""
+    """The bits are the same again, and with another number of threads."""
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -295,7 +292,7 @@ def test_bad_input(Window):
 
 @needs_native
 def test_op_protects_memory():
-    """What would read or write outside a tensor is refused by the C++ op itself."""
+    """The C++ op itself refuses what would read or write outside a tensor."""
     o = torch.zeros(2, 1, 4)
     state = [
         torch.zeros(3, 2, 1, 4),

@@ -1,5 +1,6 @@
-"""csrc/window/window.cu without a GPU: nvcc compiles it, and its very source, run on the CPU,
-agrees with the reference."""
+"""The CUDA window without a GPU: nvcc compiles csrc/window/window.cu, and its source, run on the
+CPU, agrees with the reference.
+"""
 
 import ctypes
 import shutil
@@ -113,7 +114,7 @@ def build(folder: Path, threads: int, blocks: int) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """small: many blocks, several rows per block; real: the block size that a GPU runs."""
+    """small: many blocks, several rows per block; real: the block size of a GPU."""
     if GXX is None:
         pytest.skip("needs g++")
     if cuda_include() is None:
@@ -150,8 +151,10 @@ class Bands:
 def emulate(
     library, order, values, seeds, groups, counts, skipped, o0, o1, grad, group, loss, *scalars
 ):
-    """pseuzo::window_step as csrc/window/cuda.cpp calls it; the tensors of the state must be
-    contiguous."""
+    """pseuzo::window_step as csrc/window/cuda.cpp calls it.
+
+    The tensors of the state must be contiguous.
+    """
     seed, slot, used, momentum, eps = scalars
     bands = Bands()
     nan = float("nan")
@@ -212,8 +215,10 @@ def random_state(generator, capacity, rows_max, positions_max, width, n_groups):
 
 
 def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3, shift=0):
-    """inputs: o0, o1, grad, group, loss. The emulated kernel against the reference, in all orders
-    to the bit."""
+    """The emulated kernel agrees with the reference, with the same bits in all orders.
+
+    inputs: o0, o1, grad, group, loss.
+    """
     o0, o1, grad, group, _ = inputs
     rows = o1.shape[0]
     want_state = [t.clone() for t in state]
@@ -367,7 +372,7 @@ def test_no_rows_or_no_positions(libraries):
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_many_steps(libraries, grouped):
-    """Through window.EmaWindow: ragged batches and lengths, growth, wrap-around, a bad step."""
+    """EmaWindow with batches and lengths that differ, growth, wrap-around, and a bad step."""
 
     class Emulated(window.EmaWindow):
         _op = staticmethod(lambda *args: emulate(libraries["small"], 2, *args))
@@ -401,7 +406,7 @@ def test_many_steps(libraries, grouped):
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_nvcc_compiles(tmp_path):
-    """For sm_80 and sm_90, without torch; little optimized, as only legality is asked."""
+    """It compiles for sm_80 and sm_90, without torch; unoptimized, as only legality is tested."""
     archs = [flag for n in (80, 90) for flag in ("-gencode", f"arch=compute_{n},code=sm_{n}")]
     flags = [
         "-std=c++17",

@@ -1,5 +1,4 @@
-"""EmaWindow on a GPU: its values, that steps are deterministic and wait for nothing, and that they
-can be captured."""
+"""EmaWindow on a GPU: its values, determinism, no waiting, and capture."""
 
 import math
 
@@ -72,7 +71,7 @@ def test_gpu_makes_no_sync():
 
 @pytest.mark.gpu
 def test_gpu_graph_replay():
-    """A captured step can be replayed: the ticket is zero again each time."""
+    """A captured step can be replayed, as the ticket is zero again each time."""
     generator = torch.Generator().manual_seed(12)
     o0, o1, grad = (o.cuda() for o in draw(generator, 8, 2, 512))
     got = window.EmaWindow(1)

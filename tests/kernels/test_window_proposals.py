@@ -1,5 +1,4 @@
-"""EmaWindow.propose and commit: a step in two halves, of which the first changes nothing that the
-window holds."""
+"""EmaWindow.propose and commit are the halves of a step; the first changes nothing that is held."""
 
 import math
 
@@ -48,7 +47,7 @@ def test_a_step_is_a_proposal_and_its_commit(Window):
 
 @pytest.mark.parametrize("held", [0, 1, 3, 5])
 def test_a_proposal_that_is_not_committed_leaves_no_trace(Window, held):
-    """Nor does one that is not finite, grows the ring, or starts anew with another width."""
+    """The same holds if it is not finite, grows the ring, or restarts with another width."""
     generator = torch.Generator().manual_seed(1)
     got, want = (Window(3, momentum=0.7) for _ in range(2))
     for step in range(held):
@@ -106,7 +105,7 @@ def test_only_the_latest_is_committed(Window):
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
-    """It may have written to that proposal's slot; what the window holds is untouched."""
+    """The op may have written to that proposal's slot. What the window holds is untouched."""
     generator = torch.Generator().manual_seed(4)
     inputs = draw(generator)
     got, want = Window(2), Window(2)
@@ -133,8 +132,10 @@ def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
 
 
 def test_momentum_eps_and_a_new_start(Window):
-    """Given to propose, they are those of a window that was made or cleared with them; the window
-    keeps its own."""
+    """A proposal takes them as a window does that was made, or cleared, with them.
+
+    The window keeps its own.
+    """
     generator = torch.Generator().manual_seed(5)
     got, want = Window(3, momentum=1.0, eps=1.0), Window(3, momentum=0.5, eps=0.25)
     for step in range(5):
@@ -156,7 +157,7 @@ def test_momentum_eps_and_a_new_start(Window):
 
 @pytest.mark.parametrize("slot", range(4))
 def test_a_state_of_as_many_slots_as_entries_is_loaded(Window, slot):
-    """As windows saved it whose ring had no free slot: the newest entry anywhere in it."""
+    """Windows without a free slot saved such states; the newest entry may be anywhere in them."""
     generator = torch.Generator().manual_seed(6)
     whole = Window(4, momentum=0.6)
     for step in range(6):

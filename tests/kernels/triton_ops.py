@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: tensors and terms of their calls."""
+"""What the tests of the Triton kernels share: tensors and terms."""
 
 import torch
 
@@ -32,8 +32,9 @@ def values(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_close_normal(got, want, K):
-    """Fast logarithm, sine and cosine: 5e-5 a term at worst (near a radius of 0), and a rounding of
-    the result."""
+    """The fast functions are off by 5e-5 a term at worst (near a radius of 0), and the result is
+    rounded.
+    """
     want = want.cpu().float()
     torch.testing.assert_close(
         got.cpu().float(),

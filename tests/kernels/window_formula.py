@@ -19,15 +19,14 @@ needs_native = pytest.mark.skipif(
 
 
 class Formula:
-    """c_k = momentum^age * sum over groups g and positions of <mean_k,g, sum of grad over g> / eps,
-    in float64."""
+    """c_k = momentum^age * sum over groups g and positions of <mean_k,g, sum_g grad> / eps."""
 
     def __init__(self, capacity, momentum=1.0, eps=1e-3):
         self.capacity, self.momentum, self.eps = capacity, momentum, eps
         self.entries = []  # (seed, {group: mean [P, D]})
 
     def step(self, seed, o0, o1, grad, groups=None, loss=None):
-        """Seeds, coefs, and the sums of the sizes of the terms, which errors are relative to."""
+        """Seeds, coefs, and the sums of the sizes of the terms, to which errors are relative."""
         change = o1.float().numpy() if o0 is None else o1.float().numpy() - o0.float().numpy()
         change, grad = change.astype(np.float64), grad.double().numpy()
         if change.ndim == 2:

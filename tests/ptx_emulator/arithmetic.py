@@ -10,8 +10,10 @@ HALVES = {"f16x2": "f16", "bf16x2": "bf16"}
 
 
 def dtype_of(kind: str) -> np.dtype:
-    """The numpy type of a PTX type: f16 and f32, u8 to u64, s8 to s64; b8 to b64 and bf16 are bits,
-    unsigned."""
+    """The numpy type of a PTX type.
+
+    f16 and f32 are floats, u8 to u64 and s8 to s64 integers; b8 to b64 and bf16 are bits, unsigned.
+    """
     if kind == "pred":
         return np.dtype(bool)
     letters, bits = re.fullmatch(r"([a-z]+)(\d+)", kind).groups()
@@ -23,8 +25,11 @@ def bits_type(dtype: np.dtype) -> np.dtype:
 
 
 def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z of fp32 or fp16, rounded once. The product is exact in float64; the sum is rounded
-    there to odd, so that what was lost still tells on which side of a tie it was."""
+    """x * y + z of fp32 or fp16, rounded once.
+
+    The product is exact in float64. The sum is rounded there to odd, so that what was lost still
+    tells on which side of a tie it was.
+    """
     product, z64 = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
     total = product + z64
     back = total - product
@@ -35,19 +40,19 @@ def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarra
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """fp32 rounded to the nearest bf16, as bits."""
+    """The bits of the nearest bf16 of each fp32."""
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
 
 def from_float(x: np.ndarray, kind: str) -> np.ndarray:
-    """fp32 -> the bits of f16 or bf16."""
+    """The bits of f16 or bf16 of each fp32."""
     return to_bf16(x) if kind == "bf16" else x.astype(np.float16).view(np.uint16)
 
 
 def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Towards zero, saturated; NaN is 0."""
+    """x rounded towards zero and saturated; NaN becomes 0."""
     limits = np.iinfo(dtype)
     whole = np.clip(np.nan_to_num(np.trunc(x.astype(np.float64)), nan=0.0), limits.min, limits.max)
     return whole.astype(np.int64).astype(dtype)
@@ -89,7 +94,7 @@ def bit_field(x: np.ndarray, at: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Integers of 32 bits at most, towards zero."""
+    """x / y of integers of at most 32 bits, rounded towards zero."""
     return np.trunc(x.astype(np.float64) / y).astype(x.dtype)
 
 
@@ -134,7 +139,7 @@ def partial_last(function: Callable, last: Any) -> Callable:
 
 
 def of_halves(function: Callable) -> Callable:
-    """Of the two fp16 numbers in each word."""
+    """function of the two fp16 numbers in each word."""
 
     def both(*words: np.ndarray) -> np.ndarray:
         pairs = [word.view(np.float16) for word in words]
@@ -144,8 +149,11 @@ def of_halves(function: Callable) -> Callable:
 
 
 def comparison(how: str) -> Callable:
-    """Of floating-point numbers: "num", are both numbers; with a "u" at the end, or is one of them
-    NaN."""
+    """A comparison of numbers by its PTX name.
+
+    "num" asks whether both are numbers, "nan" whether one is NaN. A "u" at the end of the others
+    makes them true if one is NaN.
+    """
     if how in ("num", "nan"):
         return lambda x, y: (np.isnan(x) | np.isnan(y)) == (how == "nan")
     if how in COMPARISONS:

@@ -22,8 +22,11 @@ def inside(vector: str) -> list[str]:
 
 
 class Operands:
-    """Operands as functions of threads. scopes: registers that were declared, by name; a block of
-    inline asm has its own. The value is the register's unique name and the type of its bits."""
+    """Operands as functions of threads.
+
+    scopes: declared registers by name; a block of inline asm has its own. The value is the
+    register's unique name and the type of its bits.
+    """
 
     def __init__(self) -> None:
         self.scopes: list[dict[str, tuple[str, np.dtype]]] = [
@@ -62,15 +65,13 @@ class Operands:
         name, held = found
         if held.itemsize == dtype.itemsize:
             return lambda threads: threads.registers[name].view(dtype)
-        return lambda threads: (
-            threads.registers[name].astype(bits_type(dtype)).view(dtype)
-        )  # its lower bits
+        # its lower bits
+        return lambda threads: threads.registers[name].astype(bits_type(dtype)).view(dtype)
 
     @staticmethod
     def constant(operand: str, dtype: np.dtype) -> np.generic:
-        if operand == "global_smem" or operand.startswith(
-            "assert"
-        ):  # the beginning of shared memory; what is said
+        # the beginning of shared memory; what is said
+        if operand == "global_smem" or operand.startswith("assert"):
             return dtype.type(0)
         if operand in ("true", "false"):
             return np.bool_(operand == "true")
@@ -80,8 +81,10 @@ class Operands:
         return np.array(value, bits_type(dtype)).view(dtype)[()]
 
     def write(self, operand: str) -> Callable[[Threads, np.ndarray, np.ndarray | None], None]:
-        """Writes the bits of the values to a register, of the threads in the mask; integers widen
-        by their sign."""
+        """Writes the bits of the values to a register, for the threads in the mask.
+
+        Integers are widened by their sign.
+        """
         if operand == "_":
             return lambda threads, values, mask: None
         name, held = self.register(operand.split("|")[0])
@@ -107,7 +110,7 @@ class Operands:
 
 
 class Decoder(Operands):
-    """Turns instructions into functions of threads. message: of a failed assert."""
+    """Turns instructions into functions of threads. message: that of a failed assert."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__()
@@ -119,9 +122,8 @@ class Decoder(Operands):
             return None
         if base == "bra":
             return Jump(operands[0])
-        if base in ("bar", "cvta") or opcode.startswith(
-            "st.param"
-        ):  # threads are in lockstep; arguments of a call
+        # threads are in lockstep; arguments of a call
+        if base in ("bar", "cvta") or opcode.startswith("st.param"):
             return lambda threads, mask: None
         if base == "call" and operands[0] == "__assertfail":
             return self.fail
@@ -143,7 +145,7 @@ class Decoder(Operands):
         raise AssertionError(self.message)
 
     def function(self, function: Callable, operands: list[str], kinds: list[str]) -> Step:
-        """operands[0] <- function(*operands[1:]), which are of these kinds."""
+        """operands[0] <- function(*operands[1:]), where operands[1:] have these kinds."""
         write = self.write(operands[0])
         reads = [
             self.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)
@@ -155,7 +157,7 @@ class Decoder(Operands):
         return step
 
     def decode_mov_of_parts(self, kind: str, operands: list[str]) -> Step:
-        """A register to several narrower ones, the lowest first, or the other way round."""
+        """Copies a register to several narrower ones, the lowest first, or the other way round."""
         whole, parts = (
             (operands[0], inside(operands[1]))
             if "{" in operands[1]
@@ -219,8 +221,11 @@ class Decoder(Operands):
         return store
 
     def decode_ldmatrix(self, opcode: str, parts: list[str], operands: list[str]) -> Step:
-        """Four matrices of 8 rows of 16 bytes. Thread 8 m + r of a warp has the address of row r of
-        matrix m; thread 4 r + c gets word c of that row."""
+        """Loads four matrices of 8 rows of 16 bytes.
+
+        Thread 8 m + r of a warp has the address of row r of matrix m; thread 4 r + c gets word c of
+        that row.
+        """
         writes, address = [self.write(x) for x in inside(operands[0])], self.address(operands[1])
         if opcode != "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
             raise NotImplementedError(opcode)

@@ -1,4 +1,4 @@
-"""What Triton calls in place of a GPU's driver."""
+"""What Triton calls instead of a GPU's driver."""
 
 from typing import Any
 
@@ -22,9 +22,8 @@ class Launcher:
         ]
         assert y == z == 1
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given]
-        values += [0] * (
-            len(program.parameters) - len(values)
-        )  # pointers to scratch that these kernels do not use
+        # pointers to scratch that these kernels do not use
+        values += [0] * (len(program.parameters) - len(values))
         arguments = [
             np.array(value, dtype)
             if dtype.kind == "f"

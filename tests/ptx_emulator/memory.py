@@ -47,8 +47,7 @@ def also_allowed(tensors: list[torch.Tensor]) -> Iterator[None]:
 
 
 class Threads:
-    """The threads of some programs of a launch: their registers, and the shared memory of each
-    program."""
+    """The threads of some programs of a launch, with their registers and shared memory."""
 
     def __init__(self, ids: np.ndarray, per_program: int, shared: int):
         self.programs, self.per_program = len(ids), per_program
@@ -63,7 +62,7 @@ class Threads:
         return self.programs * self.per_program
 
     def part(self, programs: np.ndarray) -> "Threads":
-        """Those of some programs, a mask, with copies of all that they hold."""
+        """The threads of some programs, which a mask selects, with copies of all that they hold."""
         part = object.__new__(Threads)
         part.programs, part.per_program = int(programs.sum()), self.per_program
         threads = np.repeat(programs, self.per_program)
@@ -80,8 +79,10 @@ def elements(
     dtype: np.dtype,
     count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A memory as elements of a type, and which of them, [threads that are there, count], begin at
-    the addresses."""
+    """A memory as elements of a type, and the indices of those at the addresses.
+
+    The indices are [threads that are there, count].
+    """
     addresses, size = addresses[there], dtype.itemsize * count
     if (addresses % size).any():
         raise RuntimeError(f"an access of {size} bytes is not aligned")

@@ -14,8 +14,10 @@ kernels_run: set[str] = set()
 
 
 class Program(NamedTuple):
-    """A kernel. code: of each instruction its guard (a register and whether it is negated) and what
-    it does."""
+    """A kernel.
+
+    code has for each instruction its guard (a register and whether it is negated) and what it does.
+    """
 
     name: str
     parameters: list[np.dtype]
@@ -25,7 +27,7 @@ class Program(NamedTuple):
 
 
 def split(text: str) -> list[str]:
-    """Operands: commas inside of brackets do not separate them."""
+    """The operands; commas inside of brackets do not separate them."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", text)]
 
 
@@ -67,7 +69,7 @@ def parse(ptx: str, shared: int) -> Program:
 
 
 def run(program: Program, arguments: list[np.generic], programs: int, per_program: int) -> None:
-    """A launch of that many programs."""
+    """Runs a launch of that many programs."""
     kernels_run.add(program.name)
     everyone = Threads(np.arange(programs), per_program, program.shared)
     for number, value in enumerate(arguments):
