@@ -13,7 +13,7 @@ from pseuzo_kernels.ops import add_noise, add_noise_, noise, perturb_, restore_,
 from pseuzo_kernels.window import EmaWindow
 
 try:  # the schemas above must exist before the library registers its implementations of them
-    from pseuzo_kernels import _C
+    from pseuzo_kernels import _C  # type: ignore[attr-defined]
 except ImportError:
     _C = None
 if _C is not None and _C.build_info().get("rounding_version") != reference.ROUNDING_VERSION:

@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_rounding(op: str, rounding: str) -> None:
         )
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     # tensors and arrays of one number have a shape of ()
     return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
@@ -44,7 +44,7 @@ def check_finite(op: str, name: str, value: Any) -> float:
     # float comes first: the other is slow to ask, and a list has hundreds
     if not isinstance(value, float | numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not abs(value) <= MAX_FLOAT:
+    if not abs(value) <= MAX_FLOAT:  # type: ignore[operator]
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
     return value if isinstance(value, float) else float(value)
 

@@ -48,9 +48,9 @@ ANGLE = 219 / 2**22
 
 def box_muller(words: Words) -> Tensor:
     """Planes 2w and 2w + 1 from word w: 16 bits of radius and 16 bits of angle."""
-    words = torch.stack(words)  # [8, n]
-    radius = torch.sqrt(-2 * torch.log(((words >> 16).float() + 0.5) / 65536))
-    angle = ((words & 0xFFFF).float() - 32768) * (math.pi / 32768) + ANGLE
+    stacked = torch.stack(words)  # [8, n]
+    radius = torch.sqrt(-2 * torch.log(((stacked >> 16).float() + 0.5) / 65536))
+    angle = ((stacked & 0xFFFF).float() - 32768) * (math.pi / 32768) + ANGLE
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).flatten(0, 1)
 
 
@@ -72,10 +72,13 @@ class Law:
 
 LAWS: dict[str, Law] = {
     "hadamard": Law(
-        HADAMARD, 1 / (4 * math.sqrt(0.7050395011901855)), transform=True, sums=("fp32", "fp16")
+        HADAMARD,  # type: ignore[arg-type]  # mypy does not see __call__ of a NamedTuple
+        scale=1 / (4 * math.sqrt(0.7050395011901855)),
+        transform=True,
+        sums=("fp32", "fp16"),
     ),
     "normal": Law(box_muller, keys=KEYS_NOISE, rounds=10),
-    "rademacher": Law(SIGNS),
+    "rademacher": Law(SIGNS),  # type: ignore[arg-type]  # the same
 }
 
 

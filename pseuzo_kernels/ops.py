@@ -20,7 +20,7 @@ from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 try:
     from pseuzo_kernels.triton import launch
 except ImportError:  # a build of torch without CUDA may come without triton: CPU tensors need none
-    launch = None
+    launch = None  # type: ignore[assignment]
 
 __all__ = [
     "RepeatedPerturb",

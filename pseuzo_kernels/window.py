@@ -40,7 +40,12 @@ class Ring(NamedTuple):
     counts: Tensor  # [slots, R] int32: rows of the batch that a row stands for; 0: it is not read
 
 
-RING_DTYPES = Ring(torch.float32, torch.int64, torch.int64, torch.int32)
+RING_DTYPES = {
+    "values": torch.float32,
+    "seeds": torch.int64,
+    "groups": torch.int64,
+    "counts": torch.int32,
+}
 
 
 class Held(NamedTuple):
@@ -220,20 +225,20 @@ class EmaWindow:
         rows, positions, width = o.shape
         old = self._held.ring
         fits = old is not None and old.values.shape[3] == width and old.values.device == o.device
-        if fits:
+        if old is not None and fits:
             _, r, p, _ = old.values.shape
             if rows <= r and positions <= p:
                 return old
             # slowly growing lengths would copy the ring again and again: grow by a quarter at least
             rows = r if rows <= r else max(rows, r + r // 4)
             positions = p if positions <= p else max(positions, p + p // 4)
-        elif used:
+        elif old is not None and used:
             raise ValueError(
                 f"EmaWindow.step: the window holds outputs of width {old.values.shape[3]} on "
                 f"{old.values.device}, got {width} on {o.device}; call clear() first"
             )
         new = _empty_ring(self.capacity + 1, rows, positions, width, o.device)
-        if fits:
+        if old is not None and fits:
             new.values[:, :r, positions - p :].copy_(old.values)
             new.seeds.copy_(old.seeds)
             new.groups[:, :r].copy_(old.groups)
@@ -254,7 +259,7 @@ class EmaWindow:
             "grouped": held.grouped,
             "skipped": self.skipped,
         }
-        if held.used:  # capacity rows, the oldest entry first
+        if held.ring is not None and held.used:  # capacity rows, the oldest entry first
             slots = _slots(held.slot, held.used, capacity + 1, held.ring.values.device)
             for name, tensor in held.ring._asdict().items():
                 state[name] = tensor.new_zeros(capacity, *tensor.shape[1:])
@@ -268,10 +273,12 @@ class EmaWindow:
         """
         _check_state(state)
         capacity, used = state["capacity"], state["used"]
-        ring, device = None, "cpu"
+        ring: Ring | None = None
+        device: torch.device | str = "cpu"
         if used:
             device = state["values"].device
-            ring = _empty_ring(capacity + 1, *state["values"].shape[1:], device)
+            rows, positions, width = state["values"].shape[1:]
+            ring = _empty_ring(capacity + 1, rows, positions, width, device)
             slots = _slots(state["slot"], used, capacity, device)
             for name, tensor in ring._asdict().items():
                 tensor[:used] = state[name][slots]
@@ -285,7 +292,7 @@ class EmaWindow:
         )
 
 
-def _slots(slot: int, used: int, slots: int, device: torch.device) -> Tensor:
+def _slots(slot: int, used: int, slots: int, device: torch.device | str) -> Tensor:
     """Where the entries are, the oldest first."""
     return (slot - torch.arange(used - 1, -1, -1, device=device)) % slots
 
@@ -294,7 +301,7 @@ def _empty_ring(
     slots: int, rows: int, positions: int, width: int, device: torch.device | str
 ) -> Ring:
     shapes = ((slots, rows, positions, width), (slots,), (slots, rows), (slots, rows))
-    tensors = map(lambda s, d: torch.zeros(s, dtype=d, device=device), shapes, RING_DTYPES)
+    tensors = map(lambda s, d: torch.zeros(s, dtype=d, device=device), shapes, RING_DTYPES.values())
     return Ring(*tensors)
 
 
@@ -364,7 +371,7 @@ def _check_state(state: dict[str, Any]) -> None:
     if not state["used"]:
         return
     k, rows = state["capacity"], getattr(state["groups"], "shape", (0, 0))[-1]
-    for name, dtype in RING_DTYPES._asdict().items():
+    for name, dtype in RING_DTYPES.items():
         leading = (k,) if name == "seeds" else (k, rows)
         t = state[name]
         if not isinstance(t, Tensor) or t.dtype is not dtype or t.shape[:2] != leading:

@@ -316,12 +316,12 @@ class RepeatedLaunches:
 
     def __init__(self, args: tuple, out: list[Tensor]):
         self._args, self._out, self._device = args, out, out[0].device
-        self._by_stream: dict[int, list[Callable[[], None]]] = {}
+        self._by_stream: dict[int, list[Callable[..., None]]] = {}
 
     def __call__(self) -> None:
         stream = triton.runtime.driver.active.get_current_stream(self._device.index)
         if stream not in self._by_stream:
-            launched: list[Callable[[], None]] = []
+            launched: list[Callable[..., None]] = []
             add_noise_list_out_triton(*self._args, out=self._out, launched=launched)
             self._by_stream[stream] = launched
             return
