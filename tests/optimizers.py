@@ -45,7 +45,8 @@ def losses_beside(model, z, bys, x, y):
 def plain_pseuzo(
     model, steps, lr, eps, K, momentum, decay, groups, seed, two_sided=False, scale=None
 ):
-    """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights copied about."""
+    """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights
+    copied about."""
     params = list(model.parameters())
     scale = scale or [1.0] * len(params)
     entries = []

@@ -31,7 +31,8 @@ WHERE = (
 
 
 def steps_under_autocast(make, bare, where, cache):
-    """Slopes, losses and weights of some steps, and the losses of an evaluation after each, all to the bit."""
+    """Slopes, losses and weights of some steps, and the losses of an evaluation after each, all to
+    the bit."""
     net, ids = Tied(vocab=24, width=16), torch.arange(12).view(4, 3)
     opt = make(net.parameters() if bare else net)
 
@@ -70,7 +71,8 @@ def steps_under_autocast(make, bare, where, cache):
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "parameters"])
 @pytest.mark.parametrize("name", AUTOCAST_MAKERS)
 def test_no_step_uses_or_leaves_casts_that_autocast_caches(name, bare, where):
-    """To the bit those of an autocast that caches nothing, through a module that uses a weight outside its module."""
+    """To the bit those of an autocast that caches nothing, through a module that uses a weight
+    outside its module."""
     got, want = (
         steps_under_autocast(AUTOCAST_MAKERS[name], bare, where, cache) for cache in (True, False)
     )

@@ -29,7 +29,8 @@ def headed_steps(model, opt, steps, poison=()):
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize("maximize", [False, True])
 def test_exact_gradients_are_those_of_sgd(maximize):
-    """For the head; the body sees what it would see with the head frozen. A skipped step decays nothing."""
+    """For the head; the body sees what it would see with the head frozen. A skipped step decays
+    nothing."""
     model = Headed()
     opt = PseuZO(
         exact_groups(model, maximize=maximize), 0.02, 1e-2, 3, seed=4, weight_decay=0.1, model=model
@@ -69,8 +70,9 @@ def test_exact_gradients_round_stochastically_and_reproducibly():
             headed_steps(model, opt, [t])
         moved.append(model.out.weight.detach().float())
     assert torch.equal(*moved)
-    # lost altogether if rounded to nearest. The gradient sums to 0 over the classes; 40 weights, of which 64 roundings
-    # up or down with chances 1/8 and 7/8 have an sd of 2^-8 * sqrt(64 * 7 / 64) each
+    # lost altogether if rounded to nearest. The gradient sums to 0 over the classes; 40 weights, of
+    # which 64 roundings up or down with chances 1/8 and 7/8 have an sd of 2^-8 * sqrt(64 * 7 / 64)
+    # each
     assert abs(float(moved[0].mean()) - (1 - 5e-4) ** 64) < 4 * 2.0**-8 * math.sqrt(7 / 40)
     assert moved[0].mean() < 0.99
 
@@ -101,8 +103,14 @@ def test_exact_gradient_in_other_steps_and_places(tmp_path):
         ValueError, match="MeZO: exact_gradient=True needs the head that PseuZO differentiates"
     ):
         MeZO(exact_groups(model), model=model)
-    wrong = PseuZO([{"params": model.out.parameters()}, {"params": model.body.parameters(), "exact_gradient": True}],
-                   0.02, model=model)  # fmt: skip
+    wrong = PseuZO(
+        [
+            {"params": model.out.parameters()},
+            {"params": model.body.parameters(), "exact_gradient": True},
+        ],
+        0.02,
+        model=model,
+    )
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"the head does not use a parameter of shape \(8, 6\)"):
         headed_steps(model, wrong, [0])
@@ -116,8 +124,12 @@ def test_exact_gradient_of_a_causal_lm_head(options):
     objective = CausalLMObjective(model, options)
     forward, head = objective({**batch_of(), "labels": labels})
     body = [p for n, p in model.named_parameters() if n != "lm_head.weight"]
-    opt = PseuZO([{"params": body}, {"params": [model.lm_head.weight], "lr": 0.5, "exact_gradient": True}],
-                 1e-4, 1e-3, model=model)  # fmt: skip
+    opt = PseuZO(
+        [{"params": body}, {"params": [model.lm_head.weight], "lr": 0.5, "exact_gradient": True}],
+        1e-4,
+        1e-3,
+        model=model,
+    )
     before, weight = copy.deepcopy(model), model.lm_head.weight
     loss = opt.step(forward, head)
     f, h = CausalLMObjective(before, options)({**batch_of(), "labels": labels})

@@ -45,12 +45,15 @@ def test_losses_of_examples_are_their_mean():
 
 
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
-@pytest.mark.parametrize("values, want", [
-    ([1.0, -2.0, 9.0, 3.0, -40.0], 1 - 2 + 6 + 3 - 6),  # median of sizes 3
-    ([1.0, -2.0, 9.0, -40.0], 1 - 2 + 4 - 4),  # the lower one of 2 and 9
-    ([0.0, 0.0, 7.0], 7),  # a median of 0 clips nothing
-    ([5.0], 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, want",
+    [
+        ([1.0, -2.0, 9.0, 3.0, -40.0], 1 - 2 + 6 + 3 - 6),  # median of sizes 3
+        ([1.0, -2.0, 9.0, -40.0], 1 - 2 + 4 - 4),  # the lower one of 2 and 9
+        ([0.0, 0.0, 7.0], 7),  # a median of 0 clips nothing
+        ([5.0], 5),
+    ],
+)
 def test_mezo_clips_examples(values, want, two_sided):
     model = nn.Linear(2, 2)
     opt = MeZO(model, 1e-3, 0.5, clip_examples=2.0, two_sided=two_sided)
@@ -100,8 +103,8 @@ def test_clipping_needs_the_losses_of_the_examples():
     "examples", [None, torch.tensor([7, 3, 7, 3, 5, 9])], ids=["rows", "examples"]
 )
 def test_pseuzo_clips_examples(examples, two_sided):
-    """The newest coefficient is the sum of the clipped projected gradients, and older entries are projected on the same
-    gradient."""
+    """The newest coefficient is the sum of the clipped projected gradients, and older entries are
+    projected on the same gradient."""
     eps, ratio = 1e-2, 1.5
     model, plain = small_model(), small_model()
     opt = PseuZO(model, 0.0, eps, 4, 0.7, seed=3, clip_examples=ratio, two_sided=two_sided)

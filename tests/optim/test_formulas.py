@@ -49,8 +49,8 @@ def test_pseuzo_is_the_formula(bare, two_sided, groups):
     for p, q, start in zip(
         model.parameters(), want.parameters(), small_model().parameters(), strict=True
     ):
-        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of it, coefficients
-        # about 1
+        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of
+        # it, coefficients about 1
         torch.testing.assert_close(
             p, q, rtol=0, atol=2e-5 * (1 + float((q - start).detach().abs().max()))
         )
@@ -97,14 +97,24 @@ def test_lambda_zero_is_a_two_sided_mezo_step():
 
 
 def test_groups_of_parameters():
-    """noise_scale, weight_decay and lr per group; scale 0 freezes; streams do not depend on how groups are cut."""
+    """noise_scale, weight_decay and lr per group; scale 0 freezes; streams do not depend on how
+    groups are cut."""
     model, want = small_model(), small_model()
     params = list(model.parameters())
     opt = PseuZO(
-        [{"params": params[3:], "noise_scale": 2.0}, {"params": params[:1], "noise_scale": 0.5},
-         {"params": params[1:3], "noise_scale": 0.0}],
-        lr=0.01, eps=1e-2, window=2, momentum=0.5, seed=5, weight_decay=0.1, model=model,
-    )  # fmt: skip
+        [
+            {"params": params[3:], "noise_scale": 2.0},
+            {"params": params[:1], "noise_scale": 0.5},
+            {"params": params[1:3], "noise_scale": 0.0},
+        ],
+        lr=0.01,
+        eps=1e-2,
+        window=2,
+        momentum=0.5,
+        seed=5,
+        weight_decay=0.1,
+        model=model,
+    )
     for t in range(4):
         x, y = data(t)
         opt.step(lambda x=x: model(x), head_for(y))
@@ -115,12 +125,15 @@ def test_groups_of_parameters():
 
 @pytest.mark.parametrize("lr, decay", [((0.01, 0.03), (0.5, 0.0)), ((0.02, 0.02), (0.5, 0.0))])
 def test_lr_and_decay_by_group(lr, decay):
-    """Bare parameters and a module agree though their launches are cut differently; a skipped step decays nothing."""
+    """Bare parameters and a module agree though their launches are cut differently; a skipped step
+    decays nothing."""
     models = [small_model(), small_model()]
     for model, exact in zip(models, (None, models[1]), strict=True):
         params = list(model.parameters())
-        groups = [{"params": p, "lr": a, "weight_decay": b} for p, a, b in
-                  zip((params[:2], params[2:]), lr, decay, strict=True)]  # fmt: skip
+        groups = [
+            {"params": p, "lr": a, "weight_decay": b}
+            for p, a, b in zip((params[:2], params[2:]), lr, decay, strict=True)
+        ]
         opt = MeZO(groups, eps=1e-2, seed=1, model=exact)
         for t in range(3):
             x, y = data(t)
@@ -137,8 +150,9 @@ def test_lr_and_decay_by_group(lr, decay):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("options", [[17, 4], None], ids=["options", "language modelling"])
 def test_mezo_steps_after_pseuzo_steps_see_the_whole_perturbation(kind, options):
-    """The head is no part of h but of the loss, so what was learned of the model in one kind of pass must not be used
-    in the other. The projected gradient is that of weights perturbed in place."""
+    """The head is no part of h but of the loss, so what was learned of the model in one kind of
+    pass must not be used in the other. The projected gradient is that of weights perturbed in
+    place."""
     model = causal_lm(kind)
     objective = CausalLMObjective(model, options)
     batch = batch_of()
@@ -223,12 +237,21 @@ def test_a_mezo_step_empties_the_window():
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
 @pytest.mark.parametrize("momentum, window", [(0.0, 14), (0.8, 3)])
 def test_directions_and_momentum_are_the_formula(bare, two_sided, momentum, window):
-    """x <- (1 - lr wd) x - lr sum_age mu^age mean_j c_j z_j, with a buffer of every past gradient. Step 2 is skipped:
-    it counts as a step of gradient 0."""
+    """x <- (1 - lr wd) x - lr sum_age mu^age mean_j c_j z_j, with a buffer of every past gradient.
+    Step 2 is skipped: it counts as a step of gradient 0."""
     lr, eps, decay, q = 0.02, 1e-2, 0.3, 3
     model, want = small_model(), small_model()
-    opt = MeZO(model.parameters() if bare else model, lr, eps, weight_decay=decay, two_sided=two_sided, seed=9,
-               directions=q, momentum=momentum, window=window)  # fmt: skip
+    opt = MeZO(
+        model.parameters() if bare else model,
+        lr,
+        eps,
+        weight_decay=decay,
+        two_sided=two_sided,
+        seed=9,
+        directions=q,
+        momentum=momentum,
+        window=window,
+    )
     gradients = []
     for t in range(7):
         x, y = data(t)
@@ -260,7 +283,8 @@ def test_directions_and_momentum_are_the_formula(bare, two_sided, momentum, wind
         assert opt.stats["window"] == (min(t + 1, window) if momentum else 0)
     assert opt.skipped_steps == 1
     for p, q_ in zip(model.parameters(), want.parameters(), strict=True):
-        # losses about 2 are known to 2^-23, over eps 2.4e-5 of a coefficient; 7 steps, lr 0.02, momentum's sum 2.4
+        # losses about 2 are known to 2^-23, over eps 2.4e-5 of a coefficient; 7 steps, lr 0.02,
+        # momentum's sum 2.4
         torch.testing.assert_close(p, q_, rtol=0, atol=3e-5)
 
 
@@ -302,7 +326,8 @@ def test_update_rms_is_that_of_the_update(name, dtype):
     ).float()
     rms = torch.cat([p.detach().flatten() for p in params]).float().square().mean().sqrt()
     ulp = 2.0 ** math.floor(math.log2(rms)) * torch.finfo(dtype).eps
-    # 3605 normals have an rms known to 1 / sqrt(2 * 3605) of itself; rounding to bf16 adds half an ulp to 20 or more
+    # 3605 normals have an rms known to 1 / sqrt(2 * 3605) of itself; rounding to bf16 adds half an
+    # ulp to 20 or more
     assert float(ratios[key]) == pytest.approx(
         float(update.detach().square().mean().sqrt()) / ulp, rel=0.06
     )

@@ -1,11 +1,13 @@
-"""The bits of whole runs, recorded: a change that keeps the behaviour keeps these hashes, on every machine.
+"""The bits of whole runs, recorded: a change that keeps the behaviour keeps these hashes, on every
+machine.
 
-The model is made so that its sums are exact: weights and activations are rounded to coarse grids in the forward, one
-after the other, so no order of summation, no instruction set, no number of threads and no fused multiply-add can change
-a bit of the losses and gradients. All else that a run does is exact or defined to the bit.
+The model is made so that its sums are exact: weights and activations are rounded to coarse grids in
+the forward, one after the other, so no order of summation, no instruction set, no number of threads
+and no fused multiply-add can change a bit of the losses and gradients. All else that a run does is
+exact or defined to the bit.
 
-A hash that changes is a change of behaviour: either a fault, or one that the changelog names. `python
-tests/optim/test_golden.py` prints the present ones.
+A hash that changes is a change of behaviour: either a fault, or one that the changelog names.
+`python tests/optim/test_golden.py` prints the present ones.
 """
 
 import copy
@@ -40,10 +42,11 @@ class Grid(torch.autograd.Function):
 
 
 class Exact(nn.Module):
-    """An embedding, two layers, a scale, a bias, an output head; and a low-rank adapter, which alone is trained then.
+    """An embedding, two layers, a scale, a bias, an output head; and a low-rank adapter, which
+    alone is trained then.
 
-    Weights have 5 bits (multiples of 1/16 up to 1), activations 4, a sum of 4096 terms 12 more: 21 of the 24 that fp32
-    holds.
+    Weights have 5 bits (multiples of 1/16 up to 1), activations 4, a sum of 4096 terms 12 more: 21
+    of the 24 that fp32 holds.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, adapter: bool = False):
@@ -147,7 +150,7 @@ RECORDED = {
     "pseuzo groups": "6e589ba0780fe6d3",
     "pseuzo linear": "5e34a3b72613e453",
     "pseuzo hyperbola": "4ea633b93d56197e",
-}  # fmt: skip
+}
 
 
 def optimizer_of(
@@ -214,7 +217,8 @@ def test_recorded_passes_have_the_same_bits(name, tmp_path, tapes):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_sums_of_the_model_are_exact(adapter):
-    """Else the hashes would depend on their order: fp64 finds the same losses and gradients, at any weights."""
+    """Else the hashes would depend on their order: fp64 finds the same losses and gradients, at any
+    weights."""
     model = Exact(adapter=adapter)
     with torch.no_grad():
         for p in model.parameters():

@@ -15,7 +15,8 @@ from pseuzo import (
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_estimate_and_step_are_a_step(name, bare, dtype):
-    """And between the two the weights are what they were; an estimate that was not applied leaves no trace."""
+    """And between the two the weights are what they were; an estimate that was not applied leaves
+    no trace."""
     whole, halves = small_model().to(dtype), small_model().to(dtype)
     one, two = (MAKERS[name](m.parameters() if bare else m) for m in (whole, halves))
     exact = not bare or dtype is torch.bfloat16  # bare fp32 is put back to rounding

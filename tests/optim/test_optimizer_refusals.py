@@ -17,8 +17,18 @@ from torch import nn
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
-@pytest.mark.parametrize("method, fail_at", [("mezo", 0), ("mezo", 1), ("pseuzo", 0), ("pseuzo", 1),
-                         ("pseuzo two-sided", 0), ("pseuzo two-sided", 1), ("pseuzo two-sided", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, fail_at",
+    [
+        ("mezo", 0),
+        ("mezo", 1),
+        ("pseuzo", 0),
+        ("pseuzo", 1),
+        ("pseuzo two-sided", 0),
+        ("pseuzo two-sided", 1),
+        ("pseuzo two-sided", 2),
+    ],
+)
 def test_an_exception_in_a_pass_leaves_the_weights(method, bare, fail_at, dtype):
     model = small_model().to(dtype)
     before = [p.clone() for p in model.parameters()]
@@ -40,7 +50,8 @@ def test_an_exception_in_a_pass_leaves_the_weights(method, bare, fail_at, dtype)
     with pytest.raises(Broken):
         step()
     for p, was in zip(model.parameters(), before, strict=True):
-        # in place, + eps z and - eps z are two roundings of values below 2; 16-bit weights are put back from a copy
+        # in place, + eps z and - eps z are two roundings of values below 2; 16-bit weights are put
+        # back from a copy
         atol = 2 * 2.0**-23 if bare and dtype is torch.float32 else 0
         torch.testing.assert_close(p, was, rtol=0, atol=atol)
 
@@ -64,33 +75,42 @@ def test_groups_and_weights_that_cannot_be_meant_are_refused():
             copied(opt)
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (dict(lr=-1.0), "PseuZO: lr must be finite and not negative"),
-    (dict(lr=float("nan")), "PseuZO: lr must be finite"),
-    (dict(eps=0.0), "PseuZO: eps must be positive"),
-    (dict(eps=float("inf")), "eps must be finite"),
-    (dict(weight_decay=-0.1), "PseuZO: weight_decay must be"),
-    (dict(noise_scale=-1.0), "PseuZO: noise_scale must be"),
-    (dict(noise="gauss"), "unknown noise 'gauss'; known: 'hadamard', 'hadamard-fp16', 'normal', 'rademacher'"),
-    (dict(rounding="up"), "unknown rounding 'up'; known: 'nearest', 'stochastic'"),
-    (dict(window=0), "capacity must be an int of at least 1"),
-    (dict(momentum=1.5), "must be in 0 .. 1"),
-    (dict(seed=1 << 70), "a seed must fit 64 bits"),
-    (dict(clip_examples=0.0), "PseuZO: clip_examples must be positive, or None, got 0"),
-    (dict(clip_examples=-1.0), "PseuZO: clip_examples must be finite and not negative"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (dict(lr=-1.0), "PseuZO: lr must be finite and not negative"),
+        (dict(lr=float("nan")), "PseuZO: lr must be finite"),
+        (dict(eps=0.0), "PseuZO: eps must be positive"),
+        (dict(eps=float("inf")), "eps must be finite"),
+        (dict(weight_decay=-0.1), "PseuZO: weight_decay must be"),
+        (dict(noise_scale=-1.0), "PseuZO: noise_scale must be"),
+        (
+            dict(noise="gauss"),
+            "unknown noise 'gauss'; known: 'hadamard', 'hadamard-fp16', 'normal', 'rademacher'",
+        ),
+        (dict(rounding="up"), "unknown rounding 'up'; known: 'nearest', 'stochastic'"),
+        (dict(window=0), "capacity must be an int of at least 1"),
+        (dict(momentum=1.5), "must be in 0 .. 1"),
+        (dict(seed=1 << 70), "a seed must fit 64 bits"),
+        (dict(clip_examples=0.0), "PseuZO: clip_examples must be positive, or None, got 0"),
+        (dict(clip_examples=-1.0), "PseuZO: clip_examples must be finite and not negative"),
+    ],
+)
 def test_bad_options(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         PseuZO(small_model(), **arguments)
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (dict(directions=0), "MeZO: directions must be an int of at least 1, got 0"),
-    (dict(directions=1.5), "MeZO: directions must be an int of at least 1, got 1.5"),
-    (dict(window=0), "MeZO: window must be an int of at least 1"),
-    (dict(momentum=1.1), "MeZO: momentum must be in 0 .. 1, got 1.1"),
-    (dict(momentum=float("nan")), "MeZO: momentum must be in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (dict(directions=0), "MeZO: directions must be an int of at least 1, got 0"),
+        (dict(directions=1.5), "MeZO: directions must be an int of at least 1, got 1.5"),
+        (dict(window=0), "MeZO: window must be an int of at least 1"),
+        (dict(momentum=1.1), "MeZO: momentum must be in 0 .. 1, got 1.1"),
+        (dict(momentum=float("nan")), "MeZO: momentum must be in"),
+    ],
+)
 def test_bad_options_of_mezo(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         MeZO(small_model(), **arguments)
@@ -110,17 +130,44 @@ def test_bad_parameters():
         MeZO([{"params": small_model().parameters(), "noise_scale": -2.0}])
 
 
-@pytest.mark.parametrize("forward, head, groups, error, sentence", [
-    (lambda m, x: [1.0], head_for, None, TypeError, "forward must return a floating-point tensor"),
-    (lambda m, x: torch.arange(4), head_for, None, TypeError, "forward must return a floating-point tensor"),
-    (lambda m, x: m(x)[0], head_for, None, ValueError, r"must return \[B, P, D\] or \[B, D\]"),
-    (None, head_for, None, ValueError, r"returned \(4, 5\) and then \(3, 5\)"),
-    (lambda m, x: m(x), lambda y: lambda o: o, None, ValueError, "head must return a scalar"),
-    (lambda m, x: m(x), lambda y: lambda o: 1.0, None, ValueError, "head must return a scalar"),
-    (lambda m, x: m(x), lambda y: lambda o: torch.ones(()), None, ValueError, "does not depend on the output"),
-    (lambda m, x: m(x), head_for, torch.zeros(3, dtype=torch.long), ValueError, "one per row of the output, 4, got 3"),
-    (lambda m, x: m(x), head_for, torch.zeros(4), ValueError, "groups must be 4 integers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "forward, head, groups, error, sentence",
+    [
+        (
+            lambda m, x: [1.0],
+            head_for,
+            None,
+            TypeError,
+            "forward must return a floating-point tensor",
+        ),
+        (
+            lambda m, x: torch.arange(4),
+            head_for,
+            None,
+            TypeError,
+            "forward must return a floating-point tensor",
+        ),
+        (lambda m, x: m(x)[0], head_for, None, ValueError, r"must return \[B, P, D\] or \[B, D\]"),
+        (None, head_for, None, ValueError, r"returned \(4, 5\) and then \(3, 5\)"),
+        (lambda m, x: m(x), lambda y: lambda o: o, None, ValueError, "head must return a scalar"),
+        (lambda m, x: m(x), lambda y: lambda o: 1.0, None, ValueError, "head must return a scalar"),
+        (
+            lambda m, x: m(x),
+            lambda y: lambda o: torch.ones(()),
+            None,
+            ValueError,
+            "does not depend on the output",
+        ),
+        (
+            lambda m, x: m(x),
+            head_for,
+            torch.zeros(3, dtype=torch.long),
+            ValueError,
+            "one per row of the output, 4, got 3",
+        ),
+        (lambda m, x: m(x), head_for, torch.zeros(4), ValueError, "groups must be 4 integers"),
+    ],
+)
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
 def test_bad_steps_change_nothing(forward, head, groups, error, sentence, bare):
     model = small_model()
@@ -179,10 +226,13 @@ def test_several_ranks_are_refused(monkeypatch):
     try:
         ddp = nn.parallel.DistributedDataParallel(model)
         for use in (
-            lambda: MeZO(model), lambda: PseuZO(ddp), lambda: MeZO(model.parameters()),
-            lambda: mezo.step(lambda: head_for(y)(model(x))), lambda: mezo.estimate(lambda: head_for(y)(model(x))),
+            lambda: MeZO(model),
+            lambda: PseuZO(ddp),
+            lambda: MeZO(model.parameters()),
+            lambda: mezo.step(lambda: head_for(y)(model(x))),
+            lambda: mezo.estimate(lambda: head_for(y)(model(x))),
             lambda: pseuzo.step(lambda: model(x), head_for(y)),
-        ):  # fmt: skip
+        ):
             with pytest.raises(ValueError, match=ONE_PROCESS):
                 use()
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
@@ -196,7 +246,10 @@ def test_several_ranks_are_refused(monkeypatch):
 RANK = """
 import sys, torch
 from pseuzo import MeZO
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+torch.distributed.init_process_group(
+    "gloo", init_method="file://" + sys.argv[1],
+    rank=int(sys.argv[2]), world_size=2,
+)
 try:
     MeZO(torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)))
 except ValueError as error:

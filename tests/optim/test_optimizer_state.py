@@ -18,11 +18,14 @@ from torch import nn
 from pseuzo_kernels import reference
 
 
-@pytest.mark.parametrize("make", [
-    lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, 0.1, seed=2),
-    lambda m: PseuZO(m.parameters(), 0.02, 1e-2, 3, CyclicHyperbola(6), seed=2),
-    lambda m: MeZO(m, 0.02, 1e-2, seed=2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, 0.1, seed=2),
+        lambda m: PseuZO(m.parameters(), 0.02, 1e-2, 3, CyclicHyperbola(6), seed=2),
+        lambda m: MeZO(m, 0.02, 1e-2, seed=2),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_dict_then_equal_steps(make, dtype, tmp_path):
     def run(opt, model, steps):
@@ -56,10 +59,18 @@ def test_load_state_dict_refuses_others():
 
 
 @pytest.mark.parametrize("make", [PseuZO, MeZO])
-@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, "stochastic"), (torch.float16, "stochastic"),
-                                             (torch.bfloat16, "nearest"), (torch.float32, "stochastic")])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, rounding",
+    [
+        (torch.bfloat16, "stochastic"),
+        (torch.float16, "stochastic"),
+        (torch.bfloat16, "nearest"),
+        (torch.float32, "stochastic"),
+    ],
+)
 def test_a_state_of_another_rounding_rule(make, dtype, rounding):
-    """Its 16-bit weights would go on by another rule; all others have the same bits under every rule."""
+    """Its 16-bit weights would go on by another rule; all others have the same bits under every
+    rule."""
     opt = make(small_model().to(dtype), rounding=rounding)
     for written in (None, 99):
         state, before = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
@@ -146,7 +157,8 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("name", ["pseuzo", "mezo"])
 def test_a_resumed_run_knows_which_weights_were_used(name, tmp_path):
-    """The second expert ran before the state was saved, and not again: the unbroken run goes on decaying it."""
+    """The second expert ran before the state was saved, and not again: the unbroken run goes on
+    decaying it."""
     model = Experts()
 
     def step(opt, m, t):
@@ -184,7 +196,8 @@ def test_a_resumed_run_knows_which_weights_were_used(name, tmp_path):
 
 
 def test_a_second_optimizer_finds_weights_used_outside_their_module():
-    """What the first one's passes learned of the model does not keep the second from seeing what is used."""
+    """What the first one's passes learned of the model does not keep the second from seeing what is
+    used."""
     model = Tied()
     ids = torch.randint(0, 300, (3, 5))
     for seed in range(2):

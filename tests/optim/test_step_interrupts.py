@@ -1,5 +1,5 @@
-"""An interrupt at any moment of a step: the weights are all old or all new, and with them the count,
-the journal and the window; no perturbed copy is left in the model, and the next step works.
+"""An interrupt at any moment of a step: the weights are all old or all new, and with them the
+count, the journal and the window; no perturbed copy is left in the model, and the next step works.
 
 KeyboardInterrupt is raised at every line that a step runs in the package, one line a run, and at
 every call of an op. After each, the same step is made again, or the next one, and must end at the

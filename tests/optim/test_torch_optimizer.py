@@ -74,10 +74,17 @@ def test_stochastic_rounding_by_default_and_reproducible():
             ((1 - model.weight.detach().float()) * z).sum() / (2**-14 * (z * z).sum())
         )
         want = torch.ones(256, 256, dtype=torch.bfloat16)
-        reference.update_(want, step_seed(1, 0), 2**-14, lr=1.0, rounding=rounding,
-                          rounding_seed=step_seed(1, 0, ROUNDING_DOMAIN))  # fmt: skip
+        reference.update_(
+            want,
+            step_seed(1, 0),
+            2**-14,
+            lr=1.0,
+            rounding=rounding,
+            rounding_seed=step_seed(1, 0, ROUNDING_DOMAIN),
+        )
         assert torch.equal(model.weight, want)
-    # the rounding error is at most an ulp an element, so the ratio is known to 5 * 2^7 / 256 * sqrt(|z| / 2^7) < 0.6
+    # the rounding error is at most an ulp an element, so the ratio is known to 5 * 2^7 / 256 *
+    # sqrt(|z| / 2^7) < 0.6
     assert abs(moved["stochastic"] - 1) < 0.6 and moved["nearest"] == 0
 
 
@@ -95,7 +102,8 @@ def test_passes_run_without_dropout_and_modes_come_back():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [MeZO, PseuZO])
 def test_bare_16_bit_parameters_do_not_drift(make, dtype):
-    """100 steps of rate 0, some of them skipped, leave every bit; and a step equals that of the whole module's."""
+    """100 steps of rate 0, some of them skipped, leave every bit; and a step equals that of the
+    whole module's."""
     model, twin = small_model().to(dtype), small_model().to(dtype)
     opt = make(model.parameters(), 0.0, 1e-2, weight_decay=0.5)
     other = make(twin, 0.0, 1e-2, weight_decay=0.5)
@@ -221,15 +229,19 @@ def test_a_diverged_run_is_warned_of_ten_times_less_often_each_time():
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("method", [MeZO, PseuZO])
 def test_frozen_parameters_are_left_alone(method, bare, tmp_path):
-    """As by torch's optimizers, when all are given as a list; and the same weights are trained again once they thaw."""
+    """As by torch's optimizers, when all are given as a list; and the same weights are trained
+    again once they thaw."""
     model = small_model()
     frozen = next(model.parameters()).requires_grad_(False)
     other = nn.Parameter(torch.arange(3), requires_grad=False)  # quantised, say
     x, y = data(0)
     given = [*model.parameters(), other] if bare else list(model.parameters())
     opt = method(given, 0.1, 1e-2, weight_decay=0.1, **({} if bare else {"model": model}))
-    step = (lambda: opt.step(lambda: model(x), head_for(y))) if method is PseuZO else (
-        lambda: opt.step(lambda: head_for(y)(model(x))))  # fmt: skip
+    step = (
+        (lambda: opt.step(lambda: model(x), head_for(y)))
+        if method is PseuZO
+        else (lambda: opt.step(lambda: head_for(y)(model(x))))
+    )
     before = [p.detach().clone() for p in model.parameters()]
     base = copy.deepcopy(model)
     with Journal(tmp_path / "a.pzj", opt) if not bare else nullcontext():
@@ -324,7 +336,8 @@ def test_no_step_reads_a_value_back(name, clip, monkeypatch):
 
 
 def test_half_precision_sums_restore_bare_parameters_as_exactly():
-    """A shift by eps is taken back in the pass of the update: rounded to half precision it would leave 1e-3 of it."""
+    """A shift by eps is taken back in the pass of the update: rounded to half precision it would
+    leave 1e-3 of it."""
     drifts = {}
     for noise in ("hadamard", "hadamard-fp16"):
         model = causal_lm("opt").eval()
@@ -340,7 +353,8 @@ def test_half_precision_sums_restore_bare_parameters_as_exactly():
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_groups_may_change_in_mid_run(make):
-    """What was learned of them before must not be used any more: as of an optimizer that is made then."""
+    """What was learned of them before must not be used any more: as of an optimizer that is made
+    then."""
     model = causal_lm("opt").eval()
     opt, weight = make(model), model.model.decoder.layers[0].fc1.weight
     run_steps(opt, model, 5)

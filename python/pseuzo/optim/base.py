@@ -44,6 +44,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
+    recordable = True  # whether a journal's seeds and coefficients say all of its updates
 
     def __init__(
         self,

@@ -12,7 +12,8 @@ NUMBERS = ("lr", "weight_decay", "noise_scale")
 
 
 def is_frozen(p: Tensor) -> bool:
-    """Whether p is left alone: a parameter that requires no grad. Plain tensors need not require it."""
+    """Whether p is left alone: a parameter that requires no grad. Plain tensors need not require
+    it."""
     return isinstance(p, nn.Parameter) and not p.requires_grad
 
 

@@ -40,7 +40,8 @@ def measure_slopes(
 ) -> Slopes:
     """c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along `directions` z_j.
 
-    key: what the passes are made of, for CUDA graphs. two_sided False: (L(x + eps z_j) - L(x)) / eps.
+    key: what the passes are made of, for CUDA graphs. two_sided False: (L(x + eps z_j) - L(x)) /
+    eps.
     """
     o, eps = optimizer, optimizer.eps
     seeds = tuple(direction_seed(o.seed, o.steps, j) for j in range(directions))
@@ -118,26 +119,26 @@ class MeZO(ZeroOrder):
     parameters or parameter groups as in every torch optimizer, which are perturbed in place; give
     `model` to have them perturbed exactly. Options of a group: lr, weight_decay (decoupled, applied
     once), noise_scale (multiplies z; 0 freezes the group), maximize.
-    eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding: see
-    pseuzo_kernels; rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs with
-    a seed made from (seed, t).
+    eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding:
+    see pseuzo_kernels; rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs
+    with a seed made from (seed, t).
     directions: q; the update is the mean over q perturbations (2 q passes, or q + 1 if not
     two_sided).
     momentum: mu; the update is sum_age mu^age * (that of `age` steps ago) over the last `window`
     steps: the momentum of SGD cut off after K steps, in seeds and coefficients in place of a buffer
-    of the model's size. It costs the noise of K * q seeds an update. A skipped step counts as one of
-    gradient 0.
-    clip_examples: r; the projected gradient of each example is clamped to r times the batch's median
-    size (not where that is 0). The closure must then return per-example losses, [B].
-    The passes of a step run with the module in eval mode; with bare parameters that is the caller's
-    business. Under torch.autocast no step uses or leaves a cast that is cached, wherever the autocast
-    block begins and ends. One process only: ValueError where the process group has several ranks, as
-    replicas would drift apart.
+    of the model's size. It costs the noise of K * q seeds an update. A skipped step counts as one
+    of gradient 0.
+    clip_examples: r; the projected gradient of each example is clamped to r times the batch's
+    median size (not where that is 0). The closure must then return per-example losses, [B]. The
+    passes of a step run with the module in eval mode; with bare parameters that is the caller's
+    business. Under torch.autocast no step uses or leaves a cast that is cached, wherever the
+    autocast block begins and ends. One process only: ValueError where the process group has several
+    ranks, as replicas would drift apart.
     capture: record the passes as CUDA graphs, from the third step with the same closure on, and
-    replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure must
-    then be the same object at every step (or one of a few), read its batch from tensors that you
-    write before the step (tensor.copy_(...)), and never wait for the device. lr, weight decay and eps
-    may change; weights and what else the closure reads must stay where they are in memory.
+    replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure
+    must then be the same object at every step (or one of a few), read its batch from tensors that
+    you write before the step (tensor.copy_(...)), and never wait for the device. lr, weight decay
+    and eps may change; weights and what else the closure reads must stay where they are in memory.
     Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
@@ -211,9 +212,12 @@ class MeZO(ZeroOrder):
     def own_state(self) -> dict[str, Any]:
         seeds, coefs = self._past or (None, None)
         past = {
-            "seeds": seeds, "coefs": coefs, "directions": self.directions,
-            "momentum": self.momentum, "window": self.window,
-        }  # fmt: skip
+            "seeds": seeds,
+            "coefs": coefs,
+            "directions": self.directions,
+            "momentum": self.momentum,
+            "window": self.window,
+        }
         return super().own_state() | {"past": past}
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:

@@ -25,10 +25,10 @@ from pseuzo_kernels import EmaWindow
 class Outputs(Measured):
     """The outputs of a step's passes.
 
-    seed: of the perturbation. base, output: [B, P, D] or [B, D], the clean and the perturbed output;
-    base None: output is their difference. e: dg/do, of the same shape. groups: see EmaWindow. finite:
-    [] fp32, NaN where the step must be skipped. gradients: parameters of exact_gradient groups ->
-    dg/dx. momentum, eps: of the step.
+    seed: of the perturbation. base, output: [B, P, D] or [B, D], the clean and the perturbed
+    output; base None: output is their difference. e: dg/do, of the same shape. groups: see
+    EmaWindow. finite: [] fp32, NaN where the step must be skipped. gradients: parameters of
+    exact_gradient groups -> dg/dx. momentum, eps: of the step.
     """
 
     seed: int
@@ -54,12 +54,12 @@ class PseuZO(ZeroOrder):
     <do_i, e_i> / eps of the newest entry exceeds r times the batch's median size (no scaling where
     that is 0); older entries are projected on the same e. In a MeZO step as in MeZO: the head must
     then return per-example losses.
-    The group option exact_gradient=True is for weights of the head that h does not use, as an untied
-    output layer: they take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the autograd
-    through the head that is done anyway. MeZO steps leave them alone. Without it PseuZO leaves such
-    weights as they are.
-    capture: see MeZO; forward and head are then the same objects at every step.
-    Other arguments as MeZO. Source: PseuZO (NeurIPS 2025).
+    The group option exact_gradient=True is for weights of the head that h does not use, as an
+    untied output layer: they take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the
+    autograd through the head that is done anyway. MeZO steps leave them alone. Without it PseuZO
+    leaves such weights as they are.
+    capture: see MeZO; forward and head are then the same objects at every step. Other arguments as
+    MeZO. Source: PseuZO (NeurIPS 2025).
     """
 
     has_gradient = True
@@ -95,8 +95,8 @@ class PseuZO(ZeroOrder):
 
         groups: [B] integers, see EmaWindow: rows of old batches are paired with rows of the same
         group (the label, for classification); None pairs row by row, as published. examples: [B]
-        integers, for clip_examples: rows of the same number belong to one example; None: each row is
-        one. A NaN or infinity in the loss or a coefficient skips the update, is counted
+        integers, for clip_examples: rows of the same number belong to one example; None: each row
+        is one. A NaN or infinity in the loss or a coefficient skips the update, is counted
         (`skipped_steps`) and warned of.
         """
         if forward is None and head is None:

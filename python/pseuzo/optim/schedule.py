@@ -1,4 +1,5 @@
-"""Schedules of lambda, the momentum of PseuZO's window. A schedule maps the step (from 0) to lambda in 0 .. 1.
+"""Schedules of lambda, the momentum of PseuZO's window. A schedule maps the step (from 0) to lambda
+in 0 .. 1.
 
 lambda 0 means that the step is a plain two-sided MeZO step on the loss.
 """
@@ -62,18 +63,19 @@ class Linear(Schedule):
 class CyclicHyperbola(Schedule):
     """The published schedule, "cyclic_hyperbola", over E epochs in two cycles of E // 2.
 
-    At epoch t, with u = t % (E // 2): lambda = 1 / (1 + 10 u) while u <= 10 and t < 2 (E // 2), else 0. The window is
-    emptied before each step with lambda = 1. In a default run (10000 steps, 64 an epoch) 1408 steps are PseuZO.
-    Source: the code published with PseuZO (NeurIPS 2025).
+    At epoch t, with u = t % (E // 2): lambda = 1 / (1 + 10 u) while u <= 10 and t < 2 (E // 2),
+    else 0. The window is emptied before each step with lambda = 1. In a default run (10000 steps,
+    64 an epoch) 1408 steps are PseuZO. Source: the code published with PseuZO (NeurIPS 2025).
 
-    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. steps: the length of the run if its last epoch is cut
-    short.
+    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. steps: the length of the run if its
+    last epoch is cut short.
     """
 
     def __init__(self, epochs: int, steps_per_epoch: int = 1, *, steps: int | None = None):
         if epochs < 1 or steps_per_epoch < 1:
             raise ValueError(
-                f"CyclicHyperbola: epochs and steps_per_epoch must be at least 1, got {epochs} and {steps_per_epoch}"
+                f"CyclicHyperbola: epochs and steps_per_epoch must be at least 1, got {epochs} and "
+                f"{steps_per_epoch}"
             )
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.steps = epochs * steps_per_epoch if steps is None else steps

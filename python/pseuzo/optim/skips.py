@@ -9,7 +9,8 @@ from pseuzo.machine import Fetched
 
 
 class Skips:
-    """Counts skipped steps on the device, and warns when the news reaches the host, without waiting.
+    """Counts skipped steps on the device, and warns when the news reaches the host, without
+    waiting.
 
     It warns of the first, and whenever there are ten times as many.
     """

@@ -1,4 +1,5 @@
-"""One update of the weights, x <- keep * x + sum_k c_k z(s_k), prepared group by group and then run.
+"""One update of the weights, x <- keep * x + sum_k c_k z(s_k), prepared group by group and then
+run.
 
 Everything that can be refused is refused while it is prepared, before a weight is written. Then
 every launch is made exactly once, also where `run` is interrupted and called again.
@@ -24,8 +25,8 @@ CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bound
 class Direction:
     """The update that a step makes: x <- keep x - lr sum_k coefs[k] z(seeds[k]).
 
-    seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: of the passes that
-    it was measured by. state: what the estimator keeps once the weights have moved, see
+    seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: of the passes
+    that it was measured by. state: what the estimator keeps once the weights have moved, see
     `ZeroOrder.keep`. stats: what `ZeroOrder.stats` becomes. gradients: parameters of exact_gradient
     groups -> dg/dx.
     """
@@ -83,7 +84,8 @@ def prepare(
     pending: tuple[Shift, Mapping[Tensor, Tensor]] | None,
     exact_groups: Iterable[dict[str, Any]],
 ) -> Update:
-    """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all groups.
+    """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all
+    groups.
 
     The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
     the parameters in `unused`, as noise is all that they would get, and changes nothing but the

@@ -177,7 +177,7 @@ class InPlace:
 
 
 def filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers, each filled in by a kernel: a copy of pageable memory would wait."""
+    """A tensor of a few numbers. A kernel fills in each: a copy of pageable memory would wait."""
     parts = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

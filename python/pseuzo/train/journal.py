@@ -349,6 +349,11 @@ def _check(optimizer: ZeroOrder) -> None:
         raise ValueError(
             "Journal: bare fp32 parameters are perturbed in place; give the optimizer model="
         )
+    if not optimizer.recordable:
+        raise ValueError(
+            f"Journal: the updates of {type(optimizer).__name__} are no sums of seeds; leave the "
+            "journal out"
+        )
     if any(group["exact_gradient"] for group in optimizer.param_groups):
         raise ValueError(
             "Journal: updates by exact_gradient are no seeds; leave out that or the journal"
