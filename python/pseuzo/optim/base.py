@@ -96,10 +96,7 @@ class ZeroOrder(torch.optim.Optimizer):
     # The seam of an estimator
 
     def measure(self, *inputs: Any, **options: Any) -> Measured:
-        """Run the passes of a step, through self.passes; change nothing that lasts.
-
-        inputs, options: what the estimator's step() takes.
-        """
+        """Run the passes of a step on what step() was given; change nothing that lasts."""
         raise NotImplementedError
 
     def coefficients(self, measured: Any) -> Direction:
@@ -120,10 +117,8 @@ class ZeroOrder(torch.optim.Optimizer):
     # Steps
 
     def estimate(self, *inputs: Any, **options: Any) -> Tensor:
-        """Run the passes of a step, for step() without arguments to apply; return the loss.
-
-        The weights are as before. An estimate that was not applied is replaced by the next.
-        """
+        """The passes of a step, for step() without arguments to apply; returns the loss. The
+        weights are as before. An estimate that was not applied is replaced by the next."""
         self._measured = None
         measure = partial(self.measure, *inputs, **options)
         self._measured = cleanly(measure, self.passes.restore)
