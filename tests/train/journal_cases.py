@@ -60,8 +60,10 @@ def journal_of(tmp_path, steps=4):
 
 
 def resumed(path, opt, model, steps):
-    """opt and model as after a resume from a checkpoint that the run of this journal saved after
-    these steps."""
+    """Bring opt and model to where a resume from a checkpoint after these steps would bring them.
+
+    path: the journal of the run that saved the checkpoint.
+    """
     train(opt, model, steps)
     state = copy.deepcopy(opt.state_dict())
     state["state"]["zero_order"]["journal"] = read_journal(path)[0]["run"]

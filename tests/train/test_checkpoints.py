@@ -21,8 +21,10 @@ pytestmark = pytest.mark.slow
 
 
 def trainer_of(folder: Path, **changes) -> PseuZOTrainer:
-    """Of a module so small that a checkpoint takes milliseconds; its loss on the dev row falls at
-    every step."""
+    """The module is so small that a checkpoint takes milliseconds.
+
+    Its loss on the dev row falls at every step.
+    """
     torch.manual_seed(0)
     model, x = torch.nn.Linear(5, 1), torch.randn(8, 5)
     batch = {"x": x, "y": x.sum(1)}
@@ -180,8 +182,7 @@ def test_no_checkpoint_is_removed_before_the_next_one_is_sealed(tmp_path, monkey
 
 
 class Spoil(TrainerCallback):
-    """Does something to a run's folder when step 4 is saved, and makes what follows worse than
-    it."""
+    """Does something to a run's folder when step 4 is saved, and makes later steps worse."""
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -207,7 +208,7 @@ def flip_best(folder):
         (
             lambda folder: (folder / "checkpoint-4" / "optimizer.pt").unlink(),
             None,
-        ),  # of no use in the end
+        ),  # step 6 is not the best
     ],
     ids=["gone", "a bit", "its optimizer"],
 )
@@ -237,7 +238,7 @@ def test_best_checkpoint_that_is_gone_is_not_said_to_be_kept(tmp_path, spoil, wh
         f"checkpoint-4, the best checkpoint, cannot be loaded: {why}; the weights are those of the "
         "last step, 6" in said
     )
-    # the run is over: asked again, it says the same
+    # The run is over: when it is resumed again, it says the same.
     again = trainer_of(tmp_path, **BEST)
     again.train(resume_from_checkpoint=True)
     assert again.kept_step is None and same(weights(again), last[5])
@@ -255,7 +256,7 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
     assert again.kept_step == 4 and same(weights(again), weights(trainer))
     (tmp_path / "b").rename(
         tmp_path / "c"
-    )  # nor is it forgotten by a run that goes on, and saves nothing more
+    )  # a run that continues and saves nothing more does not forget it either
     longer = trainer_of(
         tmp_path / "c", **BEST | dict(max_steps=7, eval_steps=10, save_strategy="best")
     )
@@ -264,8 +265,10 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
 
 
 def test_best_is_the_best_of_those_that_are_saved(tmp_path):
-    """Evaluated at every step, saved at every second one: the best one is step 5, and the best that
-    can be loaded 4."""
+    """The run is evaluated at every step and saved at every second one.
+
+    The best step is 5, and the best one that can be loaded is 4.
+    """
     trainer = trainer_of(tmp_path, **BEST | dict(eval_steps=1))
 
     class Worse(TrainerCallback):
@@ -273,7 +276,7 @@ def test_best_is_the_best_of_those_that_are_saved(tmp_path):
             optimizer.param_groups[0]["maximize"] = state.global_step in (
                 3,
                 5,
-            )  # makes steps 4 and 6 worse
+            )  # this makes steps 4 and 6 worse
 
     trainer.add_callback(Worse())
     trainer.train()
@@ -308,7 +311,7 @@ def test_a_checkpoint_counts_when_its_steps_are_in_the_journal_on_the_disk(tmp_p
     )
     fresh = trainer_of(tmp_path / "fresh").model
     assert replay(path, fresh, until=4) == 4 and same(list(fresh.parameters()), weights(trainer))
-    # nor when a run is resumed and goes on
+    # This holds for a run that is resumed and continues, too.
     again = trainer_of(tmp_path / "run", journal=str(path), max_steps=8)
     again.train(resume_from_checkpoint=True)
     fresh = trainer_of(tmp_path / "fresh").model
@@ -343,7 +346,7 @@ def test_a_run_is_not_resumed_with_a_journal_that_is_not_its_own(tmp_path):
     path.write_bytes(whole)
     trainer_of(tmp_path / "run", max_steps=7).train(
         resume_from_checkpoint=True
-    )  # without one, if that is wanted
+    )  # it may continue without a journal
 
 
 def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):

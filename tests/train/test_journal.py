@@ -1,4 +1,4 @@
-"""A journal follows its optimizer: forth, back, and not where an update cannot be recorded."""
+"""A journal follows its optimizer to later and earlier steps, and refuses what it cannot record."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def test_a_torn_tail_loses_one_step_and_is_cut_off_on_reopening(tmp_path):
         ends.append(len(list(read_journal(path)[1])))
     assert set(ends) == {3, 2}
     path.write_bytes(whole[:-5])
-    # a run that was killed in its 4th step goes on from its checkpoint of 3 steps
+    # A run that was killed in its 4th step continues from its checkpoint of 3 steps.
     model = copy.deepcopy(base)
     opt = resumed(path, MAKERS["pseuzo"](model), model, range(3))
     with Journal(path, opt):
@@ -68,7 +68,7 @@ def test_going_back_while_the_journal_is_open_cuts_it_as_well(tmp_path):
 
     later = copy.deepcopy(opt.state_dict())
     later["state"]["zero_order"]["step"] = 7
-    with Journal(path, opt):  # what reopening refuses is refused here, too
+    with Journal(path, opt):  # refuses what reopening refuses
         opt.load_state_dict(later)
         unchanged_after(
             lambda: train(opt, model, [12]),

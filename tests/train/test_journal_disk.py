@@ -1,4 +1,4 @@
-"""What of a journal is on the disk, and when."""
+"""When records reach the file, and when the disk."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from tiny_models import causal_lm
 
 
 def test_records_reach_the_disk_for_less_than_a_hundredth_of_the_time(tmp_path, monkeypatch):
-    """By a clock of our own: a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
+    """The clock is ours: a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
     now, syncs = [0.0], []
 
     def fsync(number):
@@ -74,7 +74,7 @@ class Full:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_path, late):
-    """late: a record waits for the next step, as those of a GPU do."""
+    """late: how many records wait for the next step; on a GPU one does."""
     path, model = tmp_path / "run.pzj", causal_lm("opt")
     base, opt = copy.deepcopy(model), MAKERS["pseuzo"](model)
     opened = Journal(path, opt)

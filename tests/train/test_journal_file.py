@@ -71,8 +71,7 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
 )
 @pytest.mark.parametrize("written", [None, 99])
 def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
-    """Its stochastic 16-bit updates would be replayed to other bits; all others have the same bits
-    under every rule."""
+    """Another rule would replay its stochastic 16-bit updates to other bits, and nothing else."""
     model = causal_lm("opt").to(dtype)
     base, twin = copy.deepcopy(model), copy.deepcopy(model)
     make = lambda m: MeZO(m, 1e-3, 1e-2, rounding=rounding)  # noqa: E731
@@ -86,7 +85,7 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
     assert header.pop("rounding_version") == reference.ROUNDING_VERSION
     header |= (
         {} if written is None else {"rounding_version": written}
-    )  # the first rule was not written down
+    )  # journals of the first rule do not name it
     old = journal_file.MAGIC + journal_file.framed(json.dumps(header).encode()) + rest
     path.write_bytes(old)
     if (
@@ -111,8 +110,8 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
 
 
 def test_a_damaged_length_is_no_torn_tail(tmp_path):
-    """A bit flipped in any byte of a length and its checksums: of the header, a record in the
-    middle, the last one."""
+    """A bit is flipped in each byte of a length and its checksums: in the header, in a record in
+    the middle, and in the last one."""
     path, base, _, _ = journal_of(tmp_path)
     whole, starts = path.read_bytes(), [8]
     while starts[-1] < len(whole):
@@ -137,8 +136,8 @@ DAMAGES = {
 @pytest.mark.parametrize("rest", ["whole", "zeros"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_precedes_damage_can_be_used(damage, rest, tmp_path):
-    """The record of step 5 of 8 is damaged, and what follows it is whole, or zeros, as after a loss
-    of power."""
+    """The record of step 5 of 8 is damaged. The rest is whole, or zeros, as after a loss of
+    power."""
     path, base, _, _ = journal_of(tmp_path, steps=8)
     whole, (at, after) = path.read_bytes(), parts(path)[6:8]
     tail = whole[after:] if rest == "whole" else bytes(len(whole) - after)
@@ -158,7 +157,7 @@ def test_what_precedes_damage_can_be_used(damage, rest, tmp_path):
         assert replay(path, rebuilt, salvage=True) == 5
     assert same(rebuilt, want) and journal_file.owner(path)[1] == 5
 
-    # a resume from after the damage is refused, and told from where it is possible
+    # A resume from a later step is refused, and the error says from which step one is possible.
     late = copy.deepcopy(base)
     with pytest.raises(
         JournalError, match="goes on with step 7; resume from a checkpoint of step 5 or before"

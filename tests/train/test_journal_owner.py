@@ -74,7 +74,7 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
         ):
             Journal(path, MAKERS["pseuzo"](fresh))
     assert path.read_bytes() == whole
-    # without a record: gone on with by the run that began it, and by no other
+    # A file without records is continued by the run that began it, and by no other.
     empty = whole[: 20 + int.from_bytes(whole[8:12], "little")]
     for tail in (b"", whole[len(empty) : len(empty) + 20]):
         path.write_bytes(empty + tail)
@@ -94,8 +94,7 @@ def test_a_run_from_its_beginning_does_not_overwrite_another(tmp_path):
 
 
 def test_a_journal_of_another_run_is_not_continued(tmp_path):
-    """Of the same model and settings, and of as many steps: nothing but the identifier tells the
-    runs apart."""
+    """The runs have the same model, settings and number of steps: only the identifier differs."""
     path, base, _, opt = journal_of(tmp_path)
     whole, sentence = path.read_bytes(), "run.pzj is the journal of another run"
     model = copy.deepcopy(base)
@@ -112,7 +111,7 @@ def test_a_journal_of_another_run_is_not_continued(tmp_path):
         Journal(path, opt, run="mine")
     with Journal(
         path, opt
-    ):  # the other's state, of the same step, is loaded while the journal is open
+    ):  # the state of the other, at the same step, is loaded while the journal is open
         opt.load_state_dict(other.state_dict())
         unchanged_after(lambda: train(opt, opt.model, [4]), opt.model, JournalError, sentence)
     assert path.read_bytes() == whole and replay(path, base) == 4
@@ -130,7 +129,7 @@ def test_the_identifier_is_in_the_header_and_in_the_state(tmp_path):
         "mine",
         1,
     )
-    del state["state"]["zero_order"]["journal"]  # it was saved before there were identifiers
+    del state["state"]["zero_order"]["journal"]  # states without identifiers are loaded, too
     opt.load_state_dict(state)
     assert opt.journal_run is None
 
@@ -157,6 +156,6 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(
         os.path, "samestat", lambda *files: False
-    )  # a file system that makes up its numbers
+    )  # a file system whose file numbers change
     with pytest.raises(JournalError, match="choose one on another disk"):
         journal_file.hold(path)

@@ -49,7 +49,7 @@ def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
     )
     assert opt.steps == steps and path.stat().st_size == size
     opened.close()
-    if steps:  # nor is it forgotten when the journal is opened again
+    if steps:  # opening the journal again does not forget it
         with pytest.raises(
             JournalError, match=r"load a checkpoint|of another model or of other settings"
         ):
@@ -62,7 +62,7 @@ def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
 
 
 def test_no_other_weights_get_the_addresses_of_the_watched_ones(tmp_path):
-    """Else weights that were converted there and back could pass for those that were left alone."""
+    """Otherwise weights converted there and back could pass for untouched ones."""
     model = causal_lm("opt")
     places = {p.data_ptr() for p in model.parameters()}
     opened = Journal(tmp_path / "run.pzj", MAKERS["mezo"](model))
@@ -74,7 +74,7 @@ def test_no_other_weights_get_the_addresses_of_the_watched_ones(tmp_path):
 
 @pytest.mark.parametrize("between", ["steps", "estimate and step"])
 def test_a_write_to_bare_parameters_is_noticed(between, tmp_path):
-    """Though the optimizer itself writes them, to perturb them and to put them back."""
+    """The optimizer itself also writes them, to perturb them and to put them back."""
     x, path = torch.nn.Parameter(torch.randn(50).bfloat16()), tmp_path / "run.pzj"
     base = {"parameter 0": x.detach().clone()}
     opt = MeZO([x], 1e-2, 1e-2)

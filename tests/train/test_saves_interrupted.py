@@ -24,7 +24,7 @@ class Saved:
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_kill_during_a_save_leaves_no_copy_for_ever(tmp_path, call):
-    """Killed before the old model is moved away, and after that."""
+    """The kill comes before the old model is moved away (1), or after it (2)."""
     pytest.importorskip("fcntl")
     out = tmp_path / "out"
     with files.claim(out, "train") as first:

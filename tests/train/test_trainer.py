@@ -105,8 +105,8 @@ def test_trains_and_evaluates_any_dataset_with_labels(tmp_path, method):
 
 
 def test_non_differentiable_objective(tmp_path, demo):
-    """1 - accuracy over the batch is what mezo then descends: a step function, nearly flat for a
-    small eps."""
+    """mezo then descends 1 - accuracy over the batch, a step function, nearly flat for a small
+    eps."""
     data, _ = demo
     args = arguments(
         tmp_path, method="mezo", objective="metric", eps=5e-2, max_steps=3, learning_rate=1e-4
@@ -140,7 +140,7 @@ def test_untied_head_is_frozen_or_descends_its_exact_gradient(tmp_path, head):
     PseuZOTrainer(model, args, train_dataset=rows).train()
     now = dict(model.named_parameters())
     want = start["lm_head.weight"] - (0.25 * gradient if head == "exact" else 0)
-    # weight decay is for the noised weights; fp32 products in another order
+    # Weight decay is for the noised weights. The fp32 products are summed in another order.
     torch.testing.assert_close(now["lm_head.weight"], want, rtol=0, atol=1e-6)
     assert not torch.equal(now["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
 
@@ -152,7 +152,7 @@ def test_untied_head_is_frozen_or_descends_its_exact_gradient(tmp_path, head):
 )
 @pytest.mark.parametrize("make", [of_a_regression, of_a_classifier])
 def test_own_objective_on_any_module(tmp_path, make, more):
-    """And pseuzo's window pairs every row with every other where groups is none."""
+    """With groups="none", pseuzo's window pairs every row with every other."""
     (model, rows, objective, before_the_head), (twin, _, of_twin, _) = make(), make()
     args = arguments(
         tmp_path,

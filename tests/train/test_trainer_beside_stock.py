@@ -35,7 +35,7 @@ CLOCK = ("runtime", "per_second", "preparation_time")
 
 
 def rows(n: int = 10, **more) -> list[dict]:
-    """Of 6 to 10 tokens, padded on the right; the labels of the first tokens carry no loss."""
+    """Rows of 6 to 10 tokens, padded on the right; the labels of the first tokens carry no loss."""
     g = torch.Generator().manual_seed(1)
     made = []
     for i in range(n):
@@ -60,7 +60,7 @@ class Stream(IterableDataset):
 
 
 def accuracy(prediction) -> dict:
-    """Of the next tokens; and all else that it was given."""
+    """The accuracy of the next tokens, and whatever else it was given."""
     logits, labels = prediction.predictions, prediction.label_ids
     if isinstance(logits, list):  # eval_do_concat_batches=False
         logits, labels = np.concatenate(logits), np.concatenate(labels)
@@ -87,7 +87,7 @@ class Summed:
 
 
 class Seen(TrainerCallback):
-    """The events, in their order, with the step that each is told at."""
+    """Records the events in their order, each with its step."""
 
     def __init__(self):
         self.events = []
@@ -250,7 +250,7 @@ def assert_alike(got: dict, want: dict, rel: float) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_stock_trainer(tmp_path, case):
-    """Losses of the same weights in fp32, of sums in another order: to 1e-5. Those of MeZO's
+    """Losses of the same weights agree to 1e-5, as fp32 sums have another order. Those of MeZO's
     perturbed passes, whose mean differs from that at the weights by order eps^2 times the
     curvature, to 1e-3."""
     stock, outcome, events, batches, saved, predicted, metrics = run(
@@ -305,8 +305,8 @@ def test_is_the_stock_trainer(tmp_path, case):
     ids=str,
 )
 def test_first_order_steps_are_the_stock_trainers(tmp_path, more):
-    """By SGD at a rate that matters; batches of different numbers of labels are accumulated by
-    these numbers."""
+    """SGD trains at a rate that matters. Accumulated batches are weighted by their number of
+    labels."""
     weights, losses = [], []
     settings = (
         dict(
@@ -336,7 +336,7 @@ def test_first_order_steps_are_the_stock_trainers(tmp_path, more):
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     start = dict(causal_lm("llama").named_parameters())
     for name, p in weights[0].items():
-        # sums of fp32 in another order: some roundings of the largest step, and of the weight
+        # The fp32 sums have another order: some roundings of the largest step, and of the weight.
         tolerance = 1e-4 * float((p - start[name]).abs().max()) + 2**-22 * float(p.abs().max())
         torch.testing.assert_close(weights[1][name], p, rtol=0, atol=tolerance)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -348,8 +348,8 @@ def padded_left() -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_metrics_change_no_evaluation(tmp_path, kind):
-    """Rows that are padded on the left have the positions of training, with the model's logits or
-    without."""
+    """Rows padded on the left have the positions of training, whether logits are asked for or
+    not."""
     found = []
     for given in ({}, {"compute_metrics": lambda prediction: {"n": len(prediction.predictions)}}):
         args = PseuZOTrainingArguments(

@@ -1,4 +1,4 @@
-"""Methods fo-*: clipped examples, scales of noise_on, mixed precision, the probe."""
+"""First-order methods: clipped examples, scales of noise_on, mixed precision, the probe."""
 
 import json
 import math
@@ -28,8 +28,10 @@ def tokens_to_predict() -> dict[str, torch.Tensor]:
 
 
 def options_to_choose_from() -> dict[str, torch.Tensor]:
-    """Three examples of two or three options, in any order; those of the first have one token, the
-    others' more."""
+    """Three examples of two or three options, in any order.
+
+    The options of the first have one token, those of the others have more.
+    """
     batch = batch_of(rows=8)
     examples = torch.tensor([1, 0, 2, 1, 2, 0, 2, 1])
     labels = torch.full_like(batch["input_ids"], -100)
@@ -111,8 +113,8 @@ def test_clipped_first_order_step_is_the_weighted_sum_of_the_examples_gradients(
     now = dict(model.named_parameters())
     for name, of_examples in zip(names, zip(*gradients, strict=True), strict=True):
         want = sum(w * g for w, g in zip(weights, of_examples, strict=True)) / len(losses)
-        # in fp32: the gradient to some 100 roundings of its largest element, and the weight it is
-        # taken from to one
+        # In fp32 the gradient is exact to some 100 roundings of its largest element, and the weight
+        # that it is subtracted from to one.
         tolerance = 1e-5 * float(want.abs().max()) + 2**-24 * float(before[name].abs().max())
         torch.testing.assert_close(
             (before[name] - now[name]).double(), want, rtol=0, atol=tolerance
@@ -145,7 +147,7 @@ def test_clipping_leaves_evaluation_alone(tmp_path):
     "factors", [[0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 )
 def test_nothing_is_clipped_where_the_median_is_zero_or_all_are_alike(tmp_path, factors):
-    """And a loss of the user's own will do, if it is one for each example."""
+    """A loss of the user's own works as well, if there is one for each example."""
 
     def objective_of(model, each=True):
         def objective(batch, reduction="mean"):
@@ -178,7 +180,7 @@ def test_nothing_is_clipped_where_the_median_is_zero_or_all_are_alike(tmp_path, 
 
 
 def test_first_order_in_mixed_precision(tmp_path):
-    """The weights stay in fp32, the head too runs in bf16, and the check of its logits knows."""
+    """The weights stay in fp32 and the head runs in bf16, which the check of its logits expects."""
     model = causal_lm("llama")
     args = arguments(tmp_path, method="fo-sgd", bf16=True, max_steps=2, clip_examples=2.0)
     result = PseuZOTrainer(model, args, train_dataset=Rows()).train()
@@ -187,7 +189,7 @@ def test_first_order_in_mixed_precision(tmp_path):
 
 @pytest.mark.parametrize("method", ["fo-sgd", "fo-adam"])
 def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, method):
-    """Powers of two, so that SGD's rates and products are exact."""
+    """All numbers are powers of two, so that SGD's rates and products are exact."""
     model, twin, rows = causal_lm("llama"), causal_lm("llama"), Rows(4)
     scales = place(twin, ["all", "attention-out=2", "embedding=0.5", "head=0"])
     batch = torch.utils.data.default_collate(rows.rows)  # of all of them: in this order
@@ -224,7 +226,7 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
 
 @pytest.mark.slow
 def test_first_order_run_where_a_probe_says(tmp_path):
-    """From the command line; and the trainer takes what was found once, as a resumed run must."""
+    """The trainer takes what a run of the command line found, as a resumed run must."""
     out = tmp_path / "run"
     args = [
         "--model",
@@ -267,7 +269,7 @@ def test_first_order_run_where_a_probe_says(tmp_path):
     for name, p in model.named_parameters():
         if not name.endswith(
             "k_proj.bias"
-        ):  # added to all keys, it changes nothing: its gradient is rounding
+        ):  # added to all keys, it changes nothing: its gradient is rounding noise
             assert torch.equal(now[name], p) == (p not in chosen), name
     figures = json.loads((out / "results.json").read_text())
     assert figures["lr"] == decided["lr"] != 1e-3, "scaled to where it trains"

@@ -1,4 +1,4 @@
-"""What a run logs, when it is told, and what callbacks see."""
+"""What a run logs, when it logs it, and what callbacks see."""
 
 import itertools
 import json
@@ -52,8 +52,10 @@ def test_logs_what_a_run_is_judged_by(tmp_path, demo):
 
 
 class Late(Fetched):
-    """As on a GPU that is far behind: nothing is here before it is waited for. Copies, blind to
-    later writes."""
+    """Behaves as on a GPU that is far behind: nothing has arrived before it is waited for.
+
+    The tensors are copies, which do not see later writes.
+    """
 
     waits = 0
 
@@ -181,8 +183,11 @@ def test_callbacks_best_model_and_tensorboard(tmp_path, demo):
     ids=str,
 )
 def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
-    """Row 1 is alone in its batch, rows 4 and 5 are with others; weights, journal and state are as
-    for any skipped step, and the mean of the evaluation is that of the stock Trainer."""
+    """Row 1 is alone in its batch, rows 4 and 5 are with others.
+
+    Weights, journal and state are as for any skipped step, and the mean of the evaluation is that
+    of the stock Trainer.
+    """
     rows = Rows(8).rows
     for i in (1, 4, 5):
         rows[i]["labels"] = torch.full((10,), -100)
@@ -219,7 +224,7 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
         any(not torch.equal(p, after[n]) for n, p in before.items())
         for before, after in itertools.pairwise(states)
     ]
-    decays = not zeroth  # SGD's weight decay is of every step, as in the stock Trainer
+    decays = not zeroth  # SGD decays weights at every step, as in the stock Trainer
     assert moved == [decays, True, True]
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["masked_rows"] for row in logged] == [1, 2, 3]
@@ -231,7 +236,7 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
     assert all(math.isfinite(x) for x in (*losses, result.training_loss))
     assert result.training_loss == pytest.approx(
         sum(losses) / 3, abs=1e-5
-    )  # of no step before the first
+    )  # there is no mean before the first step
     if zeroth:
         assert [row["skipped_steps"] for row in logged] == [1, 1, 1]
         assert [record.skipped for record in read_journal(tmp_path / "run.pzj")[1]] == [

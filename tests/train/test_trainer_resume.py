@@ -1,4 +1,4 @@
-"""A resumed run goes on as if it had not stopped, or says what is different."""
+"""A resumed run continues as if it had not stopped, or says what is different."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_probe_is_kept_for_a_resumed_run(tmp_path, demo):
     assert (
         decided["lr"] == first.param_groups[0]["lr"] > 2e-4 and decided["eps"] == first.eps > 1e-3
     )
-    # eps^2 and lr grow by the same share of the curvature
+    # eps^2 and lr grow by the same factor.
     assert decided["lr"] / 2e-4 == pytest.approx((decided["eps"] / 1e-3) ** 2, rel=1e-6)
     decided["lr"] = 0.125
     (tmp_path / "noise_on.json").write_text(json.dumps(decided))
@@ -71,7 +71,8 @@ def test_a_probe_for_other_settings_is_refused(tmp_path, demo):
         other.create_optimizer()
 
 
-RESUMED = {  # what is changed, and what goes on
+# The arguments that a resume changes, and those of the checkpoint that count.
+RESUMED = {
     "pseuzo": (
         dict(eps=1e-2, seed=4, learning_rate=1e-3, weight_decay=0.5, noise="rademacher", window=9),
         dict(eps=1e-3, seed=3, learning_rate=2e-4, noise="hadamard", window=14),
@@ -93,7 +94,7 @@ RESUMED = {  # what is changed, and what goes on
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, caplog):
-    """The checkpoint's, as the stock Trainer does without a word."""
+    """It takes those of the checkpoint, as the stock Trainer does without a word."""
     changed, goes_on = RESUMED[method]
     settings = dict(method=method, max_steps=4, save_strategy="steps", save_steps=2)
     whole = causal_lm("opt")

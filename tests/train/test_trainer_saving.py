@@ -69,7 +69,7 @@ def test_what_can_only_fail_at_a_save_fails_before_the_first_step(
     args = arguments(tmp_path, method="mezo", max_steps=1, save_strategy=save_strategy)
     trainer = PseuZOTrainer(model, args, train_dataset=Rows(7))
     spoil(model, trainer)
-    if save_strategy == "no":  # as nothing may ever be saved
+    if save_strategy == "no":  # perhaps nothing will be saved
         trainer.train()
         assert (
             trainer.state.global_step == 1
@@ -84,7 +84,7 @@ def test_what_can_only_fail_at_a_save_fails_before_the_first_step(
 
 
 class TiedModule(torch.nn.Module):
-    """No Transformers model, and safetensors refuses weights that are one."""
+    """This is no Transformers model, and safetensors refuses tied weights."""
 
     def __init__(self):
         super().__init__()

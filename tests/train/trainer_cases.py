@@ -75,7 +75,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Regression(torch.nn.Module):
-    """No Transformers model at all."""
+    """This is no Transformers model."""
 
     def __init__(self):
         super().__init__()
