@@ -117,7 +117,9 @@ assert pseuzo_kernels._C is None
 for backend, args in json.loads(sys.argv[1]):
     # From here on Triton runs in its interpreter, on tensors of the CPU.
     if backend == "triton" and not native():
-        ops.lib.impl("add_noise_steps_", ops.add_noise_steps_triton_, "CPU")
+        from pseuzo_kernels.triton import launch
+
+        ops.lib.impl("add_noise_steps_", launch.add_noise_steps_triton_, "CPU")
     assert native() == (backend == "triton")
     main(args, standalone_mode=False)
 """

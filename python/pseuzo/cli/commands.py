@@ -304,7 +304,7 @@ def replay(
 ) -> None:
     """Rebuild fine-tuned weights from the base model and the journal of the run, bit for bit.
 
-    For a run of mode lora, prefix or head the base is the folder start/ that the run wrote.
+    Where the run wrote a folder start/, that folder is the base.
     """
     import warnings
 

@@ -277,9 +277,9 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
                 write_json(output / LR_FILE, found)
                 c |= found_lr(found)
             model = run.model()
-            if (
-                c["journal"] and c["mode"] != "full" and not (output / "start").exists()
-            ):  # what its replay begins with
+            begins_anew = not MODES[c["mode"]].starts_from_base
+            if c["journal"] and begins_anew and not (output / "start").exists():
+                # A replay of the journal begins with this model.
                 save_model(model, run.tokenizer, output / "start")
             trainer = run.trainer(model, output)
             trainer.create_optimizer()  # refused here, before the folder is that of a run

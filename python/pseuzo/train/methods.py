@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pseuzo.models.modes import MODES as MODES
 from pseuzo.models.modes import by_mode
 
 if TYPE_CHECKING:
