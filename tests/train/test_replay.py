@@ -122,7 +122,10 @@ def test_replay_on_the_command_line(tmp_path):
     base.save_pretrained(tmp_path / "base")
     trained.save_pretrained(tmp_path / "wrong")
     arguments = ["replay", "--journal", str(path), "--output"]
-    run = lambda out, *rest: CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])  # noqa: E731
+
+    def run(out, *rest):
+        return CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])
+
     result = run("out", "--base", str(tmp_path / "base"))
     assert result.exit_code == 0 and "4 steps replayed" in result.output, result.output
     rebuilt = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -165,7 +168,10 @@ def test_salvage_on_the_command_line(tmp_path):
     whole, at = path.read_bytes(), parts(path)[3]
     path.write_bytes(whole[:at] + bytes(len(whole) - at))
     arguments = ["replay", "--journal", str(path), "--base", str(tmp_path / "base"), "--output"]
-    run = lambda out, *rest: CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])  # noqa: E731
+
+    def run(out, *rest):
+        return CliRunner().invoke(main, [*arguments, str(tmp_path / out), *rest])
+
     result = run("out")
     assert (
         result.exit_code == 2

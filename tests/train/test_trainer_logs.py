@@ -215,7 +215,10 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
         per_device_eval_batch_size=1,
         remove_unused_columns=False,
     )
-    collate = lambda items: torch.utils.data.default_collate(batches(items[0]["number"]))  # noqa: E731
+
+    def collate(items):
+        return torch.utils.data.default_collate(batches(items[0]["number"]))
+
     trainer = PseuZOTrainer(
         model, args, collate, [{"number": i} for i in range(3)], rows, callbacks=[Kept()]
     )

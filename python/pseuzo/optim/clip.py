@@ -17,7 +17,7 @@ def clip_limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Te
 
 
 def clip_rows(e: Tensor, change: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
-    """e [B, ...] in fp32, its rows scaled so that no example's <change_i, e_i> is over the limit."""
+    """e [B, ...] in fp32, rows scaled so that no example's <change_i, e_i> is over the limit."""
     factors = row_factors((change * e.float()).flatten(1).sum(1), ratio, examples)
     return e.float() * factors.view(-1, *[1] * (e.dim() - 1))
 
