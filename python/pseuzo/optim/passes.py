@@ -14,6 +14,7 @@ from pseuzo.optim import groups
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
+from pseuzo.perturb.interface import Perturbing
 from pseuzo.perturb.module import ModulePasses, passes_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Passes:
         self._recorded_of: tuple | None = None  # the memory that the graphs read and write
 
     @property
-    def _perturbing(self) -> ModulePasses | InPlace:
+    def _perturbing(self) -> Perturbing:
         return self._in_place if self._of_module is None else self._of_module
 
     def run(self, kind: str, key: tuple, call: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 """Perturbs bare parameters, which belong to no known module, by writing them.
 
-The interface is that of `pseuzo.perturb.module.ModulePasses`. The parameters stay shifted until
+The interface is `pseuzo.perturb.interface.Perturbing`. The parameters stay shifted until
 `restore()`, or until an update takes the shift back in the same pass over the weights. fp32 is
 restored through the noise op, to its rounding. bf16 and fp16 are restored from a copy of x, to the
 bit, as their rounding errors would add up to the size of the updates.
@@ -92,7 +92,7 @@ class InPlace:
             self._copied = True
         self._move(Shift(seed, scale))
 
-    def passing(self, kind: str) -> AbstractContextManager[None]:
+    def passing(self, kind: str = "any") -> AbstractContextManager[None]:
         """A pass that sees what was aimed at: every pass does."""
         return nullcontext()
 

@@ -1,0 +1,34 @@
+"""What both ways to perturb offer: exactly, through a module, or in place."""
+
+from collections.abc import Set
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Perturbing(Protocol):
+    """Forwards see x + scale * noise_scale * z(seed) in place of each weight x.
+
+    `ModulePasses` never writes the weights, `InPlace` writes them and puts them back. A pass has a
+    kind, a name for passes that take the same way through the model.
+    """
+
+    @property
+    def replaced(self) -> int:
+        """How often memory that passes use was replaced, which makes recorded passes void."""
+
+    def at(self, seed: int, scale: float, kind: str = "any") -> AbstractContextManager[None]:
+        """Inside, forwards see x + scale * z(seed): aim() and passing() as one."""
+
+    def aim(self, seed: int, scale: float) -> None:
+        """Set what the passes from here on see. A recorded pass reads it when it is replayed."""
+
+    def passing(self, kind: str = "any") -> AbstractContextManager[None]:
+        """Inside, forwards see what aim() set."""
+
+    def settled(self, kind: str) -> bool:
+        """Whether a pass of this kind does nothing in Python that a recorded one would lack."""
+
+    def unused(self, kind: str) -> Set[Tensor]:
+        """The weights that no pass of this kind has used so far."""
