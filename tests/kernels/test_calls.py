@@ -44,6 +44,7 @@ def own(counts: collections.Counter) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_calls_do_not_grow_with_the_window_or_the_run():
     model = causal_lm("opt").eval()
     counts = [

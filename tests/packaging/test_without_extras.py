@@ -48,12 +48,14 @@ def python(code: str, *args: str | Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [KERNELS, OPTIMIZERS], ids=["kernels", "optimizers"])
 def test_runs_without_the_extra(tmp_path, code):
     done = python(code, tmp_path / "journal")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_needs_the_extra_says_so():
     code = """
 import pseuzo
@@ -111,6 +113,7 @@ def test_every_extra_is_pinned():
     assert not names - pinned, names - pinned
 
 
+@pytest.mark.slow
 def test_nothing_below_the_trainer_imports_its_packages():
     """A step of a user's own loop must not wait for Transformers to be imported."""
     code = f"""

@@ -184,8 +184,7 @@ def test_interrupts_at_each_line(run, outside, way):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("run", [by_function, by_passes])
-@pytest.mark.parametrize("outside", [False, True], ids=["", "outside"])
+@pytest.mark.parametrize("run, outside", [(by_function, True), (by_passes, False)])
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupts_at_each_run_of_each_line(run, outside, way):
     check(run, outside, *WAYS[way], whole=True)
