@@ -221,7 +221,9 @@ def widen_tokenizer(folder):
     (widen_tokenizer, "has 2548 tokens, its model only 2048 embeddings"),
 ], ids=lambda x: x if isinstance(x, str) else x.__name__)  # fmt: skip
 def test_folders_that_do_not_load(tmp_path, do, sentence):
-    folder = folder_of(tmp_path)
+    parent = tmp_path / "404, gated, offline"  # words that the hub's library says of other faults
+    parent.mkdir()
+    folder = folder_of(parent)
     do(folder)
     with pytest.raises(ValueError, match=sentence) as error:
         load_model(folder, device="cpu")

@@ -198,6 +198,14 @@ def check(name, dtype, half, disturb, tmp_path, want):
     return disturbed
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own handler: a process that is started in the background may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 CASES = [
     ("pseuzo", torch.bfloat16, "step(...)"),
     ("mezo momentum", torch.float32, "step(...)"),

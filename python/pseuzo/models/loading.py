@@ -220,7 +220,7 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"load_model: {_unreachable(name, error)}") from None
+        raise ValueError(f"load_model: {_why_not(name, folder, error)}") from None
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     others = [a for a in config.architectures or () if ("For" in a or "LMHead" in a) and a != known]
     if known is None or others:
@@ -245,7 +245,7 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
             raise ValueError(
                 f"load_model: {_pickled(f'what the hub has of {name} is', name)}"
             ) from None
-        raise ValueError(f"load_model: {_unreachable(name, error)}") from None
+        raise ValueError(f"load_model: {_why_not(name, folder, error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"load_model: {name} lacks {len(missing)} of the weights of {type(model).__name__}, "
@@ -284,9 +284,11 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _unreachable(name: str, error: Exception) -> str:
-    """Why a model could not be had, from what the hub's library says."""
-    text = str(error).lower()
+def _why_not(name: str, folder: Path | None, error: Exception) -> str:
+    """Why a model could not be had: for a name on the hub, from what the hub's library says."""
+    if folder is not None:
+        return f"{name} cannot be loaded: {first_line(error)}"
+    text = str(error).lower().replace(str(name).lower(), "")  # which may itself contain 404
     if "connect" in text or "offline" in text:
         return (
             f"{name} is no folder, is not in the cache of the hub's models, and the hub cannot be "
