@@ -229,3 +229,25 @@ def test_an_interrupt_leaves_a_step_undone_or_done(name, dtype, half, how, tmp_p
     while check(name, dtype, half, how(n), tmp_path, want):
         n += 1
     assert n > 10
+
+
+def test_autograd_records_after_an_interrupt_between_guards(monkeypatch):
+    """The traceback keeps the guards of the interrupted lines alive. When they are freed, they must
+    not turn autograd off."""
+    model = Model()
+    opt = PseuZO(model, 0.02, 1e-2, seed=2)
+    arguments = inputs(opt, model, 0)
+    opt.step(*arguments)
+    leave_guard = torch.inference_mode.__exit__
+
+    def interrupted(guard, *error):
+        if torch.is_grad_enabled() and not error[0]:
+            raise KeyboardInterrupt
+        return leave_guard(guard, *error)
+
+    monkeypatch.setattr(torch.inference_mode, "__exit__", interrupted)
+    try:
+        opt.step(*arguments)
+    except KeyboardInterrupt:
+        pass
+    assert torch.is_grad_enabled()

@@ -188,3 +188,12 @@ def test_interrupts_at_each_line(run, outside, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupts_at_each_run_of_each_line(run, outside, way):
     check(run, outside, *WAYS[way], whole=True)
+
+
+def test_a_block_that_ends_late_leaves_the_cache_of_casts_on():
+    outer, inner = no_cached_casts(), no_cached_casts()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)  # an interrupt can delay it so: its traceback keeps it alive
+    assert torch.is_autocast_cache_enabled()

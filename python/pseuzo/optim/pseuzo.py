@@ -18,6 +18,7 @@ from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
 from pseuzo.optim.schedule import Schedule, as_schedule
 from pseuzo.optim.seeds import step_seed
 from pseuzo.optim.update import Direction
+from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo_kernels import EmaWindow
 
 
@@ -218,7 +219,7 @@ def head_gradients(
     head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]
 ) -> tuple[Tensor, ...]:
     """The mean loss, e = dg/do at o0, and the gradients of the parameters `exact`."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with outside_inference_mode(), torch.enable_grad():
         o = o0.clone().requires_grad_()
         loss = head(o)
         is_vector = isinstance(loss, Tensor) and loss.dim() == 1 and loss.numel() > 0

@@ -6,7 +6,7 @@ record alone, so that it may run twice.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -41,13 +41,26 @@ def no_cached_casts() -> Iterator[None]:
     before = torch.is_autocast_cache_enabled()
 
     def put_back() -> None:
-        torch.set_autocast_cache_enabled(before)
+        # A block inside another one must not turn the cache off again: an interrupt can delay its
+        # end until the traceback is freed, after the end of the other block.
+        if before:
+            torch.set_autocast_cache_enabled(True)
         torch.clear_autocast_cache()
 
     with undoing(put_back):
         torch.set_autocast_cache_enabled(False)  # an autocast block made inside takes this over
         torch.clear_autocast_cache()
         yield
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """Leave inference mode if it is on.
+
+    torch.inference_mode(False) also puts back whether autograd records, when its guard is freed. An
+    interrupt can delay that until the traceback is freed. Within a step, where autograd does not
+    record, no such guard may be made.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo_kernels.checks import check_noise, check_tensors, signed64
 from pseuzo_kernels.ops import RepeatedPerturb, add_noise_rows
 
@@ -50,12 +51,12 @@ class Perturbation:
             seeds.fill_(signed64("perturbed", seed))
             scales.fill_(scale)
 
-    @torch.inference_mode(False)
     def aim_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The seed and the scale that passes see, [1] each."""
         if device not in self._aims:
-            seeds = torch.empty(1, dtype=torch.int64, device=device)
-            self._aims[device] = seeds, torch.empty(1, dtype=torch.float32, device=device)
+            with outside_inference_mode():
+                seeds = torch.empty(1, dtype=torch.int64, device=device)
+                self._aims[device] = seeds, torch.empty(1, dtype=torch.float32, device=device)
         return self._aims[device]
 
     def launch(self, params: list[nn.Parameter], outs: list[Tensor]) -> RepeatedPerturb:
