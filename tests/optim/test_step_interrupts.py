@@ -251,3 +251,23 @@ def test_autograd_records_after_an_interrupt_between_guards(monkeypatch):
     except KeyboardInterrupt:
         pass
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_next_step_puts_back_what_an_interrupted_clean_up_left(dtype, monkeypatch):
+    model = Model().to(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = MeZO(parameter_groups(model), 0.02, 1e-1, seed=2)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opt.passes, "restore", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step(interrupted)
+    assert any(not torch.equal(p, x) for p, x in zip(model.parameters(), before, strict=True))
+    opt.step(*inputs(opt, model, 0))
+    torch.testing.assert_close(list(model.parameters()), before, atol=1e-5, rtol=0)

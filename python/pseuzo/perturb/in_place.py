@@ -59,7 +59,11 @@ class InPlace:
         self._aim = Shift(0, 0.0)  # what was asked for last
 
     def serve(self, groups: Iterable[tuple[float, Sequence[Tensor]]], streams: Mapping) -> None:
-        """Say which parameters are shifted from now on: (noise scale, parameters) by group."""
+        """Say which parameters are shifted from now on: (noise scale, parameters) by group.
+
+        What an interrupted clean-up left shifted is put back first.
+        """
+        self.restore()
         parts = [
             Part(part, [streams[p] for p in part], scale, device)
             for scale, params in groups
