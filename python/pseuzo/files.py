@@ -48,14 +48,14 @@ def claim(folder: Path, command: str) -> Iterator[str]:
     if (others or found) and not found.startswith(mark):
         raise ValueError(
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose "
-            f"another folder"
+            "another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with open(marker, "a") as file:
         if not lock(file):
             raise ValueError(
                 f"{folder} is in use by another pseuzo process; wait for its end, or choose "
-                f"another folder"
+                "another folder"
             )
         written = marker.read_text().removeprefix(mark).split()
         if not written:  # a new folder, or one that was made before folders had an identifier
@@ -152,7 +152,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be used ({type(error).__name__}: {error}); delete it, or choose "
-            f"another folder"
+            "another folder"
         ) from None
     return value
 
@@ -273,8 +273,7 @@ def check_saving(
     if needed > free:
         raise ValueError(
             f"a checkpoint of this run takes {needed / 1e9:.1f} GB, and the disk of {folder} has "
-            f"{free / 1e9:.1f} GB "
-            "left: make room, or choose a folder on another disk"
+            f"{free / 1e9:.1f} GB left: make room, or choose a folder on another disk"
         )
     try:
         with _saving(folder / "check") as scratch:
@@ -331,7 +330,7 @@ def _saving(target: Path) -> Iterator[Path]:
         if not lock(number):
             raise ValueError(
                 f"{target} is being saved by another process; wait for its end, or choose another "
-                f"folder"
+                "folder"
             )
         if other := next((f for f in scratch.iterdir() if f.name not in ("new", "old")), None):
             raise ValueError(

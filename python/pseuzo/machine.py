@@ -30,9 +30,8 @@ def refuse_replicas(op: str, ranks: int | None = None) -> None:
     if ranks > 1:
         raise ValueError(
             f"{op}: runs in one process, but this is one of {ranks} ranks: each would step by its "
-            f"own data, and the "
-            "replicas would drift apart; start one process (python, not torchrun) and give it the "
-            "whole batch"
+            "own data, and the replicas would drift apart; start one process (python, not "
+            "torchrun) and give it the whole batch"
         )
 
 

@@ -182,7 +182,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, kind):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": auto}))
     (folder / "custom.py").write_text(
         f"open({str(ran)!r}, 'w').close()\nfrom transformers import OPTConfig as Config, "
-        f"OPTForCausalLM as Model\n"
+        "OPTForCausalLM as Model\n"
     )
     known = kind == "opt"  # then Transformers' own code is used
     text = pseuzo(

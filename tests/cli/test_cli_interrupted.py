@@ -372,7 +372,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path, mon
     assert results["best_step"] is None and results["steps"] == 5 and "model/ is step" not in text
     assert (
         f"checkpoint-{best}, the best checkpoint, cannot be loaded: it is not there; the weights "
-        f"are those" in text
+        "are those" in text
     )
     assert f"step, 5 (pseuzo replay --until {best} makes those of the best)\n" in text
     pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")

@@ -91,8 +91,8 @@ def test_fewer_rows_than_asked_for(tmp_path):
     with pytest.warns(UserWarning) as told:
         parts = load_task("sst2").load(tmp_path)
     assert [str(w.message) for w in told] == [
-        "task sst2: the split 'train' has 30 rows, too few: "
-        "20 of 1000 for train, 10 of 500 for dev",
+        "task sst2: the split 'train' has 30 rows, too few: 20 of 1000 for train, 10 of 500 for "
+        "dev",
         "task sst2: the split 'validation' has 7 rows, too few: 7 of 1000 for test",
     ]
     assert sorted(numbers(parts["train"] + parts["dev"])) == list(range(30))
@@ -130,8 +130,8 @@ def test_shares_of_one_file_with_few_rows(tmp_path):
     with pytest.warns(UserWarning, match="the data has 33 rows, too few: 13 of 20 for test$"):
         task.load(write(tmp_path / "more.jsonl", numbered(33)), train=0, dev=0, test=20)
     assert [str(w.message) for w in told] == [
-        "task sst2: the data has 30 rows, too few: "
-        "12 of 1000 for train, 6 of 500 for dev, 12 of 1000 for test"
+        "task sst2: the data has 30 rows, too few: 12 of 1000 for train, 6 of 500 for dev, 12 of "
+        "1000 for test"
     ]
 
 

@@ -57,9 +57,8 @@ def main() -> None:
     is_flag=False,
     flag_value="auto",
     metavar="[CHECKPOINT]",
-    help="Go on with the run in --output from its last (or this) "
-    "checkpoint, to the "
-    "same bits as if it had never stopped.",
+    help="Go on with the run in --output from its last (or this) checkpoint, to the same bits as "
+    "if it had never stopped.",
 )
 @functools.partial(
     plainly,
@@ -88,9 +87,8 @@ def train(**settings: Any) -> None:
     results = runs.train(settings)
     figures = ", ".join(f"{k} {v:.4g}" for k, v in results["test"].items())
     click.echo(
-        f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; "
-        f"the model is in "
-        f"{settings['output']}/model"
+        f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the "
+        f"model is in {settings['output']}/model"
     )
     best = results.get("best_step")
     if settings["keep"] == "best" and best and best != results["steps"]:
@@ -158,8 +156,7 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
     multiple=True,
     metavar="NAME[:KEY=VALUE,...]",
     help="A method with settings of its own, as in mezo:lr=4e-4 or pseuzo:lr=1e-4,groups=row; "
-    "repeat. "
-    "Default: pseuzo mezo fo-adam, each with --lr auto.",
+    "repeat. Default: pseuzo mezo fo-adam, each with --lr auto.",
 )
 @option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each method.")
 @option(
@@ -367,7 +364,7 @@ def info() -> None:
     )
     click.echo(f"noise and window on CPU tensors: {cpp}")
     click.echo(
-        f"noise on CUDA tensors: "
+        "noise on CUDA tensors: "
         f"{f'triton {triton_version}' if triton_version else 'plain torch (no triton)'}"
     )
     window = f"CUDA {built['cuda']}" if built.get("cuda") else "plain torch (built without nvcc)"

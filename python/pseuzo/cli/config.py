@@ -33,7 +33,7 @@ def configured(command: click.Command) -> click.Command:
             if p is None:
                 raise Failure(
                     f"{file}: unknown option {key!r}; pseuzo {context.info_name} --help lists them "
-                    f"all"
+                    "all"
                 )
             if value in ("", "~", "null", "Null", "NULL"):
                 continue

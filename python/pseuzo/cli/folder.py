@@ -66,7 +66,7 @@ def start_folder(output: Path, resume: str | None) -> Iterator[tuple[str | None,
         if begun and not resume:
             raise ValueError(
                 f"{output} is not empty; choose another folder, or --resume to go on with the run "
-                f"in it"
+                "in it"
             )
         if not begun:
             if resume:
@@ -114,7 +114,7 @@ def _same_run(c: dict[str, Any], output: Path) -> None:
         raise ValueError(
             f"the run in {output} has {key} {before}, not {now}: it goes on with its own settings "
             f"(pseuzo train --config {output / 'config.yaml'} --output {output} --resume), or "
-            f"begin a new one"
+            "begin a new one"
         )
 
 
@@ -130,9 +130,8 @@ def _own_journal(c: dict[str, Any], output: Path, run_id: str) -> None:
         raise ValueError(
             f"the run in {output} records its steps in {before}, and {path} "
             f"{'is not there, or empty' if run is None else 'is the journal of another run'}: put "
-            f"its file back, or "
-            f"name it with --journal; to go on without a journal, take the line `journal:` out of "
-            f"{output}/config.yaml"
+            "its file back, or name it with --journal; to go on without a journal, take the line "
+            f"`journal:` out of {output}/config.yaml"
         )
     if steps and not c["resume"]:
         aside = next(name for n in count(1) if not os.path.exists(name := f"{path}.{n}"))

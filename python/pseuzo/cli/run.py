@@ -245,9 +245,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
             )
         if not c["save_every"] or c["save_every"] % c["eval_every"]:
             raise ValueError(
-                f"--keep best needs a checkpoint at evaluations: --save-every must be a multiple "
-                f"of --eval-every "
-                f"({c['eval_every']}), got {c['save_every']}; or use --keep last"
+                "--keep best needs a checkpoint at evaluations: --save-every must be a multiple of "
+                f"--eval-every ({c['eval_every']}), got {c['save_every']}; or use --keep last"
             )
     return c
 
@@ -298,9 +297,8 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
     if not math.isfinite(figures["loss"]):
         print(
-            f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller --lr, "
-            f"or --lr auto, "
-            "or another --dtype",
+            f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller --lr, or "
+            "--lr auto, or another --dtype",
             file=sys.stderr,
         )
     results = _results(run, trainer, outcome.global_step, figures, peak)
@@ -372,8 +370,7 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
     if not math.isfinite(figures["loss"]):
         print(
             f"the loss on the test rows is {figures['loss']}: the model's logits are not finite, "
-            f"as after a run that "
-            "diverged; null stands for it in the figures",
+            "as after a run that diverged; null stands for it in the figures",
             file=sys.stderr,
             flush=True,
         )

@@ -45,9 +45,9 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
         first, factor = 0.125 / found["curvature"], 2.0
     else:
         raise ValueError(
-            f"--lr auto: the loss does not curve upwards along the noise "
-            f"({found['curvature']:.3g}), so there is "
-            "no scale to begin from; give --lr, or another --eps"
+            "--lr auto: the loss does not curve upwards along the noise "
+            f"({found['curvature']:.3g}), so there is no scale to begin from; give --lr, or "
+            "another --eps"
         )
     dev = run.part("dev", EVALUATED)
     start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
@@ -98,8 +98,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     if not survives(lr):
         raise ValueError(
             f"--lr auto: every rate from {min(trials):.2g} to {max(trials):.2g} made the loss "
-            f"worse; look at the data "
-            "and the dtype, or give --lr"
+            "worse; look at the data and the dtype, or give --lr"
         )
     largest = max(rate for rate in trials if survives(rate))
     for rate in (largest / 4, largest / 8):

@@ -61,7 +61,7 @@ def check_journal(settings: Mapping[str, Any]) -> None:
     if journal.resolve() == output.resolve():
         raise ValueError(
             f"--journal and --output are the same, {output}; the journal is a file, in there or "
-            f"elsewhere"
+            "elsewhere"
         )
     own = (
         "config.yaml",
@@ -81,7 +81,7 @@ def check_journal(settings: Mapping[str, Any]) -> None:
     if not goes_on and journal.exists() and journal.stat().st_size:
         raise ValueError(
             f"--journal {journal} exists already; choose another file, or --resume to go on with "
-            f"its run"
+            "its run"
         )
 
 

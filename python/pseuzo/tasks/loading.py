@@ -74,8 +74,8 @@ def _from_rows(path: Path) -> Task:
     if lacking:
         raise ValueError(
             f"task {path}: its rows lack {', '.join(lacking)}; rows without a template are "
-            "{prompt, options, answer} or {prompt, answers}, "
-            f"and these have {', '.join(sorted(first))}"
+            "{prompt, options, answer} or {prompt, answers}, and these have "
+            f"{', '.join(sorted(first))}"
         )
     common = {
         "name": path.stem,

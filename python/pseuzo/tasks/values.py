@@ -18,15 +18,15 @@ DEEPEST = 64  # levels of lists in lists
 
 def refuse_missing(*_: Any) -> Any:
     raise TemplateError(
-        "a value it prints is missing (null) in this row; "
-        "{{ x or 'unknown' }} prints a word for a missing x"
+        "a value it prints is missing (null) in this row; {{ x or 'unknown' }} prints a word for a "
+        "missing x"
     )
 
 
 def refuse_list(*_: Any) -> Any:
     raise TemplateError(
-        "it prints a list or mapping where a text is wanted; "
-        "{{ x | join(', ') }} makes one of a list x"
+        "it prints a list or mapping where a text is wanted; {{ x | join(', ') }} makes one of a "
+        "list x"
     )
 
 
