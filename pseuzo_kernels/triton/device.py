@@ -224,9 +224,10 @@ def box_muller(w, coef, ASM: tl.constexpr):
         )
     else:
         u = ((w >> 16).to(tl.float32) + 0.5) * (1.0 / 65536)
+        # pi / 32768
         angle = (
             (w & 0xFFFF).to(tl.float32) - 32768.0
-        ) * 9.587379924285257e-05 + 5.2213668823242188e-05  # pi / 32768
+        ) * 9.587379924285257e-05 + 5.2213668823242188e-05
         return tl.sqrt(-tl.log2(u)) * coef, tl.cos(angle), tl.sin(angle)
 
 

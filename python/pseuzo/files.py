@@ -42,9 +42,8 @@ def claim(folder: Path, command: str) -> Iterator[str]:
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
     others = folder.exists() and any(path != marker or path.is_dir() for path in folder.iterdir())
-    found = (
-        marker.read_text() if marker.is_file() else ""
-    )  # a process that was killed as it began leaves it empty
+    # A process that was killed as it began leaves it empty.
+    found = marker.read_text() if marker.is_file() else ""
     if (others or found) and not found.startswith(mark):
         raise ValueError(
             f"{folder} is not empty, and not the folder of a run of pseuzo {command}; choose "
@@ -266,9 +265,8 @@ def check_saving(
     weights = model.state_dict()
     adapter = hasattr(model, "peft_type")
     saved = [p for p in model.parameters() if p.requires_grad] if adapter else weights.values()
-    sizes = {
-        _address(p): p.nbytes for x in saved if isinstance(x, Tensor) for p in parts_of(x)
-    }  # tied ones count once
+    # Tied weights count once.
+    sizes = {_address(p): p.nbytes for x in saved if isinstance(x, Tensor) for p in parts_of(x)}
     needed, free = sum(sizes.values()) + extra, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

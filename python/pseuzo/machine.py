@@ -55,9 +55,8 @@ def reset_peak(device: torch.device | str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the resident set's high-water mark starts anew
+        # On Linux this sets the high-water mark of the resident set back.
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 

@@ -150,12 +150,10 @@ def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
     text = pseuzo(*common, out / "model", "--data-seed", 0, "--test-size", 11)
     assert "--train-size 24 --dev-size 4\n" in text and last_json(text)["test"]["examples"] == 11
     assert last_json(text)["test"]["loss"] != pytest.approx(results["test"]["loss"], rel=1e-3)
-    assert "rows as in" not in pseuzo(
-        *common, out / "model", *sizes, "--seed", 5
-    )  # as they would be anyway
-    assert "rows as in" not in pseuzo(
-        *common, out / "model", "--task", "demo", "--test-size", 8
-    )  # of another task
+    # as they would be anyway
+    assert "rows as in" not in pseuzo(*common, out / "model", *sizes, "--seed", 5)
+    # of another task
+    assert "rows as in" not in pseuzo(*common, out / "model", "--task", "demo", "--test-size", 8)
     monkeypatch.chdir(out)  # a name is no model in this folder
     assert "rows as in" not in pseuzo(*common, "demo", "--test-size", 8)
     (out / "model").rename(tmp_path / "model")

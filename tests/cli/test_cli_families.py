@@ -39,11 +39,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
     [
         (True, ["pseuzo"], "all"),
         (False, ["pseuzo"], "none"),  # --head frozen
+        # the loss depends on no others
         (
             False,
             ["pseuzo", "--head", "exact", "--head-lr", "0.02"],
             "label words",
-        ),  # the loss depends on no others
+        ),
         (False, ["mezo"], "all"),
     ],
     ids=["tied pseuzo", "untied pseuzo", "untied pseuzo exact", "untied mezo"],

@@ -143,9 +143,8 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
         *args, out / "checkpoint-3"
     )
     (tmp_path / "checkpoint-3").mkdir()
-    assert "that is no checkpoint of a run in" in refused(
-        *args, tmp_path / "checkpoint-3"
-    )  # but of another one
+    # but of another one
+    assert "that is no checkpoint of a run in" in refused(*args, tmp_path / "checkpoint-3")
     assert not out.exists()
 
 
@@ -172,13 +171,14 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
 
 
 def test_the_step_that_is_kept_is_said(tmp_path, settings):
+    # 10 steps are made, of those 2 less than asked for kept
     args = [
         "train",
         *BASE,
         "--method",
         "mezo",
         "--steps",
-    ]  # 10 steps are made, of those 2 less than asked for kept
+    ]
     assert "model/ is step 5, the best checkpoint on the dev rows\n" in pseuzo(
         *args, 7, "--output", tmp_path / "run"
     )

@@ -52,9 +52,8 @@ def test_ctrl_c_during_the_imports(tmp_path, start, module):
         capture_output=True,
         text=True,
     )
-    libraries, line = done.stderr.split(
-        "interrupted\n"
-    )  # what these say of themselves as they are imported
+    # what these say of themselves as they are imported
+    libraries, line = done.stderr.split("interrupted\n")
     assert (done.returncode, done.stdout, line) == (130, "", "") and "Traceback" not in libraries
     assert not libraries or module == "transformers.trainer"
 

@@ -338,9 +338,8 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path, monkeypatch):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    accuracies = (
-        1 / n for n in itertools.count(1)
-    )  # falling: which step is the best does not rest on rounding
+    # falling: which step is the best does not rest on rounding
+    accuracies = (1 / n for n in itertools.count(1))
     monkeypatch.setattr(
         "pseuzo.train.reporting.evaluate",
         lambda *a, **k: evaluate(*a, **k) | {"accuracy": next(accuracies)},

@@ -264,9 +264,8 @@ def test_lr_auto_searches_and_says_what_it_found(tmp_path):
     trials = {float(rate): loss for rate, loss in found["trials"].items()}
     assert len(trials) >= 3 and text.count("dev loss") == len(trials)
     largest = max(rate for rate, loss in trials.items() if loss < 1.05 * found["start"])
-    best = min(
-        (rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get
-    )  # what a long run survives
+    # what a long run survives
+    best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get)
     assert found["chosen"]["lr"] == best == json.loads((out / "results.json").read_text())["lr"]
 
 

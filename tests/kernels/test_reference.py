@@ -161,11 +161,12 @@ def test_fp16_with_one_seed_is_hadamard():
             1.0,
         ),
         ([0.0, -0.0], [0.0, 0.0], 2.0**-126),
+        # below the least power: subnormals, to a coarser grid
         (
             [2.0**-149, 2.0**-127],
             [0.0, 0.5],
             2.0**-126,
-        ),  # below the least power: subnormals, to a coarser grid
+        ),
         ([1e-38, 2.0**126], [0.0, 1.0], 2.0**126),
         ([1.0, 2.0**126 * 1.0000002], [NAN, NAN], NAN),
         ([1.0, INF], [NAN, NAN], NAN),

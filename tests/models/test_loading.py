@@ -127,9 +127,8 @@ def test_adapters_are_saved_and_loaded(kind, mode, tmp_path):
     MeZO(again, lr=0.1).step(lambda: head(forward()))
     assert not torch.equal(again(**batch_of()).logits, want)
     places = [p.data_ptr() for p in again.parameters()]
-    again.load_adapter(
-        str(tmp_path / "adapter"), "default", is_trainable=True
-    )  # as the Trainer resumes
+    # as the Trainer resumes
+    again.load_adapter(str(tmp_path / "adapter"), "default", is_trainable=True)
     assert (
         torch.equal(again(**batch_of()).logits, want)
         and [p.data_ptr() for p in again.parameters()] == places

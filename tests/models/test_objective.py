@@ -247,9 +247,8 @@ def test_a_batch_without_a_label_that_carries_a_loss_is_a_skipped_step(kind):
     some["labels"][2, -3:] = some["input_ids"][2, -3:]
     alone = {name: x[2:3] for name, x in some.items()}
     losses = [h(f()) for f, h in (objective(some), objective(alone))]
-    torch.testing.assert_close(
-        losses[0], losses[1], rtol=0, atol=1e-5
-    )  # as in test_padding_changes_nothing
+    # as in test_padding_changes_nothing
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(losses[0], model(**alone).loss, rtol=0, atol=1e-5)
     assert loss_positions(torch.full((2, 1), 5))[0].tolist() == [[-1], [-1]]
 

@@ -146,10 +146,11 @@ def test_presets_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="Linear has no layers that are known here"):
         place(nn.Linear(3, 4), ["last-half"])
     assert names(model, place(model, ["last-half"])) == ["1.weight", "1.bias"]
+    # one pattern, not its letters
     assert names(model, place(model, "0.*")) == [
         "0.weight",
         "0.bias",
-    ]  # one pattern, not its letters
+    ]
 
 
 def test_param_groups_spare_norms_and_biases_and_train():

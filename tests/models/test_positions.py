@@ -76,9 +76,8 @@ def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
         want = sum(model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in alone)
         want /= sum(ids.shape[1] - 1 for ids in alone)
         forward, head = CausalLMObjective(model)(with_positions(dict)(batch) if collated else batch)
-        torch.testing.assert_close(
-            head(forward()), want, rtol=1e-5, atol=0
-        )  # sums of fp32 in another order
+        # sums of fp32 in another order
+        torch.testing.assert_close(head(forward()), want, rtol=1e-5, atol=0)
 
 
 def test_a_collator_with_positions():
@@ -96,10 +95,11 @@ def test_a_collator_with_positions():
             strict=True,
         ):
             assert torch.equal(got, want)
+        # it begins at 2
         assert (batch["labels"] != labels[[2, 0]]).nonzero().tolist() == [
             [0, 1],
             [0, 2],
-        ]  # it begins at 2
+        ]
         with Waits() as waits:
             objective(batch)
         assert kind is dict or waits.seen == []  # the first one is verified

@@ -36,9 +36,8 @@ def test_a_perturbed_pass_is_one_with_perturbed_weights(kind, mode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
-@pytest.mark.parametrize(
-    "kind", [kind for kind in ALL_KINDS if kind != "mistral"]
-)  # its window counts padding, too
+# its window counts padding, too
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "mistral"])
 def test_padding_does_not_matter(kind, mode):
     model = tuned(kind, mode)
     batch = batch_of() | {"labels": LABELS}

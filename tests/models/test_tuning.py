@@ -132,9 +132,8 @@ def test_head_mode(kind, tied, tmp_path, caplog):
         got, want = again(**batch_of()).logits, model(**batch_of()).logits
     assert torch.equal(got, want)
     with pytest.raises(RuntimeError, match="used no weight of the model that is trained"):
-        PseuZO(model).step(
-            forward, loss_of
-        )  # h ends before the head: only its exact gradient can train it
+        # h ends before the head: only its exact gradient can train it
+        PseuZO(model).step(forward, loss_of)
 
 
 def test_other_models():

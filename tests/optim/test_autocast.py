@@ -83,10 +83,11 @@ def test_no_step_uses_or_leaves_casts_that_autocast_caches(name, bare, where):
 
 
 def test_a_context_of_perturbed_weights_leaves_no_casts():
+    # with a weight that is not copied beforehand
     net, ids = (
         Tied().eval(),
         torch.arange(12).view(4, 3),
-    )  # with a weight that is not copied beforehand
+    )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = net(ids)
         with perturbed(net, 3, 0.5):

@@ -40,9 +40,8 @@ def test_losses_of_examples_are_their_mean():
         assert losses[0].shape == losses[1].shape == ()
         torch.testing.assert_close(*losses)
         for p, q in zip(*(m.parameters() for m in models), strict=True):
-            torch.testing.assert_close(
-                p, q, rtol=0, atol=2e-5
-            )  # losses are known to 2^-23, over eps
+            # losses are known to 2^-23, over eps
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])

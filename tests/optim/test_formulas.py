@@ -80,9 +80,8 @@ def test_mezo_is_the_formula(bare, two_sided):
             for p, zi in zip(want.parameters(), z, strict=True):
                 p.copy_((1 - lr * decay) * p.double() - lr * g * zi.double())
     for p, q in zip(model.parameters(), want.parameters(), strict=True):
-        torch.testing.assert_close(
-            p, q, rtol=0, atol=2e-5
-        )  # as above: losses about 2 known to 2^-23, over eps
+        # as above: losses about 2 known to 2^-23, over eps
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
 def test_lambda_zero_is_a_two_sided_mezo_step():

@@ -177,9 +177,8 @@ def hash_of(name: str, folder, **more) -> str:
     ids, labels = batch(0), LABELS.clone()
     forward, head = lambda: model(ids), lambda o: model.losses(o, labels)
     closure = lambda: head(forward())  # noqa: E731
-    bare = (
-        opt.model is None and dtype is FP32
-    )  # put back to rounding only, and so without a journal
+    # put back to rounding only, and so without a journal
+    bare = opt.model is None and dtype is FP32
     with nullcontext() if bare else Journal(path, opt):
         for step in range(STEPS):
             ids.copy_(batch(step))

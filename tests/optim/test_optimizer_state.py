@@ -76,9 +76,8 @@ def test_a_state_of_another_rounding_rule(make, dtype, rounding):
         state, before = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
         own = state["state"]["zero_order"]
         assert own.pop("rounding_version") == reference.ROUNDING_VERSION
-        own |= (
-            {"step": 7} if written is None else {"step": 7, "rounding_version": written}
-        )  # the first was not written
+        # the first was not written
+        own |= {"step": 7} if written is None else {"step": 7, "rounding_version": written}
         same = written is None and reference.ROUNDING_VERSION == 1
         if same or dtype is torch.float32 or rounding == "nearest":
             opt.load_state_dict(state)

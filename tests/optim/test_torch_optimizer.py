@@ -64,9 +64,8 @@ def test_stochastic_rounding_by_default_and_reproducible():
             seed=1,
             **({} if rounding == "stochastic" else {"rounding": "nearest"}),
         )
-        losses = iter(
-            [2**-14 * 1e-2, -(2**-14) * 1e-2]
-        )  # projected gradient 2^-14; an ulp of 1 is 2^-7
+        # projected gradient 2^-14; an ulp of 1 is 2^-7
+        losses = iter([2**-14 * 1e-2, -(2**-14) * 1e-2])
         x = torch.ones(1, 256, dtype=torch.bfloat16)
         opt.step(lambda losses=losses, model=model, x=x: (model(x), next(losses))[1])
         z = reference.noise((256, 256), step_seed(1, 0), 0)
@@ -221,9 +220,8 @@ def test_a_diverged_run_is_warned_of_ten_times_less_often_each_time():
         for _ in range(101):
             opt.step(lambda: x.sum() * float("nan"))
     assert [str(w.message).split()[0] for w in caught] == ["1", "10", "100"]
-    assert opt.skipped_steps == 101 and torch.allclose(
-        x, torch.ones(4), atol=1e-5
-    )  # shifted in place, to rounding
+    # shifted in place, to rounding
+    assert opt.skipped_steps == 101 and torch.allclose(x, torch.ones(4), atol=1e-5)
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -309,9 +307,8 @@ def test_accelerate_and_schedulers():
 @pytest.mark.parametrize("clip", [None, 2.0])
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_step_reads_a_value_back(name, clip, monkeypatch):
-    monkeypatch.setattr(
-        Skips, "tell", lambda self: None
-    )  # on a CPU it looks at once; on a GPU when the news is there
+    # on a CPU it looks at once; on a GPU when the news is there
+    monkeypatch.setattr(Skips, "tell", lambda self: None)
     model = Headed()
     if name.startswith("mezo"):
         opt = MAKERS[name](model, clip_examples=clip)

@@ -38,9 +38,8 @@ def test_recorded_passes_give_the_same_bits(make, tapes):
     want = run_steps(make(model), model, 10, (12, 9), lrs)
     assert not tapes
     got = run_steps(make(twin, capture=True), twin, 10, (12, 9), lrs)
-    passes = {PseuZO: 2, MeZO: 1}[
-        type(make(model))
-    ]  # a clean and a perturbed one; a perturbed one for both signs
+    # a clean and a perturbed one; a perturbed one for both signs
+    passes = {PseuZO: 2, MeZO: 1}[type(make(model))]
     assert len(tapes) >= 2 * passes, "not everything was recorded"
     assert torch.equal(got, want)
     assert all(

@@ -149,9 +149,8 @@ def check(
     lines, model = undisturbed.ran, None
     assert len(lines) > 300
     for at in range(len(lines)) if whole else first_and_last(lines):
-        if (
-            model is None or not warm or alone
-        ):  # what a pass learned would make the next one another
+        # what a pass learned would make the next one another
+        if model is None or not warm or alone:
             model = Nested(outside)
             for seed in range(warm):
                 assert torch.equal(run(model, seed), want[seed])

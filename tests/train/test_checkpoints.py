@@ -205,10 +205,11 @@ def flip_best(folder):
     [
         (lambda folder: shutil.rmtree(folder / "checkpoint-4"), "it is not there"),
         (flip_best, "its model.safetensors is damaged"),
+        # step 6 is not the best
         (
             lambda folder: (folder / "checkpoint-4" / "optimizer.pt").unlink(),
             None,
-        ),  # step 6 is not the best
+        ),
     ],
     ids=["gone", "a bit", "its optimizer"],
 )
@@ -254,9 +255,8 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
     again = trainer_of(tmp_path / "b", **BEST)
     again.train(resume_from_checkpoint=True)
     assert again.kept_step == 4 and same(weights(again), weights(trainer))
-    (tmp_path / "b").rename(
-        tmp_path / "c"
-    )  # a run that continues and saves nothing more does not forget it either
+    # a run that continues and saves nothing more does not forget it either
+    (tmp_path / "b").rename(tmp_path / "c")
     longer = trainer_of(
         tmp_path / "c", **BEST | dict(max_steps=7, eval_steps=10, save_strategy="best")
     )
@@ -273,10 +273,11 @@ def test_best_is_the_best_of_those_that_are_saved(tmp_path):
 
     class Worse(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            # this makes steps 4 and 6 worse
             optimizer.param_groups[0]["maximize"] = state.global_step in (
                 3,
                 5,
-            )  # this makes steps 4 and 6 worse
+            )
 
     trainer.add_callback(Worse())
     trainer.train()
@@ -344,9 +345,8 @@ def test_a_run_is_not_resumed_with_a_journal_that_is_not_its_own(tmp_path):
             content is None or path.read_bytes() == content
         )
     path.write_bytes(whole)
-    trainer_of(tmp_path / "run", max_steps=7).train(
-        resume_from_checkpoint=True
-    )  # it may continue without a journal
+    # it may continue without a journal
+    trainer_of(tmp_path / "run", max_steps=7).train(resume_from_checkpoint=True)
 
 
 def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):

@@ -83,9 +83,8 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
     with open(tmp_path / "run.pzj", "rb") as file:
         header, rest = journal_file.read_header(file), file.read()
     assert header.pop("rounding_version") == reference.ROUNDING_VERSION
-    header |= (
-        {} if written is None else {"rounding_version": written}
-    )  # journals of the first rule do not name it
+    # journals of the first rule do not name it
+    header |= {} if written is None else {"rounding_version": written}
     old = journal_file.MAGIC + journal_file.framed(json.dumps(header).encode()) + rest
     path.write_bytes(old)
     if (

@@ -109,9 +109,8 @@ def test_a_journal_of_another_run_is_not_continued(tmp_path):
             Journal(path, another)
     with pytest.raises(JournalError, match=sentence):
         Journal(path, opt, run="mine")
-    with Journal(
-        path, opt
-    ):  # the state of the other, at the same step, is loaded while the journal is open
+    # the state of the other, at the same step, is loaded while the journal is open
+    with Journal(path, opt):
         opt.load_state_dict(other.state_dict())
         unchanged_after(lambda: train(opt, opt.model, [4]), opt.model, JournalError, sentence)
     assert path.read_bytes() == whole and replay(path, base) == 4
@@ -154,8 +153,7 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
         and len(list(read_journal(path)[1])) == 1
         and not (tmp_path / "aside").stat().st_size
     )
-    monkeypatch.setattr(
-        os.path, "samestat", lambda *files: False
-    )  # a file system whose file numbers change
+    # a file system whose file numbers change
+    monkeypatch.setattr(os.path, "samestat", lambda *files: False)
     with pytest.raises(JournalError, match="choose one on another disk"):
         journal_file.hold(path)

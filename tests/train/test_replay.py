@@ -53,10 +53,11 @@ def test_a_group_whose_update_overflows_is_left_alone_in_the_replay_too(order, t
     model = causal_lm("opt")
     base, before = copy.deepcopy(model), copy.deepcopy(model)
     params = list(model.parameters())
+    # times a slope of 1e11
     groups = [
         {"params": params[:3], "lr": 1e-12},
         {"params": params[3:], "lr": 1e30},
-    ]  # times a slope of 1e11
+    ]
     opt = MeZO([groups[i] for i in order], 1e-3, 1e-2, weight_decay=1e-31, model=model)
     losses = iter([1e9, -1e9, 1e9, -1e9])
     with Journal(tmp_path / "run.pzj", opt):

@@ -96,9 +96,8 @@ def test_trains_and_evaluates_any_dataset_with_labels(tmp_path, method):
     with torch.no_grad():
         model.eval()
         texts = [row["input_ids"][None, row["attention_mask"] == 1] for row in rows.rows]
-        sums = [
-            model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in texts
-        ]  # each row alone
+        # each row alone
+        sums = [model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in texts]
         whole = float(sum(sums) / sum(ids.shape[1] - 1 for ids in texts))
     assert len(losses) == 2 and losses[-1] < losses[0]
     assert losses[-1] == pytest.approx(whole, rel=1e-5) and losses[0] > 0.9 * math.log(VOCAB)
@@ -114,9 +113,8 @@ def test_non_differentiable_objective(tmp_path, demo):
     trainer = PseuZOTrainer(fresh(), args, train_dataset=data["train"])
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    sevenths = [
-        row["loss"] * 14 for row in rows
-    ]  # the mean of two shares of 7, or of the last batch's fewer
+    # the mean of two shares of 7, or of the last batch's fewer
+    sevenths = [row["loss"] * 14 for row in rows]
     assert all(abs(x - round(x)) < 1e-3 for x in sevenths[:2])
 
 

@@ -267,9 +267,8 @@ def test_first_order_run_where_a_probe_says(tmp_path):
     chosen = place(model, decided["noise_on"])
     now = load_file(out / "model" / "model.safetensors")
     for name, p in model.named_parameters():
-        if not name.endswith(
-            "k_proj.bias"
-        ):  # added to all keys, it changes nothing: its gradient is rounding noise
+        # added to all keys, it changes nothing: its gradient is rounding noise
+        if not name.endswith("k_proj.bias"):
             assert torch.equal(now[name], p) == (p not in chosen), name
     figures = json.loads((out / "results.json").read_text())
     assert figures["lr"] == decided["lr"] != 1e-3, "scaled to where it trains"

@@ -38,9 +38,8 @@ def test_logs_what_a_run_is_judged_by(tmp_path, demo):
         clean = float(head(forward()))
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert (
-        abs(rows[0]["loss"] - clean) < 1e-4
-    )  # logged with four digits: at the clean weights, before the update
+    # logged with four digits: at the clean weights, before the update
+    assert abs(rows[0]["loss"] - clean) < 1e-4
     assert [row["window"] for row in rows] == [1, 2, 3, 3, 3]
     assert all(row["momentum"] == 1.0 and row["skipped_steps"] == 0 for row in rows)
     assert all(
@@ -237,9 +236,8 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
     )
     losses = [row["loss"] for row in logged[1:]]
     assert all(math.isfinite(x) for x in (*losses, result.training_loss))
-    assert result.training_loss == pytest.approx(
-        sum(losses) / 3, abs=1e-5
-    )  # there is no mean before the first step
+    # there is no mean before the first step
+    assert result.training_loss == pytest.approx(sum(losses) / 3, abs=1e-5)
     if zeroth:
         assert [row["skipped_steps"] for row in logged] == [1, 1, 1]
         assert [record.skipped for record in read_journal(tmp_path / "run.pzj")[1]] == [

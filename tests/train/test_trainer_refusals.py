@@ -86,9 +86,8 @@ def test_arguments_without_effect_are_refused(tmp_path, methods, names, instead)
         setattr(late, name, UNUSED_VALUES[name])
         with pytest.raises(ValueError, match=f"^{name}="):
             PseuZOTrainer(causal_lm("opt"), late, train_dataset=Rows())
-    assert (
-        "ACCELERATE_DYNAMO_BACKEND" not in os.environ
-    )  # torch_compile sets it, for all that follows
+    # torch_compile sets it, for all that follows
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
     arguments(tmp_path, method=method, max_grad_norm=0.0)
 
 

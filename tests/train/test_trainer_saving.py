@@ -111,10 +111,11 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 ):
     model = causal_lm("opt")
     weights = 4 * sum(p.numel() for p in model.parameters())  # the head is the embedding
+    # two moments of Adam's
     for method, needed in {
         "mezo": weights,
         "fo-adam": 3 * weights,
-    }.items():  # two moments of Adam's
+    }.items():
 
         def trainer(free: int, method: str = method) -> PseuZOTrainer:
             monkeypatch.setattr(

@@ -178,8 +178,8 @@ def compare(
     too.
 
     \b
-    pseuzo compare --model demo --task demo --methods mezo:lr=4e-4 --methods pseuzo:lr=4e-5 --output
-    compared
+    pseuzo compare --model demo --task demo --output compared \\
+        --methods mezo:lr=4e-4 --methods pseuzo:lr=4e-5
 
     Writes table.md, compare.json, compare.png and the runs themselves. Each run is a process of its
     own, so that its memory and time are its own.
@@ -195,14 +195,13 @@ def compare(
     checks.share(settings, chosen, train_defaults())
     from pseuzo.cli.compare import compare as run_compare
     from pseuzo.cli.folder import plain
+    from pseuzo.cli.printing import print_comparison
 
     common = {k: v for k, v in plain(settings).items() if v is not None}
     chosen = {title: plain(own) for title, own in chosen.items()}
     summary = run_compare(
         common, chosen, output, seeds=seeds, forwards=forwards, progress=click.echo
     )
-    from pseuzo.cli.printing import print_comparison
-
     print_comparison(summary, output)
 
 

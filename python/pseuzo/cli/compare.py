@@ -115,9 +115,8 @@ def _same_settings(config: dict[str, Any], folder: Path) -> None:
 def _train(config: dict[str, Any], folder: Path) -> None:
     """`pseuzo train` in a process of its own. What a killed one left behind is removed first."""
     if folder.exists():
-        with claim(
-            folder, "train"
-        ):  # refused if it is at work still, as where the comparison alone was killed
+        # It may still be at work, where the comparison alone was killed: then it is refused.
+        with claim(folder, "train"):
             pass
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -39,9 +39,8 @@ def configured(command: click.Command) -> click.Command:
                 continue
             try:
                 value = _from_yaml(p, value)
-                if value is not None and not isinstance(
-                    p.type, click.Path
-                ):  # whether those exist: if not overridden
+                # Whether a path exists is asked if the command line does not override it.
+                if value is not None and not isinstance(p.type, click.Path):
                     p.type_cast_value(context, value)
             except (click.BadParameter, ValueError) as error:
                 raise Failure(f"{file}: {key}: {getattr(error, 'message', error)}") from None

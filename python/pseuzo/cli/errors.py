@@ -92,10 +92,11 @@ def _sentence(error: BaseException) -> str | None:
         return f"not YAML: {text}"
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged: {text}"
+    # These modules read the files of runs.
     if isinstance(error, LookupError) and _module(error) in (
         "pseuzo.cli.compare",
         "pseuzo.cli.plots",
-    ):  # they read runs' files
+    ):
         what = repr(error.args[0]) if isinstance(error, KeyError) else "an evaluation"
         return (
             f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"

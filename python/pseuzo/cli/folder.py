@@ -20,17 +20,9 @@ from pseuzo.train.journal_file import JournalError, held, owner
 from pseuzo.train.noise_on import PLACEMENT_FILE
 
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
-
-
 LR_FILE = "lr.json"
-
-
 ROWS = ("data_seed", "train_size", "dev_size", "test_size")  # decide which rows are drawn
-
-
 DECISIONS = (LR_FILE, PLACEMENT_FILE, "start")  # what a run writes before it begins
-
-
 MAY_CHANGE = {
     "steps",
     "eval_every",
@@ -71,8 +63,8 @@ def start_folder(output: Path, resume: str | None) -> Iterator[tuple[str | None,
         if not begun:
             if resume:
                 print(f"{output} holds no run to resume: beginning a new one", flush=True)
-            # of a try that did not get to its first step; the trials of a search for lr are gone on
-            # with
+            # They are of a try that did not get to its first step. A search for lr continues with
+            # the trials that were made.
             _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
         yield resume if begun else None, run_id
 
@@ -105,9 +97,8 @@ def undo(output: Path, made: list[Path], journal: Path | None, run_id: str) -> N
 def _same_run(c: dict[str, Any], output: Path) -> None:
     """ValueError if the settings are not those of the run in output."""
     config, now = read_yaml(output / "config.yaml"), plain(c)
-    if (
-        config.get("journal") and now["journal"]
-    ):  # the file may have been moved: _own_journal looks at it
+    # The file may have been moved, which _own_journal looks at.
+    if config.get("journal") and now["journal"]:
         now["journal"] = config["journal"]
     if found := differing(config, now, besides=MAY_CHANGE):
         key, before, now = found
@@ -150,9 +141,8 @@ def resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     _same_run(c, output)
     if c["resume"] == "auto":
         c = c | {"resume": last_checkpoint(output)}
-        if (
-            c["resume"] is None
-        ):  # killed before its first checkpoint: it begins anew, and makes the same steps
+        # It was killed before its first checkpoint: it begins anew, and makes the same steps.
+        if c["resume"] is None:
             print(f"{output} has no whole checkpoint: beginning anew", flush=True)
     if c["journal"]:
         _own_journal(c, output, run_id)

@@ -195,9 +195,8 @@ def check_integrations(names: Collection[str]) -> None:
     reported to here."""
     if list(names) in (["all"], ["none"]):
         return
-    callbacks = zip(
-        names, get_reporting_integration_callbacks(list(names)), strict=True
-    )  # ValueError: unknown names
+    # This raises ValueError for unknown names.
+    callbacks = zip(names, get_reporting_integration_callbacks(list(names)), strict=True)
     installed = get_available_reporting_integrations()
     for name, callback in callbacks:
         if name not in installed:
@@ -225,9 +224,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     check_integrations(c["report_to"])
     c["device"] = str(usable_device(c["device"]))
     if c["journal"]:
-        c["journal"] = os.path.abspath(
-            c["journal"]
-        )  # in config.yaml it must not depend on the present folder
+        # In config.yaml it must not depend on the present folder.
+        c["journal"] = os.path.abspath(c["journal"])
     if c["capture"]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
@@ -267,9 +265,8 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     journal = Path(c["journal"]) if c["journal"] else None
     trainer = None
     try:
-        with (
-            held(journal) if journal else nullcontext()
-        ):  # nobody else may take it while a model loads
+        # Nobody else may take the journal while a model loads.
+        with held(journal) if journal else nullcontext():
             run = Run(c)
             if c["lr"] == "auto":
                 found = search_lr(run, output)

@@ -15,10 +15,8 @@ from pseuzo.train.noise_on import PLACEMENT_FILE
 if TYPE_CHECKING:
     from pseuzo.cli.run import Run
 
-EVALUATED, TRIALS = (
-    200,
-    10,
-)  # of the search for lr: dev examples of a trial, and most rates on the way up or down
+EVALUATED = 200  # dev examples of a trial
+TRIALS = 10  # the most rates on the way up or down
 
 
 def search_lr(run: Run, output: Path) -> dict[str, Any]:

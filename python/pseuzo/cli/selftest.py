@@ -34,9 +34,8 @@ def checks(devices: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
             for api, d in ((pk, device), (reference, "cpu"))
         ]
         yield f"normal on {device}", ROUNDED, _near(*normal, 2**-21 if device == "cpu" else 5e-5)
-        outputs = (
-            torch.linspace(0, 1, 72_000).square().view(3, 3, 4, 2, 1000)
-        )  # o0, o1, grad of three steps
+        # The windows get o0, o1 and grad of three steps.
+        outputs = torch.linspace(0, 1, 72_000).square().view(3, 3, 4, 2, 1000)
         windows = (
             pk.EmaWindow(2, momentum=0.9, eps=1.0),
             reference.EmaWindow(2, momentum=0.9, eps=1.0),

@@ -54,9 +54,8 @@ def check_journal(settings: Mapping[str, Any]) -> None:
     journal, output = settings["journal"], settings["output"]
     if journal is None:
         return
-    if (
-        not journal.parent.is_dir() and journal.parent.resolve() != output.resolve()
-    ):  # that one will be made
+    # The folder of --output will be made.
+    if not journal.parent.is_dir() and journal.parent.resolve() != output.resolve():
         raise ValueError(f"--journal {journal}: there is no folder {journal.parent}")
     if journal.resolve() == output.resolve():
         raise ValueError(
