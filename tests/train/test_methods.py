@@ -39,7 +39,6 @@ methods.METHODS["zo-sign"] = methods.Method(
     build=build,
     passes=lambda directions, two_sided: 2,
     options=methods.PERTURBING,
-    rates=methods.ZEROTH_ORDER_RATES,
 )
 methods.ZEROTH_ORDER += ("zo-sign",)
 from pseuzo.cli.commands import main

@@ -8,11 +8,11 @@ nor Transformers: the command line lists the methods before it imports either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pseuzo.models.modes import by_mode
+from pseuzo.models.modes import MODES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,7 @@ class Method:
     build: Callable[[Setup], Optimizer]
     passes: Callable[[int, bool | None], int]  # (directions, two_sided) -> forward passes per step
     options: tuple[str, ...]  # which options it takes, of those that not every method takes
-    rates: Mapping[str, float]  # the default learning rate by tuning mode
+    rate: str = "lr"  # the field of a tuning mode that has the default learning rate
     momentum: float = 0.0  # the default of the option
     zeroth_order: bool = True
 
@@ -166,7 +166,6 @@ def _first_order_passes(directions: int, two_sided: bool | None) -> int:
 
 # Options that every zeroth-order method takes, and no first-order method.
 PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
-ZEROTH_ORDER_RATES = by_mode("lr")
 
 METHODS = {
     "pseuzo": Method(
@@ -174,7 +173,6 @@ METHODS = {
         build=_pseuzo,
         passes=_pseuzo_passes,
         options=(*PERTURBING, "window", "momentum", "schedule", "groups", "head", "head_lr"),
-        rates=ZEROTH_ORDER_RATES,
         momentum=1.0,
     ),
     "mezo": Method(
@@ -182,14 +180,12 @@ METHODS = {
         build=_mezo,
         passes=_mezo_passes,
         options=(*PERTURBING, "directions", "objective"),
-        rates=ZEROTH_ORDER_RATES,
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
         build=_mezo,
         passes=_mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
-        rates=ZEROTH_ORDER_RATES,
         momentum=0.9,
     ),
     "fo-sgd": Method(
@@ -197,7 +193,7 @@ METHODS = {
         build=_sgd,
         passes=_first_order_passes,
         options=("momentum",),
-        rates=by_mode("sgd_lr"),
+        rate="sgd_lr",
         zeroth_order=False,
     ),
     "fo-adam": Method(
@@ -205,7 +201,7 @@ METHODS = {
         build=_adam,
         passes=_first_order_passes,
         options=(),
-        rates=by_mode("adam_lr"),
+        rate="adam_lr",
         zeroth_order=False,
     ),
 }
@@ -224,4 +220,4 @@ def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None =
 
 def default_rate(method: str, mode: str) -> float:
     """The learning rate of a method in a tuning mode where none is given."""
-    return METHODS[method].rates[mode]
+    return getattr(MODES[mode], METHODS[method].rate)
