@@ -6,17 +6,36 @@ of the weights cannot be undone (its roundings are lost), so an interrupt waits 
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
+@contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Run undo, which must be idempotent, when the block ends, and again if undo is interrupted.
+
+    This is a generator because an interrupt can come where a `with` block ends, before `__exit__`
+    is called. The generator is then freed, which still runs its `finally`.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    except BaseException:
+        undo()
+        raise
+
+
 def cleanly(call: Callable[[], Any], undo: Callable[[], None]) -> Any:
     """Return call() after undo(), which also runs where call() fails.
 
-    undo() must be idempotent: where it is interrupted itself, it runs once more. Whether autograd
-    records is put back as well, as an interrupt can skip the end of a `with` block.
+    It is `undoing` where there is a call and no block: nothing can come between the end of the call
+    and undo(), while the traceback of an interrupt can keep the end of a block waiting. Whether
+    autograd records is put back as well, as the interrupted call may hold such blocks.
     """
     records = torch.is_grad_enabled()
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
-from pseuzo.perturb.contexts import frozen_mode, no_cached_casts
+from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
 from pseuzo.perturb.interface import Perturbing
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @contextmanager
 def without_autograd() -> Iterator[None]:
     """Disable autograd without entering inference mode: a step's tensors are used outside it."""
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         yield
 
 
@@ -80,9 +80,9 @@ class Passes:
         with without_autograd(), frozen_mode(optimizer.model), no_cached_casts(), graphs:
             return call()
 
-    def clean(self, call: Callable[[], Any], name: str = "clean") -> Any:
-        """call(), or the graph that was recorded of the pass of this name in such a step."""
-        return call() if self._graphs is None else self._graphs.run(name, call)
+    def clean(self, call: Callable[[], Any]) -> Any:
+        """call() at x."""
+        return self._replayed("clean", call)
 
     def perturbed(self, seed: int, scale: float, kind: str, call: Callable[[], Any]) -> Any:
         """call() at x + scale * z(seed)."""
@@ -93,7 +93,11 @@ class Passes:
             with perturbing.passing(kind):
                 return call()
 
-        return self.clean(perturbed_call, kind)
+        return self._replayed(kind, perturbed_call)
+
+    def _replayed(self, name: str, call: Callable[[], Any]) -> Any:
+        """call(), or the graph that was recorded of the pass of this name in such a step."""
+        return call() if self._graphs is None else self._graphs.run(name, call)
 
     def restore(self) -> None:
         """Undo what passes left in the weights or the model, if anything. Idempotent."""

@@ -5,7 +5,7 @@ therefore records what it has to put back before it changes anything. Its clean-
 record alone, so that it may run twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,22 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-
-@contextmanager
-def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Run undo, which must be idempotent, when the block ends, and again if undo is interrupted.
-
-    This is a generator because an interrupt can come where a `with` block ends, before `__exit__`
-    is called. The generator is then freed, which still runs its `finally`.
-    """
-    try:
-        try:
-            yield
-        finally:
-            undo()
-    except BaseException:
-        undo()
-        raise
+from pseuzo.interrupts import undoing
 
 
 @contextmanager

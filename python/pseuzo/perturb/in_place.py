@@ -6,8 +6,8 @@ restored through the noise op, to its rounding. bf16 and fp16 are restored from 
 bit, as their rounding errors would add up to the size of the updates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import call
 from typing import Any, NamedTuple
@@ -73,16 +73,7 @@ class InPlace:
         ]
         self._fp32 = [part for part in parts if not _is_half(part.params[0])]
         self._half = [part for part in parts if _is_half(part.params[0])]
-        self._shifts, self._moving = [Shift(0, 0.0)] * len(self._fp32), None
-
-    @contextmanager
-    def at(self, seed: int, scale: float, kind: str = "any") -> Iterator[None]:
-        """Inside, the parameters hold x + scale * z(seed)."""
-        self.aim(seed, scale)
-        try:
-            yield
-        finally:
-            self.restore()
+        self.forget()
 
     @torch.no_grad()
     def aim(self, seed: int, scale: float) -> None:
@@ -111,7 +102,7 @@ class InPlace:
         return (self._aim, self._copies) if self._aim.offset else None
 
     def forget(self) -> None:
-        """An update took the shift back. Idempotent."""
+        """The parameters hold x: an update took the shift back. Idempotent."""
         self._shifts, self._moving = [Shift(0, 0.0)] * len(self._fp32), None
         self._copied, self._aim = False, Shift(self._aim.seed, 0.0)
 
@@ -132,10 +123,10 @@ class InPlace:
             self._fp32_launch(part, old, to)
             for part, old in zip(self._fp32, self._shifts, strict=True)
         ]
-        halves = [launch for part in self._half for launch in self._half_launches(part, to)]
         self._moving = made, [to] * len(launches)
+        # Those of 16 bits are from copies, so they may be made again and are not kept account of.
+        launches += [launch for part in self._half for launch in self._half_launches(part, to)]
         uninterrupted(made.extend, map(call, launches))
-        uninterrupted(_run, halves)
         self._settle()
         torch.autograd.graph.increment_version(
             [p for part in (*self._fp32, *self._half) for p in part.params]
@@ -188,8 +179,3 @@ def filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
 
 def _is_half(p: Tensor) -> bool:
     return p.dtype is not torch.float32
-
-
-def _run(launches: Iterable[Callable[[], Any]]) -> None:
-    for launch in launches:
-        launch()

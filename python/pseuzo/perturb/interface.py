@@ -18,9 +18,6 @@ class Perturbing(Protocol):
     def replaced(self) -> int:
         """How often memory that passes use was replaced, which makes recorded passes void."""
 
-    def at(self, seed: int, scale: float, kind: str = "any") -> AbstractContextManager[None]:
-        """Inside, forwards see x + scale * z(seed): aim() and passing() as one."""
-
     def aim(self, seed: int, scale: float) -> None:
         """Set what the passes from here on see. A recorded pass reads it when it is replayed."""
 

@@ -17,14 +17,14 @@ class Perturbation:
     place, so that a recorded pass reads them when it is replayed.
     """
 
-    @torch.inference_mode(False)  # the weights are used outside of that mode, too
     def __init__(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> None:
         check_noise("perturbed", noise)
         self.noise = noise
         self.params = {p: place for p, place in params.items() if place[1] != 0}
         self.streams = {p: stream for p, (stream, _) in self.params.items()}
         # The weights as the ops take them: without autograd, in the same memory.
-        self.real = {p: p.detach() for p in self.params}
+        with outside_inference_mode():  # they are used outside of that mode, too
+            self.real = {p: p.detach() for p in self.params}
         self.devices = {p.device for p in self.params}
         for device in self.devices:
             check_tensors("perturbed", [p for p in self.params if p.device == device], "parameter")

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from pseuzo.perturb.contexts import leave, no_cached_casts, undoing
+from pseuzo.interrupts import undoing
+from pseuzo.perturb.contexts import leave, no_cached_casts
 from pseuzo.perturb.layout import Blocks, Layout
 from pseuzo.perturb.scratch import Place, Scratch, bare
 from pseuzo.perturb.watch import Watch

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo.perturb.perturbation import Perturbation
 from pseuzo_kernels.ops import RepeatedPerturb
 
@@ -131,14 +132,14 @@ class Scratch:
         if made is None:
             copies = []
             for params in block.alike:
-                outs = self._cut(depth, params)
+                with outside_inference_mode():  # the buffers are used outside of that mode, too
+                    outs = self._cut(depth, params)
                 copies.append(Copies(params, outs, self._perturbation.launch(params, outs)))
             out_of = {p: x for part in copies for p, x in zip(part.params, part.outs, strict=True)}
             made = Made(copies, [(place, out_of[place.param]) for place in block.places])
             self._made.setdefault(block, {})[depth] = made
         return made
 
-    @torch.inference_mode(False)  # the buffers are used outside of that mode, too
     def _cut(self, depth: int, params: list[nn.Parameter]) -> list[Tensor]:
         """Parts of the buffer in the shapes of params."""
         dtype, device = params[0].dtype, params[0].device
@@ -177,10 +178,10 @@ class WholePassCopies:
         """The weights that have memory."""
         return iter(self._memory)
 
-    @torch.inference_mode(False)  # the memory is used outside of that mode, too
     def memory(self, param: nn.Parameter) -> Tensor:
         if param not in self._memory:
-            memory = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+            with outside_inference_mode():  # the memory is used outside of that mode, too
+                memory = torch.empty(param.shape, dtype=param.dtype, device=param.device)
             self._by_storage[memory.untyped_storage().data_ptr()] = param
             self._memory[param] = memory
         return self._memory[param]
