@@ -105,23 +105,8 @@ class Waits(TorchDispatchMode):
 # the command line
 
 SMALL = [
-    "--model",
-    "demo",
-    "--task",
-    "demo",
-    "--train-size",
-    "48",
-    "--dev-size",
-    "24",
-    "--test-size",
-    "24",
-    "--batch-size",
-    "6",
-    "--eval-batch-size",
-    "24",
-    "--device",
-    "cpu",
-    "--quiet",
+    *"--model demo --task demo --train-size 48 --dev-size 24 --test-size 24".split(),
+    *"--batch-size 6 --eval-batch-size 24 --device cpu --quiet".split(),
 ]
 ZERO_ORDER = ["--lr", "2e-4", "--eps", "1e-3"]
 

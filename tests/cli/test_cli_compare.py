@@ -61,12 +61,7 @@ def test_compare_reads_values_and_gives_each_method_its_options(tmp_path, compar
     assert "--directions is for mezo" in refused(
         "compare",
         *BASE,
-        "--methods",
-        "fo-sgd",
-        "--methods",
-        "pseuzo",
-        "--directions",
-        2,
+        *"--methods fo-sgd --methods pseuzo --directions 2".split(),
         "--output",
         tmp_path / "out",
     )

@@ -74,12 +74,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
         args = [
             "train",
             *SMALL,
-            "--method",
-            "fo-adam",
-            "--steps",
-            2,
-            "--save-every",
-            1,
+            *"--method fo-adam --steps 2 --save-every 1".split(),
             "--output",
             out,
         ]
@@ -109,18 +104,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_pa
     monkeypatch.setattr(runs, "evaluate", raising(AssertionError("a trial began")))
     out = tmp_path / "run"
     text = refused(
-        "train",
-        *SMALL,
-        "--steps",
-        2,
-        "--lr",
-        "auto",
-        "--save-every",
-        0,
-        "--keep",
-        "last",
-        "--output",
-        out,
+        "train", *SMALL, *"--steps 2 --lr auto --save-every 0 --keep last".split(), "--output", out
     )
     assert "could not be saved, so no step is made" in text and "`temperature`" in text
     assert not list(out.iterdir())
@@ -234,16 +218,8 @@ def test_interruptions(tmp_path, monkeypatch):
 def test_sequences_longer_than_the_model(command, tmp_path):
     """Asked for, they are refused; the default is what the model has."""
     sizes = [
-        "--train-size",
-        4,
-        "--dev-size",
-        4,
-        "--test-size",
-        4,
-        "--device",
-        "cpu",
-        "--max-length",
-        129,
+        *"--train-size 4 --dev-size 4 --test-size 4 --device cpu".split(),
+        *"--max-length 129".split(),
     ]
     output = ["--output", tmp_path / "run"] if command == "train" else []
     text = refused(command, *BASE, *sizes, *output)

@@ -13,7 +13,7 @@ def test_eval_takes_the_rows_that_train_takes(monkeypatch):
     monkeypatch.setattr(runs, "evaluate_run", lambda given: seen.update(given) or {})
     pseuzo("eval", *BASE)
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (1000, 500, None)
-    pseuzo("eval", *BASE, "--train-size", 7, "--dev-size", 8, "--data-seed", 9)
+    pseuzo("eval", *BASE, *"--train-size 7 --dev-size 8 --data-seed 9".split())
     assert (seen["train_size"], seen["dev_size"], seen["data_seed"]) == (7, 8, 9)
 
 

@@ -30,7 +30,7 @@ def test_eval_shots_and_output(tmp_path):
     few = last_json(pseuzo("eval", *common, "--shots", 3))
     assert few["shots"] == 3 and few["test"]["loss"] != zero["test"]["loss"]
     assert few["shots_mean"] == 3 == few["shots_least"] and few["cut_prompts"] == 0
-    text = pseuzo("eval", *common, "--shots", 20, "--train-size", 12, "--dev-size", 12)
+    text = pseuzo("eval", *common, *"--shots 20 --train-size 12 --dev-size 12".split())
     many = last_json(text)
     assert many["shots"] == 20 and 3 <= many["shots_least"] <= many["shots_mean"] < 12
     assert f"{many['shots_least']} at least: there are 12 training rows, 128 tokens" in text
@@ -72,7 +72,7 @@ def test_a_run_asks_as_in_a_chat_and_so_does_its_evaluation(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_path("demo"))
     tokenizer.chat_template = CHAT
     files.save_model(AutoModelForCausalLM.from_pretrained(model_path("demo")), tokenizer, base)
-    sizes = ["--train-size", 24, "--dev-size", 4, "--test-size", 12]
+    sizes = [*"--train-size 24 --dev-size 4 --test-size 12".split()]
     pseuzo(
         "train",
         "--model",
@@ -114,7 +114,7 @@ def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
     """Of one file: another seed, or more test rows, would draw rows that the run was trained on."""
     task, out = tmp_path / "rows.jsonl", tmp_path / "run"
     task.write_text("".join(json.dumps(row) + "\n" for row in PLAIN["classification"]))
-    sizes = ["--train-size", 24, "--dev-size", 4, "--test-size", 12]
+    sizes = [*"--train-size 24 --dev-size 4 --test-size 12".split()]
     pseuzo(
         "train",
         "--model",
@@ -123,19 +123,8 @@ def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
         task,
         *sizes,
         *ZERO_ORDER,
-        "--seed",
-        5,
-        "--steps",
-        2,
-        "--keep",
-        "last",
-        "--batch-size",
-        4,
-        "--save-every",
-        2,
-        "--device",
-        "cpu",
-        "--quiet",
+        *"--seed 5 --steps 2 --keep last --batch-size 4 --save-every 2".split(),
+        *"--device cpu --quiet".split(),
         "--output",
         out,
     )

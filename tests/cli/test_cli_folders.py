@@ -204,7 +204,7 @@ def test_what_is_scaled_to_the_noise_is_said(tmp_path):
 
 
 def test_a_run_that_diverged_says_so(tmp_path):
-    args = ["train", *MEZO, "--steps", 2, "--eval-every", 0, "--keep", "last", "--output"]
+    args = ["train", *MEZO, *"--steps 2 --eval-every 0 --keep last --output".split()]
     text = pseuzo(*args, tmp_path / "far", "--lr", "1e30")
     assert "the run diverged: the loss on the test rows is nan" in text
     assert "the run diverged" not in pseuzo(*args, tmp_path / "near", "--lr", "1e-5")

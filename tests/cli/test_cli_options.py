@@ -50,42 +50,19 @@ def test_option_without_use(tmp_path, settings, option):
 
 def test_defaults_and_used_options_pass(tmp_path, settings):
     for args in (
-        ["--method", "fo-adam", "--report_to", "wandb", "--report-to", "tensorboard"],
+        [*"--method fo-adam --report_to wandb --report-to tensorboard".split()],
         [
-            "--method",
-            "fo-sgd",
-            "--momentum",
-            "0.5",
-            "--groups",
-            "label",
-            "--directions",
-            "1",
-            "--noise-on",
-            "v_proj",
+            *"--method fo-sgd --momentum 0.5 --groups label --directions 1".split(),
+            *"--noise-on v_proj".split(),
         ],
         [
-            "--method",
-            "fo-adam",
-            "--noise-on",
-            "all=2",
-            "--eps",
-            "1e-2",
-            "--noise",
-            "normal",
-            "--clip-examples",
-            "2",
+            *"--method fo-adam --noise-on all=2 --eps 1e-2 --noise normal".split(),
+            *"--clip-examples 2".split(),
         ],
-        ["--method", "pseuzo", "--head", "exact", "--head-lr", "1", "--window", "3", "--two-sided"],
+        [*"--method pseuzo --head exact --head-lr 1 --window 3 --two-sided".split()],
         [
-            "--method",
-            "mezo-momentum",
-            "--directions",
-            "2",
-            "--one-sided",
-            "--objective",
-            "metric",
-            "--eps",
-            "1",
+            *"--method mezo-momentum --directions 2 --one-sided --objective metric".split(),
+            *"--eps 1".split(),
         ],
     ):
         pseuzo("train", *BASE, *args, "--output", tmp_path / "run")
@@ -138,10 +115,10 @@ def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings
 
 COMBINATIONS = {
     "metric and clip": (
-        ["--objective", "metric", "--clip-examples", "2", "--method", "mezo"],
+        [*"--objective metric --clip-examples 2 --method mezo".split()],
         "--clip-examples needs",
     ),
-    "metric and auto": (["--objective", "metric", "--lr", "auto", "--method", "mezo"], "give --lr"),
+    "metric and auto": ([*"--objective metric --lr auto --method mezo".split()], "give --lr"),
     "no warmup": (["--lr-scheduler", "constant_with_warmup"], "constant_with_warmup"),
     "meta": (["--device", "meta"], "cpu or cuda"),
     "nan eps": (["--eps", "nan"], "not a finite number"),
@@ -149,7 +126,7 @@ COMBINATIONS = {
     "inf lr": (["--lr", "inf"], "not a finite number"),
     "fo-adam on fp16": (["--method", "fo-adam", "--dtype", "fp16"], "use --dtype bf16 or fp32"),
     "its head on fp16": (
-        ["--method", "fo-adam", "--dtype", "fp16", "--mode", "head"],
+        [*"--method fo-adam --dtype fp16 --mode head".split()],
         "its eps of 1e-8 is 0",
     ),
     "no folder for the journal": (

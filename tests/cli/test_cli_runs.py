@@ -119,12 +119,7 @@ def test_modes_train_replay_and_load_again(tmp_path, mode, method):
         method,
         "--mode",
         mode,
-        "--lr",
-        "1e-3",
-        "--steps",
-        4,
-        "--keep",
-        "last",
+        *"--lr 1e-3 --steps 4 --keep last".split(),
         "--journal",
         journal,
         "--output",
@@ -151,18 +146,7 @@ def test_a_step_that_is_skipped_does_not_spoil_the_curves(tmp_path):
     pseuzo(
         "train",
         *SMALL,
-        "--method",
-        "mezo",
-        "--dtype",
-        "fp16",
-        "--lr",
-        "80",
-        "--steps",
-        6,
-        "--eval-every",
-        0,
-        "--keep",
-        "last",
+        *"--method mezo --dtype fp16 --lr 80 --steps 6 --eval-every 0 --keep last".split(),
         "--output",
         out,
     )
@@ -180,7 +164,7 @@ def test_prefix_adapters_are_evaluated_at_the_length_that_is_left(tmp_path):
     (tmp_path / "task.yaml").write_text(OWN)
     rows = [row | {"text": "long " * 300 + row["text"]} for row in ROWS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = ["--train-size", 20, "--dev-size", 10, "--test-size", 30, "--quiet"]
+    sizes = [*"--train-size 20 --dev-size 10 --test-size 30 --quiet".split()]
     common = ["--task", tmp_path / "task.yaml", *sizes]
     pseuzo(
         "train",
@@ -225,14 +209,8 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path):
     args = [
         "compare",
         *SMALL[:-1],
-        "--methods",
-        "mezo:lr=2e-4,directions=2",
-        "--methods",
-        "fo-adam",
-        "--seeds",
-        2,
-        "--forwards",
-        24,
+        *"--methods mezo:lr=2e-4,directions=2 --methods fo-adam --seeds 2".split(),
+        *"--forwards 24".split(),
         "--output",
         out,
     ]
@@ -257,9 +235,7 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path):
 
 def test_lr_auto_searches_and_says_what_it_found(tmp_path):
     out = tmp_path / "run"
-    text = pseuzo(
-        "train", *SMALL, "--method", "mezo", "--lr", "auto", "--steps", 20, "--output", out
-    )
+    text = pseuzo("train", *SMALL, *"--method mezo --lr auto --steps 20".split(), "--output", out)
     found = json.loads((out / "lr.json").read_text())
     trials = {float(rate): loss for rate, loss in found["trials"].items()}
     assert len(trials) >= 3 and text.count("dev loss") == len(trials)
@@ -272,7 +248,7 @@ def test_lr_auto_searches_and_says_what_it_found(tmp_path):
 def test_noise_on_auto_saves_its_table(tmp_path):
     out = tmp_path / "run"
     text = pseuzo(
-        "train", *SMALL, "--method", "mezo", "--noise-on", "auto", "--steps", 3, "--output", out
+        "train", *SMALL, *"--method mezo --noise-on auto --steps 3".split(), "--output", out
     )
     decided = json.loads((out / "noise_on.json").read_text())
     assert decided["noise_on"] and decided["table"] and decided["lr"] != 1e-7

@@ -328,17 +328,7 @@ def test_what_does_not_go_with_it(tmp_path):
         make(method="mezo", objective="metric")
     with pytest.raises(ValueError, match="capture needs CausalLMObjective"):
         PseuZOTrainer(causal_lm("opt"), make(), train_dataset=[1], objective=lambda batch: None)
-    args = [
-        "train",
-        "--model",
-        "demo",
-        "--task",
-        "demo",
-        "--capture",
-        "--device",
-        "cpu",
-        "--output",
-    ]
+    args = [*"train --model demo --task demo --capture --device cpu --output".split()]
     result = CliRunner().invoke(main, [*args, str(tmp_path / "run")])
     assert (
         result.exit_code == 2

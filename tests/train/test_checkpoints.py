@@ -354,12 +354,7 @@ def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):
         "train",
         *SMALL,
         *ZERO_ORDER,
-        "--steps",
-        4,
-        "--save-every",
-        2,
-        "--keep",
-        "last",
+        *"--steps 4 --save-every 2 --keep last".split(),
         "--output",
         tmp_path / "run",
     ]

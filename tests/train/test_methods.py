@@ -73,7 +73,7 @@ def test_forwards_per_step(method, directions, two_sided, want):
 @pytest.mark.slow
 def test_a_new_method_trains_resumes_and_replays(tmp_path):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    args = ["train", *SMALL, "--method", "zo-sign", "--lr", "1e-4", "--eps", "1e-3", "--steps", 4]
+    args = ["train", *SMALL, *"--method zo-sign --lr 1e-4 --eps 1e-3 --steps 4".split()]
     args += ["--keep", "last", "--save-every", 2, "--journal", journal, "--output", out]
     done = with_new(*args)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def test_choices_are_those_of_the_kernels():
 
 def test_hf_argument_parser_reads_them(tmp_path):
     given = ["--output_dir", str(tmp_path), "--report_to", "none", "--two_sided", "true"]
-    given += ["--noise_on", "attention-out", "v_proj", "--eps", "1e-2", "--method", "mezo-momentum"]
+    given += [*"--noise_on attention-out v_proj --eps 1e-2 --method mezo-momentum".split()]
     (args,) = HfArgumentParser(PseuZOTrainingArguments).parse_args_into_dataclasses(given)
     assert args.noise_on == ["attention-out", "v_proj"] and args.eps == 1e-2 and args.two_sided
     assert args.momentum == 0.9 and args.learning_rate == 1e-6

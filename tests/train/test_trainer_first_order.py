@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import SMALL
 from pseuzo import CausalLMObjective
 from pseuzo.cli.commands import main
 from pseuzo.models.placement import place
@@ -229,33 +230,8 @@ def test_first_order_run_where_a_probe_says(tmp_path):
     """The trainer takes what a run of the command line found, as a resumed run must."""
     out = tmp_path / "run"
     args = [
-        "--model",
-        "demo",
-        "--task",
-        "demo",
-        "--train-size",
-        "48",
-        "--dev-size",
-        "24",
-        "--test-size",
-        "24",
-        "--eval-batch-size",
-        "24",
-        "--device",
-        "cpu",
-        "--quiet",
-        "--method",
-        "fo-sgd",
-        "--noise-on",
-        "auto",
-        "--clip-examples",
-        "2",
-        "--batch-size",
-        "6",
-        "--steps",
-        "4",
-        "--keep",
-        "last",
+        *SMALL,
+        *"--method fo-sgd --noise-on auto --clip-examples 2 --steps 4 --keep last".split(),
     ]
     result = CliRunner().invoke(main, ["train", *args, "--output", str(out)])
     assert result.exit_code == 0, result.output
