@@ -32,6 +32,10 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
 # rounding_seed 9
 KNOWN_TERMS = [1, 2, 3], [0.1, -0.2, 0.3]
 KNOWN_ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
+KNOWN_HADAMARD = torch.tensor(  # the same elements of z(0, 0)
+    [0.83796775, -0.25703105, 0.82517433, 0.32332414]
+    + [1.4113448, 1.2560793, 0.5873334, -0.8112179]
+)
 KNOWN_DITHER = [0xE99F, 0x78E9, 0xD07E, 0xDEE0, 0x7B65, 0xBFB7, 0x8B62, 0xE9FA]
 KNOWN_ROUNDED = {
     torch.bfloat16: [0x3E44, 0x3EE5, 0x3EB2, 0xBC14, 0x3F06, 0x3E67, 0x3F14, 0x3E8B],

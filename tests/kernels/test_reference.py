@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import KNOWN_DITHER, KNOWN_ELEMENTS, KNOWN_ROUNDED, KNOWN_TERMS, rounded_by_definition
+from helpers import (
+    KNOWN_DITHER,
+    KNOWN_ELEMENTS,
+    KNOWN_HADAMARD,
+    KNOWN_ROUNDED,
+    KNOWN_TERMS,
+    rounded_by_definition,
+)
 from scipy import stats
 
 import pseuzo_kernels as pk
@@ -41,17 +48,7 @@ def test_hash_known_answer():
 
 def test_hadamard_known_answers():
     z = reference.noise((4096,), 0, 0)[KNOWN_ELEMENTS]
-    want = [
-        0.83796775,
-        -0.25703105,
-        0.82517433,
-        0.32332414,
-        1.4113448,
-        1.2560793,
-        0.5873334,
-        -0.8112179,
-    ]
-    assert torch.equal(z, torch.tensor(want))
+    assert torch.equal(z, KNOWN_HADAMARD)
 
 
 def test_add_noise_known_answers():
