@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from journal_cases import LABELS, MAKERS, journal_of, resumed, train, unchanged_after
-from pseuzo import CausalLMObjective, Journal, MeZO, PseuZO, replay
+from journal_cases import LABELS, MAKERS, journal_of, resumed, train, unchanged_after, without_head
+from pseuzo import CausalLMObjective, Journal, MeZO, replay
 from pseuzo.train import journal_file
 from pseuzo.train.journal_file import JournalError, read_journal
 from tiny_models import batch_of, causal_lm
@@ -97,13 +97,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_cannot_be_recorded_is_not_made(change, tmp_path):
     model, path = causal_lm("llama"), tmp_path / "run.pzj"
-    opt = PseuZO(
-        [p for n, p in model.named_parameters() if n != "lm_head.weight"],
-        1e-3,
-        1e-2,
-        3,
-        model=model,
-    )
+    opt = without_head(model)
     with Journal(path, opt):
         train(opt, model, [0])
         whole, window = path.read_bytes(), opt.window.state_dict()

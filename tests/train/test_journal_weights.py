@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from journal_cases import MAKERS, same, train, unchanged_after
+from journal_cases import MAKERS, same, train, unchanged_after, without_head
 from pseuzo import Journal, MeZO, PseuZO, replay
 from pseuzo.train.journal_file import JournalError
 from tiny_models import batch_of, causal_lm
@@ -106,13 +106,7 @@ def test_a_write_to_bare_parameters_is_noticed(between, tmp_path):
 def test_what_leaves_the_weights_alone_is_no_write(tmp_path):
     path, model = tmp_path / "run.pzj", causal_lm("llama")
     base = copy.deepcopy(model)
-    opt = PseuZO(
-        [p for n, p in model.named_parameters() if n != "lm_head.weight"],
-        1e-3,
-        1e-2,
-        3,
-        model=model,
-    )
+    opt = without_head(model)
     with Journal(path, opt):
         for step in range(3):
             train(opt, model, [step])

@@ -184,24 +184,22 @@ CASES = {
 }
 
 
+SETTINGS = dict(
+    per_device_train_batch_size=3,
+    seed=7,
+    use_cpu=True,
+    report_to="none",
+    disable_tqdm=True,
+    logging_steps=1,
+    save_strategy="no",
+    lr_scheduler_type="linear",
+)
+
+
 def run(folder, make, kind, case):
     arguments, given, data = CASES[case]
-    settings = (
-        dict(
-            max_steps=5,
-            per_device_train_batch_size=3,
-            per_device_eval_batch_size=4,
-            learning_rate=LR,
-            seed=7,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            lr_scheduler_type="linear",
-        )
-        | arguments
-    )
+    settings = SETTINGS | dict(max_steps=5, learning_rate=LR, per_device_eval_batch_size=4)
+    settings |= arguments
     batches, seen = [], Seen()
     given = dict(given)
     callbacks = [seen, *(one() for one in given.pop("callbacks", ()))]
@@ -308,22 +306,7 @@ def test_first_order_steps_are_the_stock_trainers(tmp_path, more):
     """SGD trains at a rate that matters. Accumulated batches are weighted by their number of
     labels."""
     weights, losses = [], []
-    settings = (
-        dict(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            per_device_train_batch_size=3,
-            learning_rate=0.5,
-            seed=7,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            lr_scheduler_type="linear",
-        )
-        | more
-    )
+    settings = SETTINGS | dict(output_dir=str(tmp_path), max_steps=4, learning_rate=0.5) | more
     for make, kind, which in (
         (Trainer, TrainingArguments, {"optim": "sgd"}),
         (PseuZOTrainer, PseuZOTrainingArguments, {"method": "fo-sgd"}),
