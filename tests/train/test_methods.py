@@ -37,7 +37,7 @@ def build(setup):
 methods.METHODS["zo-sign"] = methods.Method(
     help="MeZO with the sign of its projected gradient.",
     build=build,
-    passes=lambda directions, two_sided: 2,
+    passes=lambda **options: 2,
     options=methods.PERTURBING,
 )
 methods.ZEROTH_ORDER += ("zo-sign",)
@@ -67,7 +67,8 @@ def test_every_row_is_complete():
     ("fo-adam", 1, None, 3),
 ])  # fmt: skip
 def test_forwards_per_step(method, directions, two_sided, want):
-    assert forwards_per_step(method, directions, two_sided) == want
+    options = {"directions": directions, "two_sided": two_sided}
+    assert forwards_per_step(method, options) == want
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import yaml
 from pseuzo.cli.plots import curve, plot_runs, read_results
 from pseuzo.files import claim, differing, read_json, read_yaml, write_atomically, write_json
 from pseuzo.train.methods import forwards_per_step
+from pseuzo.train.options import OPTIONS
 
 EVALUATIONS = 12  # of a run, about
 
@@ -66,12 +67,8 @@ def _run(
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
         settings = common | own
-        passes = forwards_per_step(
-            settings.get("method", "pseuzo"),
-            settings.get("directions", 1),
-            settings.get("two_sided"),
-        )
-        steps = max(1, forwards // passes)
+        options = {name: settings[name] for name in OPTIONS if name in settings}
+        steps = max(1, int(forwards / forwards_per_step(settings.get("method", "pseuzo"), options)))
         chosen: dict[str, Any] = {}
         for seed in range(seeds):
             folder = output / "runs" / f"{_slug(title)}-{seed}"

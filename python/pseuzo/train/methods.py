@@ -8,7 +8,7 @@ nor Transformers: the command line lists the methods before it imports either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ class Setup:
 class Method:
     help: str
     build: Callable[[Setup], Optimizer]
-    passes: Callable[[int, bool | None], int]  # (directions, two_sided) -> forward passes per step
+    # The options of a run by keyword -> forward passes per step; a backward pass counts as two.
+    passes: Callable[..., float]
     options: tuple[str, ...]  # which options it takes, of those that not every method takes
     rate: str = "lr"  # the field of a tuning mode that has the default learning rate
     momentum: float = 0.0  # the default of the option
@@ -152,15 +153,15 @@ def _adam(setup: Setup) -> Optimizer:
 # What a step costs; a backward pass counts as two forward passes
 
 
-def _mezo_passes(directions: int, two_sided: bool | None) -> int:
+def _mezo_passes(directions: int = 1, two_sided: bool | None = None, **unused: Any) -> int:
     return 1 + directions if two_sided is False else 2 * directions
 
 
-def _pseuzo_passes(directions: int, two_sided: bool | None) -> int:
+def _pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 
 
-def _first_order_passes(directions: int, two_sided: bool | None) -> int:
+def _first_order_passes(**unused: Any) -> int:
     return 3
 
 
@@ -213,9 +214,9 @@ def methods_with(option: str) -> tuple[str, ...]:
     return tuple(n for n, method in METHODS.items() if option in method.options) or tuple(METHODS)
 
 
-def forwards_per_step(method: str, directions: int = 1, two_sided: bool | None = None) -> int:
-    """Forward passes per step; a backward pass counts as two. two_sided None: the usual."""
-    return METHODS[method].passes(directions, two_sided)
+def forwards_per_step(method: str, options: Mapping[str, Any] | None = None) -> float:
+    """Forward passes per step of a run with these options; a backward pass counts as two."""
+    return METHODS[method].passes(**options or {})
 
 
 def default_rate(method: str, mode: str) -> float:

@@ -12,6 +12,7 @@ from pseuzo.optim.base import ZeroOrder
 from pseuzo.tasks import TaskData, evaluate
 from pseuzo.train.logs import StepLog
 from pseuzo.train.methods import forwards_per_step
+from pseuzo.train.options import OPTIONS
 
 
 class ReportingTrainer(Trainer):
@@ -31,11 +32,11 @@ class ReportingTrainer(Trainer):
     def forwards(self, steps: int) -> int:
         """Forward passes of the first steps; a backward pass counts as two."""
         args = self.args
-        each = forwards_per_step(args.method, args.directions, args.two_sided)
+        each = forwards_per_step(args.method, {name: getattr(args, name) for name in OPTIONS})
         if each == 3 and args.method == "pseuzo" and self.zero_order is not None:
             # Where lambda is 0, a step is MeZO's, of two passes.
             return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
-        return steps * each
+        return round(steps * each)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Transformers count a forward and a backward pass, which is three forward passes."""
