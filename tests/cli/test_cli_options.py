@@ -35,6 +35,7 @@ UNUSED = {
     ),
     ("--lora-r", "4"): ("mezo", "--lora-r is for --mode lora, not for --mode full"),
     ("--lora-alpha", "4"): ("mezo", "--lora-alpha is for"),
+    ("--prompt-tokens", "4"): ("mezo", "--prompt-tokens is for --mode prompt"),
     ("--prefix-tokens", "4"): ("mezo", "--prefix-tokens is for --mode prefix"),
 }
 

@@ -109,7 +109,15 @@ def test_journal_of_a_run_replays_to_its_weights(tmp_path, dtype):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("mode, method", [("lora", "pseuzo"), ("prefix", "mezo"), ("head", "mezo")])
+@pytest.mark.parametrize(
+    "mode, method",
+    [
+        ("lora", "pseuzo"),
+        ("prefix", "mezo"),
+        pytest.param("prompt", "pseuzo", marks=pytest.mark.slow),
+        ("head", "mezo"),
+    ],
+)
 def test_modes_train_replay_and_load_again(tmp_path, mode, method):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     pseuzo(

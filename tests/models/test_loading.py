@@ -101,13 +101,13 @@ def test_the_command_that_converts_pickled_weights(tmp_path, monkeypatch):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("mode", ["lora", "prefix"])
+@pytest.mark.parametrize("mode", ["lora", "prefix", "prompt"])
 def test_adapters_are_saved_and_loaded(kind, mode, tmp_path):
     base = causal_lm(kind)
     base.save_pretrained(tmp_path / "base")
     small_tokenizer().save_pretrained(tmp_path / "base")
     model, _ = load_model(tmp_path / "base", device="cpu")
-    model = tune(model, mode, prefix_from=TOKENS, lora_r=3)
+    model = tune(model, mode, prefix_from=TOKENS, prompt_tokens=5, prompt_from=TOKENS, lora_r=3)
     for p in model.parameters():
         if p.requires_grad:
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

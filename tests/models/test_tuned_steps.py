@@ -35,7 +35,7 @@ def test_a_perturbed_pass_is_one_with_perturbed_weights(kind, mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["lora", "prefix"])
+@pytest.mark.parametrize("mode", ["lora", "prefix", "prompt"])
 # its window counts padding, too
 @pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "mistral"])
 def test_padding_does_not_matter(kind, mode):
@@ -55,7 +55,7 @@ def test_padding_does_not_matter(kind, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["opt-projected", "gpt2", "qwen3", "neox"])
-@pytest.mark.parametrize("mode", ["lora", "prefix"])
+@pytest.mark.parametrize("mode", ["lora", "prefix", "prompt"])
 def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
     lr, eps = 0.05, 0.1
     for make in (MeZO, PseuZO):
@@ -107,6 +107,7 @@ def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
     (MeZO, "opt", "prefix", 10.0),
     (PseuZO, "gpt2", "prefix", 1.0),
     (PseuZO, "qwen3", "prefix", 0.1),
+    (PseuZO, "qwen3", "prompt", 0.1),
 ])  # fmt: skip
 def test_training_lowers_the_loss(make, kind, mode, lr):
     model = tuned(kind, mode)

@@ -19,16 +19,22 @@ from transformers import (
 from tuned_models import TOKENS, parts, trained
 
 
+def with_tokens(batch):
+    """The batch with TOKENS before each row."""
+    before = torch.tensor([TOKENS]).expand(len(batch["input_ids"]), -1)
+    return {
+        "input_ids": torch.cat([before, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(before), batch["attention_mask"]], 1),
+    }
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_prefix_is_what_its_tokens_are_to_the_model(kind, dtype):
     model = causal_lm(kind).eval().to(dtype)
     batch = batch_of(length=9)
-    before = torch.tensor([TOKENS]).expand(4, -1)
-    ids = torch.cat([before, batch["input_ids"]], 1)
-    mask = torch.cat([torch.ones_like(before), batch["attention_mask"]], 1)
-    want = model(input_ids=ids, attention_mask=mask).logits[:, 5:]
+    want = model(**with_tokens(batch)).logits[:, 5:]
     plain = model(**batch).logits
     prefixed = tune(model, "prefix", prefix_from=TOKENS)
     got = prefixed(**batch, use_cache=False).logits
@@ -40,16 +46,29 @@ def test_a_prefix_is_what_its_tokens_are_to_the_model(kind, dtype):
     assert prefixed.prompt_encoder["default"].embedding.weight.dtype is torch.float32
 
 
-@pytest.mark.parametrize("kind", ["opt-projected", "qwen3"])
-def test_generation_with_a_prefix(kind):
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_prompt_is_what_its_tokens_are_to_the_model(kind):
     model = causal_lm(kind).eval()
-    batch = batch_of(rows=3, length=7)
-    before = torch.tensor([TOKENS]).expand(3, -1)
-    ids = torch.cat([before, batch["input_ids"]], 1)
-    mask = torch.cat([torch.ones_like(before), batch["attention_mask"]], 1)
+    batch = {k: v.flip(1) for k, v in batch_of(length=9).items()}  # padded on the right
+    want = model(**with_tokens(batch)).logits[:, 5:]
+    prompted = tune(model, "prompt", prompt_tokens=5, prompt_from=TOKENS)
+    assert trained(prompted) == {"prompt_encoder.default.embedding.weight"}
+    assert prompted.prompt_encoder["default"].embedding.weight.dtype is torch.float32
+    there = batch["attention_mask"].bool()
+    got = prompted(**batch).logits[:, 5:]
+    torch.testing.assert_close(got[there], want[there], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["opt-projected", "qwen3"])
+@pytest.mark.parametrize("mode", ["prefix", "prompt"])
+def test_generation_with_tokens_before_the_text(kind, mode):
+    model = causal_lm(kind).eval()
+    batch = batch_of(rows=3 if mode == "prefix" else 1, length=7)
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=1, eos_token_id=2)
-    want = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 12:]
-    got = tune(model, "prefix", prefix_from=TOKENS).generate(**batch, **options)[:, 7:]
+    want = model.generate(**with_tokens(batch), **options)[:, 12:]
+    model = tune(model, mode, **{f"{mode}_tokens": 5, f"{mode}_from": TOKENS})
+    got = model.generate(**batch, **options)[:, 7:]
     assert torch.equal(got, want)
 
 
@@ -78,7 +97,7 @@ def test_lora_starts_as_the_model_and_scales_as_asked(kind):
     torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["lora", "prefix"])
+@pytest.mark.parametrize("mode", ["lora", "prefix", "prompt"])
 def test_random_starts_come_from_the_seed_alone(mode):
     def start(seed):
         return [
@@ -154,7 +173,7 @@ def test_other_models():
     assert trained(tune(model, "lora")) and all("Wqkv" in name for name in trained(model))
 
 
-def test_a_prefix_that_does_not_work_is_refused():
+def test_a_prefix_or_prompt_that_does_not_work_is_refused():
     class Swaps(type(causal_lm("llama"))):
         def forward(self, *args, past_key_values=None, **kwargs):
             for layer in past_key_values.layers if past_key_values is not None else ():
@@ -167,20 +186,29 @@ def test_a_prefix_that_does_not_work_is_refused():
                 raise NotImplementedError("no past here\nat all")
             return super().forward(*args, **kwargs)
 
-    for kind, sentence in (
-        (Swaps, "does not see past keys and values as the tokens they were made of"),
-        (Fails, r"Fails cannot be given a prefix \(no past here\); use mode 'lora'"),
+    class Shifts(type(causal_lm("llama"))):
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            if inputs_embeds is not None:
+                inputs_embeds = inputs_embeds.roll(1, 1)
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    for mode, kind, sentence in (
+        ("prompt", Shifts, r"Shifts cannot be given a prompt \(it does not see embeddings as"),
+        ("prefix", Swaps, "does not see past keys and values as the tokens they were made of"),
+        ("prefix", Fails, r"Fails cannot be given a prefix \(no past here\); use mode 'lora'"),
     ):
         model = causal_lm("llama")
         model.__class__ = kind
         with pytest.raises(ValueError, match=sentence):
-            tune(model, "prefix")
+            tune(model, mode)
 
 
 @pytest.mark.parametrize("mode, options, sentence", [
-    ("lroa", {}, "mode must be one of full, lora, prefix, head, got 'lroa'"),
+    ("lroa", {}, "mode must be one of full, lora, prefix, prompt, head, got 'lroa'"),
     ("lora", {"lora_r": 0}, "lora_r must be a whole number from 1"),
     ("lora", {"lora_targets": ["nope"]}, "has no layers named nope; give lora_targets, some of "),
+    ("prompt", {"prompt_tokens": 0}, "prompt_tokens must be a whole number from 1, got 0"),
+    ("prompt", {"prompt_from": [1, 2]}, "prompt_from must be 10 token ids below 1100"),
     ("prefix", {"prefix_tokens": 0}, "prefix_tokens must be a whole number from 1, got 0"),
     ("prefix", {"prefix_from": [1, 2]}, "prefix_from must be 5 token ids below 1100"),
     ("prefix", {"prefix_from": [1, 2, 3, 4, VOCAB]}, "prefix_from must be 5 token ids below 1100"),

@@ -85,6 +85,20 @@ MODES: dict[str, Mode] = {
             ModeOption("prefix_from", None, on_command_line=False),
         ),
     ),
+    # Ten tokens, as ZO-Bench has (Zhang et al. 2024); eps and lr are those published for ZO-SGD on
+    # OPT-1.3B beside SubZero (Yu et al. 2024).
+    "prompt": Mode(
+        help="embeddings of a few tokens before the text",
+        function="pseuzo.models.tuning.tune_prompt",
+        eps=1e-2,
+        lr=1e-3,
+        sgd_lr=1e-1,
+        adam_lr=1e-3,
+        options=(
+            ModeOption("prompt_tokens", 10, "Number of virtual tokens.", least=1),
+            ModeOption("prompt_from", None, on_command_line=False),
+        ),
+    ),
     "head": Mode(
         help="the output head",
         function="pseuzo.models.tuning.tune_head",
@@ -117,12 +131,13 @@ def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: An
     full: every weight. lora: adapters of rank `lora_r`, scaled by `lora_alpha` / `lora_r`, on the
     layers named `lora_targets`, by default those that make queries and values. prefix: the keys and
     values of `prefix_tokens` tokens in every layer, which start as the model's own for the tokens
-    `prefix_from`, by default random ones of its vocabulary. head: the output head; one that is tied
-    to the embedding becomes a copy of its own.
+    `prefix_from`, by default random ones of its vocabulary. prompt: the embeddings of
+    `prompt_tokens` tokens before the text, which start as those of the tokens `prompt_from`, chosen
+    likewise. head: the output head; one that is tied to the embedding becomes a copy of its own.
 
-    Adapters and prefixes are fp32 whatever the model is, and the model is then one of `peft`. seed
-    is that of what is drawn at random; torch's own generator is not touched. An option of another
-    mode does nothing. The model given is changed.
+    Adapters, prefixes and prompts are fp32 whatever the model is, and the model is then one of
+    `peft`. seed is that of what is drawn at random; torch's own generator is not touched. An option
+    of another mode does nothing. The model given is changed.
 
     ValueError: an unknown mode, a model that has adapters already, or one that cannot have the
     mode.

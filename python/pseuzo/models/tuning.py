@@ -1,12 +1,13 @@
 """What each tuning mode does to a model: the functions that the rows of `pseuzo.models.modes` name.
 
-The modes, r, alpha and the prefix's start from real activations are those of MeZO (Malladi et al.
-2023); adapters and prefixes are made by `peft`.
+The modes full, lora, prefix and head, r, alpha and the prefix's start from real activations are
+those of MeZO (Malladi et al. 2023); adapters, prefixes and prompts are made by `peft`.
 """
 
 import copy
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
     if names := quantised(model):
         raise ValueError(
             f"tune: {len(names)} weights of {type(model).__name__} are quantised, {names[0]} being "
-            "the first, and no step can change them; use mode lora, prefix or head, or a model "
-            "that is not quantised"
+            "the first, and no step can change them; use mode lora, prefix, prompt or head, or a "
+            "model that is not quantised"
         )
     return model.requires_grad_(True)
 
@@ -45,7 +46,7 @@ def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
         raise ValueError(
             f"tune: the output head of {type(model).__name__} is quantised, and no step can change "
             "it; leave it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert), "
-            "or use mode lora or prefix"
+            "or use mode lora, prefix or prompt"
         )
     if head.weight is getattr(model.get_input_embeddings(), "weight", None):
         head = copy.deepcopy(head)
@@ -129,66 +130,115 @@ def tune_prefix(
     """The keys and values of prefix_tokens tokens in every layer, which start as the model's own
     for the tokens prefix_from; by default for random ones of its vocabulary."""
     _need_peft("prefix")
-    from peft import PrefixTuningConfig, TaskType, get_peft_model
+    from peft import PrefixTuningConfig, TaskType
 
-    count, tokens = prefix_tokens, prefix_from
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"tune: prefix_tokens must be a whole number from 1, got {count}")
-    if tokens is not None and (
-        len(tokens) != count or not all(0 <= t < vocabulary for t in tokens)
-    ):
-        raise ValueError(
-            f"tune: prefix_from must be {count} token ids below {vocabulary}, got {tokens}"
-        )
-    refused = f"tune: {type(model).__name__} cannot be given a prefix ({{}}); use mode 'lora'"
-    drawn = _random_tokens(model, count + 3, seed)
-    prefix = drawn[:count] if tokens is None else torch.tensor(tokens)
-    prefix, text = prefix[None].to(model.device), drawn[None, count:].to(model.device)
-
+    prefix, text = _start_and_text(model, "prefix", prefix_tokens, prefix_from, seed)
     with frozen_mode(model):
         cache = getattr(model(input_ids=prefix, use_cache=True), "past_key_values", None)
-        layers = [
-            x
-            for layer in getattr(cache, "layers", ())
-            for x in (layer.keys, getattr(layer, "values", None))
-        ]
-        if not layers or not all(isinstance(x, Tensor) and x.dim() == 4 for x in layers):
-            raise ValueError(refused.format("it keeps no past keys and values"))
-        if {x.shape for x in layers} != {layers[0].shape} or layers[0].shape[2] != count:
-            raise ValueError(refused.format("its past keys and values are not of one shape"))
-        heads, width = layers[0].shape[1], layers[0].shape[3]
-        want = model(input_ids=torch.cat([prefix, text], 1), use_cache=False).logits[:, count:]
-
+    layers = [
+        x
+        for layer in getattr(cache, "layers", ())
+        for x in (layer.keys, getattr(layer, "values", None))
+    ]
+    if not layers or not all(isinstance(x, Tensor) and x.dim() == 4 for x in layers):
+        raise ValueError(_refused(model, "prefix", "it keeps no past keys and values"))
+    if {x.shape for x in layers} != {layers[0].shape} or layers[0].shape[2] != prefix_tokens:
+        raise ValueError(_refused(model, "prefix", "its past keys and values are not of one shape"))
+    heads, width = layers[0].shape[1], layers[0].shape[3]
     config = PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=count,
+        num_virtual_tokens=prefix_tokens,
         num_layers=len(layers) // 2,
         token_dim=heads * width,
         num_attention_heads=heads,
     )
+    # peft has a row for each token: layer by layer, the key of each head, then the value.
+    start = torch.stack([x[0] for x in layers]).permute(2, 0, 1, 3).reshape(prefix_tokens, -1)
+    unlike = "it does not see past keys and values as the tokens they were made of"
+    return _before_text(model, config, "prefix", start, prefix, text, unlike)
+
+
+@torch.no_grad()
+def tune_prompt(
+    model: nn.Module, *, prompt_tokens: int, prompt_from: list[int] | None, seed: int
+) -> nn.Module:
+    """Prompt tuning (Lester et al. 2021): the embeddings of prompt_tokens tokens before the text,
+    which start as the model's own of the tokens prompt_from; by default of random ones of its
+    vocabulary."""
+    _need_peft("prompt")
+    from peft import PromptTuningConfig, TaskType
+
+    prompt, text = _start_and_text(model, "prompt", prompt_tokens, prompt_from, seed)
+    # What the module gives: some scale the rows of their weight.
+    start = model.get_input_embeddings()(prompt)[0]
+    config = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=prompt_tokens, token_dim=start.shape[-1]
+    )
+    unlike = "it does not see embeddings as the tokens they are of"
+    return _before_text(model, config, "prompt", start, prompt, text, unlike)
+
+
+def _start_and_text(
+    model: nn.Module, mode: str, count: int, tokens: list[int] | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens [1, count] that something learned before the text begins as, and a text [1, 3] to
+    try it on."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"tune: {mode}_tokens must be a whole number from 1, got {count}")
+    if tokens is not None and (
+        len(tokens) != count or not all(0 <= t < vocabulary for t in tokens)
+    ):
+        raise ValueError(
+            f"tune: {mode}_from must be {count} token ids below {vocabulary}, got {tokens}"
+        )
+    drawn = _random_tokens(model, count + 3, seed)
+    start = drawn[:count] if tokens is None else torch.tensor(tokens)
+    return start[None].to(model.device), drawn[None, count:].to(model.device)
+
+
+def _before_text(
+    model: nn.Module,
+    config: Any,
+    mode: str,
+    start: Tensor,
+    tokens: Tensor,
+    text: Tensor,
+    unlike: str,
+) -> nn.Module:
+    """The model with what `config` of peft learns before the text, from `start` on.
+
+    ValueError if peft cannot make it for this model, or, saying `unlike`, if it is not to the model
+    what the tokens are: then the logits of the text after it differ.
+    """
+    from peft import get_peft_model
+
+    with frozen_mode(model):
+        whole = torch.cat([tokens, text], 1)
+        want = model(input_ids=whole, use_cache=False).logits[:, tokens.shape[1] :]
     try:
         with torch.random.fork_rng(devices=[]):
             model = get_peft_model(model, config)
         encoder = model.prompt_encoder[model.active_adapter].float()
-        # peft has a row for each token: layer by layer, the key of each head, then the value.
-        start = torch.stack([x[0] for x in layers]).permute(2, 0, 1, 3).reshape(count, -1)
         encoder.embedding.weight.copy_(start)
         with frozen_mode(model):
             mask = torch.ones_like(text)
             got = model(input_ids=text, attention_mask=mask, use_cache=False).logits
     except Exception as error:  # peft fails in many ways on models that Transformers alone knows
-        raise ValueError(refused.format(first_line(error))) from None
-    # The prefix must be to the model what those tokens are. Products of other shapes round
-    # differently: a few ulps; of 8-bit numbers, a few of their roundings, as all rows decide which
-    # columns are left out of them.
+        raise ValueError(_refused(model, mode, first_line(error))) from None
+    got = got[:, -text.shape[1] :]  # a prompt has logits, too
+    # Products of other shapes round differently: a few ulps; of 8-bit numbers, a few of their
+    # roundings, as all rows decide which columns are left out of them.
     ulps = 2**-4 if quantised(model) else 32 * torch.finfo(want.dtype).eps
     limit = ulps * want.abs().max().float().clamp(min=1)
     if bool(want.isfinite().all()) and not bool(((got - want).abs() <= limit).all()):
-        raise ValueError(
-            refused.format("it does not see past keys and values as the tokens they were made of")
-        )
+        raise ValueError(_refused(model, mode, unlike))
     return model
+
+
+def _refused(model: nn.Module, mode: str, why: str) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return f"tune: {type(base).__name__} cannot be given a {mode} ({why}); use mode 'lora'"
 
 
 def _need_peft(mode: str) -> None:
