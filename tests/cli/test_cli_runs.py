@@ -1,7 +1,10 @@
 """What runs of the command line write, and that they can be replayed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from helpers import (
     pseuzo,
     weights,
 )
+from pseuzo.cli import compare
 from pseuzo.cli.run import model_path
 from safetensors.torch import load_file
 
@@ -212,7 +216,25 @@ def test_plot_overlays_runs(tmp_path):
     assert "not the folder of a finished run" in pseuzo("plot", tmp_path / "empty", code=2)
 
 
-def test_compare_runs_methods_for_equal_forwards(tmp_path):
+@pytest.fixture
+def few_processes(monkeypatch):
+    """Only the first run of a comparison gets a process of its own, as all have. The others run in
+    this one, where everything is imported. Holds the commands that were run."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        if len(commands) == 1:
+            return subprocess.run(command, **options)
+        assert command[:3] == [sys.executable, "-m", "pseuzo"]
+        return subprocess.CompletedProcess(command, 0, pseuzo(*command[3:]))
+
+    fake = SimpleNamespace(run=run, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(compare, "subprocess", fake)
+    return commands
+
+
+def test_compare_runs_methods_for_equal_forwards(tmp_path, few_processes):
     out = tmp_path / "compared"
     args = [
         "compare",
@@ -223,7 +245,7 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path):
         out,
     ]
     text = pseuzo(*args)
-    assert "mezo" in text and "fo-adam" in text
+    assert "mezo" in text and "fo-adam" in text and len(few_processes) == 4
     summary = json.loads((out / "compare.json").read_text())
     rows = summary["methods"]
     assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam"]["steps"] == 8

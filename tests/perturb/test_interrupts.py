@@ -183,8 +183,10 @@ def test_interrupts_at_each_line(run, outside, way):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("run, outside", [(by_function, True), (by_passes, False)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "run, outside, way",  # the pairs that the test above leaves out, so that all are tested
+    [(by_passes, False, "watched"), (by_function, True, "settled"), (by_function, True, "alone")],
+)
 def test_interrupts_at_each_run_of_each_line(run, outside, way):
     check(run, outside, *WAYS[way], whole=True)
 

@@ -13,6 +13,7 @@ from pseuzo.train.options import OPTIONS, ZeroOrderOptions
 
 # The file of the estimator, its builder and its row, as a source tree would have them.
 NEW = """
+import json
 import sys
 from dataclasses import replace
 
@@ -41,15 +42,24 @@ methods.METHODS["zo-sign"] = methods.Method(
     options=methods.PERTURBING,
 )
 methods.ZEROTH_ORDER += ("zo-sign",)
+from click.testing import CliRunner
 from pseuzo.cli.commands import main
 
-main(sys.argv[1:])
+for command in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, command)
+    print(json.dumps([result.exit_code, result.output]))
 """
 
 
-def with_new(*args):
-    command = [sys.executable, "-c", NEW, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+def with_new(*commands):
+    """The exit code and the output of each command of a package that has the new method.
+
+    They share a process of its own: the command line reads METHODS when it is imported.
+    """
+    commands = json.dumps([[str(arg) for arg in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", NEW, commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_every_row_is_complete():
@@ -74,22 +84,21 @@ def test_forwards_per_step(method, directions, two_sided, want):
 @pytest.mark.slow
 def test_a_new_method_trains_resumes_and_replays(tmp_path):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    args = ["train", *SMALL, *"--method zo-sign --lr 1e-4 --eps 1e-3 --steps 4".split()]
-    args += ["--keep", "last", "--save-every", 2, "--journal", journal, "--output", out]
-    done = with_new(*args)
-    assert done.returncode == 0, done.stderr
+    train = ["train", *SMALL, *"--method zo-sign --lr 1e-4 --eps 1e-3 --steps 4".split()]
+    train += ["--keep", "last", "--save-every", 2, "--journal", journal, "--output", out]
+    trained, replayed, listed, refused = with_new(
+        train,
+        ["replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "m"],
+        ["train", "--help"],
+        ["train", *SMALL, "--method", "zo-sign", "--window", 3, "--output", out],
+    )
+    assert trained[0] == 0, trained[1]
     results = json.loads((out / "results.json").read_text())
     assert results["method"] == "zo-sign" and results["forwards"] == 8
     assert results["eps"] == 1e-3 and results["lr"] == 1e-4
+    assert replayed[0] == 0, replayed[1]
     weights = (out / "model" / "model.safetensors").read_bytes()
-    replayed = with_new(
-        "replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "m"
-    )
-    assert replayed.returncode == 0, replayed.stderr
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == weights
-
-    listed = with_new("train", "--help").stdout
-    assert "zo-sign" in listed
-    refused = with_new("train", *SMALL, "--method", "zo-sign", "--window", 3, "--output", out)
-    assert refused.returncode == 2
-    assert "--window is for pseuzo and mezo-momentum, not for zo-sign" in refused.stderr
+    assert "zo-sign" in listed[1]
+    assert refused[0] == 2
+    assert "--window is for pseuzo and mezo-momentum, not for zo-sign" in refused[1]
