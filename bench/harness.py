@@ -111,20 +111,24 @@ def _ms_between_events(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
+def measure_ms(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, with its Python."""
+    return (_ms_between_events if device.type == "cuda" else _ms_on_host)(call)
+
+
 def quantiles_ms(
     call: Callable[[], object], device: torch.device, seconds: float
 ) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile of one call, after a warm-up. On a GPU they are measured
     between events, with the cache flushed unless a call takes so long that only three are made."""
-    measure = _ms_between_events if device.type == "cuda" else _ms_on_host
-    if measure(call) < seconds * 1e3 / 3 and device.type == "cuda":
+    if measure_ms(call, device) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
         options = dict(warmup=50, rep=seconds * 1e3, quantiles=[0.2, 0.5, 0.8])
         return tuple(triton.testing.do_bench(call, **options))
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
-        times.append(measure(call))
+        times.append(measure_ms(call, device))
     times.sort()
     return tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
 

@@ -82,6 +82,18 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert "one: FAILED" in (tmp_path / "script.log").read_text()
 
 
+def test_the_memory_and_the_time_of_methods(tmp_path):
+    methods = ["--method", "mezo", "fo-adam"]
+    run(tmp_path, "bench_methods.py", "--model", "tiny", "--steps", "4", *methods)
+    mezo, adam = csv.DictReader(open(tmp_path / "methods.csv"))
+    weights = int(adam["params"]) * 4 / 1e6  # of fp32, in MB
+    assert 2 * weights < float(adam["kept_mb"]) < 2.1 * weights, "two moments"
+    # The gradients come on top of them; activations of so few tokens are small.
+    assert 3 * weights < float(adam["peak_mb"]) < 5 * weights
+    assert float(mezo["peak_mb"]) < weights, "copies of the weights of one module at a time"
+    assert (float(mezo["forwards"]), float(adam["forwards"])) == (2, 3)
+
+
 def test_checks_before_timing(tmp_path):
     assert "agree" in run(
         tmp_path,
