@@ -67,6 +67,13 @@ class Proposal(NamedTuple):
     found_inf: Tensor  # [1] fp32
     held: Held
 
+    @property
+    def present(self) -> Tensor:
+        """[n] bool: False for an entry that was dropped, because its own step was not finite."""
+        ring, slot, used = self.held.ring, self.held.slot, self.held.used
+        assert ring is not None  # a proposal has an entry
+        return (ring.counts[_slots(slot, used, len(ring.seeds), ring.seeds.device)] > 0).any(1)
+
 
 class EmaWindow:
     """PseuZO's EMA of Jacobians: a window of output changes, projected on the present gradient.

@@ -43,10 +43,23 @@ def losses_beside(model, z, bys, x, y):
 
 
 def plain_pseuzo(
-    model, steps, lr, eps, K, momentum, decay, groups, seed, two_sided=False, scale=None
+    model,
+    steps,
+    lr,
+    eps,
+    K,
+    momentum,
+    decay,
+    groups,
+    seed,
+    two_sided=False,
+    scale=None,
+    mean=False,
+    skipped=(),
 ):
     """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights
-    copied about."""
+    copied about. mean: its weighted mean in place of the sum. skipped: steps that are not finite.
+    """
     params = list(model.parameters())
     scale = scale or [1.0] * len(params)
     entries = []
@@ -69,16 +82,22 @@ def plain_pseuzo(
         o = o0.clone().requires_grad_()
         (e,) = torch.autograd.grad(head_for(y)(o), o)
         change = (output(eps) - output(-eps)) / 2 if two_sided else output(eps) - o0
-        entries = [*entries, (s, change.double())][-K:]
+        entries = [*entries, (s, None if t in skipped else change.double())][-K:]
+        if t in skipped:
+            continue
+        present = [momentum**age for age, (_, d) in enumerate(reversed(entries)) if d is not None]
+        total = sum(present) if mean else 1.0
         update = [torch.zeros_like(p, dtype=torch.float64) for p in params]
         for age, (sk, d) in enumerate(reversed(entries)):
+            if d is None:
+                continue
             if age == 0 or groups is None:
                 dot = (d * e.double()).sum()
             else:
                 dot = sum(
                     d[groups == g].mean(0) @ e[groups == g].double().sum(0) for g in groups.unique()
                 )
-            c = momentum**age * dot / eps
+            c = momentum**age * dot / eps / total
             for i, p in enumerate(params):
                 update[i] += c * scale[i] * reference.noise(p.shape, sk, i).double()
         with torch.no_grad():

@@ -12,7 +12,16 @@ from pseuzo.extras import TRAIN_MODULES, how_to_install, missing_train_modules
 
 if TYPE_CHECKING:
     from pseuzo.models.objective import CausalLMObjective
-    from pseuzo.optim import Constant, CyclicHyperbola, Linear, MeZO, PseuZO, Schedule
+    from pseuzo.optim import (
+        Constant,
+        Cycles,
+        CyclicHyperbola,
+        Linear,
+        MeZO,
+        PseuZO,
+        Reciprocal,
+        Schedule,
+    )
     from pseuzo.perturb.module import perturbed
     from pseuzo.train.arguments import PseuZOTrainingArguments
     from pseuzo.train.journal import Journal
@@ -22,7 +31,10 @@ if TYPE_CHECKING:
 
 _NAMES = {  # the public names by the module that defines them
     "models.objective": ("CausalLMObjective",),
-    "optim": ("Constant", "CyclicHyperbola", "Linear", "MeZO", "PseuZO", "Schedule"),
+    "optim": (
+        *("Constant", "Cycles", "CyclicHyperbola", "Linear", "Reciprocal", "Schedule"),
+        *("MeZO", "PseuZO"),
+    ),
     "perturb": ("perturbed",),
     "train.arguments": ("PseuZOTrainingArguments",),
     "train.journal": ("Journal",),
@@ -35,6 +47,7 @@ _PACKAGES = ("cli", "demo", "models", "optim", "perturb", "tasks", "train")
 __all__ = [
     "CausalLMObjective",
     "Constant",
+    "Cycles",
     "CyclicHyperbola",
     "Journal",
     "Linear",
@@ -42,6 +55,7 @@ __all__ = [
     "PseuZO",
     "PseuZOTrainer",
     "PseuZOTrainingArguments",
+    "Reciprocal",
     "Schedule",
     "perturbed",
     "replay",

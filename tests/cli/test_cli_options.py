@@ -26,6 +26,8 @@ UNUSED = {
     ("--journal", "j.pzj"): ("fo-sgd", "--journal is for"),
     ("--window", "3"): ("mezo", "--window is for pseuzo and mezo-momentum, not for mezo"),
     ("--schedule", "linear"): ("mezo", "--schedule is for pseuzo, not for mezo"),
+    ("--cycles", "2"): ("mezo", "--cycles is for pseuzo, not for mezo"),
+    ("--weighting", "mean"): ("mezo-momentum", "--weighting is for pseuzo"),
     ("--groups", "row"): ("mezo-momentum", "--groups is for pseuzo"),
     ("--head", "exact"): ("mezo", "--head is for pseuzo"),
     ("--head-lr", "1"): ("pseuzo", "--head-lr is for --head exact, not for --head frozen"),
@@ -192,7 +194,8 @@ def test_journal(tmp_path, settings):
     pseuzo(*args, journal, "--resume")
 
 
-def test_the_compare_example_is_accepted(monkeypatch, tmp_path):
+@pytest.mark.parametrize("file, forwards", [("compare-demo", 600), ("lambda-ablation", 1200)])
+def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards):
     seen = {}
 
     def compared(common, methods, output, **rest):
@@ -200,14 +203,12 @@ def test_the_compare_example_is_accepted(monkeypatch, tmp_path):
         raise ValueError("that is all")
 
     monkeypatch.setattr(compare, "compare", compared)
-    text = refused(
-        "compare", "--config", EXAMPLES / "compare-demo.yaml", "--output", tmp_path / "out"
-    )
+    example = EXAMPLES / f"{file}.yaml"
+    text = refused("compare", "--config", example, "--output", tmp_path / "out")
     assert text == "that is all"
-    listed = yaml.safe_load((EXAMPLES / "compare-demo.yaml").read_text())
-    assert (
-        list(seen["methods"]) == listed["methods"]
-        and seen["forwards"] == 600
-        and seen["seeds"] == 3
-    )
-    assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]
+    listed = yaml.safe_load(example.read_text())["methods"]
+    assert list(seen["methods"]) == listed and (seen["forwards"], seen["seeds"]) == (forwards, 3)
+    if file == "compare-demo":
+        assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]
+    else:
+        assert seen["common"]["cycles"] == 2 and seen["common"]["weighting"] == "mean"

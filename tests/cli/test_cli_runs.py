@@ -28,6 +28,9 @@ pytestmark = pytest.mark.slow
 METHODS = {
     "pseuzo": ["--groups", "label"],
     "pseuzo, published": ["--groups", "row", "--schedule", "cyclic-hyperbola"],
+    "pseuzo, in cycles": (
+        "--schedule reciprocal --cycles 2 --pseuzo-epochs 1 --weighting mean --train-size 6".split()
+    ),
     "mezo": ["--directions", "2", "--one-sided"],
     "mezo-momentum": ["--window", "3", "--momentum", "0.7"],
     "fo-sgd": ["--momentum", "0.5"],
@@ -261,6 +264,13 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path, few_processes):
     assert made == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
     text = pseuzo(*args, "--batch-size", 3, code=2)  # but only if they are the same runs
     assert "batch_size 6, not 3" in text
+
+
+def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
+    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()  # of 8 steps an epoch
+    words = "pseuzo_epochs is 2, but a cycle has 1 epoch(s): the run has 3, in 2 cycle(s)"
+    assert words in pseuzo("train", *SMALL, *args, "--output", tmp_path / "run", code=2)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_lr_auto_searches_and_says_what_it_found(tmp_path):

@@ -19,10 +19,12 @@ from optimizers import (
 from pseuzo import (
     CausalLMObjective,
     Constant,
+    Cycles,
     CyclicHyperbola,
     Linear,
     MeZO,
     PseuZO,
+    Reciprocal,
     Schedule,
 )
 from pseuzo.optim.seeds import direction_seed, step_seed
@@ -82,6 +84,26 @@ def test_mezo_is_the_formula(bare, two_sided):
     for p, q in zip(model.parameters(), want.parameters(), strict=True):
         # as above: losses about 2 known to 2^-23, over eps
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.5])
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_the_weighted_mean_is_the_formula(momentum):
+    """Over the entries that are there: fewer at first, and not that of step 2, which is skipped."""
+    lr, eps, K, steps = 0.1, 1e-2, 3, 6
+    model, want = small_model(), small_model()
+    opt = PseuZO(model, lr, eps, K, momentum, seed=5, weighting="mean")
+    for t in range(steps):
+        opt.step(*arguments(opt, model, t, poison=t == 2))
+    plain_pseuzo(want, steps, lr, eps, K, momentum, 0.0, LABELS, 5, mean=True, skipped=[2])
+    for p, q, start in zip(
+        model.parameters(), want.parameters(), small_model().parameters(), strict=True
+    ):
+        # as above, for a rate five times as large and a mean in place of a sum of three
+        torch.testing.assert_close(
+            p, q, rtol=0, atol=4e-5 * (1 + float((q - start).detach().abs().max()))
+        )
+        assert (p - start).abs().max() > 1e-2
 
 
 def test_lambda_zero_is_a_two_sided_mezo_step():
@@ -191,6 +213,31 @@ def test_published_schedule():
     assert values[64 * 3] == 1 / 31 and values[64 * 11] == 0 and values[64 * 78] == 1.0
     assert CyclicHyperbola(1, 50)(0) == 0.0
     assert Linear(1.0, 0.0, 10)(5) == 0.5 and Constant(0.3)(99) == 0.3
+
+
+def test_cycles_repeat_a_schedule_and_leave_the_rest_to_mezo():
+    # 7 epochs of 10 steps, the last cut to 8: two cycles of 3, of which 2 are PseuZO's
+    cycles = Cycles.from_steps(lambda active: Linear(0.8, 0.0, active), 68, 10, 2, 2)
+    one = [0.8 - 0.8 * t / 20 for t in range(20)] + [0.0] * 10
+    assert [cycles(t) for t in range(68)] == pytest.approx(one * 2 + [0.0] * 8)
+    assert cycles.plan() == "PseuZO active in 40 of 68 steps, MeZO in the rest"
+    reciprocal = Reciprocal(0.9, 10)
+    assert [reciprocal(t) for t in (0, 9, 10, 25)] == [0.9, 0.9, 0.9 / 1.5, 0.9 / 2]
+    whole = Cycles.from_steps(lambda active: reciprocal, 60, 10, 3)
+    assert whole.plan() is None and whole(39) == whole(19) == 0.9 / 1.5
+    assert CyclicHyperbola(7, cycles=3, pseuzo_epochs=1)(4) == 1.0
+    assert [CyclicHyperbola(1, 5, cycles=1)(t) for t in (0, 4)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda **o: CyclicHyperbola.from_steps(68, 10, **o),
+    lambda **o: Cycles.from_steps(Constant, 68, 10, **o),
+])  # fmt: skip
+def test_cycles_that_do_not_fit(make):
+    with pytest.raises(ValueError, match=r"7 epoch\(s\), too few for 8 cycles"):
+        make(cycles=8)
+    with pytest.raises(ValueError, match=r"pseuzo_epochs is 4, but a cycle has 3 epoch\(s\)"):
+        make(cycles=2, pseuzo_epochs=4)
 
 
 def test_schedule_says_its_plan(capsys):

@@ -23,6 +23,7 @@ from pseuzo_kernels import reference
     [
         lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, 0.1, seed=2),
         lambda m: PseuZO(m.parameters(), 0.02, 1e-2, 3, CyclicHyperbola(6), seed=2),
+        lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, seed=2, weighting="mean"),
         lambda m: MeZO(m, 0.02, 1e-2, seed=2),
     ],
 )

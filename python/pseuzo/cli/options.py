@@ -218,7 +218,10 @@ RUN_OPTIONS = options(
     ),
     *(
         training_option(name)
-        for name in ("window", "momentum", "schedule", "groups", "directions", "two_sided", "noise")
+        for name in (
+            *("window", "momentum", "schedule", "cycles", "pseuzo_epochs", "weighting"),
+            *("groups", "directions", "two_sided", "noise"),
+        )
     ),
     training_option("noise_on", "lr and eps not given are scaled to it."),
     *(

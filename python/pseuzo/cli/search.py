@@ -47,6 +47,12 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
             f"({found['curvature']:.3g}), so there is no scale to begin from; give --lr, or "
             "another --eps"
         )
+    own = {"scale_lr": False, "scale_eps": False, "journal": None}
+    # What the method refuses of the whole run, such as cycles that it is too short for, is refused
+    # here, before the trials. A trial is too short for cycles: its schedule is that of one.
+    run.trainer(model, output, lr=1.0, **own, **chosen).create_optimizer()
+    trial = own | {"cycles": None, "pseuzo_epochs": None, "eval_every": 0, "save_every": 0}
+    trial |= {"keep": "last", "quiet": True, "report_to": (), "resume": None}
     dev = run.part("dev", EVALUATED)
     start = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
     del model
@@ -63,22 +69,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
         lr = _rounded(lr)
         if lr not in trials:
             model = run.model()
-            run.trainer(
-                model,
-                output,
-                lr=lr,
-                steps=steps,
-                eval_every=0,
-                save_every=0,
-                keep="last",
-                journal=None,
-                quiet=True,
-                report_to=(),
-                scale_lr=False,
-                scale_eps=False,
-                resume=None,
-                **chosen,
-            ).train()
+            run.trainer(model, output, lr=lr, steps=steps, **trial, **chosen).train()
             loss = evaluate(model, dev, batch_size=c["eval_batch_size"])["loss"]
             trials[lr] = loss if math.isfinite(loss) else math.inf  # null in the file
             write_json(file, {"request": request, "trials": trials})

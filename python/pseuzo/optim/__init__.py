@@ -2,6 +2,22 @@
 
 from pseuzo.optim.mezo import MeZO
 from pseuzo.optim.pseuzo import PseuZO
-from pseuzo.optim.schedule import Constant, CyclicHyperbola, Linear, Schedule
+from pseuzo.optim.schedule import (
+    Constant,
+    Cycles,
+    CyclicHyperbola,
+    Linear,
+    Reciprocal,
+    Schedule,
+)
 
-__all__ = ["Constant", "CyclicHyperbola", "Linear", "MeZO", "PseuZO", "Schedule"]
+__all__ = [
+    "Constant",
+    "Cycles",
+    "CyclicHyperbola",
+    "Linear",
+    "MeZO",
+    "PseuZO",
+    "Reciprocal",
+    "Schedule",
+]

@@ -20,6 +20,7 @@ from pseuzo.optim.seeds import step_seed
 from pseuzo.optim.update import Direction
 from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo_kernels import EmaWindow
+from pseuzo_kernels.window import Proposal
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class PseuZO(ZeroOrder):
     A step: o0 = h(x); e = dg/do at o0, by autograd through the head alone; o1 = h(x + eps z); the
     change o1 - o0 enters the window; every entry is projected on e; one fused update. momentum:
     lambda, a number or a pseuzo.Schedule; while it is 0 the step is a two-sided MeZO step on the
-    loss. two_sided: changes are (h(x + eps z) - h(x - eps z)) / 2, for a third pass. window: K.
-    clip_examples: r; the rows of e are scaled so that no example's projected gradient
-    <do_i, e_i> / eps of the newest entry exceeds r times the batch's median size (no scaling where
-    that is 0); older entries are projected on the same e. In a MeZO step as in MeZO: the head must
-    then return per-example losses.
+    loss. weighting: "sum", as in the published code, or "mean", as in the paper (Algorithm 2, its
+    weights lambda^age (1 - lambda) normalised): c_k is divided by the sum of lambda^age over the
+    entries, so that at lambda 1 the update is their plain mean; an entry that the window dropped,
+    because its own coefficient was not finite, does not count. two_sided: changes are
+    (h(x + eps z) - h(x - eps z)) / 2, for a third pass. window: K. clip_examples: r; the rows of e
+    are scaled so that no example's projected gradient <do_i, e_i> / eps of the newest entry exceeds
+    r times the batch's median size (no scaling where that is 0); older entries are projected on the
+    same e. In a MeZO step as in MeZO: the head must then return per-example losses.
     The group option exact_gradient=True is for weights of the head that h does not use, as an
     untied output layer: they take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the
     autograd through the head that is done anyway. MeZO steps leave them alone. Without it PseuZO
@@ -76,9 +80,12 @@ class PseuZO(ZeroOrder):
         noise: str = "hadamard",
         *,
         two_sided: bool = False,
+        weighting: str = "sum",
         **options: Any,
     ):
-        self.two_sided = two_sided
+        if weighting not in ("sum", "mean"):
+            raise ValueError(f"PseuZO: weighting must be sum or mean, got {weighting!r}")
+        self.two_sided, self.weighting = two_sided, weighting
         self.schedule = as_schedule(momentum)
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, **options)
         self.window = EmaWindow(window, eps=eps)
@@ -170,9 +177,12 @@ class PseuZO(ZeroOrder):
             restart=self.schedule.clears(self.steps),
         )
         stats = {"projected_grad": proposal.coefs[-1:], "momentum": m.momentum}
+        coefs = proposal.coefs
+        if self.weighting == "mean":
+            coefs = coefs / weight_of_window(proposal, m.momentum)
         return Direction(
             proposal.seeds,
-            proposal.coefs,
+            coefs,
             proposal.found_inf,
             m.kind,
             proposal,
@@ -187,15 +197,25 @@ class PseuZO(ZeroOrder):
             self.window.commit(state)
 
     def own_state(self) -> dict[str, Any]:
-        return super().own_state() | {"window": self.window.state_dict()}
+        own = {"window": self.window.state_dict(), "weighting": self.weighting}
+        return super().own_state() | own
 
     def check_own_state(self, own: Mapping[str, Any]) -> None:
         EmaWindow().load_state_dict(own["window"])
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:
-        window = own["window"].items()
+        self.weighting, window = own["weighting"], own["window"].items()
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in window}
         self.window.load_state_dict(moved)
+
+
+def weight_of_window(proposal: Proposal, momentum: float) -> Tensor:
+    """[] fp32: the sum of momentum^age over the entries present, at least 1."""
+    present = proposal.present
+    ages = torch.arange(len(present) - 1, -1, -1, device=present.device)
+    weights = torch.pow(torch.full_like(ages, momentum, dtype=torch.float64), ages)
+    # The newest entry has weight 1. Without it the step is skipped, and all coefficients are 0.
+    return torch.where(present, weights, 0.0).sum().clamp(min=1.0).float()
 
 
 def as_output(o: Any, like: Tensor | None = None) -> Tensor:

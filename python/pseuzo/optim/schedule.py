@@ -5,6 +5,7 @@ lambda 0 means that the step is a plain two-sided MeZO step on the loss.
 """
 
 import math
+from collections.abc import Callable
 
 
 def _fraction(name: str, value: float) -> float:
@@ -60,36 +61,138 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 
-class CyclicHyperbola(Schedule):
-    """The published schedule, "cyclic_hyperbola", over E epochs in two cycles of E // 2.
+class Reciprocal(Schedule):
+    """lambda = start / (1 + rate * t) in epoch t, from 0.
 
-    At epoch t, with u = t % (E // 2): lambda = 1 / (1 + 10 u) while u <= 10 and t < 2 (E // 2),
+    steps_per_epoch: 1 makes "epochs" mean steps. Source: PseuZO (NeurIPS 2025), ablation of lambda.
+    """
+
+    def __init__(self, start: float = 1.0, steps_per_epoch: int = 1, *, rate: float = 0.5):
+        if steps_per_epoch < 1 or not 0 <= rate < math.inf:
+            raise ValueError(
+                "Reciprocal: steps_per_epoch must be at least 1 and rate finite and not negative, "
+                f"got {steps_per_epoch} and {rate}"
+            )
+        self.start, self.rate = _fraction("Reciprocal: start", start), float(rate)
+        self.steps_per_epoch = steps_per_epoch
+
+    def __call__(self, step: int) -> float:
+        return self.start / (1 + self.rate * (step // self.steps_per_epoch))
+
+
+class Cycles(Schedule):
+    """R cycles: `within` from its beginning in the first steps of each, lambda 0 (MeZO) in the
+    rest.
+
+    cycles: R. length: the steps of a cycle. active: how many of them follow `within`. Steps after
+    the last cycle are MeZO steps. steps: the length of the run, if that is not R * length. Source:
+    PseuZO (NeurIPS 2025), where a cycle begins with t_PseuZO epochs of PseuZO.
+    """
+
+    def __init__(
+        self, within: Schedule, cycles: int, length: int, active: int, *, steps: int | None = None
+    ):
+        if cycles < 1 or not 1 <= active <= length:
+            raise ValueError(
+                "Cycles: cycles must be at least 1, and active in 1 .. length, got cycles "
+                f"{cycles}, active {active} and length {length}"
+            )
+        self.within, self.cycles, self.length, self.active = within, cycles, length, active
+        self.steps = cycles * length if steps is None else steps
+
+    @classmethod
+    def from_steps(
+        cls,
+        make: Callable[[int], Schedule],
+        steps: int,
+        steps_per_epoch: int,
+        cycles: int = 1,
+        pseuzo_epochs: int | None = None,
+    ) -> "Cycles":
+        """For a run of that many steps: each cycle is of E // R epochs, of which the first
+        `pseuzo_epochs` are PseuZO's; None: all. make: gives `within` for their number of steps."""
+        epochs = math.ceil(steps / steps_per_epoch)
+        length, active = cycle_of(epochs, cycles, pseuzo_epochs)
+        within = make(active * steps_per_epoch)
+        length, active = length * steps_per_epoch, active * steps_per_epoch
+        return cls(within, cycles, length, active, steps=steps)
+
+    def __call__(self, step: int) -> float:
+        return self.within(step % self.length) if self._follows(step) else 0.0
+
+    def clears(self, step: int) -> bool:
+        return self._follows(step) and self.within.clears(step % self.length)
+
+    def _follows(self, step: int) -> bool:
+        return step < self.cycles * self.length and step % self.length < self.active
+
+
+def cycle_of(epochs: int, cycles: int, pseuzo_epochs: int | None) -> tuple[int, int]:
+    """The epochs of a cycle, and of PseuZO in it (None: all). ValueError if they do not fit."""
+    if cycles > epochs:
+        raise ValueError(f"cycles: the run has {epochs} epoch(s), too few for {cycles} cycles")
+    length = epochs // cycles
+    if pseuzo_epochs is not None and pseuzo_epochs > length:
+        raise ValueError(
+            f"pseuzo_epochs is {pseuzo_epochs}, but a cycle has {length} epoch(s): the run has "
+            f"{epochs}, in {cycles} cycle(s)"
+        )
+    return length, pseuzo_epochs or length
+
+
+class CyclicHyperbola(Schedule):
+    """The published schedule, "cyclic_hyperbola", over E epochs in R cycles of E // R.
+
+    At epoch t, with u = t % (E // R): lambda = 1 / (1 + 10 u) in the first epochs of each cycle,
     else 0. The window is emptied before each step with lambda = 1. In a default run (10000 steps,
     64 an epoch) 1408 steps are PseuZO. Source: the code published with PseuZO (NeurIPS 2025).
 
-    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. steps: the length of the run if its
+    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. cycles: R, usually 2. pseuzo_epochs: of
+    each cycle, usually the first 11, or all if it is shorter. A run of one epoch is MeZO's as
+    published, unless cycles or pseuzo_epochs say otherwise. steps: the length of the run if its
     last epoch is cut short.
     """
 
-    def __init__(self, epochs: int, steps_per_epoch: int = 1, *, steps: int | None = None):
+    def __init__(
+        self,
+        epochs: int,
+        steps_per_epoch: int = 1,
+        *,
+        cycles: int | None = None,
+        pseuzo_epochs: int | None = None,
+        steps: int | None = None,
+    ):
         if epochs < 1 or steps_per_epoch < 1:
             raise ValueError(
                 f"CyclicHyperbola: epochs and steps_per_epoch must be at least 1, got {epochs} and "
                 f"{steps_per_epoch}"
             )
-        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.steps_per_epoch, self.cycles = steps_per_epoch, cycles or 2
+        if cycles is pseuzo_epochs is None:
+            self.length, self.active = epochs // 2, 11
+        else:
+            self.length, active = cycle_of(epochs, self.cycles, pseuzo_epochs)
+            self.active = min(active, pseuzo_epochs or 11)
         self.steps = epochs * steps_per_epoch if steps is None else steps
 
     @classmethod
-    def from_steps(cls, steps: int, steps_per_epoch: int) -> "CyclicHyperbola":
+    def from_steps(
+        cls,
+        steps: int,
+        steps_per_epoch: int,
+        cycles: int | None = None,
+        pseuzo_epochs: int | None = None,
+    ) -> "CyclicHyperbola":
         """For a run of that many steps, as in 10000 steps of 64 an epoch."""
-        return cls(math.ceil(steps / steps_per_epoch), steps_per_epoch, steps=steps)
+        epochs = math.ceil(steps / steps_per_epoch)
+        options = {"cycles": cycles, "pseuzo_epochs": pseuzo_epochs}
+        return cls(epochs, steps_per_epoch, steps=steps, **options)
 
     def __call__(self, step: int) -> float:
-        epoch, cycle = step // self.steps_per_epoch, self.epochs // 2
-        if epoch >= 2 * cycle or epoch % cycle > 10:
+        epoch = step // self.steps_per_epoch
+        if epoch >= self.cycles * self.length or epoch % self.length >= self.active:
             return 0.0
-        return 1 / (1 + 10 * (epoch % cycle))
+        return 1 / (1 + 10 * (epoch % self.length))
 
     def clears(self, step: int) -> bool:
         return self(step) == 1.0

@@ -11,7 +11,7 @@ from pseuzo_kernels.reference import ROUNDING_VERSION
 
 KEY = "zero_order"  # of torch's state that holds ours
 # Values of what was not always written down.
-EARLIER = {"rounding_version": 1, "journal": None}
+EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum"}
 
 
 def read_state(

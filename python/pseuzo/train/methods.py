@@ -107,21 +107,34 @@ def _pseuzo(setup: Setup) -> Optimizer:
         window=args.window,
         momentum=_schedule(setup),
         two_sided=bool(args.two_sided),
+        weighting=args.weighting,
         **zeroth_order_options(setup),
     )
 
 
 def _schedule(setup: Setup) -> Schedule:
     """The schedule of lambda."""
-    from pseuzo.optim import Constant, CyclicHyperbola, Linear
+    from pseuzo.optim import Constant, Cycles, CyclicHyperbola, Linear, Reciprocal
 
-    args = setup.args
-    if args.schedule == "constant":
-        return Constant(args.momentum)
+    args, momentum = setup.args, setup.args.momentum
+    given = {"cycles": args.cycles, "pseuzo_epochs": args.pseuzo_epochs}
+    in_cycles = {name: value for name, value in given.items() if value is not None}
+    if args.schedule == "constant" and not in_cycles:
+        return Constant(momentum)
     steps = setup.planned_steps()
-    if args.schedule == "linear":
-        return Linear(args.momentum, 0.0, steps)
-    return CyclicHyperbola.from_steps(steps, setup.steps_per_epoch())
+    if args.schedule == "linear" and not in_cycles:
+        return Linear(momentum, 0.0, steps)
+    epoch = setup.steps_per_epoch()
+    if args.schedule == "cyclic-hyperbola":
+        return CyclicHyperbola.from_steps(steps, epoch, **in_cycles)
+    if args.schedule == "reciprocal" and not in_cycles:
+        return Reciprocal(momentum, epoch)
+    makes = {
+        "constant": lambda active: Constant(momentum),
+        "linear": lambda active: Linear(momentum, 0.0, active),
+        "reciprocal": lambda active: Reciprocal(momentum, epoch),
+    }
+    return Cycles.from_steps(makes[args.schedule], steps, epoch, **in_cycles)
 
 
 def _scaled_by_rate(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,7 +186,10 @@ METHODS = {
         help="PseuZO: the difference of two outputs times the exact gradient there, and a window.",
         build=_pseuzo,
         passes=_pseuzo_passes,
-        options=(*PERTURBING, "window", "momentum", "schedule", "groups", "head", "head_lr"),
+        options=(
+            *(*PERTURBING, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
+            *("weighting", "groups", "head", "head_lr"),
+        ),
         momentum=1.0,
     ),
     "mezo": Method(

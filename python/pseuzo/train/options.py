@@ -15,7 +15,8 @@ from pseuzo.train.methods import METHODS, methods_with
 # These two are written here again, because pseuzo_kernels, which defines them, imports torch.
 NOISES = ("hadamard", "hadamard-fp16", "rademacher", "normal")
 ROUNDINGS = ("stochastic", "nearest")
-SCHEDULES = ("constant", "linear", "cyclic-hyperbola")
+SCHEDULES = ("constant", "linear", "reciprocal", "cyclic-hyperbola")
+WEIGHTINGS = ("sum", "mean")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
@@ -70,6 +71,22 @@ class ZeroOrderOptions:
         "constant",
         "Schedule of lambda under pseuzo; cyclic-hyperbola is the published one.",
         SCHEDULES,
+    )
+    cycles: Annotated[int | None, Flag(least=1)] = _option(
+        None,
+        "Equal cycles of whole epochs that the schedule is repeated in. Default: 1; "
+        "cyclic-hyperbola 2.",
+    )
+    pseuzo_epochs: Annotated[int | None, Flag(least=1)] = _option(
+        None,
+        "Epochs at the beginning of each cycle that follow the schedule; lambda is 0, which is "
+        "MeZO, in the rest of it. Default: all; cyclic-hyperbola 11.",
+    )
+    weighting: str = _option(
+        "sum",
+        "Of the window under pseuzo: the sum of lambda^age times each entry, as in the published "
+        "code, or their weighted mean, as in the paper.",
+        WEIGHTINGS,
     )
     directions: Annotated[int, Flag(least=1)] = _option(
         1, "Number of perturbations per step of mezo (q)."

@@ -52,7 +52,7 @@ def settings(
         names += ("directions", "momentum", "window")
     found |= {name: getattr(zero_order, name) for name in names}
     if isinstance(zero_order, PseuZO):
-        found["window"] = zero_order.window.capacity
+        found |= {"window": zero_order.window.capacity, "weighting": zero_order.weighting}
     for name, value in found.items():
         if isinstance(value, list) and len(set(value)) == 1:
             found[name] = value[0]
