@@ -5,6 +5,7 @@ import copy
 import torch
 from pseuzo import (
     CyclicHyperbola,
+    Evolution,
     MeZO,
     PseuZO,
 )
@@ -128,6 +129,9 @@ MAKERS = {
         directions=2,
         two_sided=False,
         **o,
+    ),
+    "evolution": lambda p, **o: Evolution(
+        p, 0.02, 1e-2, directions=2, weight_decay=0.1, seed=2, **o
     ),
 }
 

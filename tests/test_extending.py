@@ -24,5 +24,5 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path):
     # 100,000 values: the errors of mean and variance are about 0.003 and 0.003.
     assert abs(mean) < 0.02 and abs(variance - 1) < 0.02 and largest < 1.733
     results = json.loads((tmp_path / "biases" / "results.json").read_text())
-    assert (results["method"], results["mode"], results["steps"]) == ("fzoo", "bias", 4)
+    assert (results["method"], results["mode"], results["steps"]) == ("normalized", "bias", 4)
     assert results["forwards"] == 4 * (1 + 1), "one direction is the default of the option"

@@ -13,9 +13,11 @@ from pseuzo.extras import TRAIN_MODULES, how_to_install, missing_train_modules
 if TYPE_CHECKING:
     from pseuzo.models.objective import CausalLMObjective
     from pseuzo.optim import (
+        FZOO,
         Constant,
         Cycles,
         CyclicHyperbola,
+        Evolution,
         Linear,
         MeZO,
         PseuZO,
@@ -33,7 +35,7 @@ _NAMES = {  # the public names by the module that defines them
     "models.objective": ("CausalLMObjective",),
     "optim": (
         *("Constant", "Cycles", "CyclicHyperbola", "Linear", "Reciprocal", "Schedule"),
-        *("MeZO", "PseuZO"),
+        *("Evolution", "FZOO", "MeZO", "PseuZO"),
     ),
     "perturb": ("perturbed",),
     "train.arguments": ("PseuZOTrainingArguments",),
@@ -45,10 +47,12 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 _PACKAGES = ("cli", "demo", "models", "optim", "perturb", "tasks", "train")
 
 __all__ = [
+    "FZOO",
     "CausalLMObjective",
     "Constant",
     "Cycles",
     "CyclicHyperbola",
+    "Evolution",
     "Journal",
     "Linear",
     "MeZO",

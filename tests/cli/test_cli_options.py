@@ -6,20 +6,28 @@ from cli_refusals import BASE, EXAMPLES, raising, refused
 from helpers import pseuzo
 from pseuzo.cli import compare
 from pseuzo.cli import run as runs
+from pseuzo.cli.errors import listed
+from pseuzo.train.methods import methods_with
 
 pytestmark = pytest.mark.slow
 
 
+def of(option):
+    return listed(methods_with(option))
+
+
 UNUSED = {
-    ("--directions", "2"): ("pseuzo", "--directions is for mezo and mezo-momentum, not for pseuzo"),
+    ("--directions", "2"): ("pseuzo", f"--directions is for {of('directions')}, not for pseuzo"),
     ("--objective", "metric"): (
         "pseuzo",
-        "--objective is for mezo and mezo-momentum, not for pseuzo",
+        f"--objective is for {of('objective')}, not for pseuzo",
     ),
     ("--one-sided",): (
         "fo-sgd",
-        "--two-sided is for pseuzo, mezo and mezo-momentum, not for fo-sgd",
+        f"--two-sided is for {of('two_sided')}, not for fo-sgd",
     ),
+    ("--weights", "raw"): ("fzoo", f"--weights is for {of('weights')}, not for fzoo"),
+    ("--split-batch",): ("mezo", f"--split-batch is for {of('split_batch')}, not for mezo"),
     ("--eps", "1e-2"): ("fo-adam", "--eps is for"),
     ("--noise", "normal"): ("fo-adam", "--noise is for"),
     ("--rounding", "nearest"): ("fo-sgd", "--rounding is for"),
@@ -124,6 +132,15 @@ COMBINATIONS = {
     "metric and auto": ([*"--objective metric --lr auto --method mezo".split()], "give --lr"),
     "no warmup": (["--lr-scheduler", "constant_with_warmup"], "constant_with_warmup"),
     "meta": (["--device", "meta"], "cpu or cuda"),
+    "one direction to compare": (
+        [*"--method fzoo --directions 1".split()],
+        "--method fzoo: one-sided directions are compared with each other",
+    ),
+    "fewer examples than parts": (
+        [*"--method evolution --split-batch --batch-size 7".split()],
+        "--method evolution: split_batch needs an example for each of the 8 directions",
+    ),
+    "captured parts": ([*"--method fzoo --split-batch --capture".split()], "which capture does"),
     "nan eps": (["--eps", "nan"], "not a finite number"),
     "nan decay": (["--weight-decay", "nan"], "not a finite number"),
     "inf lr": (["--lr", "inf"], "not a finite number"),

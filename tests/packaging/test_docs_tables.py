@@ -10,12 +10,16 @@ from pseuzo.cli.commands import train, train_defaults
 from pseuzo.cli.options import APPLIES_TO
 from pseuzo.models.modes import MODES, by_mode
 from pseuzo.train.methods import METHODS, forwards_per_step
-from pseuzo.train.options import MOMENTA
+from pseuzo.train.options import DIRECTIONS, MOMENTA
 
 ROOT = Path(__file__).parents[2]
 ZEROTH_ORDER = [name for name in METHODS if not name.startswith("fo-")]
 # What the page says in place of a default that depends on the method, where the code has None.
-BY_METHOD = {"momentum": MOMENTA.replace(";", ","), "two-sided": "mezo two, pseuzo one"}
+BY_METHOD = {
+    "momentum": MOMENTA.replace(";", ","),
+    "two-sided": "mezo and evolution two, pseuzo and fzoo one",
+    "directions": DIRECTIONS,
+}
 
 
 def rows(page: str, heading: str, skip: int = 2) -> list[list[str]]:
@@ -81,7 +85,9 @@ def test_the_methods_on_the_page(name):
 def test_the_methods(page):
     table = {}
     for names, _, passes, *_ in rows(page, "`--method`"):
-        table |= dict.fromkeys(re.findall(r"`([\w-]+)`", names), passes)
+        methods = re.findall(r"`([\w-]+)`", names)
+        each = passes.split(", ") if re.fullmatch(r"[\d, ]+", passes) else [passes]
+        table |= zip(methods, each if len(each) > 1 else each * len(methods), strict=True)
     assert table.keys() == METHODS.keys()
     for name, passes in table.items():
         if passes.startswith("1 and a backward"):

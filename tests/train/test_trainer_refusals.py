@@ -6,6 +6,7 @@ import re
 import pytest
 from pseuzo.train.arguments import UNUSED
 from pseuzo.train.checks import NOT_TAKEN
+from pseuzo.train.methods import methods_with
 from pseuzo.train.trainer import PseuZOTrainer
 from tiny_models import causal_lm
 from trainer_cases import Rows, arguments, fresh
@@ -14,6 +15,10 @@ from transformers import (
 )
 
 pytestmark = pytest.mark.slow
+
+
+def of(option):
+    return " or ".join(methods_with(option))
 
 
 REFUSED = {
@@ -30,13 +35,23 @@ REFUSED = {
     ),
     "metric of a first-order run": (
         dict(method="fo-adam", objective="metric"),
-        "objective=metric needs method mezo or mezo-momentum, not fo-adam",
+        f"objective=metric needs method {of('objective')}, not fo-adam",
     ),
     "journal of a first-order run": (
         dict(method="fo-sgd", journal="j"),
-        "journal=j needs method pseuzo or mezo or mezo-momentum, not fo-sgd",
+        f"journal=j needs method {of('journal')}, not fo-sgd",
     ),
-    "directions": (dict(directions=2), "directions=2 needs method mezo or mezo-momentum, not"),
+    "directions": (dict(directions=2), f"directions=2 needs method {of('directions')}, not"),
+    "weights": (dict(method="fzoo", weights="raw"), "weights=raw needs method evolution, not fzoo"),
+    "parts": (dict(split_batch=True), f"split_batch=True needs method {of('split_batch')}, not"),
+    "one direction to compare": (
+        dict(method="evolution", two_sided=False, directions=1),
+        "method evolution: one-sided directions are compared with each other",
+    ),
+    "fewer examples than parts": (
+        dict(method="fzoo", split_batch=True),
+        "method fzoo: split_batch needs an example for each of the 8 directions, and a batch has 7",
+    ),
     "clip": (dict(method="fo-sgd", clip_examples=0.0), "clip_examples must be positive"),
 }
 

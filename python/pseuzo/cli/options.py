@@ -14,6 +14,7 @@ import click
 
 from pseuzo.cli.errors import listed
 from pseuzo.models.modes import MODES, ModeOption, by_mode, mode_options
+from pseuzo.train.methods import METHODS, OF_METHOD
 from pseuzo.train.options import OPTIONS, Option
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -220,7 +221,7 @@ RUN_OPTIONS = options(
         training_option(name)
         for name in (
             *("window", "momentum", "schedule", "cycles", "pseuzo_epochs", "weighting"),
-            *("groups", "directions", "two_sided", "noise"),
+            *("groups", "directions", "two_sided", "weights", "split_batch", "noise"),
         )
     ),
     training_option("noise_on", "lr and eps not given are scaled to it."),
@@ -279,6 +280,8 @@ def unused(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     found: dict[str, tuple[str, str]] = {}
     for name, conditions in APPLIES_TO.items():
         if name not in settings or settings[name] in (None, defaults[name]):
+            continue
+        if name in OF_METHOD and settings[name] == getattr(METHODS[settings["method"]], name):
             continue
         if name in PROBES and list(settings["noise_on"]) != ["all"]:
             continue

@@ -55,7 +55,7 @@ from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.journal_file import held
-from pseuzo.train.methods import ZEROTH_ORDER, default_rate
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate
 from pseuzo.train.options import OPTIONS
 from pseuzo.train.trainer import PseuZOTrainer
 from pseuzo_kernels import _C
@@ -216,7 +216,9 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
         c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, zeroth and placed
     if c["lr"] is None:
-        c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed
+        # The size of a step that is free of the slope has no equal change of the loss to keep.
+        scales = not zeroth or METHODS[c["method"]].rate == "lr"
+        c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed and scales
     elif c["lr"] != "auto" and not float(c["lr"]) > 0:
         raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)

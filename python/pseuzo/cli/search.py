@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pseuzo.cli.folder import LR_FILE, plain
 from pseuzo.files import read_json, write_json
 from pseuzo.tasks import evaluate
-from pseuzo.train.methods import ZEROTH_ORDER, default_rate
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate
 from pseuzo.train.noise_on import PLACEMENT_FILE
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     """A rate for the run by short trials from the same start, a tenth of its steps long (20 to
     200), judged by the loss on at most 200 dev examples.
 
-    Rates go up by a factor of 2 (first order: 4) until a trial ends above where it began. What a
-    short run survives, a long one may not: of the rates at most a quarter of the largest that
-    survived, the one with the least loss is taken. Zeroth-order rates begin from the curvature T
-    along the noise, which a few forward passes measure: for a quadratic loss the best rate of a
-    step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T; the first trial takes an eighth of that.
+    Rates go up by a factor of 2 until a trial ends above where it began. What a short run survives,
+    a long one may not: of the rates at most a quarter of the largest that survived, the one with
+    the least loss is taken. They begin from the curvature T along the noise, which a few forward
+    passes measure: for a quadratic loss the best rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg),
+    nearly 1 / T; the first trial takes an eighth of that. Where a step is not a slope times the
+    rate (first order, evolution, fzoo), they begin at the default rate, and the factor is 4.
     """
     c = run.c
     steps = min(max(20, c["steps"] // 10), 200)
@@ -37,7 +38,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     if zeroth or list(c["noise_on"]) == ["auto"]:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
         chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
-    if not zeroth:
+    if METHODS[c["method"]].rate != "lr":  # not the rate of a step along the slope
         first, factor = default_rate(c["method"], c["mode"]), 4.0
     elif found["curvature"] > 0:
         first, factor = 0.125 / found["curvature"], 2.0

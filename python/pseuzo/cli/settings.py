@@ -6,9 +6,10 @@ from typing import Any
 import click
 
 from pseuzo.cli.errors import Failure
-from pseuzo.cli.options import flag, unused
+from pseuzo.cli.options import flag, setting_name, unused
 from pseuzo.models.modes import MODES
-from pseuzo.train.methods import METHODS
+from pseuzo.train.methods import METHODS, with_defaults
+from pseuzo.train.options import OPTIONS
 
 # Options that compare sets for every run.
 COMPARED = {"steps", "seed", "eval_every", "save_every", "keep", "quiet", "journal", "method"}
@@ -28,6 +29,13 @@ def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> N
 
 def check_combination(settings: Mapping[str, Any]) -> None:
     """ValueError for options of one run that do not go together."""
+    method = settings["method"]
+    options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
+    why = METHODS[method].refusal(
+        **with_defaults(method, options), batch_size=settings["batch_size"]
+    )
+    if why is not None:
+        raise ValueError(f"--method {method}: {why}")
     if settings["objective"] == "metric":
         if settings["clip_examples"] is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Zeroth-order optimizers, one estimator a file, and the schedules of their momentum."""
 
 from pseuzo.optim.mezo import MeZO
+from pseuzo.optim.population import FZOO, Evolution
 from pseuzo.optim.pseuzo import PseuZO
 from pseuzo.optim.schedule import (
     Constant,
@@ -12,9 +13,11 @@ from pseuzo.optim.schedule import (
 )
 
 __all__ = [
+    "FZOO",
     "Constant",
     "Cycles",
     "CyclicHyperbola",
+    "Evolution",
     "Linear",
     "MeZO",
     "PseuZO",

@@ -45,6 +45,8 @@ class ZeroOrder(torch.optim.Optimizer):
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
     recordable = True  # whether a journal's seeds and coefficients say all of its updates
+    parts: int = 1  # of a batch; of several, step takes a list of closures, and the parts' sizes
+    own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets
 
     def __init__(
         self,
@@ -120,8 +122,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """The passes of a step, for step() without arguments to apply; returns the loss. The
         weights are as before. An estimate that was not applied is replaced by the next."""
         self._measured = None
-        measure = partial(self.measure, *inputs, **options)
-        self._measured = cleanly(measure, self.passes.restore)
+        self._measured = cleanly(partial(self.measure, *inputs, **options), self.passes.restore)
         return self._measured.loss
 
     def step(  # type: ignore[override]  # torch's takes a closure alone
@@ -153,9 +154,8 @@ class ZeroOrder(torch.optim.Optimizer):
             if self.journal is not None:
                 self.journal.prepare()  # fail before touching the weights if it cannot be recorded
             update = self.prepare(direction)
-            commit = partial(
-                self._commit, direction, update, self._steps, self._skips.after(direction.found_inf)
-            )
+            skipped = self._skips.after(direction.found_inf)
+            commit = partial(self._commit, direction, update, self._steps, skipped)
             try:
                 update.run()
                 commit()
@@ -184,7 +184,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """What goes with the weights that have moved. Idempotent, for an interrupt."""
         self.passes.forget()
         self._steps, self._last = step + 1, (direction.coefs, update.moved)
-        self._skips.count = skipped
+        self._skips.count, self._skips.reason = skipped, direction.skip_reason
         self.stats = dict(direction.stats) | {"skipped_steps": skipped}
         self.keep(direction.state)
         if self.journal is not None:

@@ -4,8 +4,9 @@ Source: Malladi et al., "Fine-tuning language models with just forward passes" (
 and 2.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,45 +24,55 @@ class Slopes(Measured):
     """The projected gradients along q directions.
 
     seeds: of the directions. slopes: [q] fp32, 0 where not finite. finite: [] bool, whether all of
-    the step's losses and slopes are.
+    the step's losses and slopes are. pairs: of each direction the losses at x + eps z_j, and those
+    at x - eps z_j, or at x if one-sided; [] or [B] fp32, before examples are clipped.
     """
 
     seeds: tuple[int, ...]
     slopes: Tensor
     finite: Tensor
+    pairs: Sequence[tuple[Tensor, Tensor]]
 
 
 def measure_slopes(
     optimizer: ZeroOrder,
     key: tuple,
-    loss_of: Callable[[], Any],
+    loss_of: Callable[[], Any] | Sequence[Callable[[], Any]],
     two_sided: bool = True,
     directions: int = 1,
 ) -> Slopes:
     """c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along `directions` z_j.
 
-    key: what the passes are made of, for CUDA graphs. two_sided False: (L(x + eps z_j) - L(x)) /
-    eps.
+    key: what the passes are made of, for CUDA graphs. loss_of: L, or a loss L_j for each direction,
+    as of a part of the batch. two_sided False: (L(x + eps z_j) - L(x)) / eps.
     """
     o, eps = optimizer, optimizer.eps
     seeds = tuple(direction_seed(o.seed, o.steps, j) for j in range(directions))
+    losses_of = [loss_of] * directions if callable(loss_of) else list(loss_of)
 
-    def run() -> tuple[Tensor, Tensor, Tensor]:
+    def clean() -> list[Tensor]:
+        """First of all passes, as the perturbed ones leave bare parameters shifted."""
+        if callable(loss_of):
+            return [as_losses(o, o.passes.clean(loss_of))] * directions
+        return [as_losses(o, o.passes.clean(loss_of_part)) for loss_of_part in loss_of]
+
+    def run() -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=o.device)
-        clean = None if two_sided else as_losses(o, o.passes.clean(loss_of))
-        for seed in seeds:
-            plus = as_losses(o, o.passes.perturbed(seed, eps, "loss", loss_of))
-            if clean is None:
-                minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", loss_of))
+        at_x, pairs = None if two_sided else clean(), []
+        for j, (seed, call) in enumerate(zip(seeds, losses_of, strict=True)):
+            plus = as_losses(o, o.passes.perturbed(seed, eps, "loss", call))
+            if at_x is None:
+                minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", call))
             else:
-                minus = clean
+                minus = at_x[j]
             if plus.shape != minus.shape:
                 raise ValueError(
                     f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
                     f"{tuple(minus.shape)}; they must run on the same batch"
                 )
+            pairs.append((plus, minus))
             slope = (plus - minus) / (2 * eps if two_sided else eps)
-            loss = (plus + minus) / 2 if clean is None else clean
+            loss = (plus + minus) / 2 if two_sided else minus
             ok = ok & slope.isfinite().all() & loss.isfinite().all()
             if o.clip_examples is not None:
                 limit = clip_limit(slope.abs(), o.clip_examples)
@@ -69,10 +80,10 @@ def measure_slopes(
             losses.append(loss.mean())
             slopes.append(slope.mean())
         c = torch.stack(slopes)
-        return torch.stack(losses).mean(), torch.where(ok, c, torch.zeros_like(c)), ok
+        return torch.stack(losses).mean(), torch.where(ok, c, torch.zeros_like(c)), ok, pairs
 
-    loss, slopes, ok = o.passes.run("loss", (two_sided, *key), run)
-    return Slopes(loss, "loss", seeds, slopes, ok)
+    loss, slopes, ok, pairs = o.passes.run("loss", (two_sided, *key), run)
+    return Slopes(loss, "loss", seeds, slopes, ok, pairs)
 
 
 def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) -> Direction:
@@ -98,7 +109,7 @@ def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
             )
         loss = loss.detach().to(device=optimizer.device, dtype=torch.float32)
         loss = loss if loss.dim() == 1 else loss.reshape(())
-    elif isinstance(loss, int | float):
+    elif isinstance(loss, Real):  # NumPy's numbers, too
         loss = torch.full((), float(loss), dtype=torch.float32, device=optimizer.device)
     else:
         raise TypeError(
@@ -141,6 +152,8 @@ class MeZO(ZeroOrder):
     and eps may change; weights and what else the closure reads must stay where they are in memory.
     Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
+
+    own_settings = ("directions", "momentum", "window")
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Counts the steps that were skipped because something was not finite."""
+"""Counts the steps that were skipped, as where something was not finite."""
 
 import warnings
 
@@ -7,16 +7,21 @@ from torch import Tensor
 
 from pseuzo.machine import Fetched
 
+NOT_FINITE = (
+    "the loss or the projected gradient was NaN or infinite (as where no label carries a loss)"
+)
+
 
 class Skips:
     """Counts skipped steps on the device, and warns when the news reaches the host, without
     waiting.
 
-    It warns of the first, and whenever there are ten times as many.
+    It warns of the first, and whenever there are ten times as many. reason: what it says of them.
     """
 
     def __init__(self, count: int = 0, device: torch.device | None = None) -> None:
         self.count: Tensor | None = None
+        self.reason = NOT_FINITE
         if device is not None:
             self.count = torch.full((1,), count, dtype=torch.int64, device=device)
         self._news: Fetched | None = None
@@ -51,8 +56,7 @@ class Skips:
         if total > self._told and total >= 10 * self._told:
             self._told = total
             warnings.warn(
-                f"{total} step(s) skipped so far: the loss or the projected gradient was NaN or "
-                "infinite (as where no label carries a loss); the weights were left as they are. "
-                "Lower lr or eps, or use float32, if this goes on",
+                f"{total} step(s) skipped so far: {self.reason}; the weights were left as they "
+                "are. Lower lr or eps, or use float32, if this goes on",
                 stacklevel=6,
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pseuzo.optim.skips import NOT_FINITE
 from pseuzo.perturb.in_place import Shift
 from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
 from pseuzo_kernels.reference import hash_seed, round_stochastically
@@ -28,7 +29,7 @@ class Direction:
     seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: of the passes
     that it was measured by. state: what the estimator keeps once the weights have moved, see
     `ZeroOrder.keep`. stats: what `ZeroOrder.stats` becomes. gradients: parameters of exact_gradient
-    groups -> dg/dx.
+    groups -> dg/dx. skip_reason: what the warning of skipped steps says.
     """
 
     seeds: Tensor
@@ -38,6 +39,7 @@ class Direction:
     state: Any = None
     stats: Mapping[str, Any] = field(default_factory=dict)
     gradients: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    skip_reason: str = NOT_FINITE
 
 
 class Update:

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from pseuzo.machine import refuse_replicas
-from pseuzo.train.methods import METHODS, ZEROTH_ORDER
+from pseuzo.train.methods import METHODS, OF_METHOD, ZEROTH_ORDER, with_defaults
 from pseuzo.train.options import OPTIONS, ZeroOrderOptions
 
 # Arguments of Transformers that would have no effect or another one: under which methods, and what
@@ -58,8 +58,10 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.momentum is None and self.method in METHODS:
-            self.momentum = METHODS[self.method].momentum
+        if self.method in METHODS:
+            of_method = {name: getattr(self, name) for name in OF_METHOD}
+            for name, value in with_defaults(self.method, of_method).items():
+                setattr(self, name, value)
         for name, option in OPTIONS.items():
             option.check(getattr(self, name))
         if (
@@ -107,11 +109,16 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 f"{self.method} runs on one GPU, {self.n_gpu} were given; set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        for name in ("journal", "capture", "objective"):
+        for name in ("journal", "capture", "objective", "weights", "split_batch"):
             self._refuse_of_other_methods(name)
         if not self.zeroth_order:
             return
-        self._refuse_of_other_methods("directions")
+        if self.directions != METHODS[self.method].directions:
+            self._refuse_of_other_methods("directions")
+        options = {name: getattr(self, name) for name in OPTIONS}
+        why = METHODS[self.method].refusal(**options, batch_size=self.per_device_train_batch_size)
+        if why is not None:
+            raise ValueError(f"method {self.method}: {why}")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but "

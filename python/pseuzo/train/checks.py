@@ -63,6 +63,19 @@ def check_not_empty(train_dataset: Any) -> None:
         raise ValueError("PseuZOTrainer: train_dataset is empty")
 
 
+def check_parts(args: PseuZOTrainingArguments, train_dataset: Any) -> None:
+    """ValueError if the last batch of an epoch cannot be split."""
+    if not args.split_batch or not hasattr(train_dataset, "__len__") or args.dataloader_drop_last:
+        return
+    n, q = len(train_dataset), args.directions
+    last = n % args.per_device_train_batch_size
+    if 0 < last < q:
+        raise ValueError(
+            f"split_batch needs an example for each of the {q} directions, and the last batch of "
+            f"the {n} has {last}: choose a batch size that divides {n}, or fewer directions"
+        )
+
+
 @contextmanager
 def head_alone(model: Any) -> Iterator[None]:
     """Let Transformers train the output head of a quantised model, if nothing else is trained.

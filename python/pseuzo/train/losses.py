@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.positions import IGNORED, NOT_INPUTS, padded
+from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import row_factors
 from pseuzo.perturb.graphs import MAX_GRAPHS
 from pseuzo.tasks import TaskData, nondiff_loss
 from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.parts import cut, examples_in, rows_in
 
 # Under capture, lengths are padded to multiples of the first, loss positions of the second.
 SHAPES = (64, 8)
@@ -75,16 +77,27 @@ class Losses:
         return functions
 
     def step_inputs(
-        self, inputs: dict[str, Any], has_head: bool
-    ) -> tuple[tuple[Callable, ...], dict[str, Any]]:
-        """The arguments of optimizer.estimate: a closure, or forward and head with their rows."""
+        self, inputs: dict[str, Any], optimizer: ZeroOrder
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of optimizer.estimate: a closure, one for each part of the batch with the
+        parts' sizes, or forward and head with their rows."""
         args, each = self.args, self.args.clip_examples is not None
-        if not has_head:
+        if optimizer.parts > 1:
+            batches = cut(inputs, optimizer.parts)
+            return ([self.closure(b, each) for b in batches],), {"sizes": self._sizes(batches)}
+        if not optimizer.has_gradient:
             if args.capture:
                 return self.recorded(inputs, each)[2:], {}
             return (self.closure(inputs, each),), {}
         functions = self.recorded(inputs, each)[:2] if args.capture else self.split(inputs, each)
         return functions, {"groups": self._groups(inputs), "examples": inputs.get("examples")}
+
+    def _sizes(self, batches: list[dict[str, Any]]) -> Tensor | list[int]:
+        """What the losses of the batches are means over: tokens with a loss, or examples."""
+        if self.args.objective == "loss" and "targets" in batches[0]:
+            if "examples" not in batches[0]:
+                return torch.stack([(b["targets"] != IGNORED).sum() for b in batches])
+        return [examples_in(b) for b in batches]
 
     def _groups(self, inputs: dict[str, Any]) -> Tensor | None:
         """The group of each row, for PseuZO's window; None: each row is its own."""
@@ -92,9 +105,7 @@ class Losses:
             return inputs.get("groups")
         if self.args.groups == "row":
             return None
-        tensors = (inputs.get("input_ids"), *inputs.values())
-        rows = next(len(x) for x in tensors if isinstance(x, Tensor) and x.dim())
-        return torch.zeros(rows, dtype=torch.int64, device=self.args.device)
+        return torch.zeros(rows_in(inputs), dtype=torch.int64, device=self.args.device)
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss, with the clipped gradient where autograd records one."""

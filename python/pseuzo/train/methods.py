@@ -44,6 +44,9 @@ class Method:
     options: tuple[str, ...]  # which options it takes, of those that not every method takes
     rate: str = "lr"  # the field of a tuning mode that has the default learning rate
     momentum: float = 0.0  # the default of the option
+    directions: int = 1  # the default of the option
+    # The options of a run, and batch_size, by keyword -> why they do not go together, or None.
+    refusal: Callable[..., str | None] = lambda **options: None
     zeroth_order: bool = True
 
 
@@ -76,6 +79,18 @@ def _mezo(setup: Setup) -> Optimizer:
     if args.method == "mezo-momentum":
         own |= {"momentum": args.momentum, "window": args.window}
     return MeZO(setup.groups, **own, **zeroth_order_options(setup))
+
+
+def _population(setup: Setup) -> Optimizer:
+    from pseuzo.optim import FZOO, Evolution
+
+    args = setup.args
+    own: dict[str, Any] = {"directions": args.directions, "split_batch": args.split_batch}
+    own |= zeroth_order_options(setup)
+    if args.method == "fzoo":
+        return FZOO(setup.groups, two_sided=bool(args.two_sided), **own)
+    two_sided = args.two_sided is not False
+    return Evolution(setup.groups, two_sided=two_sided, weights=args.weights, **own)
 
 
 def _pseuzo(setup: Setup) -> Optimizer:
@@ -170,12 +185,51 @@ def _mezo_passes(directions: int = 1, two_sided: bool | None = None, **unused: A
     return 1 + directions if two_sided is False else 2 * directions
 
 
+def _fzoo_passes(
+    directions: int = 1, two_sided: bool | None = None, split_batch: bool = False, **unused: Any
+) -> int:
+    q = 1 if split_batch else directions  # the parts of a batch are a batch
+    return 2 * q if two_sided else 1 + q
+
+
+def _evolution_passes(two_sided: bool | None = None, **options: Any) -> int:
+    return _fzoo_passes(two_sided=two_sided is not False, **options)
+
+
 def _pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 
 
 def _first_order_passes(**unused: Any) -> int:
     return 3
+
+
+# Which options do not go together
+
+
+def _fzoo_refusal(
+    directions: int,
+    two_sided: bool | None,
+    split_batch: bool,
+    capture: bool,
+    batch_size: int,
+    weights: str = "spread",
+    **unused: Any,
+) -> str | None:
+    if directions < 2 and not two_sided and weights != "raw":
+        return "one-sided directions are compared with each other: it needs directions 2 or more"
+    if split_batch and capture:
+        return "split_batch makes passes of different parts of the batch, which capture does not"
+    if split_batch and batch_size < directions:
+        return (
+            f"split_batch needs an example for each of the {directions} directions, and a batch "
+            f"has {batch_size}: give a larger batch, or fewer directions"
+        )
+    return None
+
+
+def _evolution_refusal(two_sided: bool | None, **options: Any) -> str | None:
+    return _fzoo_refusal(two_sided=two_sided is not False, **options)
 
 
 # Options that every zeroth-order method takes, and no first-order method.
@@ -205,6 +259,24 @@ METHODS = {
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         momentum=0.9,
     ),
+    "evolution": Method(
+        help="Evolution strategies: q directions, weighted by the ranks of their losses.",
+        build=_population,
+        passes=_evolution_passes,
+        options=(*PERTURBING, "directions", "objective", "weights", "split_batch"),
+        rate="adam_lr",
+        directions=8,
+        refusal=_evolution_refusal,
+    ),
+    "fzoo": Method(
+        help="FZOO: one-sided differences divided by the spread of the losses.",
+        build=_population,
+        passes=_fzoo_passes,
+        options=(*PERTURBING, "directions", "objective", "split_batch"),
+        rate="adam_lr",
+        directions=8,
+        refusal=_fzoo_refusal,
+    ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
         build=_sgd,
@@ -222,6 +294,7 @@ METHODS = {
         zeroth_order=False,
     ),
 }
+OF_METHOD = ("momentum", "directions")  # options whose default is the method's own
 ZEROTH_ORDER = tuple(name for name, method in METHODS.items() if method.zeroth_order)
 
 
@@ -230,9 +303,15 @@ def methods_with(option: str) -> tuple[str, ...]:
     return tuple(n for n, method in METHODS.items() if option in method.options) or tuple(METHODS)
 
 
+def with_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the method's own default for those of OF_METHOD that are None."""
+    own = {name: getattr(METHODS[method], name) for name in OF_METHOD}
+    return {**options} | {k: v for k, v in own.items() if options.get(k) is None}
+
+
 def forwards_per_step(method: str, options: Mapping[str, Any] | None = None) -> float:
     """Forward passes per step of a run with these options; a backward pass counts as two."""
-    return METHODS[method].passes(**options or {})
+    return METHODS[method].passes(**with_defaults(method, options or {}))
 
 
 def default_rate(method: str, mode: str) -> float:

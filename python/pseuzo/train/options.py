@@ -20,6 +20,11 @@ WEIGHTINGS = ("sum", "mean")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
+WEIGHTS = ("raw", "spread", "zscore", "rank")
+# One for the methods that are not named.
+DIRECTIONS = ", ".join(
+    ["1", *(f"{name} {m.directions}" for name, m in METHODS.items() if m.directions != 1)]
+)
 MOMENTA = "; ".join(f"{name} {METHODS[name].momentum:g}" for name in methods_with("momentum"))
 
 
@@ -88,11 +93,22 @@ class ZeroOrderOptions:
         "code, or their weighted mean, as in the paper.",
         WEIGHTINGS,
     )
-    directions: Annotated[int, Flag(least=1)] = _option(
-        1, "Number of perturbations per step of mezo (q)."
+    directions: Annotated[int | None, Flag(least=1)] = _option(
+        None, f"Number of perturbations per step (q). Default: {DIRECTIONS}."
     )
     two_sided: Annotated[bool | None, Flag("--two-sided/--one-sided")] = _option(
-        None, "Perturb to both sides. Default: mezo yes, pseuzo no."
+        None, "Perturb to both sides. Default: mezo and evolution yes, pseuzo and fzoo no."
+    )
+    weights: str = _option(
+        "rank",
+        "What evolution weights a direction by: its slope (raw), the slope over the spread of the "
+        "losses, their z-score, or their rank.",
+        WEIGHTS,
+    )
+    split_batch: bool = _option(
+        False,
+        "Measure each direction of fzoo or evolution on its own part of the batch: q directions "
+        "then cost two forward passes.",
     )
     noise: Annotated[str, Flag(probes=True)] = _option(
         "hadamard",
@@ -141,7 +157,7 @@ class ZeroOrderOptions:
     )
     objective: str = _option(
         "loss",
-        "What mezo minimizes; metric is 1 - the task's metric, which needs no derivative.",
+        "What is minimized; metric is 1 - the task's metric, which needs no derivative.",
         OBJECTIVES,
     )
     journal: str | None = _option(None, "File that records every update, for pseuzo replay.")

@@ -23,7 +23,7 @@ from transformers.trainer_utils import (
 
 from pseuzo.files import check_saving
 from pseuzo.models.loading import quantised
-from pseuzo.optim import MeZO, PseuZO
+from pseuzo.optim import PseuZO
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -47,9 +47,7 @@ def settings(
         found[name] = [group[name] for group in optimizer.param_groups if name in group]
     names: tuple[str, ...] = ()
     if zero_order is not None:
-        names += ("eps", "seed", "noise", "rounding")
-    if isinstance(zero_order, MeZO):
-        names += ("directions", "momentum", "window")
+        names += ("eps", "seed", "noise", "rounding", *zero_order.own_settings)
     found |= {name: getattr(zero_order, name) for name in names}
     if isinstance(zero_order, PseuZO):
         found |= {"window": zero_order.window.capacity, "weighting": zero_order.weighting}

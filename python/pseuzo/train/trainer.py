@@ -62,6 +62,7 @@ class PseuZOTrainer(ResumableTrainer):
             data_collator = data_collator or data.collate
         checks.check_not_empty(train_dataset)
         args.refuse()
+        checks.check_parts(args, train_dataset)
         if isinstance(model, nn.Module):
             keep_as_loaded(model)
         with checks.head_alone(model):
@@ -139,7 +140,7 @@ class PseuZOTrainer(ResumableTrainer):
             if "targets" in inputs:  # where no label carries a loss, it is NaN, and its gradient 0
                 loss = torch.where((inputs["targets"] != IGNORED).any(), loss, self._mean_loss())
             return loss
-        functions, rows = self.losses.step_inputs(inputs, self.zero_order.has_gradient)
+        functions, rows = self.losses.step_inputs(inputs, self.zero_order)
         loss = self.zero_order.estimate(*functions, **rows)
         return self.step_log.finite(loss, self._mean_loss())
 
