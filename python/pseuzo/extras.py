@@ -20,12 +20,12 @@ TRAIN_MODULES = (  # the import names of the packages of the extra `train` in py
 
 
 def missing_train_modules() -> list[str]:
-    """The modules of the extra that are not installed. Nothing is imported to find out."""
+    """List the modules of the extra that are not installed, without importing any."""
     return [name for name in TRAIN_MODULES if find_spec(name) is None]
 
 
 def how_to_install(what: str, missing: list[str]) -> str:
-    """One sentence for a user who asked for `what` without the extra."""
+    """Return one sentence for a user who asked for `what` without the extra."""
     are = "is" if len(missing) == 1 else "are"
     return (
         f'{what} needs {", ".join(missing)}, which {are} not installed: pip install "pseuzo[train]"'

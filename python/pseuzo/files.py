@@ -1,5 +1,5 @@
-"""Writing results so that a crash leaves the old or the new, never half, and two processes do not
-mix theirs."""
+"""Locks, atomic writes and checks of files: a crash leaves the old content or the new one, and two
+processes never write to one folder."""
 
 import json
 import math
@@ -24,25 +24,26 @@ from pseuzo.machine import parts_of
 if TYPE_CHECKING:
     import yaml
 
-YAML_BYTES, YAML_DEPTH = 262_144, 32  # the most of a file
+YAML_BYTES, YAML_DEPTH = 262_144, 32  # limits on a file that is read
 
-MARKER = ".pseuzo"  # in every folder that a command fills: which one
+MARKER = ".pseuzo"  # the file in an output folder that names the command which owns it
 
 
 @contextmanager
 def claim(folder: Path, command: str) -> Iterator[str]:
-    """Make a folder for the files of `pseuzo command`, ours alone in here: a new or empty one, or
-    its own of an earlier time. ValueError, and nothing is touched, where other files are, or where
-    another process is at work.
+    """Make a folder for the files of `pseuzo command`, and lock it against other processes.
 
-    Gives the identifier of the folder, which it keeps in there for as long as it exists. Copies of
-    a model that a killed process was saving are removed.
+    The folder may be new, empty, or one that the same command made before. ValueError, before
+    anything is written, if it holds other files or if another process has locked it.
+
+    Yields the identifier of the folder, which is stored in it. Removes copies of a model that a
+    killed process was saving.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder")
     marker, mark = folder / MARKER, f"made by pseuzo {command}\n"
     others = folder.exists() and any(path != marker or path.is_dir() for path in folder.iterdir())
-    # A process that was killed as it began leaves it empty.
+    # A process that was killed at its start leaves an empty marker.
     found = marker.read_text() if marker.is_file() else ""
     if (others or found) and not found.startswith(mark):
         raise ValueError(
@@ -57,12 +58,12 @@ def claim(folder: Path, command: str) -> Iterator[str]:
                 "another folder"
             )
         written = marker.read_text().removeprefix(mark).split()
-        if not written:  # a new folder, or one that was made before folders had an identifier
+        if not written:  # the folder is new, or was made before folders had an identifier
             written = ["id", secrets.token_hex(8)]
             file.write(("" if file.tell() else mark) + " ".join(written) + "\n")
             file.flush()
         for scratch in filter(Path.is_dir, folder.glob(_scratch("*"))):
-            with suppress(ValueError):  # not ours, or somebody else is saving a model in here
+            with suppress(ValueError):  # it has other files, or another process is saving there
                 with _saving(folder / scratch.name.removeprefix(".").removesuffix(SAVING)):
                     pass
         try:
@@ -72,9 +73,11 @@ def claim(folder: Path, command: str) -> Iterator[str]:
 
 
 def lock(file: IO | int) -> bool:
-    """Keep others who lock it out of an open file or folder, until unlock or the end of the
-    process, whatever that is. False if one of them has it. Readers are let in; systems and disks
-    without such locks go without."""
+    """Lock an open file or folder against other processes that lock it, until unlock() or the end
+    of this process, however it ends. Return False if another process holds the lock.
+
+    Reading is not blocked. Where the system or the disk has no such locks, nothing is locked.
+    """
     if fcntl is None:
         return True
     try:
@@ -87,36 +90,36 @@ def lock(file: IO | int) -> bool:
 
 
 def unlock(file: IO | int) -> None:
-    """Closing would not do: processes that were forked meanwhile, as data loaders are, hold the
-    file open as well."""
+    """Release the lock. Closing the file is not enough: a process that was forked meanwhile, such
+    as a data loader, holds the file open as well."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk, where they outlast a loss of
-    power."""
+    """Return when a file, or the names in a folder, have reached the disk, where they survive a
+    loss of power."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError:
-        if not path.is_dir():  # some file systems cannot do it with folders
+        if not path.is_dir():  # some file systems cannot sync a folder
             raise
     finally:
         os.close(number)
 
 
 def sync_tree(folder: Path) -> None:
-    """sync everything in a folder, then the folder."""
+    """Sync everything in a folder, then the folder itself."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Either the old file or the whole new one is there, whenever it is looked at, and after a loss
-    of power."""
+    """Replace a file as a whole: a reader finds the old text or the new one, also after a loss of
+    power."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text)
     sync(scratch)
@@ -125,12 +128,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As write_atomically, in the words of to_json."""
+    """Write to_json(value) atomically."""
     write_atomically(path, to_json(value, indent=1) + "\n")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Numbers that are not finite become null, which JSON has no other word for."""
+    """Return JSON text. Numbers that are not finite become null, since JSON cannot express them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -143,7 +146,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object with these keys. ValueError if the file is none."""
+    """Read a JSON object that has these keys. ValueError if the file does not hold one."""
     try:
         value = json.loads(path.read_text())
         for key in keys:
@@ -157,7 +160,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a file that we wrote. ValueError if somebody else did."""
+    """Read settings that pseuzo wrote. ValueError if the file is not a YAML mapping."""
     try:
         value = parse_yaml(path)
     except ValueError as error:
@@ -170,11 +173,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(
     path: Path, loader: "type[yaml.SafeLoader] | type[yaml.BaseLoader] | None" = None
 ) -> Any:
-    """The content of a YAML file, whoever wrote it. ValueError, with the line, if it is no YAML,
-    and for what could take memory or time without bound: more than YAML_BYTES, more than YAML_DEPTH
-    levels, and aliases, which a few lines can multiply to billions of values."""
+    """Read a YAML file that anybody may have written.
 
-    import yaml  # an optimizer and its journal go without it
+    ValueError, with the line, if it is not YAML, or if it could take memory or time without bound:
+    if it has more than YAML_BYTES, more than YAML_DEPTH levels, or aliases, which a few lines can
+    multiply to billions of values.
+    """
+    import yaml  # an optimizer and its journal do not need it
 
     class Bounded(loader or yaml.SafeLoader):
         depth = 0
@@ -203,17 +208,15 @@ def parse_yaml(
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where}{error.problem}") from None
-    except (
-        Exception
-    ) as error:  # of the constructors: a date that there is not, `!!int ""`, `!!bool 5`
+    except Exception as error:  # constructors raise it for February 30, `!!int ""` or `!!bool 5`
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
 
 
 def differing(
     before: dict[str, Any], now: dict[str, Any], besides: Collection[str] = ()
 ) -> tuple[str, Any, Any] | None:
-    """The first setting that is not the same in both, with both values; None if all but `besides`
-    are."""
+    """Return the first setting that differs, with both values; None if none differs except those
+    named in `besides`."""
     for key in sorted((before.keys() | now.keys()) - set(besides)):
         if before.get(key) != now.get(key):
             return key, before.get(key), now.get(key)
@@ -221,10 +224,10 @@ def differing(
 
 
 def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
-    """A folder that Transformers (or peft, for an adapter) loads: safetensors, config, tokenizer if
-    there is one.
+    """Save a folder that Transformers (or peft, for an adapter) loads: safetensors, the config and,
+    if there is one, the tokenizer.
 
-    Complete or not there. ValueError where another process is saving to the same folder.
+    The folder is complete whenever it exists. ValueError if another process is saving to it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _saving(target) as scratch:
@@ -240,7 +243,7 @@ def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
 def write_model(
     model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None
 ) -> None:
-    """The files of save_model. state_dict: the weights to write, by default the model's."""
+    """Write the files of save_model. state_dict: the weights to write, by default the model's."""
     model.save_pretrained(folder, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -252,14 +255,15 @@ def check_saving(
     folder: Path,
     extra: int = 0,
 ) -> None:
-    """Make what can only fail at a save fail now: run save(scratch folder, state_dict) within
-    folder for all that is saved but the weights' bytes, and ask whether the disk has room for
-    those, and `extra` bytes more.
+    """Raise now what would otherwise be raised by the first save.
 
-    The state_dict has one element of each weight that could be refused, where it lies in memory, so
-    that weights that share memory still do; None for adapters, which are small. ValueError, of one
-    sentence: a config or a tokenizer that cannot be written, weights that safetensors refuses, a
-    folder that cannot be written to, a disk without room.
+    This runs save(scratch folder, state_dict) within folder, which writes everything except the
+    bytes of the weights, and checks that the disk has room for those and for `extra` bytes more.
+
+    The state_dict has one element of each weight that could be refused, at its place in memory, so
+    that weights that share memory still do; it is None for adapters, which are small. ValueError,
+    in one sentence, if the config or the tokenizer cannot be written, if safetensors refuses the
+    weights, if the folder cannot be written to, or if the disk is too full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
@@ -284,8 +288,8 @@ def check_saving(
 
 
 def _address(x: Tensor) -> int:
-    """Where the memory begins that x is in; of tensors that stand for several others, a number of
-    their own."""
+    """Return the address of the memory that holds x. A tensor that wraps several others gets a
+    number of its own."""
     try:
         return x.untyped_storage().data_ptr() or id(x)
     except (RuntimeError, NotImplementedError):
@@ -293,9 +297,9 @@ def _address(x: Tensor) -> int:
 
 
 def _one_element_each(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    """The first element of each weight that safetensors could refuse. Of a Transformers model those
-    are the ones that share memory: it makes the others fit, and may have to see them whole for
-    that."""
+    """Return the first element of each weight that safetensors could refuse. In a Transformers
+    model these are the weights that share memory: Transformers makes the others fit itself, and may
+    need them whole to do so."""
     if hasattr(model, "save_pretrained"):
         at = {name: _address(x) for name, x in weights.items() if isinstance(x, Tensor)}
         shared = Counter(at.values())
@@ -312,15 +316,15 @@ SAVING = ".saving"
 
 
 def _scratch(name: str) -> str:
-    """The folder beside the folder `name` in which its next content is made."""
+    """Name the folder beside the folder `name` in which its next content is made."""
     return f".{name}{SAVING}"
 
 
 @contextmanager
 def _saving(target: Path) -> Iterator[Path]:
-    """An empty scratch folder for what will be target, ours alone; it is removed in the end. One
-    that a killed process left behind is taken over. ValueError where another process has it, or
-    where it holds other files."""
+    """Yield an empty scratch folder, locked by this process, in which the next target is made, and
+    remove it at the end. A scratch folder of a killed process is reused. ValueError if another
+    process holds the folder, or if it contains other files."""
     scratch = target.with_name(_scratch(target.name))
     scratch.mkdir(exist_ok=True)
     number = os.open(scratch, os.O_RDONLY)
@@ -346,8 +350,8 @@ def _saving(target: Path) -> Iterator[Path]:
 
 
 def _clear(scratch: Path, target: Path) -> None:
-    """Remove what _saving left; but the whole new one is kept if the old one was moved away for it
-    already."""
+    """Remove what _saving left. If it had moved the old folder away already, the new one, which is
+    complete, becomes the target."""
     if (scratch / "old").exists() and not target.exists():
         (scratch / "new").rename(target)
     for left in scratch.iterdir():

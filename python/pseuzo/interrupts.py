@@ -33,9 +33,9 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
 def cleanly(call: Callable[[], Any], undo: Callable[[], None]) -> Any:
     """Return call() after undo(), which also runs where call() fails.
 
-    It is `undoing` where there is a call and no block: nothing can come between the end of the call
-    and undo(), while the traceback of an interrupt can keep the end of a block waiting. Whether
-    autograd records is put back as well, as the interrupted call may hold such blocks.
+    This is `undoing` for a call in place of a block: nothing can come between the end of the call
+    and undo(), while the traceback of an interrupt can delay the end of a block. Whether autograd
+    records is restored as well, since the interrupted call may hold blocks that change it.
     """
     records = torch.is_grad_enabled()
     try:
@@ -53,8 +53,8 @@ def cleanly(call: Callable[[], Any], undo: Callable[[], None]) -> Any:
 def uninterrupted(call: Callable[..., Any], *args: Any) -> Any:
     """Return call(*args); a SIGINT that arrives meanwhile takes effect when it has ended.
 
-    Python delivers signals to the main thread only, so that there is nothing to do in others. A
-    handler that was not installed by Python code is left alone.
+    Python delivers signals to the main thread only, so in other threads there is nothing to do. A
+    handler that was not installed by Python code is left in place.
     """
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():

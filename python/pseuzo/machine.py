@@ -1,5 +1,5 @@
-"""What a run ran on, in how many processes, the most memory it held, and tensors fetched from it or
-made of others."""
+"""The device of a run, its processes, its peak memory, and tensors that are copied from a GPU or
+wrap other tensors."""
 
 import platform
 import resource
@@ -10,7 +10,8 @@ from torch import Tensor, distributed
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """The device, or cuda where there is one; ValueError if it cannot hold a tensor."""
+    """Return the device; None means cuda if there is one, else cpu. ValueError if it cannot hold a
+    tensor."""
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where)
@@ -22,8 +23,8 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def refuse_replicas(op: str, ranks: int | None = None) -> None:
-    """ValueError if there are several ranks; None: as many as the default process group has, if
-    there is one."""
+    """Raise ValueError if there are several ranks. ranks=None counts those of the default process
+    group, if there is one."""
     if ranks is None:
         grouped = distributed.is_available() and distributed.is_initialized()
         ranks = distributed.get_world_size() if grouped else 1
@@ -49,21 +50,21 @@ def hardware(device: torch.device | str) -> str:
 
 
 def reset_peak(device: torch.device | str) -> None:
-    """The peak counts from now on."""
+    """Start measuring the peak from now on."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        # On Linux this sets the high-water mark of the resident set back.
+        # On Linux this resets the high-water mark of the resident set.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 
 
 def peak_memory(device: torch.device | str) -> float:
-    """MiB. CUDA: allocated on the GPU. CPU: resident memory of the process, libraries and
-    interpreter included."""
+    """Return the peak in MiB: on CUDA, of what was allocated on the GPU; on a CPU, of the resident
+    memory of the process, which includes libraries and the interpreter."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -75,8 +76,8 @@ def peak_memory(device: torch.device | str) -> float:
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
-    """The tensors that hold the numbers of x: itself, or those that a quantised weight of torchao
-    is made of."""
+    """Return the tensors that hold the numbers of x: x itself, or the parts of a quantised weight
+    of torchao."""
     if not hasattr(x, "__tensor_flatten__"):
         return [x]
     names, _ = x.__tensor_flatten__()
@@ -84,15 +85,16 @@ def parts_of(x: Tensor) -> list[Tensor]:
 
 
 def holds_codes(x: Tensor) -> bool:
-    """Is x quantised: no numbers, but codes for some (of bitsandbytes, torchao, 8-bit floats)?"""
+    """Return whether x is quantised: whether it holds codes for numbers (bitsandbytes, torchao,
+    8-bit floats)."""
     return not x.is_floating_point() or x.element_size() < 2 or hasattr(x, "__tensor_flatten__")
 
 
 class Fetched:
-    """Tensors as they are now, on their way from a GPU to the host: whoever asks when they are here
-    does not wait.
+    """Copies tensors, as they are now, from a GPU to the host while other work goes on: get() does
+    not wait once here() is true.
 
-    Tensors of a CPU are not copied.
+    Tensors on a CPU are not copied.
     """
 
     def __init__(self, *tensors: Tensor):
@@ -111,7 +113,7 @@ class Fetched:
         return self._event is None or self._event.query()
 
     def get(self) -> tuple[Tensor, ...]:
-        """Waits for them if they are not here."""
+        """Return the tensors on the host; wait if the copy is not done."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

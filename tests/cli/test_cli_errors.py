@@ -85,7 +85,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert (
             text.startswith("the disk is full, or a limit on files was hit")
-            and "--resume goes on" in text
+            and "--resume continues the run" in text
         )
         pseuzo(*args, "--resume")
         assert json.loads((out / "results.json").read_text())["steps"] == 2

@@ -33,7 +33,7 @@ def test_eval_shots_and_output(tmp_path):
     text = pseuzo("eval", *common, *"--shots 20 --train-size 12 --dev-size 12".split())
     many = last_json(text)
     assert many["shots"] == 20 and 3 <= many["shots_least"] <= many["shots_mean"] < 12
-    assert f"{many['shots_least']} at least: there are 12 training rows, 128 tokens" in text
+    assert f"{many['shots_least']} at least, as there are 12 training rows, 128 tokens" in text
 
 
 def test_eval_of_weights_that_are_not_finite(tmp_path):
@@ -58,7 +58,7 @@ def test_eval_of_weights_that_are_not_finite(tmp_path):
     figures = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert figures["test"] == {"accuracy": 0.0, "loss": None, "examples": 8}
     assert json.loads((tmp_path / "eval.json").read_text()) == figures
-    assert "the loss on the test rows is nan: the model's logits are not finite" in said
+    assert "the loss on the test rows is nan, as the model's logits are not finite" in said
 
 
 CHAT = (

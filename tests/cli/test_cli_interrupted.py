@@ -1,5 +1,5 @@
-"""Runs of the command line that were killed or interrupted, or are over: what goes on from where,
-to the same bits."""
+"""Runs of the command line that were killed, interrupted or finished: what --resume makes of them,
+with the same bits."""
 
 import itertools
 import json
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
         process.kill()
     assert (
         process.returncode == 130
-        and "interrupted; the run goes on from its last checkpoint" in errors
+        and "interrupted; --resume continues the run from its last checkpoint" in errors
     )
     assert "Traceback" not in errors and last_checkpoint(out) is not None
 

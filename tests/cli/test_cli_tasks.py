@@ -89,7 +89,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
     ) == (5, 2, 0, 0)
     assert (
         "5 of 5 prompts of the test split" in text
-        and "of 2 shots, before a prompt were 0.0 on average" in text
+        and "--shots 2: a prompt has 0.0 on average" in text
     )
 
 

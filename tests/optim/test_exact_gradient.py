@@ -97,7 +97,7 @@ def test_exact_gradient_in_other_steps_and_places(tmp_path):
     before = copy.deepcopy(model)
     headed_steps(model, opt, range(2))  # MeZO steps
     assert equal(model.out, before.out) and not equal(model.body, before.body)
-    with pytest.raises(ValueError, match="Journal: updates by exact_gradient are no seeds"):
+    with pytest.raises(ValueError, match="updates by exact_gradient are not sums of seeds"):
         Journal(tmp_path / "run.pzj", opt)
     with pytest.raises(
         ValueError, match="MeZO: exact_gradient=True needs the head that PseuZO differentiates"

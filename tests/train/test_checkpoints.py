@@ -111,7 +111,7 @@ def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(copy, damage
         file.unlink() if damage == "gone" else file.write_bytes(DAMAGES[damage](content))
         assert last_checkpoint(copy) == str(copy / "checkpoint-4"), name
         said = capsys.readouterr().out
-        assert said.count("\n") == 1 and f"checkpoint-6 is passed over: its {name} is " in said
+        assert said.count("\n") == 1 and f"checkpoint-6 is skipped: its {name} is " in said
         file.write_bytes(content)
     assert flaw(copy / "checkpoint-6") is None
 
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_to_the_same_bits(copy, run
         trainer_of(copy).train(resume_from_checkpoint=str(copy / "checkpoint-6"))
     trainer = trainer_of(copy)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-6 is passed over" in capsys.readouterr().out
+    assert "checkpoint-6 is skipped" in capsys.readouterr().out
     assert same(weights(trainer), run[1]) and flaw(copy / "checkpoint-6") is None
 
 

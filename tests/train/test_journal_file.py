@@ -61,7 +61,7 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
         b"short",
         journal_file.Record(3, 0, False, [], [7], torch.tensor([1]), torch.ones(1)).pack()[:-1],
     ):
-        with pytest.raises(JournalError, match="bytes where"):
+        with pytest.raises(JournalError, match="bytes, but needs"):
             journal_file.Record.unpack(payload)
 
 
@@ -101,7 +101,7 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
         assert len(list(read_journal(path)[1])) == 3
         return
     sentence = f"16-bit weights were rounded stochastically by version {written or 1} of the rule, "
-    sentence += "this pseuzo has vers"
+    sentence += "but this pseuzo has vers"
     unchanged_after(lambda: replay(path, base), base, JournalError, sentence)
     with pytest.raises(JournalError, match=sentence):
         Journal(path, again)
@@ -159,7 +159,7 @@ def test_what_precedes_damage_can_be_used(damage, rest, tmp_path):
     # A resume from a later step is refused, and the error says from which step one is possible.
     late = copy.deepcopy(base)
     with pytest.raises(
-        JournalError, match="goes on with step 7; resume from a checkpoint of step 5 or before"
+        JournalError, match="continues with step 7; resume from a checkpoint of step 5 or before"
     ):
         Journal(path, resumed(path, MAKERS["pseuzo"](late), late, range(7)))
     assert path.read_bytes() == damaged

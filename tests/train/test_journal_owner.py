@@ -155,5 +155,5 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
     )
     # a file system whose file numbers change
     monkeypatch.setattr(os.path, "samestat", lambda *files: False)
-    with pytest.raises(JournalError, match="choose one on another disk"):
+    with pytest.raises(JournalError, match="choose a file on another disk"):
         journal_file.hold(path)

@@ -90,7 +90,7 @@ def test_other_frozen_weights_are_another_base(where, tmp_path):
         lambda: replay(tmp_path / "run.pzj", other),
         other,
         JournalError,
-        "weights that the run did not train are not",
+        "weights that the run did not train differ",
     )
     with torch.no_grad():
         frozen[0, 0] += 1
@@ -150,7 +150,7 @@ def test_replay_on_the_command_line(tmp_path):
     path.write_bytes(whole)
     for out, base_folder, sentence in (
         ("out", "base", "is not empty"),
-        ("new", "wrong", "not those that the run began with"),
+        ("new", "wrong", "not those that the run started from"),
         ("new", "nowhere", "there is no folder"),
     ):
         result = run(out, "--base", str(tmp_path / base_folder))

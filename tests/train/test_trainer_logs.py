@@ -231,7 +231,7 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["masked_rows"] for row in logged] == [1, 2, 3]
     assert (
-        "1 training row(s) so far carry no loss" in caplog.text
+        "1 training row(s) so far have no loss" in caplog.text
         and "3 training row(s)" not in caplog.text
     )
     losses = [row["loss"] for row in logged[1:]]

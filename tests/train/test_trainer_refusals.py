@@ -94,7 +94,8 @@ def test_arguments_without_effect_are_refused(tmp_path, methods, names, instead)
     method = methods[-1]
     for name in names:
         with pytest.raises(
-            ValueError, match=f"^{name}=.* does not go with method {method}: {re.escape(instead)}$"
+            ValueError,
+            match=f"^{name}=.* cannot be used with method {method}: {re.escape(instead)}$",
         ):
             arguments(tmp_path, method=method, **{name: UNUSED_VALUES[name]})
         late = arguments(tmp_path, method=method)
@@ -140,7 +141,7 @@ def test_what_does_nothing_with_a_task_is_refused(tmp_path, demo):
     ):
         given = {name: value} if callable(value) else {}
         args = arguments(tmp_path, **({} if given else {name: value}))
-        with pytest.raises(ValueError, match=f"PseuZOTrainer: {name} does nothing with a TaskData"):
+        with pytest.raises(ValueError, match=f"{name} has no effect with a TaskData"):
             PseuZOTrainer(fresh(), args, None, data["train"], data["dev"], **given)
     with pytest.raises(ValueError, match="must both be TaskData, or neither"):
         PseuZOTrainer(fresh(), arguments(tmp_path), None, data["train"], Rows())

@@ -67,7 +67,7 @@ def test_a_probe_for_other_settings_is_refused(tmp_path, demo):
         arguments(tmp_path, **settings | {"noise_on": ["last-half"]}),
         train_dataset=data["train"],
     )
-    with pytest.raises(ValueError, match="was decided for noise_on"):
+    with pytest.raises(ValueError, match="holds the decision for noise_on"):
         other.create_optimizer()
 
 
@@ -106,7 +106,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, value in goes_on.items():
         asked = (0.5, 0.999) if name == "betas" else changed[name]
-        assert f"resumed: {name} {value} of the checkpoint goes on, not {asked}" in caplog.text
+        assert f"resumed with {name} {value} of the checkpoint, not {asked}" in caplog.text
     assert ("the order of the batches is that of seed 4" in caplog.text) == ("seed" in goes_on)
     assert caplog.text.count("resumed:") == len(goes_on) + ("weight_decay" in changed)
     if method == "mezo":  # an epoch is one batch, and the order of its rows is nothing to a mean
@@ -117,7 +117,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
         **settings | {"weight_decay": 0.0, "method": "mezo" if method == "pseuzo" else method},
     )
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 cannot be resumed: .*; a run goes on with the method"
+        ValueError, match=r"checkpoint-2 cannot be resumed: .*; a run is resumed with the method"
     ):
         PseuZOTrainer(causal_lm("opt"), other, train_dataset=Rows(7)).train(
             str(tmp_path / "checkpoint-2")

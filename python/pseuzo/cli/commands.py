@@ -25,13 +25,13 @@ from pseuzo.cli.options import (
 
 
 class Commands(click.Group):
-    """Plain too about what happens while the options of a command are read."""
+    """A group that also reports errors plainly while it reads the options of a command."""
 
     def invoke(self, ctx: click.Context) -> Any:
         return plainly(self._invoke)(ctx)
 
     def _invoke(self, ctx: click.Context) -> Any:
-        # before torch, which takes a Ctrl-C during this import for a missing numpy
+        # Import numpy before torch, which mistakes a Ctrl-C during this import for a missing numpy.
         import numpy  # noqa: F401
 
         return super().invoke(ctx)
@@ -48,7 +48,7 @@ def main() -> None:
 @DATA_OPTIONS
 @RUN_OPTIONS
 @option(
-    "--output", type=FOLDER, required=True, help="Folder for results; must be empty or not there."
+    "--output", type=FOLDER, required=True, help="Folder for results; must be empty or not exist."
 )
 @click.option(
     "--resume",
@@ -57,13 +57,13 @@ def main() -> None:
     is_flag=False,
     flag_value="auto",
     metavar="[CHECKPOINT]",
-    help="Go on with the run in --output from its last (or this) checkpoint, to the same bits as "
-    "if it had never stopped.",
+    help="Resume the run in --output from its last (or this) checkpoint, with the same bits as if "
+    "it had never stopped.",
 )
 @functools.partial(
     plainly,
-    interrupted="interrupted; the run goes on from its last checkpoint with --resume, or begins "
-    "anew if it has none",
+    interrupted="interrupted; --resume continues the run from its last checkpoint, or starts it "
+    "again if it has none",
 )
 def train(**settings: Any) -> None:
     """Fine-tune a model on a task.
@@ -73,9 +73,9 @@ def train(**settings: Any) -> None:
     pseuzo train --model demo --task demo --method mezo --lr 4e-4 --steps 300 --output run
     pseuzo train --config examples/opt-1.3b-sst2.yaml --output run
 
-    Writes config.yaml, results.json, curves.png, checkpoints and model/ into --output. Does the run
-    not converge? Try --lr auto, --noise-on attention-out, --clip-examples 2. Where the loss on the
-    test rows is not finite in the end, a line on stderr says that the run diverged.
+    Writes config.yaml, results.json, curves.png, checkpoints and model/ into --output. If the run
+    does not converge, try --lr auto, --noise-on attention-out or --clip-examples 2. If the final
+    loss on the test rows is not finite, a line on stderr says that the run diverged.
     """
     checks.leave_out_unused(settings, train_defaults())
     checks.check_combination(settings)
@@ -98,7 +98,7 @@ def train(**settings: Any) -> None:
 
 
 def train_defaults() -> dict[str, Any]:
-    """The settings of `pseuzo train` where only what it requires is given."""
+    """Return the settings of `pseuzo train` when only the required options are given."""
     required = ["--model", "", "--task", "", "--output", "run"]
     return train.make_context("train", required).params
 
@@ -169,13 +169,13 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
     "--output", type=FOLDER, required=True, help="Folder; finished runs in it are not run again."
 )
 @functools.partial(
-    plainly, interrupted="interrupted; the same command goes on with the runs that are not done"
+    plainly, interrupted="interrupted; the same command continues with the runs that are not done"
 )
 def compare(
     methods: tuple[str, ...], seeds: int, forwards: int, output: Path, **settings: Any
 ) -> None:
-    """Run methods side by side for equal forward passes, and print what each reached, in equal time
-    too.
+    """Run methods side by side for equal forward passes, and print what each reached, also in equal
+    time.
 
     \b
     pseuzo compare --model demo --task demo --output compared \\
@@ -209,7 +209,7 @@ compare.params = [p for p in compare.params if p.name not in checks.COMPARED]
 
 
 def hush() -> None:
-    """No progress bars but the command's own, no warnings but errors."""
+    """Hide the progress bars and the warnings of Transformers."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -247,7 +247,7 @@ def demo(
 ) -> None:
     """Fine-tune an embedded OPT of a million parameters in about a minute.
 
-    The question put to it: is this line of the Python standard library code or docstring prose?
+    The task is to tell whether a line of the Python standard library is code or docstring prose.
     MeZO, PseuZO with rows paired as published and by label, and MeZO with noise on a tenth of the
     weights start from the same pretrained model and see the same batches. Prints what each reached.
     """
@@ -269,7 +269,7 @@ def demo(
 
 @main.command()
 @option(
-    "--base", required=True, help="The model the run began with: a folder, or a name on the hub."
+    "--base", required=True, help="The model the run started from: a folder, or a name on the hub."
 )
 @option(
     "--journal",
@@ -278,7 +278,7 @@ def demo(
     help="What the run wrote (pseuzo.Journal).",
 )
 @option(
-    "--output", required=True, type=FOLDER, help="Folder for the model; must be empty or not there."
+    "--output", required=True, type=FOLDER, help="Folder for the model; must be empty or not exist."
 )
 @option(
     "--until", type=click.IntRange(min=0), help="Stop before this step. Default: the whole journal."
@@ -292,7 +292,7 @@ def demo(
     "--device",
     type=Device(),
     default="cpu",
-    help="Where to compute; the same bits anywhere (noise normal: on the same backend).",
+    help="Where to compute; the bits are the same anywhere (noise normal: on the same backend).",
 )
 @plainly
 def replay(
@@ -325,7 +325,7 @@ def replay(
         model_path(base), dtype=dtypes[header["dtype"]], device=device, need_tokenizer=False
     )
     with tqdm(total=steps, desc="replay", unit="step") as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were shown
+        warnings.simplefilter("ignore")  # they were printed above
         step = replay_journal(
             journal, model, until=until, salvage=salvage, progress=lambda record: bar.update()
         )

@@ -1,7 +1,7 @@
-"""Methods side by side: the same task, forward passes and seeds, every run a process of its own.
+"""Compares methods on the same task, with the same number of forward passes and the same seeds.
 
-A process of its own, since memory and time are only then those of the method. Runs that are done
-are not run again.
+Every run is a process of its own, since only then are its memory and time those of the method.
+Finished runs are not repeated.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from pseuzo.files import claim, differing, read_json, read_yaml, write_atomicall
 from pseuzo.train.methods import forwards_per_step
 from pseuzo.train.options import OPTIONS
 
-EVALUATIONS = 12  # of a run, about
+EVALUATIONS = 12  # about how many a run makes
 
 
 def compare(
@@ -34,11 +34,11 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method for the same number of forward passes with seeds 0 .. seeds - 1.
 
-    common: settings of `pseuzo train` that all share. methods: title -> settings of its own. Where
-    lr is "auto" it is searched for with the first seed and kept for the others. Writes
-    compare.json, table.md and compare.png into output. ValueError with the end of a run's log if
-    one fails, if output has a run of that name with other settings, or if files are in it that no
-    comparison wrote.
+    common: the settings of `pseuzo train` that all share. methods: the settings of each method, by
+    title. An lr of "auto" is searched for with the first seed and kept for the others. Writes
+    compare.json, table.md and compare.png into output. ValueError if a run fails (with the last
+    line of its log), if output has a run of that name with other settings, or if it has files that
+    no comparison wrote.
     """
     with claim(output, "compare"):
         runs = _run(common, methods, output, seeds, forwards, progress)
@@ -63,7 +63,7 @@ def _run(
     forwards: int,
     progress: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """title -> the results of its runs, one a seed."""
+    """Return the results of each method's runs, one per seed, by title."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
         settings = common | own
@@ -96,7 +96,7 @@ def _run(
 
 
 def _slug(title: str) -> str:
-    """A file name; the checksum tells titles apart that differ in signs alone."""
+    """Return a file name. Its checksum distinguishes titles that differ in punctuation alone."""
     words = "".join(ch if ch.isalnum() else "-" for ch in title.lower()).strip("-")
     return f"{words}-{zlib.crc32(title.encode()):08x}"
 
@@ -110,9 +110,9 @@ def _same_settings(config: dict[str, Any], folder: Path) -> None:
 
 
 def _train(config: dict[str, Any], folder: Path) -> None:
-    """`pseuzo train` in a process of its own. What a killed one left behind is removed first."""
+    """Run `pseuzo train` in a process of its own, after removing what a killed one left behind."""
     if folder.exists():
-        # It may still be at work, where the comparison alone was killed: then it is refused.
+        # Where only the comparison was killed, its run may still be going: then claim refuses.
         with claim(folder, "train"):
             pass
         shutil.rmtree(folder)
@@ -139,18 +139,19 @@ def _train(config: dict[str, Any], folder: Path) -> None:
 
 
 def summarise(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per method: the test metric after all forwards, the dev metric then and when the quickest
-    method was done."""
+    """Return for each method the test metric after all forwards, and the dev metric then and at the
+    time at which the quickest method was done."""
     seconds = {
-        title: float(np.mean([r["train_seconds"] for r in of])) for title, of in runs.items()
+        title: float(np.mean([r["train_seconds"] for r in results]))
+        for title, results in runs.items()
     }
     least = min(seconds.values())
     rows = {}
-    for title, of in runs.items():
-        metric = of[0]["metric"]
-        test = [r["test"][metric] for r in of]
-        dev = [curve(r, "forwards", f"eval_{metric}")[1][-1] for r in of]
-        at_time = [_at(curve(r, "train_seconds", f"eval_{metric}"), least) for r in of]
+    for title, results in runs.items():
+        metric = results[0]["metric"]
+        test = [r["test"][metric] for r in results]
+        dev = [curve(r, "forwards", f"eval_{metric}")[1][-1] for r in results]
+        at_time = [_at(curve(r, "train_seconds", f"eval_{metric}"), least) for r in results]
         rows[title] = {
             "test": test,
             "test_mean": float(np.mean(test)),
@@ -160,11 +161,11 @@ def summarise(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, A
             "dev_at_equal_time": float(np.mean(at_time)),
             "equal_seconds": least,
             "seconds": seconds[title],
-            "steps": of[0]["steps"],
-            "forwards": of[0]["forwards"],
-            "lr": of[0]["lr"],
-            "eps": of[0]["eps"],
-            "peak_memory_mib": float(np.mean([r["peak_memory_mib"] for r in of])),
+            "steps": results[0]["steps"],
+            "forwards": results[0]["forwards"],
+            "lr": results[0]["lr"],
+            "eps": results[0]["eps"],
+            "peak_memory_mib": float(np.mean([r["peak_memory_mib"] for r in results])),
         }
     return rows
 
@@ -174,14 +175,14 @@ def _std(values: list[float]) -> float:
 
 
 def _at(curve: tuple[list[float], list[float]], x: float) -> float:
-    """The last value at or before x (with what clocks differ by)."""
+    """Return the last value at or before x, with a tolerance for the noise of clocks."""
     xs, ys = curve
     before = [y for at, y in zip(xs, ys, strict=True) if at <= 1.02 * x]
     return before[-1] if before else ys[0]
 
 
 def columns(summary: dict[str, Any]) -> list[str]:
-    """The head of the table that cells() makes the rows of."""
+    """Return the head of the table whose rows cells() makes."""
     metric, least = (
         summary["metric"],
         min(row["equal_seconds"] for row in summary["methods"].values()),
@@ -198,7 +199,7 @@ def columns(summary: dict[str, Any]) -> list[str]:
 
 
 def cells(title: str, row: dict[str, Any]) -> list[str]:
-    """A row of the summary as it is printed."""
+    """Return a row of the summary as it is printed."""
     return [
         title,
         f"{row['lr']:.2g}",
@@ -211,7 +212,7 @@ def cells(title: str, row: dict[str, Any]) -> list[str]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary as a table."""
+    """Return the summary as a table in Markdown."""
     head = columns(summary)
     lines = [
         head,

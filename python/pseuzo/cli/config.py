@@ -9,8 +9,8 @@ from pseuzo.cli.errors import Failure
 
 
 def configured(command: click.Command) -> click.Command:
-    """Adds --config FILE: a YAML mapping of the command's own options, which those on the command
-    line override."""
+    """Add --config FILE: a YAML mapping of the command's own options. Options on the command line
+    override it."""
 
     def read(context: click.Context, parameter: click.Parameter, file: Path | None) -> None:
         if file is None:
@@ -19,7 +19,7 @@ def configured(command: click.Command) -> click.Command:
 
         from pseuzo.files import parse_yaml
 
-        # every scalar as it is written: the options' own types read it, as on the command line
+        # Scalars stay text, which the options' own types parse as they do on the command line.
         try:
             config = parse_yaml(file, yaml.BaseLoader)
         except (OSError, ValueError) as error:
@@ -39,7 +39,7 @@ def configured(command: click.Command) -> click.Command:
                 continue
             try:
                 value = _from_yaml(p, value)
-                # Whether a path exists is asked if the command line does not override it.
+                # click checks that a path exists, unless the command line overrides it.
                 if value is not None and not isinstance(p.type, click.Path):
                     p.type_cast_value(context, value)
             except (click.BadParameter, ValueError) as error:
@@ -60,8 +60,8 @@ def configured(command: click.Command) -> click.Command:
 
 
 def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:
-    """A value of a file as the text that the command line would have; None: as if it were not
-    there."""
+    """Return a value of the file as the text that a command line would have; None if it leaves the
+    option unset."""
     values = value if isinstance(value, list) and p.multiple else [value]
     if not all(isinstance(v, str) for v in values):
         raise ValueError(
@@ -69,7 +69,7 @@ def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:
             if p.multiple
             else "one plain value expected, not a list"
         )
-    if p.name == "resume":  # true: from the last checkpoint
+    if p.name == "resume":  # true means from the last checkpoint
         on = {"true": "auto", "yes": "auto", "on": "auto", "false": None, "no": None, "off": None}
         return on.get(value.lower(), value)
     if not p.is_flag and any(v.lower() in ("true", "false") for v in values):

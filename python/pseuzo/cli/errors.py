@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-FULL = (  # what errors of writing say, in the system's words, which safetensors has too, or torch's
+FULL = (  # texts of errors of writing: the system's, which safetensors repeats, and torch's
     *(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
     "PytorchStreamWriter failed writing",
     "iostream error",
@@ -23,15 +23,15 @@ class Failure(click.ClickException):
 
     exit_code = 2
 
-    def __init__(self, sentence: str):  # which may quote a file of any size
+    def __init__(self, sentence: str):  # the sentence may quote a file of any size
         super().__init__(
             sentence if len(sentence) <= 2000 else f"{sentence[:1500]} ... {sentence[-400:]}"
         )
 
 
 def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
-    """Refusals become one sentence and exit code 2, an interruption 130. PSEUZO_DEBUG=1 shows where
-    they came from."""
+    """Turn a refusal into one sentence and exit code 2, and an interrupt into exit code 130.
+    PSEUZO_DEBUG=1 shows the traceback of a refusal."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -50,12 +50,13 @@ def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
 
 
 def _was_interruption(error: BaseException | None) -> bool:
-    """Or came of one: Transformers makes an ImportError of a Ctrl-C during its imports."""
+    """Return whether the error is an interrupt or was caused by one: Transformers turns a Ctrl-C
+    during its imports into an ImportError."""
     return any(isinstance(e, KeyboardInterrupt) for e in _chain(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it came of."""
+    """Yield the error, then its cause, then the cause of that, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -64,7 +65,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What to tell of an error that is the user's to mend; None: a bug, or click's own."""
+    """Return the sentence for an error that the user can fix; None for a bug, and for click's own
+    errors."""
     import yaml
     from safetensors import SafetensorError
 
@@ -73,7 +75,7 @@ def _sentence(error: BaseException) -> str | None:
     if full := next(
         (str(e) for e in _chain(error) if any(words in str(e) for words in FULL)), None
     ):
-        then = "; then --resume goes on with the run" if "resume" in has else ""
+        then = "; then --resume continues the run" if "resume" in has else ""
         full = " ".join(full.split())
         return f"the disk is full, or a limit on files was hit ({full}): make room{then}"
     memory = ("out of memory", "can't allocate memory", "not enough memory")
@@ -107,7 +109,8 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _module(error: BaseException) -> str:
-    """The module that an error comes from; of an op's, the one that calls the op."""
+    """Return the module that raised the error; where an op raised it, the module that called the
+    op."""
     at, found = error.__traceback__, ""
     while at is not None:
         name = at.tb_frame.f_globals.get("__name__", "")

@@ -1,8 +1,8 @@
 """The options of the commands.
 
-Those of training are made from the fields of `pseuzo.train.options.ZeroOrderOptions`, where their
-defaults, choices and help stand. This module adds what the command line alone has: model, task,
-data, tuning mode, and how long and how often.
+Those of training are made from the fields of `pseuzo.train.options.ZeroOrderOptions`, which define
+their defaults, choices and help. This module adds the options that only the command line has:
+model, task, data, tuning mode, the number of steps, and when to evaluate, save and log.
 """
 
 import math
@@ -19,7 +19,7 @@ from pseuzo.train.options import OPTIONS, Option
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
-SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
+SEED = click.IntRange(0, 2**32 - 1)  # every generator accepts these
 # Options of a tuning mode, which do nothing under another one.
 MODE_OPTIONS = {name: modes for name, (o, modes) in mode_options().items() if o.on_command_line}
 
@@ -62,7 +62,7 @@ class Device(click.ParamType):
 
 
 def options(*decorators: Callable) -> Callable:
-    """Several options as one decorator, in the order they are written."""
+    """Combine several options into one decorator, in the order in which they are written."""
 
     def add(command: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -79,13 +79,13 @@ def option(*names: str, **settings: Any) -> Callable:
 
 
 def setting_name(o: Option) -> str:
-    """The name of a training option among a command's settings."""
+    """Return the name of a training option among the settings of a command."""
     return o.flag_name.split("/")[0].removeprefix("--").replace("-", "_")
 
 
 def training_option(name: str, *more_help: str, **changes: Any) -> Callable:
-    """The option of a field of ZeroOrderOptions. more_help is added to its help; changes: what the
-    command line does otherwise, such as a default that it works out."""
+    """Make the option of a field of ZeroOrderOptions. more_help is appended to its help; changes
+    replaces what differs on the command line, such as a default that depends on the mode."""
     o = OPTIONS[name]
     settings: dict[str, Any] = {"help": " ".join((o.help, *more_help)), "metavar": o.flag.metavar}
     if o.type is bool and "/" not in o.flag_name:
@@ -109,20 +109,20 @@ def _type_of(o: Option) -> Any:
 
 
 def by_modes(field: str) -> str:
-    """A default of each tuning mode, as in `full 1e-7, lora 5e-5`."""
+    """List a default of each tuning mode, as in `full 1e-7, lora 5e-5`."""
     values = by_mode(field).items()
     return ", ".join(f"{name} {value:g}".replace("e-0", "e-") for name, value in values)
 
 
 def mode_option(o: ModeOption, modes: tuple[str, ...]) -> Callable:
-    """The option of a tuning mode."""
+    """Make the option of a tuning mode."""
     kind = click.IntRange(min=o.least) if isinstance(o.default, int) else Number(min=o.least)
     help = f"{o.help} For --mode {listed(modes, 'or')}."
     return option(flag(o.name), type=kind, default=o.default, help=help)
 
 
 def flag(name: str) -> str:
-    """The flag of a setting."""
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
@@ -276,7 +276,8 @@ PROBES = tuple(setting_name(o) for o in OPTIONS.values() if o.flag.probes)
 
 
 def unused(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Options that are given and do nothing: name -> the option that decides, and a sentence."""
+    """Find options that are given but have no effect. For each: the option that decides, and a
+    sentence."""
     found: dict[str, tuple[str, str]] = {}
     for name, conditions in APPLIES_TO.items():
         if name not in settings or settings[name] in (None, defaults[name]):

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """results.json of a run's folder. ValueError if it has none."""
+    """Read results.json of a run's folder. ValueError if it has none."""
     file = run / "results.json" if run.is_dir() else run
     try:
         results = json.loads(file.read_text())
@@ -39,7 +39,7 @@ def read_results(run: Path) -> dict[str, Any]:
 
 
 def _points(results: dict[str, Any], x: str, y: str) -> dict[float, tuple[float, float]]:
-    """(x, y) by step. A resumed run may have evaluated a step twice: the last counts."""
+    """Return (x, y) by step. If a resumed run evaluated a step twice, the last one counts."""
     rows = [row for row in results["history"] if row.get(x) is not None and y in row]
     points = {
         row.get("step", row[x]): (row[x], math.nan if row[y] is None else row[y]) for row in rows
@@ -48,7 +48,7 @@ def _points(results: dict[str, Any], x: str, y: str) -> dict[float, tuple[float,
 
 
 def curve(results: dict[str, Any], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The rows of the history that have both, the last one of each step; nan where y is null."""
+    """Return x and y of the rows that have both: the last row of each step, with nan for null."""
     points = _points(results, x, y).values()
     return [at for at, _ in points], [value for _, value in points]
 
@@ -56,7 +56,7 @@ def curve(results: dict[str, Any], x: str, y: str) -> tuple[list[float], list[fl
 def mean_and_spread(
     runs: Sequence[dict[str, Any]], x: str, y: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean and standard deviation of y over runs, at the steps that all of them have."""
+    """Return x, and the mean and standard deviation of y over runs, at the steps that all have."""
     points = [_points(run, x, y) for run in runs]
     steps = [step for step in points[0] if all(step in of_run for of_run in points)]
     table = np.array([[of_run[step] for step in steps] for of_run in points], dtype=float).reshape(
@@ -68,8 +68,8 @@ def mean_and_spread(
 
 
 def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], path: Path) -> None:
-    """One PNG: a line per name; several runs under one name are their mean, with their standard
-    deviation around it."""
+    """Draw one PNG with a line per name. Several runs under one name are drawn as their mean, with
+    their standard deviation around it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,7 +104,7 @@ def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], pat
     )
     axes[1].set(xlabel="seconds of training", ylabel=f"dev {', '.join(metrics)}")
     axes[2].set(xlabel="forward passes (a backward counts as two)", ylabel="training loss")
-    if axes[2].lines:  # there may have been no evaluation
+    if axes[2].lines:  # the other axes are empty if nothing was evaluated
         figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

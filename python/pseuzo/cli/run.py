@@ -1,10 +1,6 @@
-"""A training run from its settings: model, task, data, trainer, results. What `pseuzo train` and
-`pseuzo eval` do.
+"""`pseuzo train` and `pseuzo eval`: from settings to model, task, data, trainer and results.
 
-A run's folder: config.yaml (every setting, as resolved), results.json (figures and history),
-curves.png, model/ (what Transformers or peft loads), checkpoint-N/ (likewise, and to resume from);
-noise_on.json and lr.json where those were searched for; start/, a mode's first weights, where there
-is a journal; and .pseuzo, which says that it is ours.
+pseuzo.cli.folder says what a run writes into its folder.
 """
 
 import gc
@@ -62,7 +58,7 @@ from pseuzo_kernels import _C
 
 
 def model_path(name: str) -> str:
-    """The folder of the embedded model for its name, else the name itself."""
+    """Return the folder of the embedded model for its name, else the name itself."""
     if name != EMBEDDED:
         return name
     from pseuzo.demo.run import ASSETS
@@ -71,7 +67,7 @@ def model_path(name: str) -> str:
 
 
 class Run:
-    """Task, data and model of one run. c: its settings, the options of `pseuzo train`."""
+    """Holds the task, the data and the model of one run. c: the options of `pseuzo train`."""
 
     def __init__(self, c: dict[str, Any]):
         self.c = c
@@ -87,9 +83,9 @@ class Run:
         self.tokenizer: Any = None
 
     def model(self) -> torch.nn.Module:
-        """The model as it starts, in its tuning mode; the data too, the first time."""
+        """Load the model and put it in its tuning mode; the first call also makes the data."""
         c = self.c
-        # a trainer and its callbacks hold each other, and the model of the trial before
+        # A trainer and its callbacks refer to each other, and keep the model of the last trial.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -108,7 +104,7 @@ class Run:
         return model
 
     def part(self, split: str, most: int | None = None) -> TaskData:
-        """The first examples of a split (all of them if most is None), as the model's tokens."""
+        """Return the first examples of a split (all if most is None) as the model's tokens."""
         return TaskData(
             self.examples[split][:most],
             self.task,
@@ -147,8 +143,8 @@ class Run:
             disable_tqdm=c["quiet"],
             dataloader_pin_memory=c["device"] != "cpu",
         )
-        # the Trainer saves a collator's tokenizer with each checkpoint; as processing_class it
-        # would also write the tokenizer's special tokens into the model's config
+        # The Trainer saves the tokenizer of a collator with each checkpoint. As processing_class,
+        # it would also have its special tokens written into the model's config.
         collate = partial(self.data["train"].collate)
         collate.tokenizer = self.tokenizer
         trainer = PseuZOTrainer(model, args, collate, self.data["train"], self.data["dev"])
@@ -163,8 +159,8 @@ def _task(c: dict[str, Any]) -> Task:
 
 
 def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
-    """data.fit of what is trained on or measured, and a line on stderr if prompts lost their
-    beginning."""
+    """Return data.fit of what is trained on or measured, and print a line on stderr if prompts lost
+    their beginning."""
     fit = data.fit(data.train_on if split == "train" else None)
     if fit["cut_prompts"]:
         many = f"{fit['cut_prompts']} of {len(data)} prompts of the {split} split were too long"
@@ -177,8 +173,8 @@ def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
 
 
 def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
-    """Tokens of a sequence: wanted, or 2048 at most. ValueError if the model has not so many
-    positions, less those of a learned prefix."""
+    """Return the largest number of tokens of a sequence: wanted, or at most 2048. ValueError if the
+    model, without the positions of a learned prefix, has fewer than wanted."""
     adapter = getattr(model, "active_peft_config", None)
     reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(
@@ -191,8 +187,8 @@ def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
 
 
 def check_integrations(names: Collection[str]) -> None:
-    """ValueError unless each of Transformers' integrations, by the names of --report-to, can be
-    reported to here."""
+    """Raise ValueError unless each integration of Transformers that --report-to names works
+    here."""
     if list(names) in (["all"], ["none"]):
         return
     # This raises ValueError for unknown names.
@@ -201,19 +197,19 @@ def check_integrations(names: Collection[str]) -> None:
     for name, callback in callbacks:
         if name not in installed:
             try:
-                callback()  # which raises what the Trainer would raise after the model was loaded
+                callback()  # raises now what the Trainer would raise after loading the model
             except (ImportError, RuntimeError) as error:
                 raise ValueError(f"--report-to {name}: {' '.join(str(error).split())}") from None
 
 
 def resolve(c: dict[str, Any]) -> dict[str, Any]:
-    """The settings with every default filled in. ValueError for those that cannot be."""
+    """Fill in every default. ValueError for settings that cannot be used."""
     c = dict(c)
     if _C:
-        _C.cpu_isa()  # refuses a PSEUZO_CPU_ISA that this CPU has not
+        _C.cpu_isa()  # refuses a PSEUZO_CPU_ISA that this CPU does not have
     zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
-    if c["eps"] is None and (zeroth or placed):  # a first-order run probes with it, and no more
+    if c["eps"] is None and (zeroth or placed):  # a first-order run needs it for probing alone
         c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, zeroth and placed
     if c["lr"] is None:
         # The size of a step that is free of the slope has no equal change of the loss to keep.
@@ -226,7 +222,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     check_integrations(c["report_to"])
     c["device"] = str(usable_device(c["device"]))
     if c["journal"]:
-        # In config.yaml it must not depend on the present folder.
+        # The path in config.yaml must not depend on the current folder.
         c["journal"] = os.path.abspath(c["journal"])
     if c["capture"]:
         check_device("--capture", torch.device(c["device"]))
@@ -252,7 +248,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(c: dict[str, Any]) -> dict[str, Any]:
-    """Run `pseuzo train` with settings c; its results, as written to results.json."""
+    """Run `pseuzo train` with settings c. Return the results, as written to results.json."""
     c = resolve(c)
     output = Path(c["output"])
     with start_folder(output, c["resume"]) as (resume, run_id):
@@ -267,7 +263,7 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     journal = Path(c["journal"]) if c["journal"] else None
     trainer = None
     try:
-        # Nobody else may take the journal while a model loads.
+        # The lock keeps other runs from taking the journal while the model loads.
         with held(journal) if journal else nullcontext():
             run = Run(c)
             if c["lr"] == "auto":
@@ -277,10 +273,10 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
             model = run.model()
             begins_anew = not MODES[c["mode"]].starts_from_base
             if c["journal"] and begins_anew and not (output / "start").exists():
-                # A replay of the journal begins with this model.
+                # A replay of the journal starts from this model.
                 save_model(model, run.tokenizer, output / "start")
             trainer = run.trainer(model, output)
-            trainer.create_optimizer()  # refused here, before the folder is that of a run
+            trainer.create_optimizer()  # raises before config.yaml marks the folder as a run's
             if plan := getattr(trainer.zero_order, "schedule", Schedule()).plan():
                 print(plan, flush=True)
             write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
@@ -292,7 +288,7 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
         if new and not (trainer and trainer.state.global_step):
             undo(output, made, journal, run_id)
         raise
-    peak = peak_memory(c["device"])  # of the steps and the evaluations between them
+    peak = peak_memory(c["device"])  # covers the steps and the evaluations between them
     figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
     if not math.isfinite(figures["loss"]):
         print(
@@ -303,7 +299,7 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     results = _results(run, trainer, outcome.global_step, figures, peak)
     save_model(model, run.tokenizer, output / "model")
     write_json(output / "results.json", results)
-    written = read_json(output / "results.json")  # what is not finite is null there
+    written = read_json(output / "results.json")  # there, numbers that are not finite are null
     plot_runs({output.name: written}, output / "curves.png")
     return results
 
@@ -337,8 +333,7 @@ def _results(
 
 
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
-    """Run `pseuzo eval`: zero-shot, or with `shots` examples of the training rows before every
-    prompt."""
+    """Run `pseuzo eval`: zero-shot, or with `shots` training rows before every prompt."""
     task = _task(c)
     examples = task.load(
         c["data"],
@@ -361,15 +356,15 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         used = f"{fit['shots_mean']:.1f} on average, {fit['shots_least']} at least"
         room = f"{len(examples['train'])} training rows, {data.max_length} tokens"
         print(
-            f"of {c['shots']} shots, before a prompt were {used}: there are {room}",
+            f"--shots {c['shots']}: a prompt has {used}, as there are {room}",
             file=sys.stderr,
             flush=True,
         )
     figures = evaluate(model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"])
     if not math.isfinite(figures["loss"]):
         print(
-            f"the loss on the test rows is {figures['loss']}: the model's logits are not finite, "
-            "as after a run that diverged; null stands for it in the figures",
+            f"the loss on the test rows is {figures['loss']}, as the model's logits are not finite "
+            "(its run may have diverged); the figures have null in its place",
             file=sys.stderr,
             flush=True,
         )

@@ -15,20 +15,21 @@ from pseuzo.train.noise_on import PLACEMENT_FILE
 if TYPE_CHECKING:
     from pseuzo.cli.run import Run
 
-EVALUATED = 200  # dev examples of a trial
-TRIALS = 10  # the most rates on the way up or down
+EVALUATED = 200  # the number of dev examples of a trial
+TRIALS = 10  # the largest number of rates on the way up or down
 
 
 def search_lr(run: Run, output: Path) -> dict[str, Any]:
-    """A rate for the run by short trials from the same start, a tenth of its steps long (20 to
-    200), judged by the loss on at most 200 dev examples.
+    """Find a rate for the run by short trials from the same start. A trial has a tenth of the run's
+    steps (20 to 200), and is judged by the loss on at most 200 dev examples.
 
-    Rates go up by a factor of 2 until a trial ends above where it began. What a short run survives,
-    a long one may not: of the rates at most a quarter of the largest that survived, the one with
-    the least loss is taken. They begin from the curvature T along the noise, which a few forward
-    passes measure: for a quadratic loss the best rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg),
-    nearly 1 / T; the first trial takes an eighth of that. Where a step is not a slope times the
-    rate (first order, evolution, fzoo), they begin at the default rate, and the factor is 4.
+    Rates go up by a factor of 2 until a trial ends with a larger loss than it started with. A long
+    run may diverge at a rate that a short one survives, so the rate with the least loss is chosen
+    among those up to a quarter of the largest that survived. The first rate comes from the
+    curvature T along the noise, which a few forward passes measure: for a quadratic loss the best
+    rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T, and the first trial takes an eighth
+    of that. Where a step is not a slope times the rate (first order, evolution, fzoo), the first
+    rate is the default, and the factor is 4.
     """
     c = run.c
     steps = min(max(20, c["steps"] // 10), 200)
@@ -45,7 +46,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     else:
         raise ValueError(
             "--lr auto: the loss does not curve upwards along the noise "
-            f"({found['curvature']:.3g}), so there is no scale to begin from; give --lr, or "
+            f"({found['curvature']:.3g}), so there is no scale to start from; give --lr, or "
             "another --eps"
         )
     own = {"scale_lr": False, "scale_eps": False, "journal": None}
@@ -60,7 +61,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     file, request = output / LR_FILE, plain(c) | chosen
     before = read_json(file) if file.exists() else {}
     trials: dict[float, float] = {}
-    if before.get("request") == request:  # of a search that was killed
+    if before.get("request") == request:  # a search that was killed has made these
         trials = {
             float(lr): math.inf if loss is None else loss for lr, loss in before["trials"].items()
         }

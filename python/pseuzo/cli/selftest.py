@@ -1,4 +1,5 @@
-"""What pseuzo info tests: the ops of this machine against the reference, in a second or two."""
+"""The self-test of pseuzo info: compares the ops of this machine with the reference, in a second or
+two."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,8 +13,8 @@ BITS, ROUNDED = "same bits as the reference", "as the reference, but for roundin
 
 
 def checks(devices: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """For each op and device: what was tested, how it should agree with the reference, and whether
-    it does."""
+    """Yield for each op and device what was tested, how it should agree with the reference, and
+    whether it does."""
     for device in devices:
         for noise in ("hadamard", "hadamard-fp16", "rademacher"):
             x = torch.linspace(-1, 1, 50_000).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Settings that are read from a command line, and checks of them before anything is loaded."""
+"""Reads settings from a command line, and checks them before anything is loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +16,9 @@ COMPARED = {"steps", "seed", "eval_every", "save_every", "keep", "quiet", "journ
 
 
 def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """ValueError for an option that does nothing. One of a --config whose method (or mode) the
-    command line overrides was not meant for this one: it is left out, and a line says so."""
+    """Raise ValueError for an option that has no effect. An option of --config whose method (or
+    mode) the command line overrides was meant for the other one: it is left out, and a line says
+    so."""
     source = click.get_current_context().get_parameter_source
     file, line = click.core.ParameterSource.DEFAULT_MAP, click.core.ParameterSource.COMMANDLINE
     for name, (decides, sentence) in unused(settings, defaults).items():
@@ -28,7 +29,7 @@ def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> N
 
 
 def check_combination(settings: Mapping[str, Any]) -> None:
-    """ValueError for options of one run that do not go together."""
+    """Raise ValueError for options of one run that exclude each other."""
     method = settings["method"]
     options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
     why = METHODS[method].refusal(
@@ -58,7 +59,7 @@ def check_combination(settings: Mapping[str, Any]) -> None:
 
 
 def check_journal(settings: Mapping[str, Any]) -> None:
-    """ValueError before a model is loaded, if the journal cannot be written."""
+    """Raise ValueError, before a model is loaded, if the journal cannot be written."""
     journal, output = settings["journal"], settings["output"]
     if journal is None:
         return
@@ -84,17 +85,20 @@ def check_journal(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--journal {journal}: the run writes {journal.name} itself; choose another name"
         )
-    goes_on = settings["resume"] and (output / "config.yaml").exists()
-    if not goes_on and journal.exists() and journal.stat().st_size:
+    resumes = settings["resume"] and (output / "config.yaml").exists()
+    if not resumes and journal.exists() and journal.stat().st_size:
         raise ValueError(
-            f"--journal {journal} exists already; choose another file, or --resume to go on with "
-            "its run"
+            f"--journal {journal} exists already; choose another file, or resume its run with "
+            "--resume"
         )
 
 
 def take_rows_of_run(settings: dict[str, Any]) -> None:
-    """Of a task in one file, other options would draw test rows that the run was trained on, or ask
-    in another way: its own are the defaults, and a line says so."""
+    """Make the options of the run in whose folder the model is the defaults, and print a line.
+
+    With other options, a task in one file would give test rows that the run was trained on, or ask
+    them in another way.
+    """
     from pseuzo.cli.folder import rows_of_run
 
     found = rows_of_run(settings["model"], settings["task"], settings["data"])
@@ -123,7 +127,7 @@ def take_rows_of_run(settings: dict[str, Any]) -> None:
 
 
 def read_method(text: str, options: Mapping[str, click.Parameter]) -> tuple[str, dict[str, Any]]:
-    """NAME:KEY=VALUE,... as a title and settings, read as pseuzo train would read them."""
+    """Parse NAME:KEY=VALUE,... into a title and settings, as pseuzo train would read them."""
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"--methods: {name!r} is not a method; known: {', '.join(METHODS)}")
@@ -151,8 +155,8 @@ def read_method(text: str, options: Mapping[str, click.Parameter]) -> tuple[str,
 def share(
     settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
-    """Options given for all methods go to those that they are for. ValueError for one that is for
-    none of them, and for methods that cannot be run."""
+    """Give each method the options for all methods that apply to it. ValueError for an option that
+    applies to none, and for methods that cannot be run."""
     import torch
 
     from pseuzo.perturb.graphs import check_device

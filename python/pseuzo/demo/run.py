@@ -1,9 +1,8 @@
 """The demo: a pretrained OPT of a million parameters learns to tell code from docstring prose, by
 forward passes alone.
 
-Four ways from the same start, the same batches and the same number of forward passes, each with its
-own learning rate, as tuned on the validation lines. What each of them does is in METHODS; what was
-measured is in the README.
+The four METHODS get the same start, the same batches and the same number of forward passes. Each
+has its own learning rate, which was tuned on the validation lines. The README has measured results.
 """
 
 import itertools
@@ -29,7 +28,7 @@ from pseuzo.tasks import TaskData, evaluate, load_task
 
 ASSETS = resources.files("pseuzo.demo") / "assets"
 EVALUATE_EVERY = 50  # steps
-POSITIONS = 128  # tokens, of the model
+POSITIONS = 128  # the most tokens that the model takes
 
 
 @dataclass
@@ -65,7 +64,7 @@ METHODS = (
 
 @dataclass
 class Demo:
-    """The embedded model's folder, and the lines as its tokens."""
+    """Holds the folder of the embedded model, its tokenizer, and the lines as its tokens."""
 
     model_folder: Path
     tokenizer: Any
@@ -87,7 +86,7 @@ def load() -> Demo:
 
 
 def batches(data: TaskData, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Without end, epoch after epoch; whole ones only."""
+    """Yield whole batches without end, epoch after epoch."""
     sampler = data.sampler(size, seed)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -105,7 +104,7 @@ def train(
     device: torch.device,
     log: Callable[[dict], None],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Fine-tune from the pretrained model; the model and its figures. log gets a row every
+    """Fine-tune from the pretrained model. Return the model and its figures. log gets a row every
     EVALUATE_EVERY steps."""
     reset_peak(device)
     model = AutoModelForCausalLM.from_pretrained(demo.model_folder).to(device)
@@ -158,7 +157,7 @@ def train(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Validation accuracy and training loss over forward passes."""
+    """Draw validation accuracy and training loss over forward passes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,8 +180,8 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(
     out: Path, methods: list[str], steps: int, batch_size: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """The demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out; returns the
-    summary. ValueError if files are in it that no demo wrote."""
+    """Run the demo. Writes metrics.jsonl, curves.png, summary.json and model/ into out, and returns
+    the summary. ValueError if out has files that no demo wrote."""
     with claim(out, "demo"):
         return _run(out, methods, steps, batch_size, seed, device)
 
@@ -229,7 +228,7 @@ def _run(
             )
             model, figures = train(method, demo, steps, batch_size, seed, device, log)
             summary["methods"][method.name] = {"test_accuracy_before": start["test"], **figures}
-            # chosen on the validation lines, the test lines are for the report
+            # The model is chosen on the validation lines; the test lines are for the report.
             if rows[-1]["val_accuracy"] > best[0]:
                 best = (rows[-1]["val_accuracy"], method.name)
                 save_model(model, demo.tokenizer, out / "model")

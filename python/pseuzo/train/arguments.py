@@ -9,8 +9,8 @@ from pseuzo.machine import refuse_replicas
 from pseuzo.train.methods import METHODS, OF_METHOD, ZEROTH_ORDER, with_defaults
 from pseuzo.train.options import OPTIONS, ZeroOrderOptions
 
-# Arguments of Transformers that would have no effect or another one: under which methods, and what
-# to do instead.
+# Arguments of Transformers that would have no effect, or another effect: the methods for which this
+# holds, the arguments, and what to do instead.
 ANY = tuple(METHODS)
 UNUSED = (
     (ANY, ("optim", "optim_args", "optim_target_modules"), "the optimizer is the method's"),
@@ -86,7 +86,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 value = getattr(self, name)
                 if value and value != usual[name]:
                     raise ValueError(
-                        f"{name}={value} does not go with method {self.method}: {instead}"
+                        f"{name}={value} cannot be used with method {self.method}: {instead}"
                     )
 
     def _refuse_of_other_methods(self, name: str) -> None:
@@ -98,15 +98,15 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             )
 
     def refuse(self) -> None:
-        """Raise ValueError for arguments that do not go with the method or with each other.
+        """Raise ValueError for arguments that exclude the method or each other.
 
-        The trainer calls it again: arguments may be assigned after they were made.
+        The trainer calls this again, since arguments may be assigned after they were made.
         """
         self._refuse_unused()
         refuse_replicas(f"method {self.method}", self.world_size)
         if self.n_gpu > 1:
             raise ValueError(
-                f"{self.method} runs on one GPU, {self.n_gpu} were given; set "
+                f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
         for name in ("journal", "capture", "objective", "weights", "split_batch"):

@@ -1,10 +1,10 @@
-"""Checkpoints of a Trainer that are known to be whole: checksums of their files, written last.
+"""Checks that a checkpoint is whole, by checksums of its files that are written last.
 
 The file checksums.json of a checkpoint holds the size and the CRC-32 of every other file. It is
-made empty before the first of them is written, and filled in when all are on the disk. So a
-checkpoint that was cut short by a kill or by a loss of power, or that was damaged later, is told
-from a whole one before anything is loaded. Checkpoints without that file, as the stock Trainer
-writes them, are judged by the structure of their files alone.
+created empty before the first of them is written, and filled in when all are on the disk. So a
+checkpoint that a kill or a loss of power cut short, or that was damaged later, is recognised before
+anything is loaded. A checkpoint without that file, as the stock Trainer writes it, is judged by the
+structure of its files alone.
 """
 
 import json
@@ -20,18 +20,18 @@ from pseuzo.files import sync, sync_tree, write_atomically
 
 MANIFEST = "checksums.json"
 CHUNK = 1 << 20  # bytes read at a time
-_WEIGHTS = ("model", "adapter_model")  # what the names of files of weights begin with
+_WEIGHTS = ("model", "adapter_model")  # prefixes of the names of weight files
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a checkpoint, which does not count until it is sealed."""
+    """Make the folder of a checkpoint, which is not whole until it is sealed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).touch()
     sync(folder)
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of a checkpoint when all its files are on the disk."""
+    """Write the checksums of a checkpoint, once all its files are on the disk."""
     sync_tree(folder)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / MANIFEST]
     sums = {
@@ -42,10 +42,10 @@ def seal(folder: Path) -> None:
 
 
 def checksum(file: Path) -> str:
-    """CRC-32 of a file.
+    """Return the CRC-32 of a file.
 
     One core reads and sums 2.5 GB/s, twice as much as with SHA-256 in hardware. CRC-32 finds every
-    flipped bit, and misses one in 2^32 of other damages.
+    single flipped bit, and misses other damage in one of 2^32 cases.
     """
     crc, buffer = 0, memoryview(bytearray(CHUNK))
     with open(file, "rb", buffering=0) as opened:
@@ -55,9 +55,9 @@ def checksum(file: Path) -> str:
 
 
 def flaw(folder: Path, *, weights_alone: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole.
+    """Say in words what is wrong with a checkpoint; None if it is whole.
 
-    weights_alone: look at its weights and nothing else.
+    weights_alone: check its weights and nothing else.
     """
     if not folder.is_dir():
         return "it is not there"
@@ -69,7 +69,7 @@ def flaw(folder: Path, *, weights_alone: bool = False) -> str | None:
         return "it has no weights"
     try:
         for file in weights:
-            with safe_open(file, "pt"):  # which compares the file with its header
+            with safe_open(file, "pt"):  # opening compares the file with its header
                 pass
         if not weights_alone:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -104,13 +104,13 @@ def _against_manifest(folder: Path, weights_alone: bool) -> str | None:
 
 
 def step_of(folder: str | Path) -> int | None:
-    """The step of a checkpoint, by its name."""
+    """Return the step of a checkpoint, which its name gives; None if it is no such name."""
     prefix, _, step = Path(folder).name.rpartition("-")
     return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit() else None
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint of a run, or None. Prints what is wrong with newer ones."""
+    """Return the newest whole checkpoint of a run, or None. Print what is wrong with newer ones."""
     found = [
         f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(f) is not None
     ]
@@ -118,5 +118,5 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         wrong = flaw(folder)
         if wrong is None:
             return str(folder)
-        print(f"{folder} is passed over: {wrong}", flush=True)
+        print(f"{folder} is skipped: {wrong}", flush=True)
     return None

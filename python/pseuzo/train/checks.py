@@ -1,4 +1,4 @@
-"""What PseuZOTrainer checks of its arguments before the model is prepared."""
+"""Checks of PseuZOTrainer's arguments, made before the model is prepared."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ NOT_TAKEN = {  # arguments of Transformers' Trainer, and what to do instead
         "the optimizer is that of args.method, or give optimizers=(optimizer, None)"
     ),
 }
-WITH_TASK_DATA = {  # the only values that these may have with a TaskData
+WITH_TASK_DATA = {  # the only values that these may have when the data is a TaskData
     "compute_metrics": None,
     "preprocess_logits_for_metrics": None,
     "remove_unused_columns": False,
@@ -24,7 +24,7 @@ WITH_TASK_DATA = {  # the only values that these may have with a TaskData
 
 
 def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
-    """given: the further arguments of the trainer."""
+    """Raise for arguments that the trainer does not support. given: its further arguments."""
     if not isinstance(args, PseuZOTrainingArguments):
         raise TypeError(
             f"PseuZOTrainer: args must be PseuZOTrainingArguments, got {type(args).__name__}"
@@ -35,7 +35,7 @@ def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
 
 
 def task_data(train_dataset: Any, eval_dataset: Any) -> TaskData | None:
-    """The TaskData among the data sets, None if there is none; ValueError if only some are."""
+    """Return the TaskData among the data sets, or None. ValueError if only some are TaskData."""
     some = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     given = [d for d in (train_dataset, *some) if d is not None]
     data = next((d for d in given if isinstance(d, TaskData)), None)
@@ -47,11 +47,11 @@ def task_data(train_dataset: Any, eval_dataset: Any) -> TaskData | None:
 
 
 def check_task_data(args: PseuZOTrainingArguments, given: Mapping[str, Any]) -> None:
-    """ValueError for arguments that do nothing with a TaskData."""
+    """Raise ValueError for arguments that have no effect with a TaskData."""
     for name, only in WITH_TASK_DATA.items():
         if (given.get(name) if only is None else getattr(args, name)) != only:
             raise ValueError(
-                f"PseuZOTrainer: {name} does nothing with a TaskData, which makes its own batches "
+                f"PseuZOTrainer: {name} has no effect with a TaskData, which makes its own batches "
                 "and is evaluated by its task's metric"
             )
 
@@ -80,7 +80,7 @@ def check_parts(args: PseuZOTrainingArguments, train_dataset: Any) -> None:
 def head_alone(model: Any) -> Iterator[None]:
     """Let Transformers train the output head of a quantised model, if nothing else is trained.
 
-    It allows adapters alone on such a model, but its head is not quantised.
+    Transformers allows only adapters on such a model, although its head is not quantised.
     """
     trained = set()
     if getattr(model, "is_quantized", False):

@@ -6,16 +6,17 @@
     replay("run.pzj", base_model)           # bit for bit the weights of the run, on any device
 
 Updates are defined to the bit (see pseuzo_kernels.reference), so the journal is the smallest
-checkpoint there is. With noise "normal" that holds on one backend; others agree to a few ulp of the
+possible checkpoint. With noise "normal" this holds on one backend; others agree to a few ulp of the
 noise.
 
-A record is in the file before the next step ends, so a crash of the process loses at most the last
-one. It is on the disk, where it outlasts a loss of power, at sync(), which PseuZOTrainer calls at
-every checkpoint, and between checkpoints as often as a hundredth of the time allows. A torn tail is
-recognised, and cut off on reopening. The records before a damaged one can be replayed.
+A record is in the file before the next step ends, so a crash of the process loses at most one. It
+reaches the disk, where it survives a loss of power, at sync(). PseuZOTrainer calls that at every
+checkpoint; between checkpoints the journal does so as often as a hundredth of the time allows. A
+torn tail is recognised, and cut off when the file is opened again. The records before a damaged one
+can be replayed.
 
-A journal belongs to one run: its header and the state of the optimizer carry the same identifier.
-No other run shortens or continues it, and it is locked while it is open.
+A journal belongs to one run: its header and the state of the optimizer hold the same identifier. No
+other run can shorten or continue it, and it is locked while it is open.
 """
 
 import json
@@ -51,31 +52,29 @@ from pseuzo.train.journal_file import (
 )
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
-SYNC_SHARE = 0.01  # the most of the time that may be spent waiting for the disk between checkpoints
+SYNC_SHARE = 0.01  # the largest share of the time to wait for the disk between checkpoints
 
 
 class Journal:
     """Appends a record for every step of the optimizer, from now on until close().
 
-    A new file begins with the weights as they are now: keep those (the base model). An existing
-    file is continued if it belongs to this optimizer: if the optimizer wrote it, or loaded the
-    state of one that did. Records of steps that the optimizer has not made, as after going back to
-    a checkpoint, and a torn or damaged tail after its steps are cut off, but never all records: it
-    raises JournalError if the optimizer has made no step and the file has any, or began with other
-    weights, and if the file belongs to another run, or another journal uses it. The same holds for
-    a state that the optimizer loads while the journal is open: its next step cuts the file, or
-    raises with nothing changed.
+    A new file starts from the present weights, so keep those: they are the base model. An existing
+    file is continued if this optimizer wrote it, or loaded the state of one that did. The journal
+    then cuts off a torn or damaged tail, and records of steps that the optimizer has not made, as
+    after a return to a checkpoint. It never cuts off all records: JournalError is raised if the
+    optimizer has made no step but the file has records or started from other weights, if the file
+    belongs to another run, or if another journal has it open. If the optimizer loads a state while
+    the journal is open, its next step does the same, or raises with nothing changed.
 
     A step also raises JournalError, with nothing changed, if anything but the optimizer wrote,
-    moved or converted a weight of the model since the last step, as a replay would not give these
-    weights. Loading a state into the optimizer says that the weights were loaded as well. Writes
-    that torch does not count are not noticed: those through .data or NumPy, and those to quantised
-    weights, or to parameters that were made in inference mode.
+    moved or converted a weight of the model since the last step, because a replay would not give
+    these weights. When the optimizer loads a state, the weights are taken to be loaded with it.
+    Writes through .data or NumPy are not noticed, nor are those to quantised weights or to
+    parameters that were made in inference mode, since torch does not count them.
 
     run: an identifier for the header of a new file, by default a random one. Raises ValueError for
-    an optimizer that has an open journal, over bare fp32 parameters, whose weights also carry the
-    rounding of their perturbations (give it `model=`), or with an exact_gradient group, whose
-    updates are no sum of seeds.
+    an optimizer that has an open journal, that has bare fp32 parameters (they also contain the
+    rounding of their perturbations; give it `model=`), or whose updates are not sums of seeds.
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder, *, run: str | None = None):
@@ -84,13 +83,13 @@ class Journal:
         self._position = {p: i for i, (_, p) in enumerate(_trained(optimizer))}
         self._layout = _layout(optimizer)
         self._pending: deque[tuple[Record, Fetched]] = deque()
-        # On a GPU a record waits for the next step, when its numbers have arrived.
+        # On a GPU a record is written in the next step, when its numbers have arrived.
         self._late = int(optimizer.device.type == "cuda")
         watched = optimizer.model.parameters() if optimizer.model is not None else self._position
         self._weights = _Watch(p for p in watched if not p.is_inference() and not holds_codes(p))
         self._file = hold(self.path)
         try:
-            # How long the file is, and the step of the next record in it. They change together.
+            # The length of the file, and the step of its next record. They change together.
             self._written = os.fstat(self._file.fileno()).st_size, optimizer.steps
             if self._written[0]:
                 self._continue()
@@ -116,12 +115,12 @@ class Journal:
             "base_sha256": self._fingerprint(),
         }
         self._append(MAGIC + framed(json.dumps(header).encode()), step)
-        self.optimizer.recorded_weights = None  # the marks are another journal's
+        self.optimizer.recorded_weights = None  # these marks belong to another journal
 
     def _continue(self) -> None:
-        """Cut off what the file holds of steps that the optimizer has not made.
+        """Cut off the records of steps that the optimizer has not made.
 
-        Raises JournalError if it is not this optimizer's file.
+        Raises JournalError if the file does not belong to this optimizer.
         """
         step, optimizer = self.optimizer.steps, self.optimizer
         with open(self.path, "rb") as file:
@@ -135,9 +134,9 @@ class Journal:
             if step == first:
                 if read_record(file, first) is not None:
                     raise JournalError(
-                        f"{self.path} holds {owner(self.path)[1]} step(s) already, which a run "
-                        "from its beginning would overwrite; choose a new file, delete this one, "
-                        "or resume its run from a checkpoint"
+                        f"{self.path} holds {owner(self.path)[1]} step(s) already, which a new run "
+                        "would overwrite; choose a new file, delete this one, or resume its run "
+                        "from a checkpoint"
                     )
                 if self._fingerprint() != header["base_sha256"]:
                     raise JournalError(
@@ -156,20 +155,20 @@ class Journal:
                     made, end = made + 1, file.tell()
             except JournalError as error:
                 raise JournalError(
-                    f"{error}, and the optimizer goes on with step {step}; resume from a "
+                    f"{error}, and the optimizer continues with step {step}; resume from a "
                     f"checkpoint of step {made} or before, or without this journal"
                 ) from None
         if made != step:
             ends = "ends before" if made < step else "begins with"
             raise JournalError(
-                f"{self.path} {ends} step {made}, the optimizer goes on with step {step}"
+                f"{self.path} {ends} step {made}, but the optimizer continues with step {step}"
             )
         if step > first:
             self.check_weights()
         else:
-            optimizer.recorded_weights = None  # the fingerprint says more than the marks
-        # An interrupt between these lines leaves journal_run as it was, or the steps unequal, so
-        # that the next prepare() does all of it again.
+            optimizer.recorded_weights = None  # the fingerprint checks more than the marks do
+        # An interrupt between these lines leaves the old journal_run, or unequal steps, so the next
+        # prepare() repeats all of it.
         self._file.truncate(end)
         self._written, self.run = (end, step), header["run"]
         optimizer.journal_run = self.run
@@ -189,28 +188,27 @@ class Journal:
         """
         if how := self._weights.changed(self.optimizer.recorded_weights):
             raise JournalError(
-                f"{self.path}: weights were {how} since the last step by something else than the "
-                "optimizer, so that a replay would not give them; load a checkpoint (weights and "
-                "optimizer), or close() this journal and begin a new one, of the weights as they "
-                "are"
+                f"{self.path}: weights were {how} since the last step by something other than the "
+                "optimizer, so a replay would not give them; load a checkpoint (weights and "
+                "optimizer), or close() this journal and start a new one from the present weights"
             )
 
     @property
     def _next(self) -> int:
-        """The first step that is not recorded yet."""
+        """Return the first step that is not recorded yet."""
         return self._pending[-1][0].step + 1 if self._pending else self._written[1]
 
     def prepare(self) -> None:
-        """Raise if the optimizer's next update cannot be recorded, before it touches a weight."""
+        """Raise if the next update cannot be recorded. Called before it touches the weights."""
         optimizer = self.optimizer
         if _changed(optimizer, self._layout):
             raise RuntimeError(
                 "Journal: the optimizer's groups, noise or rounding were changed since it was "
                 "opened; close it and open a new one"
             )
-        self._write_pending(self._late)  # there are more where the disk was full
+        self._write_pending(self._late)  # after a full disk, more records than usual are pending
         if optimizer.steps != self._next or optimizer.journal_run != self.run:
-            self._write_pending()  # a state was loaded
+            self._write_pending()  # the optimizer has loaded a state
             self._continue()
         self.check_weights()
 
@@ -226,8 +224,8 @@ class Journal:
         """Record an update that the optimizer has made.
 
         On a GPU the numbers are fetched without waiting, and written at the next step, sync() or
-        close(). A record that could not be written is kept, and no step is made before it is in the
-        file. An interrupted call may be made again: it records the step once.
+        close(). A record that could not be written stays pending, and no step is made before it is
+        in the file. An interrupted call can be repeated: the step is recorded once.
         """
         if step >= self._next:
             groups = [
@@ -246,17 +244,17 @@ class Journal:
         """Write the records that are not in the file yet, except the newest `late` ones."""
         while len(self._pending) > late:
             record, fetched = self._pending[0]
-            if record.step >= self._written[1]:  # else an interrupt came between the next two lines
+            if record.step >= self._written[1]:  # else an interrupt came before the popleft() below
                 record.seeds, record.coefs, found_inf = fetched.get()
                 record.skipped = bool(found_inf)
                 self._append(framed(record.pack()), record.step + 1)
             self._pending.popleft()
 
     def _append(self, part: bytes, step: int) -> None:
-        """Write all of a part, or nothing if that fails. step: that of the record after it."""
+        """Write all of a part, or nothing if that fails. step: the step of the record after it."""
         end, rest = self._written[0], memoryview(part)
         try:
-            self._file.seek(end)  # an interrupted call may have written some of it
+            self._file.seek(end)  # an interrupted call may have written a piece beyond the end
             while rest:
                 rest = rest[self._file.write(rest) :]
         except BaseException:
@@ -271,7 +269,7 @@ class Journal:
         self._sync_at = ended + (ended - began) / SYNC_SHARE
 
     def sync(self) -> None:
-        """Return when the records of all steps so far are on the disk, even after a loss of power.
+        """Return when the records of all steps so far would survive a loss of power.
 
         Warns if the file was removed or renamed since it was opened.
         """
@@ -279,13 +277,13 @@ class Journal:
         self._sync()
         if not is_at(self._file, self.path):
             warnings.warn(
-                f"{self.path} is not there any more: the run goes on recording in the file that "
-                "was removed or renamed",
+                f"{self.path} is not there any more: the run still records in the file that was "
+                "removed or renamed",
                 stacklevel=2,
             )
 
     def close(self) -> None:
-        """Write what is left to the disk, and leave the optimizer."""
+        """Write the pending records to the disk, and detach from the optimizer."""
         if self._file.closed:
             return
         try:
@@ -305,22 +303,22 @@ class Journal:
 
 
 class _Watch:
-    """Notices writes to weights: by their addresses, and by torch's counts of writes."""
+    """Notices writes to weights, by their addresses and by torch's counts of writes."""
 
     def __init__(self, weights: Iterable[Tensor]):
         self._weights = list(weights)
         self._places: list[int] = []
-        self._storages: list[torch.UntypedStorage] = []  # kept, so that no other gets their places
+        self._storages: list[torch.UntypedStorage] = []  # kept, so that addresses are not reused
 
     def _versions(self) -> list[int]:
         return list(map(attrgetter("_version"), self._weights))
 
     def marks(self) -> tuple[list[int], list[int]]:
-        """What changes when the weights do."""
+        """Return the addresses and counts, one of which changes if a weight does."""
         return self._places, self._versions()
 
     def changed(self, marks: tuple[list[int], list[int]] | None) -> str | None:
-        """How the weights changed since marks() gave these (None: there are none), or None."""
+        """Say how the weights changed since marks() returned these; None if they did not."""
         places = list(map(Tensor.data_ptr, self._weights))
         if marks not in (None, (places, self._versions())):
             return "written" if places == marks[0] else "moved or converted, as by model.to(...),"
@@ -334,12 +332,12 @@ class _Watch:
 
 
 def _trained(optimizer: ZeroOrder) -> list[tuple[int, nn.Parameter]]:
-    """The parameters of the optimizer, each with the number of its group."""
+    """List the parameters of the optimizer, each with the number of its group."""
     return [(i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
 
 
 def _check(optimizer: ZeroOrder) -> None:
-    """ValueError if the updates of the optimizer cannot be recorded."""
+    """Raise ValueError if the updates of the optimizer cannot be recorded."""
     if optimizer.journal is not None:
         raise ValueError(
             f"Journal: the optimizer writes {optimizer.journal.path} already; close() that one "
@@ -351,17 +349,17 @@ def _check(optimizer: ZeroOrder) -> None:
         )
     if not optimizer.recordable:
         raise ValueError(
-            f"Journal: the updates of {type(optimizer).__name__} are no sums of seeds; leave the "
+            f"Journal: the updates of {type(optimizer).__name__} are not sums of seeds; leave the "
             "journal out"
         )
     if any(group["exact_gradient"] for group in optimizer.param_groups):
         raise ValueError(
-            "Journal: updates by exact_gradient are no seeds; leave out that or the journal"
+            "Journal: updates by exact_gradient are not sums of seeds; leave out one of the two"
         )
 
 
 def _changed(optimizer: ZeroOrder, layout: dict[str, Any]) -> bool:
-    """Whether the optimizer can no longer be recorded in a journal of this layout."""
+    """Return whether the optimizer can no longer be recorded in a journal of this layout."""
     now = {
         "noise": optimizer.noise,
         "rounding": optimizer.rounding,
@@ -372,7 +370,7 @@ def _changed(optimizer: ZeroOrder, layout: dict[str, Any]) -> bool:
 
 
 def _layout(optimizer: ZeroOrder) -> dict[str, Any]:
-    """The part of the header that says which model and settings a journal is for."""
+    """Return the part of the header that says which model and settings a journal is for."""
     model, trained = optimizer.model, _trained(optimizer)
     names = {p: n for n, p in model.named_parameters()} if model is not None else {}
     params = [
@@ -385,7 +383,7 @@ def _layout(optimizer: ZeroOrder) -> dict[str, Any]:
         }
         for i, (number, p) in enumerate(trained)
     ]
-    # The dtype of the model at large: adapters may have another than the weights they adapt.
+    # The dtype of the first weight: adapters may have another dtype than the weights they adapt.
     dtype = next(iter(names), trained[0][1]).dtype
     frozen = None if model is None else frozen_fingerprint(model, [p for _, p in trained])
     return {

@@ -1,4 +1,4 @@
-"""The file of a journal: its records and their bytes, how they are read, and whose file it is.
+"""The file of a journal: its records and their bytes, how they are read, and which run owns it.
 
 The file is a magic number, a JSON header, then one record per step. Each part carries its length
 and its CRC-32, and the CRC-32 of these two, so that a wrong length is not taken for a torn tail.
@@ -35,14 +35,14 @@ HEADER_KEYS = (
     "first_step",
     "base_sha256",
 )
-_LENGTH_AND_CRC = struct.Struct("<II")  # of a part
-_CRC = struct.Struct("<I")  # of the two numbers above
+_LENGTH_AND_CRC = struct.Struct("<II")  # the length and the CRC-32 of a part
+_CRC = struct.Struct("<I")  # the CRC-32 of these two numbers
 _STEP = struct.Struct("<qqBIII")  # step, rounding seed, skipped, K, groups, unused weights
 _GROUP = struct.Struct("<ddd?")  # lr, weight decay, noise scale, maximize
 
 
 class JournalError(ValueError):
-    """The file is no journal, is damaged, or belongs to another run or to other weights."""
+    """The file is not a journal, is damaged, or belongs to another run or to other weights."""
 
 
 @dataclass
@@ -73,15 +73,13 @@ class Record:
     @classmethod
     def unpack(cls, payload: bytes) -> "Record":
         if len(payload) < _STEP.size:
-            raise JournalError(
-                f"a record has {len(payload)} bytes where {_STEP.size} or more belong"
-            )
+            raise JournalError(f"a record has {len(payload)} bytes, but needs {_STEP.size} or more")
         step, rounding_seed, skipped, K, n_groups, n_unused = _STEP.unpack_from(payload)
         at = _STEP.size
         whole = at + n_groups * _GROUP.size + 4 * n_unused + 12 * K
         if len(payload) != whole:
             raise JournalError(
-                f"the record of step {step} has {len(payload)} bytes where {whole} belong"
+                f"the record of step {step} has {len(payload)} bytes, but needs {whole}"
             )
         groups = [_GROUP.unpack_from(payload, at + i * _GROUP.size) for i in range(n_groups)]
         at += n_groups * _GROUP.size
@@ -93,7 +91,7 @@ class Record:
 
 
 def fingerprint(params: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, shapes, dtypes and bytes of tensors."""
+    """Return the SHA-256 of the names, shapes, dtypes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, p in params.items():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
@@ -103,7 +101,8 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
 
 
 def frozen_fingerprint(model: nn.Module, trained: Iterable[Tensor]) -> str:
-    """fingerprint of the weights and buffers that are not trained, as outputs depend on them."""
+    """Return the fingerprint of the weights and buffers that are not trained, since outputs depend
+    on them too."""
     ids, state = {id(p) for p in trained}, model.state_dict(keep_vars=True)
     return fingerprint(
         {name: x for name, x in state.items() if isinstance(x, Tensor) and id(x) not in ids}
@@ -111,13 +110,14 @@ def frozen_fingerprint(model: nn.Module, trained: Iterable[Tensor]) -> str:
 
 
 def framed(payload: bytes) -> bytes:
-    """A part of the file: the payload behind its length and checksums."""
+    """Make a part of the file: the length and checksums of the payload, then the payload."""
     head = _LENGTH_AND_CRC.pack(len(payload), zlib.crc32(payload))
     return head + _CRC.pack(zlib.crc32(head)) + payload
 
 
 def _read_part(file: BinaryIO) -> bytes | None:
-    """The payload of the next part; None at the end of the file, or where the part is cut short."""
+    """Read the payload of the next part; None at the end of the file, or if the part is cut
+    short."""
     at, head, check = file.tell(), file.read(_LENGTH_AND_CRC.size), file.read(_CRC.size)
     if len(check) < _CRC.size:
         return None
@@ -138,7 +138,7 @@ def _read_part(file: BinaryIO) -> bytes | None:
 
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
-    """The header of a journal that this version can replay; else JournalError."""
+    """Read the header of a journal. JournalError if this version cannot replay it."""
     if file.read(len(MAGIC)) != MAGIC:
         raise JournalError(f"{file.name} is not a journal of pseuzo")
     payload = _read_part(file)
@@ -157,7 +157,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
         )
     if header["version"] != VERSION:
         raise JournalError(
-            f"{file.name} has version {header['version']}, this pseuzo reads version {VERSION}"
+            f"{file.name} has version {header['version']}, but this pseuzo reads version {VERSION}"
         )
     if lacking := [key for key in HEADER_KEYS if key not in header]:
         raise JournalError(
@@ -167,18 +167,18 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
     sixteen_bits = any(entry["dtype"] != "float32" for entry in header["params"])
     if rule != ROUNDING_VERSION and header["rounding"] == "stochastic" and sixteen_bits:
         raise JournalError(
-            f"{file.name} is of a run whose 16-bit weights were rounded stochastically by version "
-            f"{rule} of the rule, this pseuzo has version {ROUNDING_VERSION}; replay or resume it "
-            "with the pseuzo that wrote it"
+            f"{file.name} belongs to a run whose 16-bit weights were rounded stochastically by "
+            f"version {rule} of the rule, but this pseuzo has version {ROUNDING_VERSION}; replay "
+            "or resume it with the pseuzo that wrote it"
         )
     # All other weights have the same bits under every version of the rule.
     return header | {"rounding_version": ROUNDING_VERSION}
 
 
 def read_record(file: BinaryIO, step: int) -> Record | None:
-    """The record of this step; None at the end of the file or where it is cut short.
+    """Read the record of this step; None at the end of the file, or if the record is cut short.
 
-    JournalError if the record of another step is there.
+    JournalError if the next record belongs to another step.
     """
     payload = _read_part(file)
     if payload is None:
@@ -186,7 +186,7 @@ def read_record(file: BinaryIO, step: int) -> Record | None:
     record = Record.unpack(payload)
     if record.step != step:
         raise JournalError(
-            f"{file.name}: where the record of step {step} belongs, there is that of {record.step}"
+            f"{file.name}: the record of step {step} is expected, but that of {record.step} found"
         )
     return record
 
@@ -194,7 +194,7 @@ def read_record(file: BinaryIO, step: int) -> Record | None:
 def read_journal(
     path: str | os.PathLike, *, until: int | None = None, salvage: bool = False
 ) -> tuple[dict[str, Any], Iterator[Record]]:
-    """The header, and an iterator over the records of the steps before `until`.
+    """Return the header, and an iterator over the records of the steps before `until`.
 
     A torn last record is left out, with a warning. Damage raises JournalError when the iterator
     reaches it; with salvage, the damaged record and all that follow are left out, and a warning
@@ -233,9 +233,9 @@ def _usable(step: int, header: Mapping[str, Any]) -> str:
 
 
 def owner(path: str | os.PathLike) -> tuple[str | None, int]:
-    """The run that writes a journal, and the number of whole records in it.
+    """Return the run that owns a journal, and the number of whole records in it.
 
-    None, 0 if there is no file, or an empty one. Raises JournalError if the file is no journal.
+    None, 0 if there is no file or an empty one. Raises JournalError if the file is not a journal.
     """
     if not os.path.exists(path) or not os.path.getsize(path):
         return None, 0
@@ -267,9 +267,7 @@ def hold(path: str | os.PathLike) -> BinaryIO:
             return file
         unlock(file)  # the file was removed or renamed before it was locked
         file.close()
-    raise JournalError(
-        f"{path} is another file whenever it is looked at; choose one on another disk"
-    )
+    raise JournalError(f"{path} is replaced whenever it is opened; choose a file on another disk")
 
 
 def _make(path: str, flags: int) -> int:
@@ -277,7 +275,7 @@ def _make(path: str, flags: int) -> int:
 
 
 def is_at(file: BinaryIO, path: str | os.PathLike) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run logs: the rows of training steps, fetched while the next steps run, and their time."""
+"""The log of a run: rows of training steps, fetched while the next steps run, and their time."""
 
 import logging
 import time
@@ -35,14 +35,14 @@ class AtBeginning(TrainerCallback):
 class StepLog:
     """Counts on the device what training steps log, and emits their rows when they have arrived.
 
-    The host never waits for the device, except for the older of two rows, so that it does not run
-    ahead for ever.
+    The host waits for the device only when two rows are pending, and then for the older one. This
+    limits how far it runs ahead.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._masked = torch.zeros_like(self._tokens)  # rows of the run whose labels are all -100
+        self._masked = torch.zeros_like(self._tokens)  # rows so far whose labels are all -100
         self._masked_warned = 0
         self._losses = torch.zeros(2)  # sum and number of the finite ones
         self._waiting: deque[tuple[Fetched, Callable[[list], None]]] = deque()
@@ -62,11 +62,11 @@ class StepLog:
         self._warn_of_masked(int(self._masked))
 
     def seconds(self, now: float | None = None) -> float:
-        """Seconds of training so far."""
+        """Return the seconds of training so far."""
         return round((time.perf_counter() if now is None else now) - self._began, 4)
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of a batch, and its rows without a loss."""
+        """Count the tokens of a batch, and its rows that have no loss."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if mask is not None:
             self._tokens += mask.sum()
@@ -76,9 +76,9 @@ class StepLog:
             self._masked += (inputs["targets"] == IGNORED).all(-1).sum()
 
     def finite(self, loss: Tensor, mean: Tensor) -> Tensor:
-        """The loss, or the mean of those before if it is not finite.
+        """Return the loss, or the given mean of earlier ones if it is not finite.
 
-        Such a step is skipped, and must not spoil the mean that is logged.
+        A step with such a loss is skipped, and must not spoil the mean that is logged.
         """
         if self._losses.device != loss.device:
             self._losses = self._losses.to(loss.device)
@@ -96,8 +96,8 @@ class StepLog:
     ) -> None:
         """Add a row of the steps since the last one; emit gets it when its numbers are here.
 
-        optimizer: whose figures the row gets; None: a first-order one. forwards: of the first n
-        steps.
+        optimizer: the one whose figures the row gets; None for a first-order one. forwards: returns
+        the forward passes of the first n steps.
         """
         figures: dict[str, Any] = {"tokens": self._tokens, "masked_rows": self._masked}
         if optimizer is not None:
@@ -115,7 +115,7 @@ class StepLog:
         self.emit()
 
     def emit(self, wait: bool = False) -> None:
-        """Emit the rows that are here; wait: all of them."""
+        """Emit the rows that have arrived. wait: wait for all of them."""
         while self._waiting and (wait or len(self._waiting) > 1 or self._waiting[0][0].here()):
             fetched, complete = self._waiting.popleft()
             complete(fetched.get()[0].tolist())
@@ -143,7 +143,7 @@ class StepLog:
         try:
             row |= {"forwards": forwards(state.global_step), "train_seconds": self.seconds()}
             seconds = max(row["train_seconds"] - self._last, 1e-9)
-            if tokens := row.pop("tokens"):  # not every batch has some
+            if tokens := row.pop("tokens"):  # a batch of a user's own may have none
                 row["tokens_per_second"] = round(tokens / seconds, 1)
             self._last = row["train_seconds"]
             row["peak_memory_mib"] = round(peak_memory(self.device), 1)
@@ -156,9 +156,9 @@ class StepLog:
         if rows > self._masked_warned and rows >= 10 * self._masked_warned:
             self._masked_warned = rows
             _log.warning(
-                "%d training row(s) so far carry no loss: all their labels are -100, as where an "
-                "answer was cut off. They teach nothing, and a step whose batch has no other rows "
-                "is skipped",
+                "%d training row(s) so far have no loss, as all their labels are -100 (an answer "
+                "may have been cut off). They teach nothing, and a step whose batch has no other "
+                "rows is skipped",
                 rows,
             )
 
@@ -176,7 +176,7 @@ class StepLog:
 
 
 def _figures(optimizer: ZeroOrder) -> dict[str, Any]:
-    """Of the last step: numbers, and tensors of one element on the device."""
+    """Return the figures of the last step: numbers, and tensors of one element on the device."""
     stats = optimizer.stats
     if not stats:
         return {}

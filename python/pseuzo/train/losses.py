@@ -1,4 +1,4 @@
-"""The loss of a batch, in the forms that optimizers and Transformers' Trainer take it."""
+"""The loss of a batch, in the forms that the optimizers and Transformers' Trainer need."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from pseuzo.tasks import TaskData, nondiff_loss
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.parts import cut, examples_in, rows_in
 
-# Under capture, lengths are padded to multiples of the first, loss positions of the second.
+# Under capture, lengths are padded to multiples of the first, loss positions to multiples of the
+# second.
 SHAPES = (64, 8)
 
 Forward = Callable[[], Tensor]
@@ -24,9 +25,9 @@ Head = Callable[[Tensor], Tensor]
 
 
 class Losses:
-    """Makes of a batch what a step of args.method needs.
+    """Turns a batch into the functions that a step of args.method needs.
 
-    objective: a callable batch -> (forward, head). data: what is trained on.
+    objective: a callable batch -> (forward, head). data: the training data.
     """
 
     def __init__(
@@ -37,15 +38,16 @@ class Losses:
 
     @property
     def of_model(self) -> bool:
-        """Whether the objective is the one of the model's own labels."""
+        """Whether the objective is ours, made of the labels in a batch."""
         return isinstance(self.objective, CausalLMObjective)
 
     def split(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head]:
-        """forward and head. each: head gives the loss of each example; not every objective can."""
+        """Return forward and head. each: head gives the loss of each example, which not every
+        objective can."""
         return self.objective(inputs, reduction="none") if each else self.objective(inputs)
 
     def closure(self, inputs: dict[str, Any], each: bool) -> Forward:
-        """The loss by one call, or what stands for it under objective=metric."""
+        """Return a function that gives the loss, or under objective=metric 1 - the metric."""
         if self.args.objective == "metric":
             if not isinstance(self.data, TaskData):
                 raise ValueError(
@@ -57,10 +59,10 @@ class Losses:
         return lambda: head(forward())
 
     def recorded(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head, Forward]:
-        """forward, head and both in one, for CUDA graphs.
+        """Return forward, head and both in one, for CUDA graphs.
 
-        They are the same functions for all batches of a shape, and read the tensors that this
-        copies the batch to.
+        All batches of a shape share these functions, which read the tensors that this copies the
+        batch to.
         """
         plan = self.objective.checked(padded(self.objective.plan(inputs), *SHAPES))
         shape = tuple((name, x.shape, x.dtype) for name, x in plan.items())
@@ -79,8 +81,9 @@ class Losses:
     def step_inputs(
         self, inputs: dict[str, Any], optimizer: ZeroOrder
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of optimizer.estimate: a closure, one for each part of the batch with the
-        parts' sizes, or forward and head with their rows."""
+        """Return the arguments of optimizer.estimate: a closure; a closure for each part of the
+        batch, and the sizes of the parts; or forward and head with the groups and examples of their
+        rows."""
         args, each = self.args, self.args.clip_examples is not None
         if optimizer.parts > 1:
             batches = cut(inputs, optimizer.parts)
@@ -100,7 +103,7 @@ class Losses:
         return [examples_in(b) for b in batches]
 
     def _groups(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The group of each row, for PseuZO's window; None: each row is its own."""
+        """Return the group of each row, for PseuZO's window; None if each row is its own group."""
         if self.args.groups == "label":
             return inputs.get("groups")
         if self.args.groups == "row":
@@ -108,8 +111,8 @@ class Losses:
         return torch.zeros(rows_in(inputs), dtype=torch.int64, device=self.args.device)
 
     def loss(self, inputs: dict[str, Any]) -> Tensor:
-        """The loss, with the clipped gradient where autograd records one."""
-        # The gradient is all that clipping changes.
+        """Return the loss; its gradient is clipped if autograd records one."""
+        # Clipping changes only the gradient.
         clip = self.args.clip_examples if torch.is_grad_enabled() else None
         forward, head = self.split(inputs, clip is not None)
         o = forward()
@@ -117,27 +120,25 @@ class Losses:
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
                 f"method {self.args.method}: no gradient reaches the weights that are trained "
-                "(layers of the model, as some quantised ones, pass none on); use mezo or pseuzo, "
-                "which need none"
+                "(some layers, such as quantised ones, pass none on); use mezo or pseuzo, which "
+                "need none"
             )
         return loss
 
     @staticmethod
     def share(inputs: dict[str, Any], items: Any, accumulated: int) -> Any:
-        """The factor of a batch's loss in the loss of the batches that are accumulated."""
+        """Return the factor of a batch's loss in the loss of the batches that are accumulated."""
         if "targets" in inputs and "examples" not in inputs:
             return (inputs["targets"] != IGNORED).sum() / items
         return 1 / accumulated
 
     def comes_with_logits(self, inputs: dict[str, Any]) -> bool:
-        """Whether the loss of a batch is the one that the model gives with its logits."""
+        """Return whether the model itself gives this loss of a batch with its logits."""
         return self.of_model and self.objective.options is None and "examples" not in inputs
 
     def model_inputs(self, inputs: dict[str, Any], labels: list[str], *more: str) -> dict[str, Any]:
-        """What the model gets of a batch: not what is the objective's alone, except for `more`.
-
-        Where rows are padded on the left, the objective's positions are added.
-        """
+        """Return the inputs of the model: the batch without what only the objective uses, except
+        for `more`, and with the objective's positions if rows are padded on the left."""
         kept = {k: v for k, v in inputs.items() if k in more or k not in (*NOT_INPUTS, *labels)}
         mask = inputs.get("attention_mask")
         if self.of_model and mask is not None and not bool(mask[:, 0].all()):
@@ -146,7 +147,7 @@ class Losses:
 
 
 def clipped_mean(head: Head, o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
-    """The mean of the losses head(o) [B], but with the gradient of the mean of w_i loss_i.
+    """Return the mean of the losses head(o) [B], but with the gradient of the mean of w_i loss_i.
 
     w_i = min(1, ratio * median of the |e| / |e_i|) is a constant, where e_i is the gradient of
     loss_i at all rows of o [R, ...] of example i. examples [R]: the number, 0 to B - 1, of each

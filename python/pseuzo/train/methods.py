@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the optimizer of a run is built from."""
+    """Holds what the optimizer of a run is built from."""
 
     args: PseuZOTrainingArguments
     model: nn.Module
@@ -54,7 +54,7 @@ class Method:
 
 
 def zeroth_order_options(setup: Setup) -> dict[str, Any]:
-    """What every zeroth-order optimizer takes."""
+    """Return the arguments that every zeroth-order optimizer takes."""
     args = setup.args
     return {
         "lr": setup.lr,
@@ -105,8 +105,7 @@ def _pseuzo(setup: Setup) -> Optimizer:
     if not groups:
         raise ValueError(
             "method pseuzo: its perturbed passes end before the output head, and noise_on or the "
-            "mode leaves nothing else to train; use mezo, or fo-sgd or fo-adam for the head's "
-            "exact gradient"
+            "mode leaves nothing else to train; use mezo, or train the head by fo-sgd or fo-adam"
         )
     if args.head == "exact":
         if not head:
@@ -128,7 +127,7 @@ def _pseuzo(setup: Setup) -> Optimizer:
 
 
 def _schedule(setup: Setup) -> Schedule:
-    """The schedule of lambda."""
+    """Make the schedule of lambda."""
     from pseuzo.optim import Constant, Cycles, CyclicHyperbola, Linear, Reciprocal
 
     args, momentum = setup.args, setup.args.momentum

@@ -1,6 +1,6 @@
-"""Where a run's noise goes, and lr and eps for it: as args.noise_on says, or a probe.
+"""Decides which weights take noise, and lr and eps for them: by args.noise_on, or by a probe.
 
-What a probe found is kept in the output folder, because a resumed run must not look again.
+The result of a probe is kept in the output folder, since a resumed run must not probe again.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from pseuzo.models import placement, probe
 from pseuzo.train.arguments import PseuZOTrainingArguments
 
 PLACEMENT_FILE = "noise_on.json"
-# The arguments that a probe's result is for.
+# The arguments for which a probe's result holds.
 REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")
 
 Losses = Callable[[int], list[Callable[[], Tensor]]]  # n -> the losses of n batches, as closures
@@ -26,9 +26,9 @@ Losses = Callable[[int], list[Callable[[], Tensor]]]  # n -> the losses of n bat
 def decide(
     model: nn.Module, args: PseuZOTrainingArguments, find: Callable[[], dict[str, Any]]
 ) -> tuple[dict[nn.Parameter, float], float, float]:
-    """The parameters that take noise (first-order methods: that are trained), lr and eps.
+    """Return the parameters that take noise (first-order methods: that are trained), lr and eps.
 
-    find: finds them by a probe, where args ask for one and none was made for this output folder.
+    find: finds them by a probe. It is called if args ask for one and this output folder has none.
     """
     if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
         return placement.place(model, args.noise_on), args.learning_rate, args.eps
@@ -36,7 +36,7 @@ def decide(
     request = {name: getattr(args, name) for name in REQUEST}
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Loaders draw from the generator: dropout must be the same as without a probe.
+        # Data loaders draw from the generator, and dropout must be the same as without a probe.
         with torch.random.fork_rng(devices=[]):
             found = find()
         write_json(file, found | {"request": request})
@@ -44,7 +44,7 @@ def decide(
     if decided["request"] != request:
         other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
         raise ValueError(
-            f"{file} was decided for {other} {decided['request'].get(other)}, not "
+            f"{file} holds the decision for {other} {decided['request'].get(other)}, not "
             f"{request[other]}; choose another output folder, or delete that file"
         )
     return placement.place(model, decided["noise_on"]), decided["lr"], decided["eps"]

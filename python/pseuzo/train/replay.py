@@ -30,11 +30,11 @@ def replay(
 ) -> int:
     """Apply a journal to the base weights, in place; return the number of the next step.
 
-    model: a module or {name: tensor} with the weights the run began with (the same bits, on any
-    device). until: stop before that step; the file may be damaged from there on. salvage: stop
+    model: a module or {name: tensor} with the weights that the run started from (the same bits, on
+    any device). until: stop before that step; the file may be damaged from there on. salvage: stop
     where the file is damaged, with a warning that says what is lost. progress: called with every
-    record, for a bar. Raises JournalError, with the weights untouched, if they are not the base, or
-    if a record is damaged or missing.
+    record, for a progress bar. Raises JournalError, with the weights untouched, if they are not the
+    base, or if a record is damaged or missing.
     """
     header, records = read_journal(path, until=until, salvage=salvage)
     params = _base(header, model)
@@ -53,36 +53,36 @@ def replay(
 
 
 def _base(header: dict[str, Any], model: nn.Module | Mapping[str, Tensor]) -> list[Tensor]:
-    """The weights that the journal changes; JournalError if the run began with others."""
+    """Return the weights that the journal changes. JournalError if the run started from others."""
     have = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
     entries = header["params"]
     missing = [entry["name"] for entry in entries if entry["name"] not in have]
     if missing:
         raise JournalError(
-            f"the base model lacks {missing[0]!r} and {len(missing) - 1} more weights of the "
-            "journal's"
+            f"the base model lacks {missing[0]!r} and {len(missing) - 1} more of the journal's "
+            "weights"
         )
     trained = {entry["name"]: have[entry["name"]] for entry in entries}
     for entry, p in zip(entries, trained.values(), strict=True):
         dtype = str(p.dtype).removeprefix("torch.")
         if list(p.shape) != entry["shape"] or dtype != entry["dtype"]:
             raise JournalError(
-                f"{entry['name']} is {list(p.shape)} {dtype} in the base model, the run's is "
-                f"{entry['shape']} {entry['dtype']}"
+                f"{entry['name']} is {list(p.shape)} {dtype} in the base model, but "
+                f"{entry['shape']} {entry['dtype']} in the run"
             )
     if fingerprint(trained) != header["base_sha256"]:
-        raise JournalError("the base model's weights are not those that the run began with")
+        raise JournalError("the base model's weights are not those that the run started from")
     frozen = header["frozen_sha256"]  # None: the optimizer had bare parameters
     if frozen is not None and isinstance(model, nn.Module):
         if frozen_fingerprint(model, trained.values()) != frozen:
             raise JournalError(
-                "the base model's weights that the run did not train are not those of the run"
+                "the weights that the run did not train differ between the base model and the run"
             )
     return [p.detach() for p in trained.values()]
 
 
 def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) -> None:
-    """Apply updates in a row, as the optimizer did, in one pass over the weights of a group."""
+    """Apply several updates, as the optimizer did, in one pass over the weights of a group."""
     unused = [set(record.unused) for record in records]
     for number in range(header["groups"]):
         for device in {p.device for p in params}:

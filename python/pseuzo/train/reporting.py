@@ -1,4 +1,4 @@
-"""The hooks of Transformers' Trainer for what a run reports: the rows of its steps, evaluations."""
+"""The hooks of Transformers' Trainer that report on a run: rows of its steps, and evaluations."""
 
 import time
 from typing import Any
@@ -18,8 +18,8 @@ from pseuzo.train.options import OPTIONS
 class ReportingTrainer(Trainer):
     """Logs without waiting for the device, counts forward passes, and evaluates a TaskData.
 
-    zero_order: the optimizer of a zeroth-order run, else None. It is kept because Transformers
-    wraps self.optimizer.
+    zero_order: the optimizer of a zeroth-order run, else None. It is stored here because
+    Transformers wraps self.optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,16 +30,17 @@ class ReportingTrainer(Trainer):
     # Logs
 
     def forwards(self, steps: int) -> int:
-        """Forward passes of the first steps; a backward pass counts as two."""
+        """Return the forward passes of the first steps; a backward pass counts as two."""
         args = self.args
         each = forwards_per_step(args.method, {name: getattr(args, name) for name in OPTIONS})
         if each == 3 and args.method == "pseuzo" and self.zero_order is not None:
-            # Where lambda is 0, a step is MeZO's, of two passes.
+            # A step at which lambda is 0 is MeZO's, and has two passes.
             return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
         return round(steps * each)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Transformers count a forward and a backward pass, which is three forward passes."""
+        """Count the operations of our passes. Transformers counts a forward and a backward pass,
+        which are three forward passes."""
         return super().floating_point_ops(inputs) * self.forwards(1) // 3
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -54,15 +55,15 @@ class ReportingTrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if self.args.zeroth_order:  # Transformers would wait for this loss; log() has its own
+        if self.args.zeroth_order:  # Transformers would wait for this loss, and log() adds its own
             tr_loss, grad_norm = torch.zeros(()), None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Transformers', but rows of training steps are logged when their numbers have arrived.
+        """Log as Transformers does, but log rows of training steps when their numbers have arrived.
 
-        They are fetched from the device while the next steps run, and told to callbacks and
-        log_history under the step that they are of.
+        The numbers are fetched from the device while the next steps run. Callbacks and log_history
+        get them with the number of their own step.
         """
         if "loss" not in logs:
             self.step_log.emit(wait=True)  # rows keep their order
@@ -76,7 +77,7 @@ class ReportingTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers', but batches whose loss is not finite do not count in its mean."""
+        """Evaluate as Transformers does, but leave losses that are not finite out of the mean."""
         given = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = given is not False
         try:
@@ -88,7 +89,7 @@ class ReportingTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict:
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(data, str):  # one of several
+        if isinstance(data, str):  # the name of one of several
             data = self.eval_dataset[data]
         if isinstance(data, dict):  # Transformers calls this for each of them
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

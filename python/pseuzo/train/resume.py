@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 def settings(
     optimizer: torch.optim.Optimizer, zero_order: ZeroOrder | None, scheduler: Any
 ) -> dict[str, Any]:
-    """The arguments that the states of the optimizer and the scheduler hold.
+    """Return the arguments that the states of the optimizer and the scheduler hold.
 
-    zero_order: the optimizer without Transformers' wrapper; None: a first-order one.
+    zero_order: the optimizer without Transformers' wrapper; None for a first-order one.
     """
     found: dict[str, Any] = {"learning_rate": getattr(scheduler, "base_lrs", None)}
     for name in ("weight_decay", "noise_scale", "momentum", "betas"):
@@ -58,12 +58,12 @@ def settings(
 
 
 def warn_of_changes(given: dict[str, Any], loaded: dict[str, Any], seed: int) -> None:
-    """Warn of each argument for which a checkpoint has another value, which then counts."""
+    """Warn of each argument for which a checkpoint has another value, which is then used."""
     for name, value in loaded.items():
         if value != given[name]:
             also = f"; the order of the batches is that of seed {seed}" if name == "seed" else ""
             _log.warning(
-                "resumed: %s %s of the checkpoint goes on, not %s%s", name, value, given[name], also
+                "resumed with %s %s of the checkpoint, not %s%s", name, value, given[name], also
             )
 
 
@@ -100,9 +100,10 @@ def check_checkpoints(
 def checkpoint_of(
     wanted: str | bool | None, output_dir: str, found_whole: str | None
 ) -> str | bool | None:
-    """The checkpoint to resume from; True is the newest whole one. ValueError if it is not whole.
+    """Return the checkpoint to resume from; True is the newest whole one.
 
-    found_whole: a checkpoint that last_checkpoint gave, which need not be read again.
+    ValueError if it is not whole. found_whole: a checkpoint that last_checkpoint returned, which
+    need not be read again.
     """
     if wanted is True:
         newest = checkpoints.last_checkpoint(output_dir)
@@ -120,9 +121,9 @@ def state_of(checkpoint: str) -> TrainerState:
 
 
 def load_trained(model: nn.Module, folder: Path) -> bool:
-    """Load the trained weights beside quantised ones, some of which cannot be loaded after use.
+    """Load the trained weights of a quantised model, whose quantised ones may not load after use.
 
-    False, and nothing is loaded, for other models and for adapters.
+    Return False, with nothing loaded, for other models and for adapters.
     """
     if hasattr(model, "peft_type") or not quantised(model):
         return False
@@ -139,7 +140,8 @@ def load_trained(model: nn.Module, folder: Path) -> bool:
 
 
 def best_folder(best_checkpoint: str, output_dir: str) -> Path | None:
-    """The folder of the best checkpoint, also where the run was moved; None if it is not whole."""
+    """Return the folder of the best checkpoint, also if the run was moved; None if it is not
+    whole."""
     folder = Path(best_checkpoint)
     if not folder.is_dir():
         folder = Path(output_dir) / folder.name
@@ -159,9 +161,9 @@ def warn_of_last_weights(folder: Path, wrong: str, last: int, journal: str | Non
 
 
 def remove_earlier(folder: Path) -> None:
-    """Remove a checkpoint of an earlier try: no part of it may pass for a part of the next one."""
+    """Remove a checkpoint of an earlier try, no part of which may be taken for the next one's."""
     if folder.exists():
-        # The state goes first: without it the rest counts for nothing.
+        # The state is removed first, since without it the rest is not taken for a checkpoint.
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
@@ -169,9 +171,9 @@ def remove_earlier(folder: Path) -> None:
 class ResumableTrainer(ReportingTrainer):
     """Writes checkpoints that are known to be whole, resumes from those, and keeps a journal.
 
-    run_id: an identifier for the header of the journal; None: a random one. found_whole: a
-    checkpoint that last_checkpoint gave, which train() need not read again. kept_step: the step of
-    the checkpoint that train() loaded in the end; None: the weights are those of the last step.
+    run_id: an identifier for the header of the journal; None means a random one. found_whole: a
+    checkpoint that last_checkpoint returned, which train() need not read again. kept_step: the step
+    of the checkpoint that train() loaded at the end; None if it kept the last weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -198,7 +200,7 @@ class ResumableTrainer(ReportingTrainer):
         return max(1, n // size if self.args.dataloader_drop_last else -(-n // size))
 
     def _begin(self) -> None:
-        """Check that checkpoints can be written and open the journal: the first step is next."""
+        """Check that checkpoints can be written, and open the journal, before the first step."""
         save = lambda folder, weights: self._save(folder, state_dict=weights)  # noqa: E731
         callbacks = self.callback_handler.callbacks
         check_checkpoints(self.model, self.args, save, self.lr_scheduler, callbacks)
@@ -208,17 +210,16 @@ class ResumableTrainer(ReportingTrainer):
                 raise JournalError(
                     f"{self.args.journal}, where the steps so far should be recorded, is not "
                     "there, or empty: name the file of the run's journal, or leave out journal to "
-                    "go on without one"
+                    "continue without one"
                 )
             self._journal = Journal(self.args.journal, self.zero_order, run=self.run_id)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers'. True resumes from the newest whole checkpoint of output_dir.
+        """Train as Transformers does. True resumes from the newest whole checkpoint of output_dir.
 
-        A checkpoint that is damaged, or whose writing was interrupted, is skipped, and a line says
-        so.
+        A checkpoint that is damaged or incomplete is skipped, and a line says so.
         """
         self.kept_step = None
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir, self.found_whole)
@@ -235,7 +236,7 @@ class ResumableTrainer(ReportingTrainer):
         return outcome
 
     def _finished(self, checkpoint: str) -> TrainOutput:
-        """Come back to a run that was over; Transformers would make one more step."""
+        """Restore the end of a finished run, of which Transformers would make one more step."""
         self._load_from_checkpoint(checkpoint)
         self.state = state_of(checkpoint)
         self.create_optimizer_and_scheduler(self.planned_steps())
@@ -246,14 +247,15 @@ class ResumableTrainer(ReportingTrainer):
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As Transformers', with a warning for each argument that the checkpoint overrides."""
+        """Load as Transformers does, and warn of each argument that the checkpoint overrides."""
         given = settings(self.optimizer, self.zero_order, self.lr_scheduler)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise ValueError(
-                f"{checkpoint} cannot be resumed: {' '.join(str(error).split())}; a run goes on "
-                "with the method, noise_on, head and kind of weight decay that it began with"
+                f"{checkpoint} cannot be resumed: {' '.join(str(error).split())}; a run is "
+                "resumed with the method, noise_on, head and kind of weight decay that it began "
+                "with"
             ) from error
         loaded = settings(self.optimizer, self.zero_order, self.lr_scheduler)
         warn_of_changes(given, loaded, self.args.seed)
@@ -265,7 +267,7 @@ class ResumableTrainer(ReportingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """As Transformers', if the best checkpoint is whole; else the last weights stay."""
+        """Load as Transformers does if the best checkpoint is whole; else keep the last weights."""
         folder = best_folder(self.state.best_model_checkpoint, self.args.output_dir)
         self.state.best_model_checkpoint = None if folder is None else str(folder)
         if folder is None:
@@ -291,15 +293,16 @@ class ResumableTrainer(ReportingTrainer):
         self._load_best_model()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Transformers', but of steps that have a checkpoint where the best one is loaded."""
+        """Decide as Transformers does, but ignore steps without a checkpoint if the best one is to
+        be loaded."""
         saved = self.args.save_strategy == SaveStrategy.BEST or self.control.should_save
         if self.args.load_best_model_at_end and not saved:
             return False
         return super()._determine_best_metric(metrics, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Transformers', sealed with checksums before any older checkpoint is removed."""
-        if self.args.world_size > 1:  # the other processes write files of it as well
+        """Save as Transformers does, and seal it with checksums before older ones are removed."""
+        if self.args.world_size > 1:  # the other processes write some of its files
             return super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial)) / name

@@ -4,10 +4,10 @@
                                    max_steps=10_000)
     PseuZOTrainer(model, args, train_dataset=data["train"], eval_dataset=data["dev"]).train()
 
-Hooks only: its loop, logging, callbacks, checkpoints and best-model selection are Transformers'
-own. A training step is the passes of optimizer.estimate(...); the Trainer's optimizer.step()
-applies the update. The logged loss of a two-sided MeZO step is the mean of its perturbed passes'
-losses: it never sees the loss at the weights themselves, evaluations do.
+It only overrides hooks: the loop, logging, callbacks, checkpoints and best-model selection are
+Transformers' own. A training step runs the passes of optimizer.estimate(...); the Trainer's call of
+optimizer.step() applies the update. The logged loss of a two-sided MeZO step is the mean over its
+perturbed passes, since it never computes the loss at the weights themselves; evaluations do.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class PseuZOTrainer(ResumableTrainer):
             keep_as_loaded(model)
         with checks.head_alone(model):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        args.refuse()  # again, as Transformers writes some of them
+        args.refuse()  # checked again, as Transformers changes some of them
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
@@ -84,9 +84,9 @@ class PseuZOTrainer(ResumableTrainer):
                 f"PseuZOTrainer: method {args.method} needs MeZO or PseuZO, got "
                 f"{type(self.optimizer).__name__}"
             )
-        # Whether a loss counts the labels of all accumulated batches; else it is its batch's mean.
+        # If true, a loss is divided by the labels of all accumulated batches, else by its batch's.
         self.model_accepts_loss_kwargs = own and data is None and not args.zeroth_order
-        self._loss_only = False  # in the prediction_step that runs
+        self._loss_only = False  # whether the prediction_step that is running needs no logits
 
     # The optimizer
 
@@ -106,12 +106,13 @@ class PseuZOTrainer(ResumableTrainer):
         return self.optimizer
 
     def find_placement(self) -> dict[str, Any]:
-        """Where the noise goes, lr and eps, and the table that this was decided by.
+        """Return where the noise goes, lr and eps, and the table that decided it.
 
-        Where: args.noise_on, or the groups of weights that a probe chooses if that is auto. lr and
-        eps are scaled if args say so. Runs a few hundred forward passes, and prints what it found.
+        The noise goes on args.noise_on or, if that is auto, on the groups of weights that a probe
+        chooses. lr and eps are scaled if args say so. Runs a few hundred forward passes, and prints
+        what it found.
         """
-        # With the loss of each example, the curvature is no difference of nearly equal numbers.
+        # The loss of each example spares the curvature a difference of nearly equal numbers.
         each = self.losses.of_model or self.args.clip_examples is not None
 
         def losses(n: int) -> list[Callable[[], Tensor]]:
@@ -137,7 +138,7 @@ class PseuZOTrainer(ResumableTrainer):
         self.step_log.count(inputs)
         if not self.args.zeroth_order:
             loss = super().training_step(model, inputs, num_items_in_batch)
-            if "targets" in inputs:  # where no label carries a loss, it is NaN, and its gradient 0
+            if "targets" in inputs:  # a batch without labels has a loss of NaN and no gradient
                 loss = torch.where((inputs["targets"] != IGNORED).any(), loss, self._mean_loss())
             return loss
         functions, rows = self.losses.step_inputs(inputs, self.zero_order)
@@ -145,8 +146,8 @@ class PseuZOTrainer(ResumableTrainer):
         return self.step_log.finite(loss, self._mean_loss())
 
     def _mean_loss(self) -> Tensor:
-        """The mean of the steps' losses that are still in Transformers' sum."""
-        # A zeroth-order run never takes them out of it: see _maybe_log_save_evaluate.
+        """Return the mean of the losses that are still in Transformers' sum."""
+        # A zeroth-order run never takes them out of the sum: see _maybe_log_save_evaluate.
         zeroth = self.args.zeroth_order
         first = self._initial_global_step if zeroth else self._globalstep_last_logged
         return self._tr_loss / max(self.state.global_step - first, 1)
@@ -163,7 +164,7 @@ class PseuZOTrainer(ResumableTrainer):
         if logits and losses.comes_with_logits(inputs):
             inputs = losses.model_inputs(inputs, names, "labels")
             return super().compute_loss(model, inputs, return_outputs)
-        # The autocast of mixed precision: that of the model itself ends before the head.
+        # Mixed precision also applies to the head, before which the model's own autocast ends.
         with self.accelerator.autocast():
             loss = losses.loss(inputs)
         if torch.is_grad_enabled() and num_items_in_batch is not None:
@@ -172,7 +173,7 @@ class PseuZOTrainer(ResumableTrainer):
         if not return_outputs:
             return loss
         outputs = model(**losses.model_inputs(inputs, names)) if logits else {}
-        if not isinstance(outputs, dict):  # in a form that Transformers' loop takes
+        if not isinstance(outputs, dict):  # give it a form that Transformers' loop can use
             outputs = (loss, *outputs) if isinstance(outputs, tuple) else {"logits": outputs}
         return loss, outputs
 
