@@ -1,7 +1,8 @@
 """Noise that is made again from seeds, fused into one pass over the weights, and PseuZO's window.
 
 perturb_, restore_, update_, add_noise_, add_noise and noise compute, for tensors x of a model,
-x <- keep * x + sum_k coefs[k] z(seeds[k], stream). EmaWindow takes output changes and returns
+x <- keep * x + sum_k coefs[k] z(seeds[k], stream). adam_update_ makes Adam's moments again from
+seeds. EmaWindow takes output changes and returns
 coefficients. `reference` has all of them in plain torch and defines what is correct. CUDA tensors
 go to Triton and CUDA C++, CPU tensors to C++, and others, or all in a build without C++, to the
 reference. `laws` is the table of noise laws; `ops` has the unchecked ops for optimizers.
@@ -9,7 +10,15 @@ reference. `laws` is the table of noise laws; `ops` has the unchecked ops for op
 
 from pseuzo_kernels import reference
 from pseuzo_kernels.checks import NOISES, ROUNDINGS
-from pseuzo_kernels.ops import add_noise, add_noise_, noise, perturb_, restore_, update_
+from pseuzo_kernels.ops import (
+    adam_update_,
+    add_noise,
+    add_noise_,
+    noise,
+    perturb_,
+    restore_,
+    update_,
+)
 from pseuzo_kernels.window import EmaWindow
 
 try:  # the schemas above must exist before the library registers its implementations of them
@@ -28,6 +37,7 @@ __all__ = [
     "NOISES",
     "ROUNDINGS",
     "EmaWindow",
+    "adam_update_",
     "add_noise",
     "add_noise_",
     "noise",

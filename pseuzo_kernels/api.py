@@ -253,8 +253,19 @@ class NoiseApi:
         return *seeds_and_coefs(op, seeds, coefs, x.device), streams, [keep], [scale], *how
 
     def _list(
-        self, op, params, seeds, coefs, streams, noise_scale, how, lr=None, weight_decay=0.0
+        self,
+        op,
+        params,
+        seeds,
+        coefs,
+        streams,
+        noise_scale,
+        how,
+        lr=None,
+        weight_decay=0.0,
+        run=None,
     ) -> None:
+        """run: takes the coefs as they are, in place of the op, which takes them times -lr."""
         xs = [params] if isinstance(params, Tensor) else list(params)
         check_tensors(op, xs, "params")
         streams = list(range(len(xs))) if streams is None else list(streams)
@@ -272,9 +283,10 @@ class NoiseApi:
         how = _how(op, xs[0].device, coefs, *how)
         streams = [check_stream(op, stream) for stream in streams]
         s, c = seeds_and_coefs(op, seeds, coefs, xs[0].device)
-        if lr is not None:
+        if lr is not None and run is None:
             c = c * -lr
         written = [x for x, scale in zip(xs, scales, strict=True) if scale]
         if written:
-            self._in_place([x.detach() for x in xs], s, c, streams, keeps, scales, *how)
+            run = run or self._in_place
+            run([x.detach() for x in xs], s, c, streams, keeps, scales, *how)
             _bump_versions(written)

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pseuzo_kernels import reference
+from pseuzo_kernels import adam, reference
 from pseuzo_kernels.api import NoiseApi
 from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 
 try:
+    from pseuzo_kernels.triton import adam as triton_adam
     from pseuzo_kernels.triton import launch
 except ImportError:  # a build of torch without CUDA may come without triton: CPU tensors need none
-    launch = None  # type: ignore[assignment]
+    launch = triton_adam = None  # type: ignore[assignment]
 
 __all__ = [
     "RepeatedPerturb",
+    "adam_list_",
+    "adam_update_",
     "add_noise",
     "add_noise_",
     "add_noise_list_",
@@ -52,6 +55,10 @@ lib.define(
     "add_noise_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, float scale, "
     "str noise) -> Tensor"
 )
+lib.define(
+    "adam_list_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int directions, SymInt[] streams, "
+    f"float[] keeps, float[] scales, float[] numbers, {_HOW}) -> ()"
+)
 
 
 def _fake(*args, out=()) -> None:
@@ -67,10 +74,12 @@ for _name, _triton, _its_fake in (
     ("add_noise_list_out", "add_noise_list_out_triton", _fake),
     ("add_noise_steps_", "add_noise_steps_triton_", _fake),
     ("add_noise_rows", "add_noise_rows_triton", _fake_rows),
+    ("adam_list_", "adam_list_triton_", _fake),
 ):
-    lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _defined, _launched = (adam, triton_adam) if "adam" in _name else (reference, launch)
+    lib.impl(_name, getattr(_defined, _name), "CompositeExplicitAutograd")
     if launch is not None:
-        lib.impl(_name, getattr(launch, _triton), "CUDA")
+        lib.impl(_name, getattr(_launched, _triton), "CUDA")
     torch.library.register_fake(f"pseuzo::{_name}", _its_fake, lib=lib)
 for _name in ("add_noise_list_", "add_noise_list_out"):
     torch.library.register_fake(f"pseuzo::{_name}.traced", _fake, lib=lib)
@@ -86,6 +95,8 @@ add_noise_list_ = _ops.add_noise_list_.default
 add_noise_list_out = _ops.add_noise_list_out.default
 # several such updates in a row, while each x is read and written once
 add_noise_steps_ = _ops.add_noise_steps_.default
+# Adam's update, its moments made again from the seeds of the last steps
+adam_list_ = _ops.adam_list_.default
 # some rows of x + scale sum_k c_k z_k
 add_noise_rows = _ops.add_noise_rows.default
 
@@ -123,6 +134,7 @@ def _traceable(op: Any) -> Callable[..., None]:
 _api = NoiseApi(_traceable(_ops.add_noise_list_), _traceable(_ops.add_noise_list_out))
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
+adam_update_ = adam.AdamApi(adam_list_).adam_update_
 
 
 class RepeatedPerturb:

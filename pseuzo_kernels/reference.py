@@ -42,6 +42,8 @@ If a coefficient is NaN or infinite, or becomes so when it is rounded, the op is
 writes to stays as it is, to the bit, and keep is not applied either. The op is also skipped if
 found_inf is not 0; and an op that is skipped because of its coefficients sets found_inf to 1.
 
+The update of Adam, whose second moment is no sum of noise, is in `pseuzo_kernels.adam`.
+
 Source of perturbation by seed: Malladi et al., "Fine-tuning language models with just forward
 passes" (2023). `pseuzo_kernels.bits` has the sources of the hashes.
 """
@@ -131,12 +133,23 @@ def columns_of_chunks(first: int, last: int, device: torch.device) -> tuple[Tens
     return q, elements
 
 
-def _add_noise_into(
-    out, x, stream, hashes, coefs, keep, scale, noise, stochastic, rounding_hash, skipped
+def add_noise_into(
+    out,
+    x,
+    stream,
+    hashes,
+    coefs,
+    keep,
+    scale,
+    noise,
+    stochastic,
+    rounding_hash,
+    skipped,
+    sum_of=noise_sum,
 ) -> None:
     """One tensor. out and x are flat, x may be None or out itself.
 
-    skipped, [] bool: out <- x, or 0 without it.
+    skipped, [] bool: out <- x, or 0 without it. sum_of: makes what is added, as noise_sum does.
     """
     n = out.numel()
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
@@ -145,7 +158,7 @@ def _add_noise_into(
             first, min(first + chunks_at_once, -(-n // CHUNK)), out.device
         )
         if scale:
-            y = noise_sum(noise, q, stream, hashes, coefs, scale)
+            y = sum_of(noise, q, stream, hashes, coefs, scale)
         else:  # adding -0 changes nothing
             nothing = 0.0 if x is None else -0.0
             y = torch.full(elements.shape, nothing, dtype=torch.float32, device=out.device)
@@ -195,7 +208,7 @@ def add_noise_list_out(
     for t, y in enumerate(out):
         keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)
         x = xs[t].view(-1) if xs else None
-        _add_noise_into(y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], *shared)
+        add_noise_into(y.view(-1), x, streams[t], hashes, coefs, keep, scales[t], *shared)
 
 
 def add_noise_list_(

@@ -1,4 +1,5 @@
-// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_steps_, add_noise_rows.
+// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_steps_, add_noise_rows,
+// adam_list_.
 //
 // This file checks arguments and divides the work among threads; the arithmetic is in cpu_isa.cpp.
 #include <ATen/Parallel.h>
@@ -42,7 +43,9 @@ struct Piece {
 // the L1 cache.
 constexpr int64_t kBlock = 4;
 
-void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
+// adam: the tasks of a piece are the steps that make its moments.
+void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms,
+                      const Adam* adam = nullptr) {
   // The chunks of all tensors are numbered in one row, so a list of a thousand small tensors is
   // divided as a large one is.
   std::vector<int64_t> starts;
@@ -55,13 +58,22 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
   at::parallel_for(0, total, grain_of(terms), [&](int64_t begin, int64_t end) {
     const FloatMode mode;
     std::vector<Seed> room;
-    std::vector<Task> tasks;
+    std::vector<Task> tasks, steps;
+    Adam own = {};
     size_t t = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; t < pieces.size() && starts[t] < end; t++) {
       const Piece& piece = pieces[t];
       tasks = piece.tasks;
       if (tasks.empty()) continue;
       terms.set(tasks, room);
+      if (adam) {
+        steps = tasks;
+        own = *adam;
+        own.steps = steps.data();
+        own.n = static_cast<int64_t>(steps.size());
+        tasks.resize(1);
+        tasks[0].adam = &own;
+      }
       const int64_t size = tasks[0].dtype == Dtype::kFp32 ? 4 : 2;
       const int64_t stop = std::min(piece.n, (end - starts[t]) * kChunk);
       const int64_t block = tasks.size() == 1 ? stop : kBlock * kChunk;
@@ -76,6 +88,22 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms) {
   });
 }
 
+void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf) {
+  if (!found_inf) return;
+  check_dense(op, "found_inf", *found_inf);
+  TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
+              ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ",
+              found_inf->sizes());
+}
+
+// Whether the op is skipped: by its coefficients, which sets the flag, or by the flag.
+bool skips(bool by_coefs, const std::optional<at::Tensor>& found_inf) {
+  if (!found_inf) return by_coefs;
+  float* const found = found_inf->mutable_data_ptr<float>();
+  if (by_coefs) *found = 1;
+  return *found != 0;
+}
+
 // in_place: xs is out, and tensors with scale 0 are left alone. Else xs is empty, or like out.
 void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place,
                     const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
@@ -87,12 +115,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
               op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(),
               "), got ", xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
   const Terms terms(op, seeds, coefs, seeds.numel(), noise);
-  if (found_inf) {
-    check_dense(op, "found_inf", *found_inf);
-    TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
-                ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ",
-                found_inf->sizes());
-  }
+  check_found_inf(op, found_inf);
   std::vector<Piece> pieces;
   for (size_t t = 0; t < out.size(); t++) {
     const at::Tensor& y = out[t];
@@ -122,13 +145,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
   // written at all: not found_inf either.
   if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
     return;
-  bool skipped = terms.skips(0);
-  if (found_inf) {
-    float* const found = found_inf->mutable_data_ptr<float>();
-    if (skipped) *found = 1;
-    skipped = *found != 0;
-  }
-  if (!skipped) return add_noise_pieces(pieces, terms);
+  if (!skips(terms.skips(0), found_inf)) return add_noise_pieces(pieces, terms);
   for (const Piece& piece : pieces) {
     const size_t n_bytes = piece.n * (piece.tasks[0].dtype == Dtype::kFp32 ? 4 : 2);
     if (!piece.src) std::memset(piece.dst, 0, n_bytes);
@@ -211,6 +228,60 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
   add_noise_pieces(pieces, terms);
 }
 
+void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                    int64_t directions, at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                    at::ArrayRef<double> scales, at::ArrayRef<double> numbers,
+                    std::string_view noise, bool stochastic, int64_t rounding_seed,
+                    const std::optional<at::Tensor>& found_inf) {
+  const char* const op = "adam_list_";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::adam_list_", adam_list_cpu_, xs, seeds, coefs, directions,
+                          streams, keeps, scales, numbers, noise, stochastic, rounding_seed,
+                          found_inf);
+  }
+  TORCH_CHECK(streams.size() == xs.size() && keeps.size() == xs.size() &&
+                  scales.size() == xs.size() && numbers.size() == 5,
+              op, ": streams, keeps and scales must be one per tensor (", xs.size(),
+              ") and numbers five, got ", streams.size(), ", ", keeps.size(), ", ", scales.size(),
+              " and ", numbers.size());
+  const int64_t K = seeds.numel();
+  TORCH_CHECK_VALUE(directions >= 1 && K >= 1 && K % directions == 0, op,
+                    ": the seeds of one or several steps, ", directions,
+                    " a step, are needed, got ", K);
+  const std::vector<int64_t> counts(K / directions, directions);
+  const Terms terms(op, seeds, coefs, counts,
+                    *known == Noise::kHadamardFp16 ? Noise::kHadamard : *known);
+  check_found_inf(op, found_inf);
+  std::vector<Piece> pieces;
+  bool by_coefs = false;
+  for (size_t t = 0; t < xs.size(); t++) {
+    if (scales[t] == 0) continue;
+    check_dense(op, "x", xs[t]);
+    if (xs[t].numel() == 0) continue;
+    Task task = {};
+    task.K = directions;
+    task.dtype = dtype_of(op, xs[t]);
+    task.stochastic = stochastic;
+    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
+    task.stream = static_cast<uint32_t>(streams[t]);
+    task.keep = static_cast<float>(keeps[t]);
+    task.noisy = true;
+    char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
+    pieces.push_back({x, x, xs[t].numel(), {}});
+    for (size_t s = 0; s < counts.size(); s++, task.first_term += directions) {
+      by_coefs = by_coefs || terms.skips(s);
+      task.scale = terms.scale_for(s, scales[t]);
+      pieces.back().tasks.push_back(task);
+    }
+  }
+  if (pieces.empty() || skips(by_coefs, found_inf)) return;
+  float n[5];
+  std::copy(numbers.begin(), numbers.end(), n);
+  const Adam adam = {n[0], n[1], n[2], n[3], n[4], nullptr, 0};
+  add_noise_pieces(pieces, terms, &adam);
+}
+
 // Only the chunks that the rows touch; a row that is looked up twice is made twice.
 at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
                               const at::Tensor& coefs, int64_t stream, double scale,
@@ -279,4 +350,5 @@ TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
   m.impl("add_noise_list_out", &pseuzo::add_noise_list_out_cpu);
   m.impl("add_noise_steps_", &pseuzo::add_noise_steps_cpu_);
   m.impl("add_noise_rows", &pseuzo::add_noise_rows_cpu);
+  m.impl("adam_list_", &pseuzo::adam_list_cpu_);
 }

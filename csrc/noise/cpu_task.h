@@ -17,6 +17,8 @@ enum class Dtype { kFp32, kBf16, kFp16 };
 
 constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
 
+struct Adam;
+
 // The work on one tensor.
 struct Task {
   int64_t first_term;  // its K terms begin there among those of the call
@@ -29,7 +31,15 @@ struct Task {
   uint32_t stream;
   float keep;
   float scale;
-  bool noisy;  // else the noise is 0, and none is made
+  bool noisy;        // else the noise is 0, and none is made
+  const Adam* adam;  // null: the sum of the noise is added, and not Adam's step
+};
+
+// Adam's step from the seeds of the last steps, one task each; see pseuzo_kernels/adam.py.
+struct Adam {
+  float beta1, beta2, first, second, eps;
+  const Task* steps;  // [n], the oldest first
+  int64_t n;
 };
 
 // An instruction set that the vector code was compiled for.

@@ -21,7 +21,7 @@ ROWS_OPTIONS = dict(debug=True, sanitize_overflow=False)
 
 
 @triton.jit
-def _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
+def unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
     """Whether the op is skipped, and the K and the scale of the sums.
 
     If it is, or if the scale is NaN, which stands for no noise, these are such that adding the sums
@@ -72,7 +72,7 @@ def _program(
     left = tl.minimum(n - start, 16 * COUNTERS).to(tl.int32)
     q = (block * COUNTERS).to(tl.uint32)
     stream = stream.to(tl.uint32)
-    skipped, K, scale = _unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X, HASH)
+    skipped, K, scale = unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X, HASH)
     keep = tl.where(skipped, 1.0, keep)
     if HAS_X:
         in_place = out_ptr.to(tl.int64) == x_ptr.to(tl.int64)
@@ -323,7 +323,7 @@ def add_noise_rows_kernel(
     out_start = row * width - first + start
     if PLANES:
         out_start = tl.multiple_of(out_start, 128)
-    _, K, scale = _unless_skipped(coefs_ptr, K, scale, None, True, HASH)
+    _, K, scale = unless_skipped(coefs_ptr, K, scale, None, True, HASH)
     if lo < hi:
         add_chunks(
             out_ptr + out_start,

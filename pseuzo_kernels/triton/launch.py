@@ -43,7 +43,7 @@ def _scale_of(noise: str, scale):
     return reference.scale_of(noise, scale) * unit
 
 
-def _factor(noise: str, scale: float) -> float:
+def factor(noise: str, scale: float) -> float:
     """The scale as the kernels of one step take it: NaN for 0, as a very small one is 0 in fp32."""
     return _scale_of(noise, scale) if scale else math.nan
 
@@ -83,7 +83,7 @@ def prepared(
     return seeds, coefs, options
 
 
-def _addresses(op: str, name: str, xs: Sequence[Tensor]) -> tuple[int, ...]:
+def addresses_of(op: str, name: str, xs: Sequence[Tensor]) -> tuple[int, ...]:
     addresses = tuple(map(Tensor.data_ptr, xs))
     if 0 in addresses and any(
         x.numel() for x, address in zip(xs, addresses, strict=True) if not address
@@ -129,7 +129,7 @@ def _launches(columns: Columns, noise: str, device: torch.device, tables: bool) 
     together = []
     for group in many.values():
         ints = aligned_rows(*([column[t] for t in group] for column in columns[:4]))
-        factors = [_factor(noise, columns.scales[t]) for t in group]
+        factors = [factor(noise, columns.scales[t]) for t in group]
         together.append(
             Together(
                 group,
@@ -150,7 +150,7 @@ def _launch(kernel: Any, programs: int, args: tuple, options: dict, launched: li
         launched.append(partial(compiled[(programs, 1, 1)], *args, *constants))
 
 
-def _planned(
+def planned(
     columns: Columns, keeps: Sequence[float], noise: str, device: torch.device
 ) -> tuple[Launches, list[Tensor]]:
     """How a list is launched, and the keeps of each group that shares a launch.
@@ -203,17 +203,17 @@ def add_noise_list_out_triton(
         return
     device, inputs, K = out[0].device, xs or out, seeds.numel()
     rounding_hash = reference.hash_seed(rounding_seed) if stochastic else 0
-    out_ptrs = _addresses(op, "out", out)
-    x_ptrs = _addresses(op, "x", xs) if xs else out_ptrs
+    out_ptrs = addresses_of(op, "out", out)
+    x_ptrs = addresses_of(op, "x", xs) if xs else out_ptrs
     dtypes = tuple(y.dtype for y in out)
     columns = Columns(out_ptrs, x_ptrs, sizes, tuple(streams), tuple(scales), dtypes)
     with on_device(device):
-        plan, kept = _planned(columns, keeps, noise, device)
+        plan, kept = planned(columns, keeps, noise, device)
         seeds, coefs, options = prepared(seeds, coefs, noise, found_inf)
         options |= dict(HAS_X=bool(xs), COUNTERS=COUNTERS, num_warps=WARPS)
         for t in plan.alone:
             tensor = out[t], inputs[t], sizes[t], streams[t]
-            numbers = keeps[t], _factor(noise, scales[t]), rounding_hash
+            numbers = keeps[t], factor(noise, scales[t]), rounding_hash
             args = *tensor, seeds, coefs, K, *numbers, found_inf
             options["STOCHASTIC"] = stochastic and dtypes[t] is not torch.float32
             programs = -(-sizes[t] // (16 * COUNTERS))
@@ -276,7 +276,7 @@ def add_noise_steps_triton_(
             sizes = tuple(xs[t].numel() for t in ts)
             factors = torch.where(scales[:, ts] == 0, math.nan, _scale_of(noise, scales[:, ts]))
             factors = torch.where(skipped, math.nan, table_of(factors, dtype=torch.float32))
-            addresses = _addresses(op, "x", [xs[t] for t in ts])
+            addresses = addresses_of(op, "x", [xs[t] for t in ts])
             ints = aligned_rows(addresses, sizes, [streams[t] for t in ts])
             columns = table_of(ints, dtype=torch.int64)
             programs = blocks_of(sizes, 16 * COUNTERS_STEPS, device)
@@ -299,7 +299,7 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
     if not scale:
         return x[index]
     K = seeds.numel()
-    _addresses("add_noise_rows", "x", [x])
+    addresses_of("add_noise_rows", "x", [x])
     parts = width // 2048 if width % 2048 == 0 else (width - 2) // 2048 + 2
     with on_device(x.device):
         seeds, coefs, options = prepared(seeds, coefs, noise)

@@ -17,7 +17,8 @@ from helpers import assert_same_bits
 from triton.runtime import JITFunction
 from triton_ops import assert_close_normal, seeds_coefs, values
 
-from pseuzo_kernels import reference
+from pseuzo_kernels import adam, reference
+from pseuzo_kernels.triton import adam as adam_kernels
 from pseuzo_kernels.triton import device as philox
 from pseuzo_kernels.triton import kernels, sums
 from pseuzo_kernels.triton.launch import (
@@ -167,15 +168,41 @@ def test_steps():
         assert_same_bits(g, w)
 
 
+@pytest.mark.parametrize(
+    "noise, dtype, directions, Ks",
+    [
+        ("hadamard", BF16, 1, (5,)),
+        pytest.param("rademacher", FP32, 2, (4,), marks=only_sm_90),
+    ],
+)
+def test_adam(noise, dtype, directions, Ks):
+    """Tensors together, and one alone."""
+    got = [values(n, dtype)[10:].clone() for n in (4117, 11, 2057)]
+    want = [x.clone() for x in got]
+    for K in Ks:
+        seeds, coefs = seeds_coefs(K)
+        numbers = [0.9, 0.999, *adam.adam_factors(-0.01, 0.9, 0.999, K // directions), 1e-8]
+        for some in (slice(0, 3), slice(2, 3)):
+            n = len(got[some])
+            args = ([7, 2**32 - 1, 0][:n], [0.75, 1.0, 0.9][:n], [1.5, 1.0, 0.7][:n])
+            args = (seeds, coefs, directions, *args, numbers, noise, dtype is BF16, 9)
+            found_inf = torch.zeros(1)
+            with ptx_emulator.memory_of(*got):
+                adam_kernels.adam_list_triton_(got[some], *args, found_inf)
+            adam.adam_list_(want[some], *args)
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g, w)
+
+
 def test_all_kernels_and_all_inline_asm_were_run():
     """The cases above have run all of it, so this one comes last."""
     names = {
         name
-        for name, f in vars(kernels).items()
+        for name, f in (vars(kernels) | vars(adam_kernels)).items()
         if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
     assert ptx_emulator.kernels_run == names
-    source = "".join(map(inspect.getsource, (philox, sums, kernels)))
+    source = "".join(map(inspect.getsource, (philox, sums, kernels, adam_kernels)))
     asm = " ".join(
         re.findall(r"inline_asm_elementwise\(\s*(\"\"\"[^\"]*\"\"\"|\"[^\"]*\")", source)
     )

@@ -94,7 +94,9 @@ def bit_field(x: np.ndarray, at: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x / y of integers of at most 32 bits, rounded towards zero."""
+    """x / y: of integers of at most 32 bits rounded towards zero, of fp32 to nearest."""
+    if x.dtype.kind == "f":
+        return x / y
     return np.trunc(x.astype(np.float64) / y).astype(x.dtype)
 
 
@@ -216,7 +218,8 @@ def arithmetic(opcode: str, base: str, parts: list[str]) -> tuple[Callable, list
         if base in ("fma", "mad")
         else 2
     )
-    if base not in ARITHMETIC or "sat" in parts or "hi" in parts:
+    unlike_any_here = {"sat", "hi"} | ({"full", "approx"} if base == "div" else set())
+    if base not in ARITHMETIC or unlike_any_here & set(parts):
         raise NotImplementedError(opcode)
     function = ARITHMETIC[base]
     if kind in HALVES:

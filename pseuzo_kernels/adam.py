@@ -1,0 +1,180 @@
+"""Adam's update without its state: the moments are made again from seeds, in plain torch.
+
+The gradient of a past step is seeded noise, g_j = noise_scale * sum_i c_ji z(s_ji) over the q
+directions of step j, so the seeds and the coefficients of the last n steps say both moments:
+
+    m <- beta1 * m + g_j,  v <- beta2 * v + g_j^2     over the steps, the oldest first, from 0
+    x <- keep * x + (first * m) / (sqrt(second * v) + eps)
+
+with first = -lr / sum_j beta1^j and second = 1 / sum_j beta2^j over the n steps that there are.
+These are Adam's moments with its correction of their bias, where (1 - beta) / (1 - beta^n) is
+1 / sum_j beta^j. In a longer run the steps that have left the window have no weight, and dividing
+by the sum of the others is what keeps m and v means of g and g^2: dividing by 1 - beta^t of all t
+steps would make v too small, by 1 - beta2^n.
+
+Every operation above is one operation in fp32, rounded to nearest, in the order that is written
+(products before sums; no fused multiply-add; square root and quotient correctly rounded), and g_j
+is what `reference.noise_sum` makes, so all backends agree to the bit where they agree on the noise.
+The square of a sum is no sum of squares, so "hadamard" is transformed once a step of the window, in
+place of once. "hadamard-fp16" is "hadamard" here: there is no sum over steps in half precision.
+
+Sources: Kingma and Ba, "Adam" (2015), Algorithm 1; moments from seeds over a finite window: Cai,
+Chen and Zhu, "AdaMeZO" (2026), which has no correction of the bias, and eps under the root.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pseuzo_kernels.api import Coefs, NoiseApi, Params, Seeds
+from pseuzo_kernels.bits import hash_seeds
+from pseuzo_kernels.checks import check_finite, check_not_negative
+from pseuzo_kernels.laws import resolve
+from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
+
+
+def adam_factors(step: float, beta1: float, beta2: float, n: int) -> tuple[float, float]:
+    """first and second of a window of n steps; step: -lr, or lr to maximize."""
+    weights1, weights2 = (sum(beta**j for j in range(n)) for beta in (beta1, beta2))
+    return step / weights1, 1 / weights2
+
+
+def adam_moves(
+    noise: str,
+    q: Tensor,
+    stream: int,
+    hashes: Tensor,
+    coefs: Tensor,
+    noise_scale: float,
+    *,
+    directions: int,
+    numbers: Sequence[float],
+) -> Tensor:
+    """(first * m) / (sqrt(second * v) + eps) for whole columns, [16, n] fp32; see the module.
+
+    q [n] and hashes [K] are int64, coefs [K] fp32, `directions` of them a step, the oldest step
+    first. numbers: beta1, beta2, first, second and eps, which are rounded to fp32.
+    """
+    beta1, beta2, first, second, eps = torch.tensor(
+        numbers, dtype=torch.float32, device=q.device
+    ).unbind()
+    m = torch.zeros(16, q.numel(), dtype=torch.float32, device=q.device)
+    v = torch.zeros_like(m)
+    steps = zip(hashes.split(directions), coefs.split(directions), strict=True)
+    for step_hashes, step_coefs in steps:
+        g = noise_sum(noise, q, stream, step_hashes, step_coefs, noise_scale)
+        m = m * beta1 + g
+        v = v * beta2 + g * g
+    # fp32's own root may come from a library that is off by an ulp; this is the nearest fp32, as
+    # the root of an fp32 number lies further from the middle of two than fp64 is off.
+    root = (v * second).double().sqrt().float()
+    return (m * first) / (root + eps)
+
+
+def adam_list_(
+    xs,
+    seeds,
+    coefs,
+    directions,
+    streams,
+    keeps,
+    scales,
+    numbers,
+    noise,
+    stochastic,
+    rounding_seed,
+    found_inf=None,
+):
+    """The op pseuzo::adam_list_: the update of the module for each x of a list, in place.
+
+    seeds [K] int64 and coefs [K] fp32: `directions` a step, the oldest step first. numbers: see
+    adam_moves. keeps, scales (noise_scale), streams: one per tensor; where scales[t] is 0, nothing
+    is made or written. Rounding, found_inf and skipping: as reference.add_noise_list_.
+    """
+    noise = resolve(noise, "adam_list_")[0]
+    if directions < 1 or not len(seeds) or len(seeds) % directions:
+        raise ValueError(
+            f"adam_list_: the seeds of one or several steps, {directions} a step, are needed, got "
+            f"{len(seeds)}"
+        )
+    if not any(x.numel() for x, scale in zip(xs, scales, strict=True) if scale):
+        return
+    hashes = hash_seeds(seeds)
+    rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
+    skipped = ~prepared_coefs(noise, coefs)[0].isfinite().all()
+    if found_inf is not None:
+        found_inf.masked_fill_(skipped, 1.0)
+        skipped = (found_inf != 0).view(())
+    moves = partial(adam_moves, directions=directions, numbers=numbers)
+    for x, stream, keep, scale in zip(xs, streams, keeps, scales, strict=True):
+        if scale:
+            keep = torch.tensor(keep, dtype=torch.float32, device=x.device)
+            rest = noise, stochastic, rounding_hash, skipped
+            flat = x.view(-1)
+            add_noise_into(flat, flat, stream, hashes, coefs, keep, scale, *rest, moves)
+
+
+class AdamApi(NoiseApi):
+    """The public function, over one implementation of the op."""
+
+    def __init__(self, adam_list_: Callable):
+        self._adam_list_ = adam_list_
+
+    def adam_update_(
+        self,
+        params: Params,
+        seeds: Seeds,
+        coefs: Coefs,
+        *,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        directions: int = 1,
+        weight_decay: float | Sequence[float] = 0.0,
+        streams: Sequence[int] | None = None,
+        noise: str = "hadamard",
+        rounding: str = "nearest",
+        rounding_seed: int | None = None,
+        noise_scale: float | Sequence[float] = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """x <- (1 - lr * weight_decay) x - lr * m / (sqrt(v) + eps), AdamW without its state.
+
+        m and v are the means, with weights beta1^age and beta2^age, of g and g^2 over the last n
+        steps, where g = noise_scale * sum_i coefs[i] z(seeds[i]) over the `directions` of a step.
+        They are made in registers, so that no memory beyond x is read or written. seeds [n *
+        directions] int64 and coefs fp32: step by step, the oldest first. lr, weight_decay and eps
+        are not negative, eps is not 0; the betas are in 0 .. 1, without 1. The other arguments, and
+        what happens to coefs that are not finite: as update_ and add_noise_. Where |g| is below
+        1e-19 or above 1e19 its square leaves fp32. Raises ValueError or TypeError before anything
+        is written. Sources: see pseuzo_kernels.adam, which says every bit.
+        """
+        op = "adam_update_"
+        lr, eps = check_not_negative(op, "lr", lr), check_not_negative(op, "eps", eps)
+        if eps < 2.0**-149:
+            raise ValueError(f"{op}: eps must be positive in float32, got {eps}")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= check_finite(op, name, beta) < 1:
+                raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {beta}")
+        if not isinstance(directions, int) or directions < 1:
+            raise ValueError(f"{op}: directions must be an int of at least 1, got {directions!r}")
+
+        def run(xs, seeds, coefs, *rest) -> None:
+            if len(seeds) % directions:
+                raise ValueError(
+                    f"{op}: {directions} seeds a step are needed, got {len(seeds)} seeds"
+                )
+            factors = adam_factors(-lr, beta1, beta2, len(seeds) // directions)
+            numbers = [beta1, beta2, *factors, eps]
+            streams, keeps, scales, *how = rest
+            self._adam_list_(xs, seeds, coefs, directions, streams, keeps, scales, numbers, *how)
+
+        how = noise, rounding, rounding_seed, found_inf
+        terms = params, seeds, coefs, streams, noise_scale, how, lr, weight_decay
+        self._list(op, *terms, run=run)
+
+
+adam_update_ = AdamApi(adam_list_).adam_update_
