@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -20,6 +22,7 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -211,9 +214,8 @@ OF_A_TYPE = {name: sizes for names, sizes in _BY_TYPES for name in names.split()
 }
 
 
-def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
-    """A random causal LM of any type that Transformers has, with two layers of width 32, in eval
-    mode."""
+def tiny_config(model_type: str, vocab: int = 128, **more: Any) -> Any:
+    """A config of two layers of width 32, of any type that Transformers has."""
     known = CONFIG_MAPPING[model_type]
 
     def sizes(of: dict[str, Any]) -> dict[str, Any]:
@@ -238,13 +240,30 @@ def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
         for name, part in parts.items()
     }
     changes = sizes(of) | parts | OF_A_TYPE.get(model_type, {}) | more
-    config = known(**{k: v for k, v in changes.items() if v is not None})
+    return known(**{k: v for k, v in changes.items() if v is not None})
+
+
+def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
+    """A random causal LM of any type that Transformers has, with two layers of width 32, in eval
+    mode."""
+    config = tiny_config(model_type, vocab, **more)
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > 3e6:
         raise ValueError(f"{count} weights are not tiny")
+    return _random(AutoModelForCausalLM, config)
+
+
+def tiny_encoder(model_type: str, kind: str, vocab: int = 128, **more: Any) -> nn.Module:
+    """The same of a masked language model, or of a classifier of num_labels classes."""
+    config = tiny_config(model_type, vocab, is_decoder=False, **more)
+    masked = kind == "masked"
+    return _random(AutoModelForMaskedLM if masked else AutoModelForSequenceClassification, config)
+
+
+def _random(auto: Any, config: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -318,3 +337,18 @@ class Tied(nn.Module):
         h = self.norm(self.drop(self.mix(self.embed(ids))))
         weight = self.kept[0].view(self.down.weight.shape) if self.kept else self.down.weight
         return F.linear(F.linear(h, weight), self.embed.weight).mean(1)
+
+
+def encoder_tokenizer(**special: Any) -> Any:
+    """One word is one token, w0 to w59; [CLS] and [SEP] around a text, as BERT has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]", "mask": "[MASK]"}
+    vocabulary = [*names.values(), *(f"w{i}" for i in range(60))]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    named = {f"{kind}_token": name for kind, name in names.items()} | special
+    return PreTrainedTokenizerFast(tokenizer_object=words, **named)

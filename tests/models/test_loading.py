@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
-    BertForMaskedLM,
+    BertForTokenClassification,
     GPT2Config,
     GPT2Model,
     T5Config,
@@ -190,9 +190,9 @@ def lose_weights(folder):
     GPT2Model(config).save_pretrained(folder)
 
 
-def masked(folder):
+def tags(folder):
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
+    BertForTokenClassification(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
 
 
 def widen_tokenizer(folder):
@@ -214,7 +214,7 @@ def widen_tokenizer(folder):
     (lambda f: (f / "model.safetensors").unlink(), r"has no weights \(model.safetensors\)"),
     (damage, "cannot be loaded"),
     (lose_weights, "lacks 1 of the weights of GPT2LMHeadModel, the first being lm_head.weight"),
-    (masked, "is no causal language model but a BertForMaskedLM"),
+    (tags, "is no causal language model but a BertForTokenClassification"),
     (lambda f: T5Config().save_pretrained(f), "is no causal language model but a t5"),
     (lambda f: [p.unlink() for p in f.glob("*token*")], "has no tokenizer; save"),
     (widen_tokenizer, "has 2548 tokens, its model only 2048 embeddings"),

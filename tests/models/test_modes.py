@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pseuzo.cli.commands import train_defaults
 from pseuzo.cli.settings import check_combination
 from pseuzo.models.modes import MODES, Mode, ModeOption, by_mode, mode_options, tune
 from pseuzo.train.methods import METHODS, default_rate
@@ -85,7 +86,7 @@ def test_a_row_says_which_dtype_is_trained(mode):
     model = tune(causal_lm("opt").half(), mode)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     assert dtypes == {torch.float16 if MODES[mode].model_dtype else torch.float32}
-    settings = {"method": "fo-adam", "dtype": "fp16", "mode": mode, "objective": "loss"}
+    settings = train_defaults() | {"method": "fo-adam", "dtype": "fp16", "mode": mode}
     with pytest.raises(ValueError, match="fo-adam") if MODES[mode].model_dtype else nullcontext():
         check_combination(settings)
 

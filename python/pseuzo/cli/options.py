@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from pseuzo.cli.errors import listed
+from pseuzo.models.kinds import KINDS
 from pseuzo.models.modes import MODES, ModeOption, by_mode, mode_options
 from pseuzo.train.methods import METHODS, OF_METHOD
 from pseuzo.train.options import OPTIONS, Option
@@ -130,7 +131,14 @@ DATA_OPTIONS = options(
     option(
         "--model",
         required=True,
-        help="A causal LM: a name on the hub, a folder, or demo, the embedded one.",
+        help="A language model: a name on the hub, a folder, or demo, the embedded one.",
+    ),
+    option(
+        "--model-kind",
+        type=click.Choice(["auto", *KINDS]),
+        default="auto",
+        help="causal: the next token answers; masked: the mask token (BERT); classifier: a "
+        "classification head, a new one if the checkpoint has none. Default: what its config says.",
     ),
     option(
         "--task",

@@ -44,6 +44,7 @@ from pseuzo.files import (
     write_model,
 )
 from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
+from pseuzo.models.kinds import kind_of, max_positions
 from pseuzo.models.loading import load_model
 from pseuzo.models.modes import MODES, tune
 from pseuzo.optim.schedule import Schedule
@@ -89,13 +90,12 @@ class Run:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        model, self.tokenizer = load_model(
-            model_path(c["model"]), dtype=c["dtype"], device=c["device"]
-        )
+        model, self.tokenizer = load(c, self.task)
         mode_options = {name: c[name] for name in MODE_OPTIONS}
         model = tune(model, c["mode"], seed=c["seed"], **mode_options)
         if not self.data:
             check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
+            self.kind = kind_of(model)
             self.longest = max_length(model, c["max_length"])
             self.data = {split: self.part(split) for split in self.examples}
             self.cut = {
@@ -111,6 +111,7 @@ class Run:
             self.tokenizer,
             max_length=self.longest,
             train_on=self.c["train_on"],
+            kind=self.kind,
         )
 
     def trainer(self, model: torch.nn.Module, output: Path, **changes: Any) -> PseuZOTrainer:
@@ -153,6 +154,19 @@ class Run:
         return trainer
 
 
+def load(c: dict[str, Any], task: Task) -> tuple[torch.nn.Module, Any]:
+    """The model that the settings name, of the kind that they say, and its tokenizer."""
+    labels = [str(word) for word in task.labels.values()] or None
+    return load_model(
+        model_path(c["model"]),
+        dtype=c["dtype"],
+        device=c["device"],
+        kind=c["model_kind"],
+        labels=labels,
+        seed=c["seed"],
+    )
+
+
 def _task(c: dict[str, Any]) -> Task:
     task = load_task(c["task"])
     return task if c["chat"] is None else replace(task, chat=c["chat"])
@@ -177,9 +191,7 @@ def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
     model, without the positions of a learned prefix, has fewer than wanted."""
     adapter = getattr(model, "active_peft_config", None)
     reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
-    positions = getattr(model.config, "max_position_embeddings", None) or getattr(
-        model.config, "n_positions", None
-    )
+    positions = max_positions(model)
     most = positions - reserved if positions else None
     if wanted and most and wanted > most:
         raise ValueError(f"--max-length {wanted} is more than the model has positions for, {most}")
@@ -271,7 +283,8 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
                 write_json(output / LR_FILE, found)
                 c |= found_lr(found)
             model = run.model()
-            begins_anew = not MODES[c["mode"]].starts_from_base
+            # A head that a classifier lacked is drawn by the seed of the run.
+            begins_anew = not MODES[c["mode"]].starts_from_base or run.kind != "causal"
             if c["journal"] and begins_anew and not (output / "start").exists():
                 # A replay of the journal starts from this model.
                 save_model(model, run.tokenizer, output / "start")
@@ -342,7 +355,7 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         test=c["test_size"],
         seed=c["seed"] if c["data_seed"] is None else c["data_seed"],
     )
-    model, tokenizer = load_model(model_path(c["model"]), dtype=c["dtype"], device=c["device"])
+    model, tokenizer = load(c, task)
     shots = examples["train"][: c["shots"]]
     data = TaskData(
         examples["test"],
@@ -350,6 +363,7 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         tokenizer,
         max_length=max_length(model, c["max_length"]),
         shots=shots,
+        kind=kind_of(model),
     )
     fit = cut_prompts(data, "test")
     if fit["shots_least"] < c["shots"]:

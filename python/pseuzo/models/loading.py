@@ -1,4 +1,4 @@
-"""Loads causal language models and their tokenizers, and adapters that `peft` saved.
+"""Loads language models, classifiers and their tokenizers, and adapters that `peft` saved.
 
     model, tokenizer = load_model("facebook/opt-1.3b", dtype="bf16")
 
@@ -6,6 +6,7 @@ What cannot be loaded is refused with one sentence, which says what to do instea
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from pseuzo.machine import holds_codes, usable_device
+from pseuzo.models.kinds import KINDS, auto_class, kind_of, name_classes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,21 +25,31 @@ def load_model(
     dtype: str = "fp32",
     device: str | torch.device | None = None,
     need_tokenizer: bool = True,
+    kind: str = "auto",
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple:
-    """(model, tokenizer) of a causal LM: a name on the hub, a folder, or a folder of adapters that
-    `peft` saved.
+    """(model, tokenizer) of a language model: a name on the hub, a folder, or a folder of adapters
+    that `peft` saved.
+
+    kind: "causal", "masked" or "classifier", see `kinds`; "auto" is what the architectures in its
+    config say, causal if they say neither. A classifier has a class for each of labels; where the
+    checkpoint has no such head, a new one is drawn by seed, and its classes are named so.
 
     dtype: "fp32", "fp16" or "bf16"; in a quantised model it is that of the weights that are not
     quantised (with bitsandbytes, those stay as they were saved). device: cuda where there is one,
     unless given. Weights come from safetensors alone, and no code of the model's is run. The
-    tokenizer pads on the left; one without a padding token pads with its end of text.
+    tokenizer pads on the left, that of another kind than causal on the right; one without a padding
+    token pads with its end of text.
     need_tokenizer False: the tokenizer is None where there is none.
 
-    ValueError: no such model, no causal LM, pickled weights, missing ones, no tokenizer, no such
-    device.
+    ValueError: no such model, none of that kind, pickled weights, missing ones, no tokenizer, no
+    such device.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"load_model: kind must be one of auto, {', '.join(KINDS)}, got {kind!r}")
     try:
         where = usable_device(device)
     except ValueError as error:
@@ -48,10 +60,16 @@ def load_model(
     if adapter and adapter.is_file():
         _check_weights(folder, "adapter_model", "give the adapter saved anew by peft")
         base = _base_of(adapter)
+        classes = _classes_of(folder)
         try:
             _check_bases(folder)
             model, tokenizer = load_model(
-                base, dtype=dtype, device=where, need_tokenizer=need_tokenizer
+                base,
+                dtype=dtype,
+                device=where,
+                need_tokenizer=need_tokenizer,
+                kind="classifier" if classes and kind == "auto" else kind,
+                labels=labels or classes,
             )
         except ValueError as error:
             reason = str(error).removeprefix("load_model: ")
@@ -62,7 +80,7 @@ def load_model(
         model = _load_adapter(model, name, folder)
         return model, _load_tokenizer(name, model) if any(folder.glob("tokenizer*")) else tokenizer
     try:
-        model = _load_causal_lm(name, folder, DTYPES[dtype]).to(where)
+        model = _load_base(name, folder, DTYPES[dtype], kind, labels, seed).to(where)
     except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config of wrong types may fail in any way
@@ -147,6 +165,27 @@ def _base_of(adapter: Path) -> str:
     return base
 
 
+def _classes_of(folder: Path) -> list[str] | None:
+    """Names for the classes of the head that an adapter was saved with; None if it is for no
+    classifier."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if json.loads((folder / "adapter_config.json").read_text()).get("task_type") != "SEQ_CLS":
+            return None
+        with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
+            shapes = [
+                saved.get_slice(key).get_shape() for key in saved.keys() if "lora_" not in key
+            ]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"load_model: the adapter in {folder} cannot be loaded: {first_line(error)}"
+        ) from None
+    # A head has the fewest rows: a class is one, and everything before it is as wide as the model.
+    count = min((shape[0] for shape in shapes if len(shape) == 2), default=0)
+    return [f"LABEL_{i}" for i in range(count)] or None
+
+
 def _check_bases(folder: Path) -> None:
     """ValueError if an adapter is for itself, directly or through other adapters."""
     seen: list[Path] = []
@@ -201,10 +240,16 @@ def _packed(file: Path) -> str:
     )
 
 
-def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Module:
+def _load_base(
+    name: str,
+    folder: Path | None,
+    dtype: torch.dtype,
+    kind: str,
+    labels: Sequence[str] | None,
+    seed: int,
+) -> nn.Module:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig
 
     if folder and not (folder / "config.json").is_file():
         inside = folder / "model"  # where a run has its model
@@ -221,32 +266,32 @@ def _load_causal_lm(name: str, folder: Path | None, dtype: torch.dtype) -> nn.Mo
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"load_model: {_why_not(name, folder, error)}") from None
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    others = [a for a in config.architectures or () if ("For" in a or "LMHead" in a) and a != known]
-    if known is None or others:
-        what = others[0] if others else config.model_type
-        raise ValueError(
-            f"load_model: {name} is no causal language model but a {what}; use a ...ForCausalLM "
-            "model"
-        )
+    auto = auto_class(name, config, kind)
+    if auto.__name__.endswith("Classification"):
+        name_classes(name, config, labels)
     if folder:
         _check_weights(folder, "model")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # of a new head
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if folder is None and "safetensors" in str(error):
             raise ValueError(
                 f"load_model: {_pickled(f'what the hub has of {name} is', name)}"
             ) from None
         raise ValueError(f"load_model: {_why_not(name, folder, error)}") from None
-    if missing := sorted(info["missing_keys"]):
+    inside, missing = f"{model.base_model_prefix}.", sorted(info["missing_keys"])
+    if kind_of(model) == "classifier":  # a head, and the layer that some have before it, may be new
+        missing = [key for key in missing if key.startswith(inside) and ".pooler." not in key]
+    if missing:
         raise ValueError(
             f"load_model: {name} lacks {len(missing)} of the weights of {type(model).__name__}, "
             f"the first being {missing[0]}; they would be random"
@@ -306,7 +351,9 @@ def _load_tokenizer(name: str, model: nn.Module) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, padding_side="left", trust_remote_code=False
+            name,
+            padding_side="left" if kind_of(model) == "causal" else "right",
+            trust_remote_code=False,
         )
     except Exception as error:  # each kind of tokenizer fails in its own ways
         raise ValueError(
@@ -328,4 +375,6 @@ def _load_tokenizer(name: str, model: nn.Module) -> Any:
             f"load_model: the tokenizer of {name} has {len(tokenizer)} tokens, its model only "
             f"{rows} embeddings"
         )
+    if kind_of(model) == "classifier" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # it looks for the last token by it
     return tokenizer

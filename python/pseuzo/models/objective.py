@@ -38,6 +38,11 @@ class CausalLMObjective:
     is the cross entropy over options of any number of tokens if the batch has `examples`, and else
     the language-modelling loss of `labels`.
 
+    A masked language model (...ForMaskedLM) and a classifier (...ForSequenceClassification) need
+    options: of the first they are the label words' tokens, and a batch says in positions [B, 1]
+    where its rows have the mask token; of the second its classes, range(n). Their rows are padded
+    on the right.
+
     What a model does to the output of its head (a factor, a soft cap) is read off its first
     forward. On first use its logits of one row, and its loss if it is trained on that one, are
     compared with those made here: RuntimeError if the logits differ, ValueError if the loss does.
@@ -76,7 +81,8 @@ class CausalLMObjective:
         batch: input_ids [R, T], attention_mask [R, T] (padding on either side; without a mask there
         is none), and
 
-        - with options, labels [B], the class of each row; P is 1;
+        - with options, labels [B], the class of each row, and for a masked language model
+          positions [B, 1]; P is 1;
         - with `examples` in the batch: labels [R, T], token ids with -100 outside the option's
           tokens; examples [R], for each row the example 0 to B - 1 that it is an option of; answers
           [B], the row of each example's right option. The loss of an example is the cross entropy
@@ -156,7 +162,14 @@ class CausalLMObjective:
         inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
         device, labels, plan = self._split.device, batch["labels"], {}
         if self.options is not None:
-            positions, targets = last_positions(inputs), labels
+            masked = self._split.kind == "masked"
+            if masked and "positions" not in batch:
+                raise ValueError(
+                    "CausalLMObjective: a batch for a masked language model must have positions "
+                    "[B, 1], where each row has its mask token"
+                )
+            positions = batch["positions"] if masked else last_positions(inputs)
+            targets = labels
             if "examples" in batch or targets.shape != positions.shape[:1]:
                 also = " and examples" if "examples" in batch else ""
                 raise ValueError(

@@ -14,13 +14,13 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-HEADS = {"lm_head", "embed_out", "score"}
+HEADS = {"lm_head", "embed_out", "score", "classifier"}
 ROLES = {
     "embedding": ("embed_tokens", "wte", "embed_in", "word_embeddings"),
     "positions": ("embed_positions", "wpe", "position_embeddings", "token_type_embeddings"),
-    "q": ("q_proj", "query", "q_lin"),
-    "k": ("k_proj", "key", "k_lin"),
-    "v": ("v_proj", "value", "v_lin"),
+    "q": ("q_proj", "query", "q_lin", "query_proj"),
+    "k": ("k_proj", "key", "k_lin", "key_proj"),
+    "v": ("v_proj", "value", "v_lin", "value_proj"),
     "qkv": ("c_attn", "query_key_value", "qkv_proj", "Wqkv"),
     "out": ("out_proj", "o_proj", "out_lin"),
     "mlp-in": (

@@ -1,4 +1,4 @@
-"""A causal language model in two parts: all before its output head, and the head with what follows.
+"""A language model in two parts: all before its output head, and the head with what follows.
 
 No code of Transformers is changed. A hook on the head reads its input and ends the forward there.
 The first forward goes on instead, from an output of the head that shows what the model does to its
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pseuzo.machine import holds_codes
 from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
+from pseuzo.models.kinds import kind_of
 from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.perturb.module import rows_of
 
@@ -82,17 +83,23 @@ class _HeadReached(Exception):
 class SplitModel:
     """A model and its output head, one module: a Linear, tied or not, or one that peft wrapped.
 
-    options: token ids, whose logits alone `logits` then gives. anew: forget what an earlier
-    SplitModel learned of the model.
+    options: token ids, whose logits alone `logits` then gives; of a classifier, whose head is the
+    Linear that makes the logits of its classes, classes. anew: forget what an earlier SplitModel
+    learned of the model.
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None, *, anew: bool):
         kind = type(model).__name__
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head, self.kind = output_head(model), kind_of(model)
         if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding | nn.ModuleList):
             raise TypeError(
                 f"CausalLMObjective: {kind} has no Linear output head (get_output_embeddings() "
                 f"gave {type(head).__name__}); use a ...ForCausalLM model"
+            )
+        if self.kind != "causal" and options is None:
+            raise ValueError(
+                f"CausalLMObjective: {kind} predicts no next token: it is for "
+                "classifications, with options"
             )
         if getattr(model.config, "is_encoder_decoder", False):
             raise TypeError(
@@ -114,7 +121,11 @@ class SplitModel:
         if anew or model not in _known:
             _known[model] = Known()
         self.known = _known[model]
+        if self.kind == "classifier":
+            self.known.after_head = AfterHead(1.0, None, model.config.num_labels)
         self._takes_positions = takes_argument(model, "position_ids")
+        caches = self.kind == "causal" or takes_argument(model, "use_cache")
+        self._always: dict[str, Any] = {"use_cache": False} if caches else {}
         self.config = getattr(model.config, "text_config", model.config)
         listen_in_sdpa_masks()
 
@@ -133,7 +144,8 @@ class SplitModel:
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
         """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1.
 
-        The head does not run, except once on one state.
+        The head does not run, except once on one state. Where it runs on one state for each row, as
+        in most classifiers, o is those, [R, 1, D].
         """
         positions, kind, seen = plan["positions"], type(self.model).__name__, []
         first = self.known.after_head is None
@@ -155,7 +167,7 @@ class SplitModel:
             hooks.append(self.head.register_forward_hook(put_out))
         try:
             with padding_known(self.config, "attention_mask" in plan):
-                output = self.model(**self.model_inputs(plan), use_cache=False)
+                output = self.run(self.model_inputs(plan))
         except _HeadReached:
             pass
         finally:
@@ -171,6 +183,8 @@ class SplitModel:
             if self.known.after_head is None:
                 raise self.does_more()
         states, (rows, length) = seen[0], plan["input_ids"].shape
+        if self.kind == "classifier" and states.dim() == 2 and len(states) == rows:
+            return states[:, None]
         before = states.shape[1] - length  # tokens of a learned prompt
         if states.dim() != 3 or states.shape[0] != rows or before < 0:
             raise RuntimeError(
@@ -179,6 +193,10 @@ class SplitModel:
             )
         at = torch.arange(rows, device=states.device)[:, None], positions.clamp(min=0) + before
         return states[at].masked_fill((positions < 0)[..., None], 0)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Any:
+        """The output of the model itself."""
+        return self.model(**inputs, **self._always)
 
     def model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs of the model, with positions and a mask where it would find wrong ones itself.
@@ -195,7 +213,8 @@ class SplitModel:
         reads_none = attends and attention in ("sdpa", "eager")
         if mask is None and reads_none and "input_ids" in inputs:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if mask is not None and self._takes_positions and self.known.padding != "right":
+        on_left = self.kind == "causal" and self.known.padding != "right"
+        if mask is not None and self._takes_positions and on_left:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
@@ -238,14 +257,27 @@ def takes_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(base.forward).parameters
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's logits, over tokens or over the classes of a classifier; None
+    if it has none, or is no Transformers model."""
+    if kind_of(model) != "classifier":
+        return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = f"{base.base_model_prefix}."
+    outside = [m for name, m in base.named_modules() if not name.startswith(inside)]
+    linear = [m for m in outside if isinstance(m, nn.Linear)]
+    # An adapter keeps the head that it was made from before its own.
+    return next((m for m in reversed(linear) if m.out_features == base.config.num_labels), None)
+
+
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The weights of the output head that the model uses nowhere else; [] if they are the
-    embedding's, or if it is no Transformers model with a head of logits over tokens.
+    embedding's, or if it is no Transformers model with a head of logits.
 
     PseuZO's perturbed passes end before the head: these can only be frozen, or trained by the exact
     gradient that the head's backward gives.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if head is None:
         return []
     shared = set(model.get_input_embeddings().parameters())

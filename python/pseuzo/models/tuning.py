@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.machine import holds_codes
+from pseuzo.models.kinds import kind_of
 from pseuzo.models.loading import first_line, quantised
 from pseuzo.models.placement import ROLES
+from pseuzo.models.split import output_head
 from pseuzo.perturb.contexts import frozen_mode
 
 # Where attention makes its queries and values, by the names of the layers: the first pair that a
@@ -37,7 +39,7 @@ def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
 
 def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
     """The output head; one that is tied to the embedding becomes a copy of its own."""
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"tune: {type(model).__name__} has no Linear output head to train; use another mode"
@@ -51,6 +53,7 @@ def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
     if head.weight is getattr(model.get_input_embeddings(), "weight", None):
         head = copy.deepcopy(head)
         model.set_output_embeddings(head)
+        _unshare(model, head)
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
@@ -76,7 +79,8 @@ def tune_lora(
     seed: int,
 ) -> nn.Module:
     """Adapters of rank lora_r, scaled by lora_alpha / lora_r, on the layers named lora_targets; by
-    default on those that make queries and values."""
+    default on those that make queries and values. What a classifier has behind its layers (a pooler
+    and its head), which may be new, is trained and saved with them."""
     _need_peft("lora")
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -104,8 +108,11 @@ def tune_lora(
             f"tune: {type(model).__name__} has {asked}; give lora_targets, some of "
             f"{', '.join(sorted(layers))}"
         )
+    tasks = {"causal": TaskType.CAUSAL_LM, "classifier": TaskType.SEQ_CLS}
+    kind = kind_of(model)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=tasks.get(kind),  # peft has none for masked language models
+        modules_to_save=_behind_layers(model) if kind == "classifier" else None,
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=0.0,
@@ -121,6 +128,23 @@ def tune_lora(
                 start = torch.empty(p.shape, dtype=torch.float32, device="cpu")
                 p.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
     return model
+
+
+def _unshare(model: nn.Module, head: nn.Module) -> None:
+    """Make copies of the head's weights that other modules have too: BERT's has its bias under two
+    names, which are one weight only where the embedding's is shared as well."""
+    own = set(head.parameters())
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if module is not head and p in own:
+                setattr(module, name, nn.Parameter(p.detach().clone(), requires_grad=False))
+
+
+def _behind_layers(model: nn.Module) -> list[str]:
+    """The names of the modules with weights that a classifier has behind its layers."""
+    own = [(name, m) for name, m in model.named_children() if name != model.base_model_prefix]
+    poolers = [(name, m) for name, m in model.base_model.named_children() if name == "pooler"]
+    return [name for name, m in (*own, *poolers) if list(m.parameters())]
 
 
 @torch.no_grad()
@@ -183,6 +207,8 @@ def _start_and_text(
 ) -> tuple[Tensor, Tensor]:
     """The tokens [1, count] that something learned before the text begins as, and a text [1, 3] to
     try it on."""
+    if kind_of(model) != "causal":
+        raise ValueError(_refused(model, mode, "it is no causal language model"))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"tune: {mode}_tokens must be a whole number from 1, got {count}")

@@ -41,7 +41,7 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
         ours = split.logits(o)
         try:
             with padding_known(split.config, False):
-                output = split.model(**inputs, use_cache=False)
+                output = split.run(inputs)
         except (ValueError, IndexError) as error:
             if "labels" not in inputs:
                 raise
@@ -49,9 +49,12 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
                 f"CausalLMObjective: {kind} makes no loss of labels by itself: "
                 f"{' '.join(str(error).split())}"
             ) from error
-    # The slice leaves out logits of a learned prompt.
-    logits = output.logits[:, -row["input_ids"].shape[1] :].float()
-    theirs = logits[:, row["positions"][0]]
+    if split.kind == "classifier":
+        logits = theirs = output.logits[:, None].float()
+    else:
+        # The slice leaves out logits of a learned prompt.
+        logits = output.logits[:, -row["input_ids"].shape[1] :].float()
+        theirs = logits[:, row["positions"][0]]
     if split.options is not None:
         theirs = theirs[..., split.options]
     # A matrix product of another shape may round differently: a few ulps of the largest logit.
@@ -113,7 +116,9 @@ def find_padding(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
         with frozen_mode(split.model):
             alone = centred_logits(o := states(0, 0))
             # The model's inputs depend on where padding may be: it is set before the passes.
-            for known.padding, sides in (("anywhere", (on_left, on_right)), ("right", (on_right,))):
+            choices = ("anywhere", (on_left, on_right)), ("right", (on_right,))
+            # Models that see the whole text are made for padding on the right.
+            for known.padding, sides in choices if split.kind == "causal" else choices[1:]:
                 if all(same(*side) for side in sides):
                     return
             known.padding = "nowhere"
@@ -139,8 +144,8 @@ def _one_row(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The plan of one row, [1, T], and its labels [1, T] if the loss is that of language modelling.
 
-    It is the row with the most loss positions, without its padding, cut after the last of them and
-    to the last MAX_TOKENS tokens before that.
+    It is the row with the most loss positions, without its padding; of a causal model, cut after
+    the last of them and to the last MAX_TOKENS tokens before that.
     """
     ids, positions, mask = plan["input_ids"], plan["positions"], plan.get("attention_mask")
     row = int((positions >= 0).sum(1).argmax())
@@ -150,7 +155,9 @@ def _one_row(
         labels[at + 1] = plan["targets"][row][positions[row] >= 0].to(ids.device)
         at = at + 1
     kept = torch.ones_like(labels) if mask is None else (mask[row] != 0) | (labels != IGNORED)
-    kept = kept[: int(at[-1]) + 1 if len(at) else None].nonzero().flatten()[-MAX_TOKENS:]
+    cut = split.kind == "causal"
+    kept = kept[: int(at[-1]) + 1 if cut and len(at) else None].nonzero().flatten()
+    kept = kept[-MAX_TOKENS:] if cut else kept
     one = {k: x for k, x in plan.items() if k not in NOT_INPUTS and k != "attention_mask"}
     by_token = {k: one[k][row : row + 1, kept] for k in token_inputs(one)}
     by_row = {
@@ -161,6 +168,8 @@ def _one_row(
     one |= by_row | by_token
     labels = labels[None, kept]
     last = torch.full_like(labels[:, :1], len(kept) - 1)
+    if split.kind == "masked":
+        last = torch.searchsorted(kept, at[None, -1:])
     one["positions"] = (loss_positions(labels)[0] if split.options is None else last).to(
         positions.device
     )

@@ -48,6 +48,11 @@ class TaskData(Dataset):
 
     shots: examples put before each prompt with their answers; as many as fit, the last ones.
 
+    kind: of the model, see pseuzo.models.kinds. A masked language model has its mask token where
+    the label word would be, and its batches have positions [B, 1], where that is; a classifier
+    needs no label words. Both are for classifications, and train on label-words, which for a
+    classifier are its classes.
+
     Attributes: options, the tokens of the label words, or None if train_on is something else;
     labels, the class of each example, or None for tasks without classes; train_on, what "auto"
     meant.
@@ -62,11 +67,14 @@ class TaskData(Dataset):
         max_length: int,
         train_on: str = "auto",
         shots: Sequence[Example] = (),
+        kind: str = "causal",
     ):
         _check_arguments(examples, task, max_length, train_on)
+        if kind != "causal":
+            _check_kind(kind, task, tokenizer, train_on)
         self.examples, self.task, self.tokenizer = list(examples), task, tokenizer
         self.max_length = max_length
-        self.encoder = Encoder(task, tokenizer, max_length, shots, self.examples)
+        self.encoder = Encoder(task, tokenizer, max_length, shots, self.examples, kind)
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in pads if i is not None)
         self._rows: dict[tuple[int, str], list[Row]] = {}
@@ -74,12 +82,13 @@ class TaskData(Dataset):
         self.labels = [e.answer for e in self.examples] if is_classification else None
         self.options: list[int] | None = None
         self.train_on = train_on
-        if train_on == "label-words" or (train_on == "auto" and is_classification):
+        if kind == "classifier":
+            self.train_on, self.options = "label-words", list(range(len(task.labels)))
+        elif train_on == "label-words" or (train_on == "auto" and is_classification):
             why_not = self._find_label_words()
-            if train_on == "label-words" and why_not:
-                raise ValueError(
-                    f"task {task.name}: {why_not}; choose shorter words, or train_on 'options'"
-                )
+            if (train_on == "label-words" or kind == "masked") and why_not:
+                instead = "the kind classifier" if kind == "masked" else "train_on 'options'"
+                raise ValueError(f"task {task.name}: {why_not}; choose shorter words, or {instead}")
             self.train_on = "options" if why_not else "label-words"
         elif train_on == "auto":
             self.train_on = "answer"
@@ -159,6 +168,9 @@ class TaskData(Dataset):
             batch["attention_mask"] = mask
         if any(row.answer for row in rows):
             batch["positions"], batch["targets"] = loss_positions(labels)
+        if self.encoder.mask:  # all rows end alike
+            at = longest - len(self.encoder.tail("label-words"))
+            batch["positions"] = torch.full((len(rows), 1), at)
         return batch
 
     def sampler(self, batch_size: int, seed: int) -> StratifiedSampler:
@@ -191,7 +203,8 @@ class TaskData(Dataset):
             ids = [row.answer[0] for row in rows]
             if len(set(ids)) < len(ids):
                 return f"the label words {words} are not different tokens: {ids}"
-            prompt = self.token_rows(i, "label-words")[0].prompt
+            asked = self.token_rows(i, "label-words")[0].prompt
+            prompt = asked[: len(asked) - len(self.encoder.tail("label-words"))]
             if (found or ids) != ids or any(row.prompt != prompt for row in rows):
                 return f"the label words {words} are not the same tokens after every prompt"
             found = ids
@@ -199,6 +212,24 @@ class TaskData(Dataset):
         for i in range(len(self)):
             del self._rows[i, "options"]  # from here on the prompt's row is enough
         return None
+
+
+def _check_kind(kind: str, task: Task, tokenizer: Any, train_on: str) -> None:
+    what = {"masked": "a masked language model", "classifier": "a classifier"}[kind]
+    if task.kind != "classification":
+        raise ValueError(f"task {task.name}: {what} is for classifications, this is a {task.kind}")
+    if task.chat:
+        raise ValueError(f"task {task.name}: {what} cannot be asked as in a chat")
+    if train_on not in ("auto", "label-words"):
+        raise ValueError(
+            f"task {task.name}: {what} is trained on its classes, not on {train_on!r}; leave "
+            "train_on at auto"
+        )
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"task {task.name}: a masked language model is asked by a mask token, and the "
+            "tokenizer has none"
+        )
 
 
 def _check_arguments(

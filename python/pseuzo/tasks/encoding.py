@@ -30,7 +30,9 @@ class Encoder:
     """Makes the rows of a task's examples with one tokenizer.
 
     shots: examples put before each prompt with their answers. An example gets as many as fit, the
-    last ones. ValueError for a chat template that cannot be used for these examples."""
+    last ones. kind: of the model; after the prompt of a masked language model comes its mask token,
+    where the answer would be, and that and the prompt of a classifier end as the tokenizer ends
+    every text. ValueError for a chat template that cannot be used for these examples."""
 
     def __init__(
         self,
@@ -39,13 +41,17 @@ class Encoder:
         max_length: int,
         shots: Sequence[Example],
         examples: Sequence[Example],
+        kind: str = "causal",
     ):
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        # after: the tokens after every text of a model that sees them all; mask: that of the answer
+        self.after = [] if kind == "causal" else special_tokens_around(tokenizer)[1]
+        self.mask = [tokenizer.mask_token_id] if kind == "masked" else []
         self.shots: list[Turn] = [(shot.prompt, shot.golds[0]) for shot in shots]
         self.chat = Chat(tokenizer, task.name) if task.chat else None
         # before: the tokens before every text; lead, end: the text before an answer and after it.
         if self.chat is None:
-            self.before, self.lead, self.end = special_tokens_before(tokenizer), "", task.stop
+            self.before, self.lead, self.end = special_tokens_around(tokenizer)[0], "", task.stop
         else:
             self.chat.check(self.shots, [example.prompt for example in examples])
             self.before = []  # the template writes all special tokens itself
@@ -83,8 +89,12 @@ class Encoder:
             tokens, cut = self._cut(example, asked, answer, room)
             if rows and rows[-1].prompt == tokens:
                 tokens = rows[-1].prompt  # keep one list for all options
-            rows.append(Row(tokens, answer, len(shots), lost or cut))
+            rows.append(Row(tokens + self.tail(what), answer, len(shots), lost or cut))
         return rows
+
+    def tail(self, what: str) -> Tokens:
+        """What comes after the prompt of a row whose class is asked for."""
+        return self.mask + self.after if what == "label-words" else []
 
     def token_ids(self, texts: list[str], example: Example | None = None) -> list[Tokens]:
         """The tokens of each text, without those that come before every text."""
@@ -105,7 +115,7 @@ class Encoder:
 
     def _answers_and_room(self, example: Example, what: str) -> tuple[Sequence[str], int]:
         """The texts that are scored after the prompt ("" for none) and the most tokens of a row."""
-        room = self.max_length
+        room = self.max_length - len(self.after)
         if what == "options":
             return example.options, room
         if what == "label-words":
@@ -177,12 +187,14 @@ class Encoder:
         return tokens, max(0, len(prompt) - left)
 
 
-def special_tokens_before(tokenizer: Any) -> Tokens:
-    """What the tokenizer puts before every text, such as a token for its beginning."""
+def special_tokens_around(tokenizer: Any) -> tuple[Tokens, Tokens]:
+    """What the tokenizer puts before every text, such as a token for its beginning, and after."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
     places = [i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain]
-    return dressed[: places[0]] if places and plain else []
+    if not places or not plain:
+        return [], []
+    return dressed[: places[0]], dressed[places[0] + len(plain) :]
 
 
 def _joined(prompt: str, answer: str, separator: str) -> str:

@@ -30,7 +30,8 @@ from pseuzo.train.resume import ResumableTrainer
 
 
 class PseuZOTrainer(ResumableTrainer):
-    """Fine-tunes a Transformers causal LM by forward passes alone, or with method fo-* as usual.
+    """Fine-tunes a Transformers causal LM by forward passes alone, or with method fo-* as usual; on
+    a TaskData of its kind, also a masked language model or a classifier.
 
     train_dataset, eval_dataset: a pseuzo.tasks.TaskData (batches balanced by class, evaluation by
     the task's metric), or any dataset whose collated batches have input_ids, attention_mask and
