@@ -67,7 +67,7 @@ def test_every_row_is_complete():
     for name, method in METHODS.items():
         assert set(method.options) <= names and method.help.endswith(".")
         assert all(default_rate(name, mode) > 0 for mode in MODES)
-        assert method.zeroth_order == (name in ZEROTH_ORDER) == ("eps" in method.options)
+        assert method.zeroth_order == (name in ZEROTH_ORDER) == ("noise" in method.options)
     assert OPTIONS["method"].choices == tuple(METHODS)
 
 

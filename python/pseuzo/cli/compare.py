@@ -67,7 +67,8 @@ def _run(
     runs: dict[str, list[dict[str, Any]]] = {}
     for title, own in methods.items():
         settings = common | own
-        options = {name: settings[name] for name in OPTIONS if name in settings}
+        counted = (*OPTIONS, "train_size", "batch_size")
+        options = {name: settings[name] for name in counted if name in settings}
         steps = max(1, int(forwards / forwards_per_step(settings.get("method", "pseuzo"), options)))
         chosen: dict[str, Any] = {}
         for seed in range(seeds):

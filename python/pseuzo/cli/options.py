@@ -235,7 +235,10 @@ RUN_OPTIONS = options(
     training_option("noise_on", "lr and eps not given are scaled to it."),
     *(
         training_option(name)
-        for name in ("clip_examples", "rounding", "head", "head_lr", "objective")
+        for name in (
+            *("clip_examples", "rounding", "head", "head_lr", "objective"),
+            *("anchor_every", "anchor_batches", "anchor_lr"),
+        )
     ),
     option(
         "--train-on",

@@ -11,6 +11,7 @@ from pseuzo.optim.schedule import (
     Reciprocal,
     Schedule,
 )
+from pseuzo.optim.svrg import MeZOSVRG
 
 __all__ = [
     "FZOO",
@@ -20,6 +21,7 @@ __all__ = [
     "Evolution",
     "Linear",
     "MeZO",
+    "MeZOSVRG",
     "PseuZO",
     "Reciprocal",
     "Schedule",

@@ -44,6 +44,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
+    needs_data = False  # whether step also takes batches, the losses of all the training data
     recordable = True  # whether a journal's seeds and coefficients say all of its updates
     parts: int = 1  # of a batch; of several, step takes a list of closures, and the parts' sizes
     own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets
@@ -71,8 +72,7 @@ class ZeroOrder(torch.optim.Optimizer):
         numbers = {"lr": lr, "weight_decay": weight_decay, "noise_scale": noise_scale}
         groups.check_numbers(name, **numbers, eps=eps, clip_examples=clip_examples)
         self.eps, self.noise, self.rounding = float(eps), noise, rounding
-        self.clip_examples = clip_examples
-        self.seed = signed64(name, seed)
+        self.clip_examples, self.seed = clip_examples, signed64(name, seed)
         if isinstance(params, nn.Module):
             model = params
             params = [p for p in model.parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pseuzo.interrupts import cleanly
 from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
@@ -16,6 +17,7 @@ from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
 from pseuzo.perturb.interface import Perturbing
 from pseuzo.perturb.module import ModulePasses, passes_of
+from pseuzo.perturb.perturbation import Base
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -46,6 +48,8 @@ class Passes:
         self._places: tuple[list, dict[Any, tuple[int, float]]] = [], {}
         self._graphs = Graphs(optimizer.device) if capture else None
         self._recorded_of: tuple | None = None  # the memory that the graphs read and write
+        self._base: Base | None = None  # what passes see in place of the weights, and their kind
+        self._kind = ""
 
     @property
     def _perturbing(self) -> Perturbing:
@@ -57,7 +61,7 @@ class Passes:
         kind: of the perturbed passes. key: what they are made of; CUDA graphs are recorded under
         both.
         """
-        optimizer = self._optimizer
+        optimizer, self._kind = self._optimizer, kind
         op = f"{type(optimizer).__name__}.step"
         refuse_replicas(op)
         trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
@@ -80,8 +84,21 @@ class Passes:
         with without_autograd(), frozen_mode(optimizer.model), no_cached_casts(), graphs:
             return call()
 
+    def based_on(self, base: Base, call: Callable[[], Any]) -> Any:
+        """call(), whose passes see base[x] in place of each weight x that takes noise.
+
+        It needs the model, and no CUDA graphs. The weights are never written.
+        """
+        self._base = base
+        return cleanly(call, self._on_weights)
+
+    def _on_weights(self) -> None:
+        self._base = None
+
     def clean(self, call: Callable[[], Any]) -> Any:
         """call() at x."""
+        if self._base is not None:
+            return self.perturbed(0, 0.0, self._kind, call)
         return self._replayed("clean", call)
 
     def perturbed(self, seed: int, scale: float, kind: str, call: Callable[[], Any]) -> Any:
@@ -90,7 +107,7 @@ class Passes:
         perturbing.aim(seed, scale)  # outside of the call, which may be replayed without Python
 
         def perturbed_call() -> Any:
-            with perturbing.passing(kind):
+            with perturbing.passing(kind, self._base):
                 return call()
 
         return self._replayed(kind, perturbed_call)
@@ -101,6 +118,7 @@ class Passes:
 
     def restore(self) -> None:
         """Undo what passes left in the weights or the model, if anything. Idempotent."""
+        self._on_weights()
         with without_autograd():
             self._in_place.restore()
 

@@ -65,6 +65,10 @@ class Update:
         """Whether a weight may have been written."""
         return bool(self._made)
 
+    def after(self, launches: Sequence[Callable[[], Any]]) -> "Update":
+        """This update with launches that are made before its own."""
+        return Update([*launches, *self._launches], self.moved, self.unused, self.rounding_seed)
+
     def run(self) -> None:
         """Make the launches that were not made yet.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pseuzo.interrupts import uninterrupted
+from pseuzo.perturb.perturbation import Base
 from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
 
 
@@ -87,8 +88,9 @@ class InPlace:
             self._copied = True
         self._move(Shift(seed, scale))
 
-    def passing(self, kind: str = "any") -> AbstractContextManager[None]:
+    def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
         """A pass that sees what was aimed at: every pass does."""
+        assert base is None, "optimizers that need another base refuse bare parameters"
         return nullcontext()
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pseuzo.perturb.perturbation import Base
+
 
 class Perturbing(Protocol):
     """Forwards see x + scale * noise_scale * z(seed) in place of each weight x.
@@ -21,8 +23,8 @@ class Perturbing(Protocol):
     def aim(self, seed: int, scale: float) -> None:
         """Set what the passes from here on see. A recorded pass reads it when it is replayed."""
 
-    def passing(self, kind: str = "any") -> AbstractContextManager[None]:
-        """Inside, forwards see what aim() set."""
+    def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
+        """Inside, forwards see what aim() set. base: see Perturbation; `InPlace` takes none."""
 
     def settled(self, kind: str) -> bool:
         """Whether a pass of this kind does nothing in Python that a recorded one would lack."""

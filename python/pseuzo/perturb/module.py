@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from pseuzo.perturb.layout import Layout
-from pseuzo.perturb.perturbation import Perturbation
+from pseuzo.perturb.perturbation import Base, Perturbation
 from pseuzo.perturb.running import RunningPass
 from pseuzo.perturb.scratch import Scratch, WholePassCopies
 
@@ -78,14 +78,14 @@ class ModulePasses:
         """
         self._perturbation.aim(seed, scale)
 
-    def passing(self, kind: str = "any") -> AbstractContextManager[None]:
+    def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
         """A context in which forwards of the model see what aim() set.
 
         kind: a name for passes that take the same way through the model. What the watch learns is
         kept by kind. A way that is first taken after the watch has turned itself off, because of
-        other data, is not watched.
+        other data, is not watched. base: see Perturbation.
         """
-        return self._pass.run(kind)
+        return self._pass.run(kind, base)
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of a weight as the pass that runs sees them. No others are made."""

@@ -7,15 +7,45 @@ from torch import Tensor, nn
 
 from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo_kernels.checks import check_noise, check_tensors, signed64
-from pseuzo_kernels.ops import RepeatedPerturb, add_noise_rows
+from pseuzo_kernels.ops import RepeatedPerturb, add_noise_list_out, add_noise_rows
+
+Base = Mapping[nn.Parameter, Tensor]
+
+
+class Launch:
+    """Writes perturbed params, all of one dtype and device, to outs."""
+
+    def __init__(
+        self, perturbation: "Perturbation", params: list[nn.Parameter], outs: list[Tensor]
+    ) -> None:
+        self._perturbation, self._params, self._outs = perturbation, params, outs
+        streams, scales = zip(*(perturbation.params[p] for p in params), strict=True)
+        self._at = list(streams), list(scales)
+        reals = [perturbation.real[p] for p in params]
+        seeds = perturbation.aim_on(params[0].device)
+        self._usual = RepeatedPerturb(reals, *seeds, *self._at, perturbation.noise, outs)
+
+    def __call__(self) -> None:
+        perturbation = self._perturbation
+        if perturbation.base is None:
+            self._usual()
+            return
+        # Not kept for the next time, as the model's passes may outlive the base.
+        xs = [perturbation.base[p] for p in self._params]
+        seeds, (streams, scales) = perturbation.aim_on(xs[0].device), self._at
+        arguments = (*seeds, streams, [1.0] * len(xs), scales, perturbation.noise)
+        add_noise_list_out(xs, *arguments, False, 0, None, out=self._outs)
 
 
 class Perturbation:
     """x + scale * noise_scale * z(seed, stream) for each weight x.
 
     params: weight -> (stream, noise scale). The seed and the scale are tensors that aim() writes in
-    place, so that a recorded pass reads them when it is replayed.
+    place, so that a recorded pass reads them when it is replayed. base: weight -> a tensor that the
+    running pass perturbs in its place; None: the weights themselves.
     """
+
+    base: Base | None = None
 
     def __init__(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> None:
         check_noise("perturbed", noise)
@@ -59,16 +89,13 @@ class Perturbation:
                 self._aims[device] = seeds, torch.empty(1, dtype=torch.float32, device=device)
         return self._aims[device]
 
-    def launch(self, params: list[nn.Parameter], outs: list[Tensor]) -> RepeatedPerturb:
+    def launch(self, params: list[nn.Parameter], outs: list[Tensor]) -> Launch:
         """The launch that writes the perturbed params, all of one dtype and device, to outs."""
-        streams, scales = zip(*(self.params[p] for p in params), strict=True)
-        seeds = self.aim_on(params[0].device)
-        reals = [self.real[p] for p in params]
-        return RepeatedPerturb(reals, *seeds, list(streams), list(scales), self.noise, outs)
+        return Launch(self, params, outs)
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of the perturbed weight. No others are made."""
         stream, scale = self.params[param]
-        return add_noise_rows(
-            self.real[param], index.long(), *self.aim_on(param.device), stream, scale, self.noise
-        )
+        x = self.real[param] if self.base is None else self.base[param]
+        at = *self.aim_on(param.device), stream, scale
+        return add_noise_rows(x, index.long(), *at, self.noise)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from pseuzo.interrupts import undoing
 from pseuzo.perturb.contexts import leave, no_cached_casts
 from pseuzo.perturb.layout import Blocks, Layout
+from pseuzo.perturb.perturbation import Base
 from pseuzo.perturb.scratch import Place, Scratch, bare
 from pseuzo.perturb.watch import Watch
 
@@ -115,10 +116,11 @@ class RunningPass:
         self._hooks_of: dict[str, tuple[Blocks, int, Hooks]] = {}
 
     @contextmanager
-    def run(self, kind: str) -> Iterator[None]:
+    def run(self, kind: str, base: Base | None = None) -> Iterator[None]:
         """A pass of this kind. What an interrupted pass may have left is undone first."""
         self.undo()
         with undoing(self.undo), no_cached_casts():
+            self._layout.perturbation.base = base
             known = self._begin(kind)
             yield
             reached = self._learned.reached[kind]
@@ -168,6 +170,7 @@ class RunningPass:
         for records in (self._originals, self._strays, self._inside, self._calls, self._copies):
             records.clear()
         self._watch, self._hooks = None, Hooks()
+        self._layout.perturbation.base = None
         self.active = False
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.perturb.contexts import outside_inference_mode
-from pseuzo.perturb.perturbation import Perturbation
-from pseuzo_kernels.ops import RepeatedPerturb
+from pseuzo.perturb.perturbation import Launch, Perturbation
 
 # Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, of
 # which a model has few elements in all.
@@ -47,7 +46,7 @@ class Copies(NamedTuple):
 
     params: list[nn.Parameter]
     outs: list[Tensor]
-    launch: RepeatedPerturb
+    launch: Launch
 
     def make(self) -> None:
         self.launch()

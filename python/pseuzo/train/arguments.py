@@ -109,7 +109,10 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        for name in ("journal", "capture", "objective", "weights", "split_batch"):
+        for name in (
+            *("journal", "capture", "objective", "weights", "split_batch"),
+            *("anchor_every", "anchor_batches", "anchor_lr"),
+        ):
             self._refuse_of_other_methods(name)
         if not self.zeroth_order:
             return

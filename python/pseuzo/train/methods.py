@@ -8,11 +8,13 @@ nor Transformers: the command line lists the methods before it imports either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pseuzo.models.modes import MODES
+from pseuzo.train.batches import count_batches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +50,8 @@ class Method:
     # The options of a run, and batch_size, by keyword -> why they do not go together, or None.
     refusal: Callable[..., str | None] = lambda **options: None
     zeroth_order: bool = True
+    # (steps, and the options by keyword) -> passes of the first steps, where steps differ.
+    total: Callable[..., int] | None = None
 
 
 # How the optimizers are built
@@ -91,6 +95,20 @@ def _population(setup: Setup) -> Optimizer:
         return FZOO(setup.groups, two_sided=bool(args.two_sided), **own)
     two_sided = args.two_sided is not False
     return Evolution(setup.groups, two_sided=two_sided, weights=args.weights, **own)
+
+
+def _svrg(setup: Setup) -> Optimizer:
+    from pseuzo.optim import MeZOSVRG
+
+    args = setup.args
+    return MeZOSVRG(
+        setup.groups,
+        two_sided=args.two_sided is not False,
+        directions=args.directions,
+        anchor_every=args.anchor_every,
+        anchor_scale=1.0 if args.anchor_lr is None else args.anchor_lr / setup.lr,
+        **zeroth_order_options(setup),
+    )
 
 
 def _pseuzo(setup: Setup) -> Optimizer:
@@ -195,6 +213,23 @@ def _evolution_passes(two_sided: bool | None = None, **options: Any) -> int:
     return _fzoo_passes(two_sided=two_sided is not False, **options)
 
 
+def _svrg_total(
+    steps: int,
+    anchor_every: int = 10,
+    anchor_batches: int | None = None,
+    train_size: int = 1000,
+    batch_size: int = 16,
+    **options: Any,
+) -> int:
+    anchors, each = math.ceil(steps / anchor_every), _mezo_passes(**options)
+    batches = count_batches(train_size, batch_size, anchor_batches)
+    return each * (anchors * batches + 2 * (steps - anchors))
+
+
+def _svrg_passes(anchor_every: int = 10, **options: Any) -> float:
+    return _svrg_total(anchor_every, anchor_every, **options) / anchor_every
+
+
 def _pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 
@@ -233,6 +268,7 @@ def _evolution_refusal(two_sided: bool | None, **options: Any) -> str | None:
 
 # Options that every zeroth-order method takes, and no first-order method.
 PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
+EAGER = tuple(name for name in PERTURBING if name != "capture")  # where no graph is recorded
 
 METHODS = {
     "pseuzo": Method(
@@ -276,6 +312,16 @@ METHODS = {
         directions=8,
         refusal=_fzoo_refusal,
     ),
+    "mezo-svrg": Method(
+        help="MeZO-SVRG: estimates corrected by one over all the data, at an anchor.",
+        build=_svrg,
+        passes=_svrg_passes,
+        total=_svrg_total,
+        options=(
+            *(*EAGER, "directions", "objective"),
+            *("anchor_every", "anchor_batches", "anchor_lr"),
+        ),
+    ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
         build=_sgd,
@@ -309,8 +355,17 @@ def with_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forwards_per_step(method: str, options: Mapping[str, Any] | None = None) -> float:
-    """Forward passes per step of a run with these options; a backward pass counts as two."""
+    """Forward passes per step of a run with these options, on average if steps differ; a backward
+    pass counts as two. options: those of the run, train_size and batch_size."""
     return METHODS[method].passes(**with_defaults(method, options or {}))
+
+
+def forwards_of_steps(method: str, steps: int, options: Mapping[str, Any]) -> int:
+    """Forward passes of the first steps of a run; see forwards_per_step."""
+    total = METHODS[method].total
+    if total is not None:
+        return total(steps, **with_defaults(method, options))
+    return round(steps * forwards_per_step(method, options))
 
 
 def default_rate(method: str, mode: str) -> float:

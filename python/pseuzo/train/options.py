@@ -160,6 +160,15 @@ class ZeroOrderOptions:
         "What is minimized; metric is 1 - the task's metric, which needs no derivative.",
         OBJECTIVES,
     )
+    anchor_every: Annotated[int, Flag(least=1)] = _option(
+        10, "Steps from one anchor of mezo-svrg to the next (q)."
+    )
+    anchor_batches: Annotated[int | None, Flag(least=1)] = _option(
+        None, "Number of batches that an anchor is measured on. Default: all the training data."
+    )
+    anchor_lr: Annotated[float | None, Flag(positive=True)] = _option(
+        None, "Learning rate of the steps that set an anchor. Default: the learning rate."
+    )
     journal: str | None = _option(None, "File that records every update, for pseuzo replay.")
     capture: bool = _option(
         False,

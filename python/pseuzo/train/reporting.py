@@ -11,7 +11,7 @@ from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.tasks import TaskData, evaluate
 from pseuzo.train.logs import StepLog
-from pseuzo.train.methods import forwards_per_step
+from pseuzo.train.methods import forwards_of_steps, forwards_per_step
 from pseuzo.train.options import OPTIONS
 
 
@@ -32,11 +32,15 @@ class ReportingTrainer(Trainer):
     def forwards(self, steps: int) -> int:
         """Return the forward passes of the first steps; a backward pass counts as two."""
         args = self.args
-        each = forwards_per_step(args.method, {name: getattr(args, name) for name in OPTIONS})
+        options = {name: getattr(args, name) for name in OPTIONS}
+        options["batch_size"] = args.train_batch_size
+        if hasattr(self.train_dataset, "__len__"):
+            options["train_size"] = len(self.train_dataset)
+        each = forwards_per_step(args.method, options)
         if each == 3 and args.method == "pseuzo" and self.zero_order is not None:
             # A step at which lambda is 0 is MeZO's, and has two passes.
             return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
-        return round(steps * each)
+        return forwards_of_steps(args.method, steps, options)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of our passes. Transformers counts a forward and a backward pass,

@@ -81,7 +81,7 @@ def check_checkpoints(
     if not args.should_save:
         return
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    moments = {"fo-adam": 2, "fo-sgd": bool(args.momentum)}.get(args.method, 0)
+    moments = {"fo-adam": 2, "fo-sgd": bool(args.momentum), "mezo-svrg": 1}.get(args.method, 0)
 
     def save_all(folder: Path, state_dict: dict[str, Any] | None) -> None:
         save(str(folder), state_dict)

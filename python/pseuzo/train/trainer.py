@@ -10,7 +10,7 @@ optimizer.step() applies the update. The logged loss of a two-sided MeZO step is
 perturbed passes, since it never computes the loss at the weights themselves; evaluations do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -21,9 +21,11 @@ from pseuzo.models.loading import keep_as_loaded
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.placement import param_groups
 from pseuzo.models.positions import IGNORED, with_positions
+from pseuzo.optim.seeds import step_seed
 from pseuzo.tasks import TaskData
 from pseuzo.train import checks, noise_on
 from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.batches import even_batches
 from pseuzo.train.losses import Losses
 from pseuzo.train.methods import METHODS, Setup
 from pseuzo.train.resume import ResumableTrainer
@@ -142,9 +144,26 @@ class PseuZOTrainer(ResumableTrainer):
             if "targets" in inputs:  # a batch without labels has a loss of NaN and no gradient
                 loss = torch.where((inputs["targets"] != IGNORED).any(), loss, self._mean_loss())
             return loss
-        functions, rows = self.losses.step_inputs(inputs, self.zero_order)
-        loss = self.zero_order.estimate(*functions, **rows)
+        functions, more = self.losses.step_inputs(inputs, self.zero_order)
+        if self.zero_order.needs_data:
+            more["batches"] = self.data_losses
+        loss = self.zero_order.estimate(*functions, **more)
         return self.step_log.finite(loss, self._mean_loss())
+
+    def data_losses(self) -> Iterator[Callable[[], Tensor]]:
+        """The loss of one batch after another of the training data: each of its rows once, or
+        args.anchor_batches batches of rows that depend on the seed and the step."""
+        args, data = self.args, self.train_dataset
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                f"method {args.method} measures the loss of all the training data: it needs a "
+                "train_dataset of a known length"
+            )
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        seed = step_seed(args.seed, self.zero_order.steps)
+        for rows in even_batches(len(data), args.train_batch_size, args.anchor_batches, seed):
+            inputs = self._prepare_inputs(collate([data[i] for i in rows]))
+            yield self.losses.closure(inputs, args.clip_examples is not None)
 
     def _mean_loss(self) -> Tensor:
         """Return the mean of the losses that are still in Transformers' sum."""
