@@ -162,7 +162,7 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
     assert "matches 'no_such'" in refused(*args, "--noise-on", "no_such") and not list(
         out.iterdir()
     )
-    assert "auto is for noise_on, where it stands alone" in refused(*args, "--noise-on", "auto=2")
+    assert "auto is a value of noise_on alone" in refused(*args, "--noise-on", "auto=2")
     journal.mkdir()
     assert "is a directory" in refused(*args)
     journal.rmdir()

@@ -149,7 +149,7 @@ def based_on_each_other(folder):
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_BASE = "does not say which model the adapter is for"
-ITS_OWN_BASE = "and that is an adapter which in the end is for itself"
+ITS_OWN_BASE = "and the chain of adapters leads back to this adapter"
 
 
 @pytest.mark.parametrize("do, sentence", [

@@ -124,10 +124,10 @@ def test_peft_models():
 
 @pytest.mark.parametrize("patterns, sentence", [
     (["v_prj.weight"],
-     r"no parameter that is trained matches 'v_prj.weight'; near it: .*v_proj.weight"),
-    (["attention_out"], "matches 'attention_out'; near it: attention-out"),
+     r"no parameter that is trained matches 'v_prj.weight'; similar names: .*v_proj.weight"),
+    (["attention_out"], "matches 'attention_out'; similar names: attention-out"),
     (["xyzzy"], "matches 'xyzzy'; some names: all, attention-out, last-half"),
-    (["all=-1"], "the scale in 'all=-1' must be a number from 0, got '-1'"),
+    (["all=-1"], "the scale in 'all=-1' must be a number of at least 0, got '-1'"),
     (["all=two"], "got 'two'"),
     (["all=nan"], "got 'nan'"),
     (["all="], "got ''"),
@@ -143,7 +143,7 @@ def test_presets_refuse_what_they_do_not_know():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match="Sequential has no attention weights of a known name"):
         place(model, ["attention-out"])
-    with pytest.raises(ValueError, match="Linear has no layers that are known here"):
+    with pytest.raises(ValueError, match="the layers of Linear are not known"):
         place(nn.Linear(3, 4), ["last-half"])
     assert names(model, place(model, ["last-half"])) == ["1.weight", "1.bias"]
     # one pattern, not its letters

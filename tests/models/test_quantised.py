@@ -265,7 +265,7 @@ def test_weights_of_a_gguf_file_are_numbers_again_and_take_every_mode(tmp_path, 
         )
     for name in (tmp_path, tmp_path / "tiny.gguf"):
         with pytest.raises(
-            ValueError, match=r"tiny\.gguf is a GGUF file; make numbers of its weights: python"
+            ValueError, match=r"tiny\.gguf is a GGUF file; dequantise its weights: python"
         ) as error:
             load(name)
     command = str(error.value).split('python -c "')[1].split('"')[0]

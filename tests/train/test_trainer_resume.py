@@ -99,7 +99,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
     settings = dict(method=method, max_steps=4, save_strategy="steps", save_steps=2)
     whole = causal_lm("opt")
     PseuZOTrainer(whole, arguments(tmp_path, **settings), train_dataset=Rows(7)).train()
-    assert "resumed:" not in caplog.text
+    assert "resumed with" not in caplog.text
     resumed = causal_lm("opt")
     args = arguments(tmp_path, **settings | changed)
     trainer = PseuZOTrainer(resumed, args, train_dataset=Rows(7))
@@ -108,7 +108,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
         asked = (0.5, 0.999) if name == "betas" else changed[name]
         assert f"resumed with {name} {value} of the checkpoint, not {asked}" in caplog.text
     assert ("the order of the batches is that of seed 4" in caplog.text) == ("seed" in goes_on)
-    assert caplog.text.count("resumed:") == len(goes_on) + ("weight_decay" in changed)
+    assert caplog.text.count("resumed with") == len(goes_on) + ("weight_decay" in changed)
     if method == "mezo":  # an epoch is one batch, and the order of its rows is nothing to a mean
         for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=name)
@@ -125,4 +125,4 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
     caplog.clear()
     again = PseuZOTrainer(causal_lm("opt"), arguments(tmp_path, **settings), train_dataset=Rows(7))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "resumed:" not in caplog.text
+    assert "resumed with" not in caplog.text

@@ -1,9 +1,9 @@
-"""Tells the attention of Transformers whether a batch has padding, so that nothing waits for it.
+"""Tells the attention of Transformers whether a batch has padding, so that it need not look.
 
-Transformers reads an attention mask to see whether any row is padded, which waits for the device,
-and if none is, it lets torch attend causally without a mask. While a CUDA graph is recorded it does
-not read the mask and always makes one: another kernel, and so other bits. Where it is told, it does
-the same in both cases. Its registry of mask functions is the documented place for this.
+Transformers reads an attention mask to see whether any row is padded, which waits for the device.
+If none is, it lets torch attend causally without a mask. While a CUDA graph is recorded it does not
+read the mask and always makes one, so that another kernel gives other bits. If it is told about the
+padding, it does the same in both cases. Its registry of mask functions is documented for such uses.
 """
 
 import threading
@@ -18,10 +18,10 @@ _running = threading.local()  # .told: (the configuration of the model that runs
 
 
 def listen_in_sdpa_masks() -> None:
-    """Register a mask function for SDPA that heeds `padding_known`.
+    """Register a mask function for SDPA that uses what `padding_known` says.
 
-    Outside of that context, and for other models inside of it, it does what Transformers' own does.
-    A function that somebody else registered is left in its place.
+    Outside that context, and for other models inside it, it calls Transformers' own function. A
+    function that somebody else registered is not replaced.
     """
     from transformers.masking_utils import (  # this import takes 2 s
         ALL_MASK_ATTENTION_FUNCTIONS,
@@ -32,7 +32,7 @@ def listen_in_sdpa_masks() -> None:
     def sdpa_mask_of_known_padding(**kwargs: Any) -> Tensor | None:
         config, padded = getattr(_running, "told", (None, None))
         if config is None or kwargs.get("config") is not config:
-            # The mask is for another model, perhaps one that runs inside of ours.
+            # The mask is for another model, perhaps one that runs inside ours.
             return sdpa_mask(**kwargs)
         local_size = kwargs.get("local_size")
         causal = kwargs["q_length"] == kwargs["kv_length"] and (
@@ -48,11 +48,11 @@ def listen_in_sdpa_masks() -> None:
 
 
 def seeing_itself(mask: Tensor) -> Tensor:
-    """The mask [..., queries, keys], True where a key is seen, with a change for queries of pads: a
-    query that sees no key then sees its own.
+    """Return the mask [..., queries, keys], True where a key is seen, in which a query that saw no
+    key, as those of padding, sees its own.
 
-    Some backends make NaN of a query that sees none, and in the next layer a NaN reaches all
-    others, since zero times NaN is NaN.
+    Some backends return NaN for a query that sees no key, and in the next layer the NaN reaches all
+    other tokens, since zero times NaN is NaN.
     """
     queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
     own = queries[:, None] + (len(keys) - len(queries)) == keys  # keys of a prefix come first
@@ -61,8 +61,8 @@ def seeing_itself(mask: Tensor) -> Tensor:
 
 @contextmanager
 def padding_known(config: Any, padded: bool) -> Iterator[None]:
-    """Within this context, masks of the model with this configuration are made without reading the
-    attention mask: as for padding if `padded`, else as for none."""
+    """A context in which the masks of the model with this configuration are made without reading
+    the attention mask: as if there were padding if `padded`, else as if there were none."""
     before = getattr(_running, "told", (None, None))
     _running.told = config, padded
     try:

@@ -2,7 +2,7 @@
 
     model, tokenizer = load_model("facebook/opt-1.3b", dtype="bf16")
 
-What cannot be loaded is refused with one sentence, which says what to do instead.
+If a model cannot be loaded, one sentence says why, and what to do instead.
 """
 
 import json
@@ -29,22 +29,21 @@ def load_model(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple:
-    """(model, tokenizer) of a language model: a name on the hub, a folder, or a folder of adapters
-    that `peft` saved.
+    """Load (model, tokenizer) of a language model: a name on the hub, a folder, or a folder of
+    adapters that `peft` saved.
 
     kind: "causal", "masked" or "classifier", see `kinds`; "auto" is what the architectures in its
-    config say, causal if they say neither. A classifier has a class for each of labels; where the
-    checkpoint has no such head, a new one is drawn by seed, and its classes are named so.
+    config say, causal if they say neither. A classifier has a class for each of labels; if the
+    checkpoint has no such head, a new one is drawn by seed, and its classes get these names.
 
-    dtype: "fp32", "fp16" or "bf16"; in a quantised model it is that of the weights that are not
-    quantised (with bitsandbytes, those stay as they were saved). device: cuda where there is one,
-    unless given. Weights come from safetensors alone, and no code of the model's is run. The
-    tokenizer pads on the left, that of another kind than causal on the right; one without a padding
-    token pads with its end of text.
-    need_tokenizer False: the tokenizer is None where there is none.
+    dtype: "fp32", "fp16" or "bf16"; in a quantised model it applies to the weights that are not
+    quantised (with bitsandbytes, those stay as they were saved). device: by default cuda if there
+    is one. Weights are read from safetensors alone, and no code of the model is run. The tokenizer
+    of a causal model pads on the left, any other on the right; one without a padding token pads
+    with its end of text. need_tokenizer=False: the tokenizer is None if there is none.
 
-    ValueError: no such model, none of that kind, pickled weights, missing ones, no tokenizer, no
-    such device.
+    ValueError if there is no such model or device, if it is not of that kind, if its weights are
+    pickled or some are missing, or if it has no tokenizer.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -93,18 +92,18 @@ def load_model(
 
 
 def quantised(model: nn.Module) -> list[str]:
-    """The names of quantised weights, which can take neither noise nor gradients."""
+    """List the names of quantised weights, which can take neither noise nor gradients."""
     return [name for name, p in model.named_parameters() if holds_codes(p)]
 
 
 def keep_as_loaded(model: nn.Module) -> None:
-    """Have a quantised model compute and save what was loaded, whatever is done between.
+    """Make a quantised model compute with and save the weights that were loaded, at any time.
 
-    For some processors bitsandbytes packs 4-bit weights anew at a forward, with rounded scales, and
-    unpacks them at a save: the outputs differ from those of the model that was loaded, and differ
-    again after a checkpoint. Transformers cannot write in the original format what it quantised, or
-    loaded so. It also calls a model quantised whose weights it made numbers again when it loaded
-    them (GGUF).
+    For some processors bitsandbytes repacks 4-bit weights in a forward, with rounded scales, and
+    unpacks them when they are saved: then the outputs differ from those of the model that was
+    loaded, and differ again after a checkpoint. Transformers cannot write quantised weights in
+    their original format. It also calls a model quantised if it dequantised the weights when it
+    loaded them (GGUF).
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -119,7 +118,7 @@ def keep_as_loaded(model: nn.Module) -> None:
             for conversion in getattr(base, "_weight_conversions", None) or ()
             if _reverts(conversion)
         ]
-        # Transformers has no public way to leave conversions out of all saves, the Trainer's too.
+        # Transformers has no public way to leave conversions out of every save.
         base._weight_conversions = kept or None
     else:
         base.hf_quantizer.remove_quantization_config(base)
@@ -134,12 +133,12 @@ def _reverts(conversion: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line without its full stop."""
+    """Return the first line of an error's message, without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of this name, or None if it is a name on the hub."""
+    """Return the folder of this name, or None if it is a name on the hub."""
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
@@ -155,7 +154,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _base_of(adapter: Path) -> str:
-    """The model that the adapter of this adapter_config.json is for."""
+    """Return the model that the adapter of this adapter_config.json is for."""
     try:
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
@@ -187,19 +186,19 @@ def _classes_of(folder: Path) -> list[str] | None:
 
 
 def _check_bases(folder: Path) -> None:
-    """ValueError if an adapter is for itself, directly or through other adapters."""
+    """Raise ValueError if an adapter is for itself, directly or through other adapters."""
     seen: list[Path] = []
     while folder and (folder / "adapter_config.json").is_file():
         if folder.resolve() in seen:
-            raise ValueError("load_model: that is an adapter which in the end is for itself")
+            raise ValueError("load_model: the chain of adapters leads back to this adapter")
         seen.append(folder.resolve())
         folder = _folder(_base_of(folder / "adapter_config.json"))
 
 
 def _check_weights(folder: Path, stem: str, instead: str = "") -> None:
-    """ValueError unless the folder has weights in safetensors.
+    """Raise ValueError unless the folder has weights in safetensors.
 
-    instead: what the error says to do, if not to convert the model.
+    instead: what the error tells the user to do, other than to convert the model.
     """
     if any(folder.glob(f"{stem}*.safetensors")):
         return
@@ -210,7 +209,7 @@ def _check_weights(folder: Path, stem: str, instead: str = "") -> None:
 
 
 def _pickled(what: str, name: str, instead: str = "") -> str:
-    """What to do about pickled weights, which may run code when they are opened."""
+    """Say what to do about pickled weights, which may run code when they are opened."""
     refused = f"{what} a pickle, which may run code of its own, where safetensors is expected; "
     if instead:
         return refused + instead
@@ -226,11 +225,11 @@ def _pickled(what: str, name: str, instead: str = "") -> str:
 
 
 def _packed(file: Path) -> str:
-    """What to do about the weights in a GGUF file."""
+    """Say what to do about the weights in a GGUF file."""
     target = f"{file.stem}-safetensors"
     given = f"{str(file.parent)!r}, gguf_file={file.name!r}"
     return (
-        f"{file} is a GGUF file; make numbers of its weights: "
+        f"{file} is a GGUF file; dequantise its weights: "
         'python -c "import transformers as t; from pseuzo.models.loading import keep_as_loaded; '
         f"m = t.AutoModelForCausalLM.from_pretrained({given}, "
         "quantization_config=t.GgufConfig(dequantize=True)); "
@@ -252,7 +251,7 @@ def _load_base(
     from transformers import AutoConfig
 
     if folder and not (folder / "config.json").is_file():
-        inside = folder / "model"  # where a run has its model
+        inside = folder / "model"  # a run saves its model there
         hint = f"; did you mean {inside}?" if any(inside.glob("*config.json")) else ""
         if file := next(iter(sorted(folder.glob("*.gguf"))), None):
             raise ValueError(f"load_model: {_packed(file)}")
@@ -260,7 +259,7 @@ def _load_base(
             f"load_model: {name} has no config.json; it is not the folder of a Transformers "
             f"model{hint}"
         )
-    # Adapters are saved with this path, and loaded in other directories: it must not be relative.
+    # Adapters are saved with this path and loaded from other directories, so it is absolute.
     source = folder.resolve() if folder else name
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -301,9 +300,9 @@ def _load_base(
 
 
 def _load_adapter(model: nn.Module, name: str, folder: Path) -> nn.Module:
-    """The model with the adapter of a folder, ready to be trained on.
+    """Return the model with the adapter of a folder, ready for more training.
 
-    PeftModel.from_pretrained refuses to make the adapter of a prefix ready for that.
+    PeftModel.from_pretrained refuses to do this for the adapter of a prefix.
     """
     from peft import PeftConfig, get_peft_model
 

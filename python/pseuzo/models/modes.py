@@ -32,8 +32,8 @@ class ModeOption:
 class Mode:
     help: str
     # "package.module.function", imported when it is first called: (model, *, seed, **options) ->
-    # the model with the weights of the mode requiring grad and no others. `seed` is for what it
-    # draws at random. It may change the model that it is given.
+    # the model in which the weights of the mode, and no others, require grad. `seed` decides what
+    # it draws at random. It may change the model that it is given.
     function: str
     eps: float  # the default size of a perturbation
     # Default learning rates: of the zeroth-order methods, of fo-sgd and of fo-adam.
@@ -41,10 +41,10 @@ class Mode:
     sgd_lr: float
     adam_lr: float
     options: tuple[ModeOption, ...] = ()
-    # The weights it trains are in the dtype of the model. Adapters are in fp32.
+    # Whether the weights it trains have the dtype of the model. Adapters are in fp32.
     model_dtype: bool = False
-    # It adds no weights, so a journal is replayed from the base model. For other modes a run with a
-    # journal saves the model that it starts from.
+    # Whether it adds no weights, so that a journal is replayed from the base model. For other modes
+    # a run with a journal saves the model that it starts from.
     starts_from_base: bool = False
 
 
@@ -112,7 +112,7 @@ MODES: dict[str, Mode] = {
 
 
 def mode_options() -> dict[str, tuple[ModeOption, tuple[str, ...]]]:
-    """The options of all modes by name, each with the modes that take it."""
+    """Return the options of all modes by name, each with the modes that take it."""
     found: dict[str, tuple[ModeOption, tuple[str, ...]]] = {}
     for mode, row in MODES.items():
         for option in row.options:
@@ -121,12 +121,12 @@ def mode_options() -> dict[str, tuple[ModeOption, tuple[str, ...]]]:
 
 
 def by_mode(field: str) -> dict[str, Any]:
-    """A field of the rows of MODES, by the name of the mode."""
+    """Return a field of the rows of MODES, by the name of the mode."""
     return {name: getattr(row, field) for name, row in MODES.items()}
 
 
 def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: Any) -> "nn.Module":
-    """The model with the weights of a mode requiring grad and no others.
+    """Return the model in which the weights of a mode, and no others, require grad.
 
     full: every weight. lora: adapters of rank `lora_r`, scaled by `lora_alpha` / `lora_r`, on the
     layers named `lora_targets`, by default those that make queries and values. prefix: the keys and
@@ -135,11 +135,11 @@ def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: An
     `prompt_tokens` tokens before the text, which start as those of the tokens `prompt_from`, chosen
     likewise. head: the output head; one that is tied to the embedding becomes a copy of its own.
 
-    Adapters, prefixes and prompts are fp32 whatever the model is, and the model is then one of
-    `peft`. seed is that of what is drawn at random; torch's own generator is not touched. An option
-    of another mode does nothing. The model given is changed.
+    Adapters, prefixes and prompts are in fp32 whatever the dtype of the model, which `peft` then
+    wraps. seed decides what is drawn at random; torch's own generator is not used. An option of
+    another mode has no effect. The given model is changed.
 
-    ValueError: an unknown mode, a model that has adapters already, or one that cannot have the
+    ValueError if the mode is unknown, if the model has adapters already, or if it cannot have the
     mode.
     """
     if mode not in MODES:

@@ -5,10 +5,10 @@
     loss = optimizer.step(forward, head)
 
 h is everything up to the input of the output head, g is the head and the loss. o holds the hidden
-states at the positions that carry a loss, no others: [R, P, D] for the R rows of a batch. The head
-runs on those alone, in the clean pass alone (PseuZO's perturbed pass never calls it), and for a
-choice between label words only its rows for those words are multiplied. `split` has the model in
-two parts, `positions` where the loss is, `verify` the comparison with the model itself.
+states at only the positions that have a loss: [R, P, D] for the R rows of a batch. The head runs
+only on those, and only in the clean pass (PseuZO's perturbed pass never calls it). For a choice
+between label words, only the head's rows for those words are multiplied. Module `split` has the
+model in two parts, `positions` finds where the loss is, `verify` compares with the model itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,34 +30,34 @@ from pseuzo.models.verify import find_padding, verify_loss
 
 
 class CausalLMObjective:
-    """The loss of a Transformers causal LM: the model's own, of a row alone and in a padded batch.
+    """The loss of a Transformers causal LM: the same for a row alone and in a padded batch.
 
-    model: any whose output head is one module (`get_output_embeddings()`): a Linear, tied or not,
-    or one that peft has wrapped. options: token ids of label words, one per class: the loss is then
-    the cross entropy over their logits alone, at the last token of the prompt. Without options, it
-    is the cross entropy over options of any number of tokens if the batch has `examples`, and else
-    the language-modelling loss of `labels`.
+    model: any model whose output head is one module (`get_output_embeddings()`): a Linear, tied or
+    not, or one that peft has wrapped. options: token ids of label words, one per class; the loss is
+    then the cross entropy over their logits alone, at the last token of the prompt. Without
+    options, it is the cross entropy over options of any number of tokens if the batch has
+    `examples`, and else the language-modelling loss of `labels`.
 
     A masked language model (...ForMaskedLM) and a classifier (...ForSequenceClassification) need
-    options: of the first they are the label words' tokens, and a batch says in positions [B, 1]
-    where its rows have the mask token; of the second its classes, range(n). Their rows are padded
-    on the right.
+    options: the tokens of the label words for the former, whose batches hold the position of the
+    mask token in positions [B, 1]; the classes, range(n), for the latter. Their rows are padded on
+    the right.
 
-    What a model does to the output of its head (a factor, a soft cap) is read off its first
-    forward. On first use its logits of one row, and its loss if it is trained on that one, are
-    compared with those made here: RuntimeError if the logits differ, ValueError if the loss does.
-    verify "once" verifies only what no objective of this model has verified, False nothing.
+    The first forward shows what a model does to the output of its head (a factor, a soft cap). On
+    first use its logits of one row, and its loss if that is the one that is trained, are compared
+    with those computed here: RuntimeError if the logits differ, ValueError if the loss does.
+    verify="once" verifies only what no objective of this model has verified yet, False nothing.
 
     Positions are counted from the first token with attention, so that padding on the left changes
-    nothing. The first batch with an attention mask verifies that too, by a row alone and padded.
-    Where padding on the left does change a model's numbers (recurrent ones take it in, some count
-    columns), rows are padded on the right; where even that does, batches with padding are refused
-    with a ValueError.
+    nothing. The first batch with an attention mask verifies this as well, with a row alone and
+    padded. If padding on the left does change the numbers of a model (recurrent ones read it, some
+    models count columns), rows are padded on the right; if that changes them too, batches with
+    padding are refused with a ValueError.
 
-    A batch without padding should leave the attention mask out: it is then attended causally, by
-    torch's fastest kernel. One with a mask counts as padded, and nobody reads the mask to see
-    whether it is, which would wait for the device. (That holds for SDPA and eager attention;
-    Transformers' flash attention and recurrent layers read it all the same.)
+    A batch without padding should leave the attention mask out: it then attends causally, with
+    torch's fastest kernel. A batch with a mask counts as padded. The mask is not read to check
+    this, since that would wait for the device. (This holds for SDPA and eager attention;
+    Transformers' flash attention and recurrent layers read it anyway.)
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class CausalLMObjective:
 
     @property
     def padding(self) -> str | None:
-        """Where rows of this model may have padding: "anywhere", "right" or "nowhere"; None if
-        nothing has shown it yet."""
+        """Where rows of this model may have padding: "anywhere", "right" or "nowhere"; None if it
+        is not known yet."""
         return self._split.known.padding
 
     def __call__(
         self, batch: Mapping[str, Tensor], reduction: str = "mean"
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        """forward() -> o [R, P, D] and head(o) -> loss, fp32, for a batch.
+        """Return forward() -> o [R, P, D] and head(o) -> loss, fp32, for a batch.
 
         batch: input_ids [R, T], attention_mask [R, T] (padding on either side; without a mask there
         is none), and
@@ -89,23 +89,23 @@ class CausalLMObjective:
           over the mean log-likelihoods of its options' tokens;
         - else labels [B, T], token ids with -100 where there is no loss.
 
-        Labels are not shifted, as in Transformers. P is the most loss positions of a row; rows with
-        fewer are filled up on the left with zeros that carry no loss. Where no row has any, the
-        loss is NaN, as in Transformers, and the optimizers skip the step. While labels and examples
-        are on the CPU nothing waits for the device. Elsewhere it does, unless the batch has
-        `positions` and `targets` (loss_positions) and `option_rows` (rows_of_options) as well.
-        Whatever else there is goes to the model.
+        Labels are not shifted, as in Transformers. P is the largest number of loss positions of a
+        row; rows with fewer are filled up on the left with zeros that have no loss. If no row has
+        any, the loss is NaN, as in Transformers, and the optimizers skip the step. Nothing waits
+        for the device if labels and examples are on the CPU, or if the batch also has `positions`
+        and `targets` (loss_positions) and `option_rows` (rows_of_options). All other entries go to
+        the model.
 
-        reduction "none": head(o) -> [B], a loss for each example, whose mean is the loss (so that
-        an example with more tokens of an answer has more).
+        reduction="none": head(o) -> [B], a loss for each example, whose mean is the loss (so an
+        example with more tokens in its answer has a larger one).
         """
         return self.functions(self.plan(batch), reduction)
 
     def functions(
         self, plan: Mapping[str, Tensor], reduction: str = "mean"
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        """forward and head of what plan(batch) gave. They read its tensors whenever they are
-        called."""
+        """Return forward and head for a plan of plan(batch). They read its tensors at every
+        call."""
         if reduction not in ("mean", "none"):
             raise ValueError(
                 f"CausalLMObjective: reduction must be 'mean' or 'none', got {reduction!r}"
@@ -135,9 +135,9 @@ class CausalLMObjective:
 
     @torch.no_grad()
     def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[B, n] fp32, the larger the likelier: of label words their logits (their log-likelihoods
-        up to a number for each example), of options the mean log-likelihoods of their tokens, -inf
-        where an example has fewer."""
+        """Return scores [B, n] fp32, larger if likelier: the logits of label words (their
+        log-likelihoods up to a constant per example), or the mean log-likelihoods of the tokens of
+        options, with -inf where an example has fewer."""
         plan = self.plan(batch)
         o = self.hidden_states(plan)
         if "option_rows" in plan:
@@ -151,14 +151,14 @@ class CausalLMObjective:
 
     @torch.no_grad()
     def row_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[R] fp32: the mean log-likelihood of the tokens of each row whose labels [R, T] are not
-        -100."""
+        """Return [R] fp32: the mean log-likelihood of the tokens of each row whose labels [R, T]
+        are not -100."""
         plan = self.plan({k: v for k, v in batch.items() if k != "examples"})
         return self._mean_log_likelihood(self.hidden_states(plan), plan["targets"])
 
     def plan(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All that forward and head need of a batch: the model's inputs, and, on the head's device,
-        positions, targets and, if there are options in the batch, option_rows and answers."""
+        """Return what forward and head need of a batch: the model's inputs and, on the head's
+        device, positions, targets and, if the batch has options, option_rows and answers."""
         inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
         device, labels, plan = self._split.device, batch["labels"], {}
         if self.options is not None:
@@ -200,9 +200,9 @@ class CausalLMObjective:
         return self.checked(plan | inputs)
 
     def checked(self, plan: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The plan, with its padding where the model may have it.
+        """Return the plan, with its padding moved to where the model may have it.
 
-        The first ones verify the model, see the class.
+        The first plans verify the model, as the class describes.
         """
         if self._verifies and not self._split.known.verified:
             verify_loss(self._split, plan)
@@ -218,19 +218,20 @@ class CausalLMObjective:
         return padded_on_the_right(plan) if self.padding == "right" else plan
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
-        """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1."""
+        """Return o, the head's input at positions [R, P], as [R, P, D]; zeros at position -1."""
         return self._split.hidden_states(plan)
 
     def logits(self, o: Tensor) -> Tensor:
-        """fp32 logits of o [..., D]: over the options if there are any, else the vocabulary."""
+        """Return fp32 logits of o [..., D], over the options if there are any, else over the
+        vocabulary."""
         return self._split.logits(o)
 
     def model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the model gets of a plan, with positions where padding would shift its own."""
+        """Return the model's inputs of a plan, with positions if padding would shift its own."""
         return self._split.model_inputs(plan)
 
     def _mean_log_likelihood(self, o: Tensor, targets: Tensor) -> Tensor:
-        """[R]: the mean over those of the targets [R, P] that are not -100."""
+        """Return [R]: the mean over those of the targets [R, P] that are not -100."""
         losses = F.cross_entropy(
             self.logits(o).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )

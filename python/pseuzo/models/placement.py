@@ -3,7 +3,7 @@
     where = place(model, ["attention-out"])  # {parameter: noise scale}
     opt = MeZO(param_groups(model, where, lr=1e-5, weight_decay=0.0), lr=1e-5, model=model)
 
-`pseuzo.models.probe` finds out where it pays.
+`pseuzo.models.probe` measures where it helps most.
 """
 
 import difflib
@@ -43,8 +43,8 @@ THIRDS = ("early", "middle", "late")
 
 
 def _role(name: str, p: Tensor) -> str:
-    """What a parameter does, by the names of its modules: "small" for norms and biases, "other" if
-    it is not known."""
+    """Return what a parameter does, by the names of its modules: "small" for norms and biases,
+    "other" if that is not known."""
     if p.dim() < 2 or name.endswith("bias"):
         return "small"
     parts = name.split(".")
@@ -61,23 +61,23 @@ def _role(name: str, p: Tensor) -> str:
 
 
 def _layer(name: str) -> int | None:
-    """The number of the layer that a parameter is in: the first number in its name."""
+    """Return the number of the layer that a parameter is in: the first number in its name."""
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def _depth(model: nn.Module) -> int:
-    """The number of layers."""
+    """Return the number of layers."""
     layers = [_layer(name) for name, _ in model.named_parameters()]
     return max((layer + 1 for layer in layers if layer is not None), default=0)
 
 
 def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that require grad, by role and by third of the depth: "v:late" and the like.
+    """Return the parameters that require grad, by role and third of the depth, such as "v:late".
 
-    Roles: embedding, positions, q, k, v, qkv (where they are one weight), out (of the attention),
+    Roles: embedding, positions, q, k, v, qkv (if they are one weight), out (of the attention),
     mlp-in, mlp-out, small (norms and biases), head, other. Parameters outside the layers have no
-    third. place() knows these names too.
+    third. place() takes these names too.
     """
     depth, groups = _depth(model), {}
     for name, p in model.named_parameters():
@@ -89,8 +89,8 @@ def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
-    """The parameters of a preset that require grad. ValueError where the preset has no meaning for
-    the model."""
+    """Return the parameters of a preset that require grad. ValueError if the preset has no meaning
+    for the model."""
     named, depth = list(model.named_parameters()), _depth(model)
     kind = type(model).__name__
     if preset == "all":
@@ -98,14 +98,14 @@ def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
     if preset == "last-half":
         if depth < 2:
             raise ValueError(
-                f"place: {kind} has no layers that are known here; give names of parameters for "
+                f"place: the layers of {kind} are not known; give names of parameters instead of "
                 "last-half"
             )
         return [p for name, p in named if p.requires_grad and 2 * (_layer(name) or 0) >= depth]
     if not any(_role(name, p) in ATTENTION_OUT and _layer(name) is not None for name, p in named):
         raise ValueError(
-            f"place: {kind} has no attention weights of a known name; give names of parameters for "
-            "attention-out"
+            f"place: {kind} has no attention weights of a known name; give names of parameters "
+            "instead of attention-out"
         )
     return [
         p
@@ -115,7 +115,7 @@ def _preset(model: nn.Module, preset: str) -> list[nn.Parameter]:
 
 
 def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float]:
-    """The noise scale of every parameter that takes noise, in the order of the model.
+    """Return the noise scale of every parameter that takes noise, in the order of the model.
 
     patterns: NAME or NAME=SCALE; later ones override earlier ones, and scale 0 excludes. A name is
     a preset, a group of groups_of ("v:late"), or a glob of parameter names or of whole ends of them
@@ -126,8 +126,8 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
                         the first (where query, key and value are one weight: that one)
         last-half       the upper half of the layers
 
-    ValueError: a pattern that matches nothing, a scale that is no number from 0, or no parameter
-    that is left.
+    ValueError if a pattern matches nothing, if a scale is not a number of at least 0, or if no
+    parameter is left.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = groups_of(model)
@@ -141,7 +141,8 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
             scale = math.nan
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(
-                f"place: the scale in {pattern!r} must be a number from 0, got {scale_text!r}"
+                f"place: the scale in {pattern!r} must be a number of at least 0, got "
+                f"{scale_text!r}"
             )
         if what in PRESETS:
             found = _preset(model, what)
@@ -154,8 +155,8 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
             ]
         if not found and what == "auto":
             raise ValueError(
-                "place: auto is for noise_on, where it stands alone: no scale, no other pattern "
-                "beside it"
+                "place: auto is a value of noise_on alone, without a scale and without other "
+                "patterns"
             )
         if not found:
             raise ValueError(
@@ -171,13 +172,13 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
 
 
 def _hint(what: str, named: Iterable[str], groups: Iterable[str]) -> str:
-    """The end of an error: names near to one that matches nothing, or some names."""
+    """Return the end of an error: names near to one that matches nothing, or some names."""
     ends = {".".join(name.split(".")[-2:]) for name in named}
     near = difflib.get_close_matches(
         what, [*PRESETS, *groups, *sorted(ends), *named], n=3, cutoff=0.5
     )
     if near:
-        return f"; near it: {', '.join(near)}"
+        return f"; similar names: {', '.join(near)}"
     return f"; some names: {', '.join([*PRESETS, *sorted(ends)][:6])}"
 
 
@@ -188,9 +189,9 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
 ) -> list[dict]:
-    """Groups for PseuZO, MeZO or an optimizer of torch's, by noise scale and weight decay.
+    """Make groups for PseuZO, MeZO or an optimizer of torch, by noise scale and weight decay.
 
-    Norms and biases are spared the weight decay.
+    Norms and biases get no weight decay.
     """
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Where the loss of a batch is: at which positions, in which rows, and how padding moves them.
+"""Finds the loss of a batch: at which positions, in which rows, and how padding moves them.
 
 A *plan* is a batch as the objective uses it: the inputs of the model, with `positions` and
 `targets` [R, P] of the loss and, for a choice between options, `option_rows` and `answers`.
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # a label that carries no loss, as everywhere in Transformers
-# What a batch holds for the objective and the optimizer. The model gets the rest.
+IGNORED = -100  # a label that has no loss, as everywhere in Transformers
+# The entries of a batch for the objective and the optimizer. The model gets the rest.
 NOT_INPUTS = frozenset(
     ("labels", "answers", "examples", "groups", "rows", "option_rows", "positions", "targets")
 )
 
 
 def predicted(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """labels [R, T], -100 where the token before is padding.
+    """Return labels [R, T] with -100 at tokens that follow padding.
 
-    Such a token is the first of its text, which nothing predicts: what a model makes of the padding
-    before it is noise that differs between attention backends.
+    Such a token is the first of its text, and nothing predicts it: the output of a model for the
+    padding before it is arbitrary, and differs between attention backends.
     """
     if mask is None:
         return labels
@@ -31,11 +31,11 @@ def predicted(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def loss_positions(labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """positions, targets [R, P]: where the next token carries a loss, and that token.
+    """Return positions, targets [R, P]: where the next token has a loss, and that token.
 
-    Both are aligned to the right, with positions -1 and targets -100 where a row has fewer than P,
-    which is at least 1. mask [R, T] is 0 for padding, on which no position lies. This waits for the
-    device that labels [R, T] are on.
+    Both are aligned to the right, with positions -1 and targets -100 if a row has fewer than P,
+    which is at least 1. mask [R, T] is 0 at padding, which gets no position. This waits for the
+    device of labels [R, T].
     """
     shifted = F.pad(predicted(labels, mask)[:, 1:], (0, int(labels.shape[1] < 2)), value=IGNORED)
     carries = shifted != IGNORED
@@ -47,7 +47,7 @@ def loss_positions(labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, 
 
 
 def last_positions(inputs: Mapping[str, Tensor]) -> Tensor:
-    """[R, 1]: the last position with attention in each row, whichever side is padded."""
+    """Return [R, 1]: the last position with attention in each row, whichever side is padded."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     if mask is None:
@@ -57,10 +57,10 @@ def last_positions(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def rows_of_options(examples: Tensor, n: int) -> Tensor:
-    """[n, most options]: the rows of the options of each of n examples, -1 where one has fewer.
+    """Return [n, most options]: the rows of the options of n examples, -1 if one has fewer.
 
-    examples [R] says of each row which example it is an option of. This waits for the device that
-    they are on.
+    examples [R] holds for each row the example that it is an option of. This waits for their
+    device.
     """
     counts = torch.bincount(examples, minlength=n)
     if len(counts) > n or int(counts.min()) < 1:
@@ -77,13 +77,12 @@ def rows_of_options(examples: Tensor, n: int) -> Tensor:
 
 
 def with_positions(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A collator whose batches also have `positions` and `targets` (see loss_positions).
+    """Return a collator whose batches also have `positions` and `targets` (see loss_positions).
 
-    They have labels only where a token is predicted (see predicted), and no attention_mask if there
-    is no padding. All of that is found on the CPU, so that CausalLMObjective need not wait for the
-    device to find it. Only batches of token ids to predict, labels [B, T], are changed; others are
-    left as they are. The objective keeps `positions` and `targets` from the model, and a loss of
-    your own has to do that too.
+    They have labels only for tokens that are predicted (see predicted), and no attention_mask if
+    there is no padding. All this is computed on the CPU, so that CausalLMObjective need not wait
+    for the device. Only batches of token ids to predict, labels [B, T], are changed. The objective
+    does not pass `positions` and `targets` to the model, and a loss of your own must not either.
     """
     return partial(_collated_with_positions, collate)
 
@@ -107,7 +106,7 @@ def _collated_with_positions(
 
 
 def token_inputs(plan: Mapping[str, Tensor]) -> list[str]:
-    """The names of the model's inputs that have an entry for each token."""
+    """List the names of the model's inputs that have an entry for each token."""
     shape = plan["input_ids"].shape
     return [
         k
@@ -117,13 +116,13 @@ def token_inputs(plan: Mapping[str, Tensor]) -> list[str]:
 
 
 def padded(plan: Mapping[str, Tensor], length: int, count: int) -> dict[str, Tensor]:
-    """The plan of a batch with its length a multiple of `length` and its number of loss positions
-    one of `count`, so that batches come in a few shapes.
+    """Return the plan with its length padded to a multiple of `length`, and its number of loss
+    positions to one of `count`, so that batches have few different shapes.
 
-    Rows are filled up on the left. The loss is the same, to rounding.
+    Rows are filled up on the left. The loss is the same, up to rounding.
     """
     ids, positions = plan["input_ids"], plan["positions"]
-    several = plan["targets"].dim() == 2  # a choice of label words has one position a row
+    several = plan["targets"].dim() == 2  # a choice of label words has one position per row
     more, more_positions = -ids.shape[1] % length, -positions.shape[1] % count if several else 0
     out = dict(plan)
     if more:
@@ -139,10 +138,11 @@ def padded(plan: Mapping[str, Tensor], length: int, count: int) -> dict[str, Ten
 
 
 def padded_on_the_right(plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plan with the padding on the left of its rows moved to the right. Waits for no device."""
+    """Return the plan with left padding moved to the right of its rows, without waiting for the
+    device."""
     mask, positions = plan["attention_mask"] != 0, plan["positions"]
     rows, length = mask.shape
-    # The remainder makes 0 of a row that is padding alone.
+    # The remainder is 0 for a row that is nothing but padding.
     left = (mask.cumsum(1) == 0).sum(1, keepdim=True) % length
     source = (
         torch.arange(rows, device=mask.device)[:, None],

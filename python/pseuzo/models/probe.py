@@ -1,8 +1,8 @@
-"""A probe that finds out, by forward passes, which weights noise pays on.
+"""A probe that measures, by forward passes, on which weights noise helps most.
 
 Near the largest stable learning rate, a step along noise of scales D gains about
-g^T D^2 g / tr(D^2 H), g the gradient and H the Hessian of the loss. Both are averages of what two
-more forward passes along z show, so a few hundred of them tell groups of weights apart:
+g^T D^2 g / tr(D^2 H), with g the gradient and H the Hessian of the loss. Two more forward passes
+along z estimate both, so a few hundred passes distinguish groups of weights:
 
     rows = probe(model, groups_of(model), closures)
     where = place(model, choose(rows))
@@ -26,7 +26,7 @@ MAX_EPS_FACTOR = 10.0  # a small group is probed with at most this multiple of e
 
 @dataclass
 class Row:
-    """What the probe saw of one group; z is noise on that group alone.
+    """What the probe measured of one group; z is noise on that group alone.
 
     Errors are standard errors of the means.
     """
@@ -43,7 +43,8 @@ class Row:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """What noise on the group costs, tr H, and its standard error; by fisher if it has one."""
+        """The cost of noise on the group, tr H, and its standard error; from fisher if there is
+        one."""
         if math.isfinite(self.fisher):
             return self.fisher, self.fisher_error
         return self.curvature, self.curvature_error
@@ -61,8 +62,8 @@ def probe(
     seed: int = 0,
     progress: Callable[[], object] | None = None,
 ) -> list[Row]:
-    """Slope and curvature of the loss along noise on each group alone, by forward passes. The
-    weights are not written.
+    """Measure slope and curvature of the loss along noise on each group alone, by forward passes.
+    The weights are not written.
 
     groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of
     that batch (a scalar or per-example losses), each called 1 + 2 * groups * directions times, in
@@ -72,17 +73,17 @@ def probe(
         slope = (L+ - L-) / (2 eps)             mean of slope^2 estimates |g|^2, g the gradient
         curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H
 
-    of the group (with scales D: |D g|^2 and tr D^2 H). The curvature is noisy and often comes out
-    negative. If the closures return per-example losses, fisher is the mean over examples of the
-    squares of their own slopes: for negative log likelihoods of a model that is about calibrated it
-    estimates tr H too (its Gauss-Newton part, which has nearly all of the trace), and it is never
-    negative and a lot less noisy. For other losses, return their mean.
+    of the group (with scales D: |D g|^2 and tr D^2 H). The curvature is noisy, and the estimate is
+    often negative. If the closures return per-example losses, fisher is the mean over examples of
+    the squares of their own slopes: for negative log likelihoods of a roughly calibrated model it
+    also estimates tr H (its Gauss-Newton part, which has nearly all of the trace), and it is never
+    negative and much less noisy. For other losses, return their mean.
 
     g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance between
-    batches: it favours groups with noisy gradients, the more the smaller the batches. Differences
-    of losses drown in their rounding where eps is small. So a group that has a share f of all
-    parameters of `groups` is probed with eps / sqrt(f), as long a step as noise on all of them,
-    though at most 10 eps.
+    batches: it favours groups with noisy gradients, and more so for smaller batches. If eps is
+    small, rounding hides the differences of losses. So a group that has a share f of all parameters
+    of `groups` is probed with eps / sqrt(f), which is as long a step as noise on all of them, but
+    with at most 10 eps.
     """
     closures = list(closures)
     if not closures or directions < 1 or not groups:
@@ -134,8 +135,8 @@ def probe(
 
 
 def _means_and_errors(samples: Tensor) -> list[float]:
-    """The mean of each column of [n, m], and after each its standard error, which is infinite for
-    one sample."""
+    """Return the mean of each column of [n, m], each followed by its standard error, which is
+    infinite for one sample."""
     samples = samples.double().cpu()
     n = len(samples)
     errors = samples.std(0) / math.sqrt(n) if n > 1 else torch.full_like(samples[0], math.inf)
@@ -143,14 +144,14 @@ def _means_and_errors(samples: Tensor) -> list[float]:
 
 
 def choose(rows: Iterable[Row]) -> list[str]:
-    """The names of the groups that noise should go to: those whose slope2 / cost is at least half
-    of the best.
+    """Return the names of the groups that should take noise: those whose slope2 / cost is at least
+    half of the best.
 
-    cost is a row's fisher, or its curvature where there is none. A cost below its standard error is
-    replaced by that error, so a group whose curvature was not seen (or came out negative) wins
-    nothing by it. The best is judged with a standard error against it on both counts, as the
-    largest of many noisy ratios is too large. If no slope is clear of its error, all groups are
-    returned: nothing was learned.
+    cost is a row's fisher, or its curvature if there is none. A cost below its standard error is
+    replaced by that error, so that a group gains nothing from a curvature that was not resolved or
+    came out negative. The best ratio is taken with a standard error against it in both slope2 and
+    cost, because the largest of many noisy ratios is biased upwards. If no slope is larger than its
+    error, nothing was learned, and all groups are returned.
     """
     rows = list(rows)
     names = [r.name for r in rows]
@@ -176,8 +177,8 @@ class Scaled(NamedTuple):
 
 
 def equal_change(lr: float, eps: float, everywhere: Row, here: Row) -> Scaled:
-    """lr and eps with which noise `here` changes the loss as much, on average, as noise
-    `everywhere` does at the lr and eps given.
+    """Return lr and eps with which noise `here` changes the loss as much, on average, as noise
+    `everywhere` does at the given lr and eps.
 
     E[L(x + eps z) - L(x)] = eps^2 / 2 * tr(D^2 H) =: eps^2 / 2 * T, and the largest stable lr is
     about 1 / T. So lr is multiplied by the ratio T_everywhere / T_here, and eps by its root. T is

@@ -1,8 +1,8 @@
 """A language model in two parts: all before its output head, and the head with what follows.
 
 No code of Transformers is changed. A hook on the head reads its input and ends the forward there.
-The first forward goes on instead, from an output of the head that shows what the model does to its
-logits.
+The first forward continues instead, with a made-up output of the head that shows what the model
+does to its logits.
 """
 
 import inspect
@@ -23,21 +23,21 @@ from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.perturb.module import rows_of
 
 BY_HAND = "split it by hand: optimizer.step(forward, head)"
-# The head is made to put these out once: a soft cap shows in the large ones, a factor in the small.
+# The made-up output of the head: a soft cap shows in the large numbers, a factor in the small ones.
 PROBE = (2.0**12, -(2.0**12), 2.0**-6, 1.0, -3.0, 20.0)
 
 
 @dataclass(frozen=True)
 class AfterHead:
-    """What a model makes of the output x of its head: cap * tanh(factor * x / cap), or factor * x
-    if it has no cap, of the first columns."""
+    """What a model does to the first columns x of its head's output: cap * tanh(factor * x / cap),
+    or factor * x if it has no cap."""
 
     factor: float
     cap: float | None
     columns: int
 
     def __call__(self, logits: Tensor, cut: bool) -> Tensor:
-        """The model's logits from its head's. cut: take the first columns only."""
+        """Return the model's logits for those of its head. cut: take the first columns only."""
         if cut and self.columns < logits.shape[-1]:
             logits = logits[..., : self.columns]
         if self.factor != 1:
@@ -46,7 +46,8 @@ class AfterHead:
 
     @classmethod
     def read(cls, logits: Tensor | None) -> "AfterHead | None":
-        """What a model did that made these logits of PROBE; None if it is something else."""
+        """Find what a model did that turned PROBE into these logits; None if it is something
+        else."""
         if logits is None or logits.shape[-1] < len(PROBE):
             return None
         got = logits.reshape(-1, logits.shape[-1])[-1, : len(PROBE)].tolist()
@@ -66,26 +67,26 @@ class AfterHead:
 
 @dataclass
 class Known:
-    """What its first forwards showed of a model."""
+    """What the first forwards of a model showed."""
 
     after_head: AfterHead | None = None
-    verified: bool = False  # its logits were compared, and its loss where that is trained on
-    padding: str | None = None  # where rows may have some: "anywhere", "right" or "nowhere"
+    verified: bool = False  # its logits were compared, and its loss if it is the one trained on
+    padding: str | None = None  # where rows may be padded: "anywhere", "right" or "nowhere"
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 class _HeadReached(Exception):
-    """Ends a forward where its output head would begin."""
+    """Ends a forward where its output head would start."""
 
 
 class SplitModel:
     """A model and its output head, one module: a Linear, tied or not, or one that peft wrapped.
 
-    options: token ids, whose logits alone `logits` then gives; of a classifier, whose head is the
-    Linear that makes the logits of its classes, classes. anew: forget what an earlier SplitModel
-    learned of the model.
+    The head of a classifier is the Linear that makes the logits of its classes. options: token ids,
+    or classes of a classifier; `logits` then returns only their logits. anew: forget what an
+    earlier SplitModel learned about the model.
     """
 
     def __init__(self, model: nn.Module, options: list[int] | None, *, anew: bool):
@@ -112,7 +113,7 @@ class SplitModel:
             )
         self.model, self.head, self.options = model, head, options
         plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
-        # The rows of a plain weight can be multiplied alone: no adapter, no quantisation between.
+        # The rows of a plain weight, without an adapter or quantisation, can be multiplied alone.
         self._has_rows = plain and not holds_codes(head.weight)
         self.quantised = any(map(holds_codes, model.parameters()))
         if self._has_rows:
@@ -130,7 +131,7 @@ class SplitModel:
         listen_in_sdpa_masks()
 
     def check_options(self, tokens: int) -> None:
-        """ValueError unless the options are ids of a vocabulary of so many tokens."""
+        """Raise ValueError unless the options are ids in a vocabulary of so many tokens."""
         if not all(0 <= i < tokens for i in self.options or ()):
             raise ValueError(
                 f"CausalLMObjective: options must be token ids below {tokens}, got {self.options}"
@@ -138,11 +139,11 @@ class SplitModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the head is."""
+        """The device of the head."""
         return next(self.head.parameters()).device
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
-        """o: the head's input at positions [R, P] -> [R, P, D]; zeros where a position is -1.
+        """Return o, the head's input at positions [R, P], as [R, P, D]; zeros at position -1.
 
         The head does not run, except once on one state. Where it runs on one state for each row, as
         in most classifiers, o is those, [R, 1, D].
@@ -161,7 +162,7 @@ class SplitModel:
             x[..., : len(PROBE)] = torch.tensor(PROBE[: x.shape[-1]])
             return x
 
-        # This hook comes first: the forward ends before a perturbed weight of the head is made.
+        # This hook runs first, so that the forward ends before a perturbed head is made.
         hooks = [self.head.register_forward_pre_hook(reached, prepend=True)]
         if first:
             hooks.append(self.head.register_forward_hook(put_out))
@@ -199,14 +200,14 @@ class SplitModel:
         return self.model(**inputs, **self._always)
 
     def model_inputs(self, plan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs of the model, with positions and a mask where it would find wrong ones itself.
+        """Return the inputs of the model, with positions and a mask if its own would be wrong.
 
-        Some models (GPT-2) count positions from the first column, padding or not. Without a mask,
-        some (Llama) read their positions to see whether a row holds several texts.
+        Some models (GPT-2) count positions from the first column even if it is padding. Without a
+        mask, some (Llama) read their positions to see whether a row holds several texts.
         """
         inputs = {k: v for k, v in plan.items() if k not in NOT_INPUTS}
         mask = inputs.get("attention_mask")
-        if "position_ids" in inputs:  # which may say that a row holds several texts
+        if "position_ids" in inputs:  # they may say that a row holds several texts
             return inputs
         attends = getattr(self.config, "num_attention_heads", 0)
         attention = getattr(self.config, "_attn_implementation", None)
@@ -219,9 +220,10 @@ class SplitModel:
         return inputs
 
     def logits(self, o: Tensor) -> Tensor:
-        """fp32 logits of o [..., D]: over the options if there are any, else over the vocabulary.
+        """Return fp32 logits of o [..., D], over the options if there are any, else over the
+        vocabulary.
 
-        Of options, the head's rows for them alone are multiplied.
+        For options, only their rows of the head are multiplied.
         """
         after = self.known.after_head
         if self.options is None:
@@ -236,7 +238,7 @@ class SplitModel:
         return after(F.linear(o.float(), rows, bias), cut=False)
 
     def does_more(self) -> RuntimeError:
-        """The error that says that the model cannot be split here."""
+        """Make the error that says that the model cannot be split here."""
         return RuntimeError(
             f"CausalLMObjective: {type(self.model).__name__} runs its output head more than once, "
             f"or does more to its logits after it than to scale and cap them; {BY_HAND}"
@@ -244,10 +246,10 @@ class SplitModel:
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
-    """Does the model's forward take this argument?
+    """Return whether the model's forward takes this argument.
 
-    With a learned prompt before the text, peft allows no position_ids, except that it shifts them
-    by the length of a prefix of keys and values.
+    With a learned prompt before the text, peft allows no position_ids. With a prefix of keys and
+    values it does, and shifts them by the length of the prefix.
     """
     config = getattr(model, "active_peft_config", None)
     learned = getattr(config, "is_prompt_learning", False) and config.peft_type != "PREFIX_TUNING"
@@ -258,24 +260,24 @@ def takes_argument(model: nn.Module, name: str) -> bool:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes a model's logits, over tokens or over the classes of a classifier; None
-    if it has none, or is no Transformers model."""
+    """Return the module that makes a model's logits, over tokens or over the classes of a
+    classifier; None if it has none, or if it is not a Transformers model."""
     if kind_of(model) != "classifier":
         return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     inside = f"{base.base_model_prefix}."
     outside = [m for name, m in base.named_modules() if not name.startswith(inside)]
     linear = [m for m in outside if isinstance(m, nn.Linear)]
-    # An adapter keeps the head that it was made from before its own.
+    # In an adapter, the head that it was made from comes before its own.
     return next((m for m in reversed(linear) if m.out_features == base.config.num_labels), None)
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the output head that the model uses nowhere else; [] if they are the
-    embedding's, or if it is no Transformers model with a head of logits.
+    """Return the weights of the output head that the model uses nowhere else; [] if they are the
+    embedding's, or if it is not a Transformers model with a head of logits.
 
-    PseuZO's perturbed passes end before the head: these can only be frozen, or trained by the exact
-    gradient that the head's backward gives.
+    PseuZO's perturbed passes end before the head, so these weights can only be frozen, or trained
+    by the exact gradient that the backward pass of the head gives.
     """
     head = output_head(model)
     if head is None:

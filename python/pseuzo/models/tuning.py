@@ -1,7 +1,7 @@
-"""What each tuning mode does to a model: the functions that the rows of `pseuzo.models.modes` name.
+"""The functions that the rows of `pseuzo.models.modes` name: what a tuning mode does to a model.
 
-The modes full, lora, prefix and head, r, alpha and the prefix's start from real activations are
-those of MeZO (Malladi et al. 2023); adapters, prefixes and prompts are made by `peft`.
+The modes full, lora, prefix and head, the values of r and alpha, and the start of a prefix from
+real activations follow MeZO (Malladi et al. 2023). `peft` makes adapters, prefixes and prompts.
 """
 
 import copy
@@ -19,15 +19,15 @@ from pseuzo.models.placement import ROLES
 from pseuzo.models.split import output_head
 from pseuzo.perturb.contexts import frozen_mode
 
-# Where attention makes its queries and values, by the names of the layers: the first pair that a
-# model has is taken.
+# Names of the layers in which attention makes its queries and values. The first pair that a model
+# has is used.
 QUERY_VALUE = (*zip(ROLES["q"], ROLES["v"], strict=True), *((name,) for name in ROLES["qkv"]))
 
 _log = logging.getLogger(__name__)
 
 
 def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
-    """Every weight. ValueError if some are quantised: no step can change those."""
+    """Train every weight. ValueError if some are quantised, since no step can change those."""
     if names := quantised(model):
         raise ValueError(
             f"tune: {len(names)} weights of {type(model).__name__} are quantised, {names[0]} being "
@@ -38,7 +38,7 @@ def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
 
 
 def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
-    """The output head; one that is tied to the embedding becomes a copy of its own."""
+    """Train the output head. One that is tied to the embedding becomes a copy of its own."""
     head = output_head(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -57,7 +57,7 @@ def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
-            # Transformers made this list with the model, and saves by it.
+            # Transformers made this list with the model, and decides by it what to save.
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         _log.warning(
             "The output head of %s was the embedding's weight; it is now a copy of its own, which "
@@ -78,9 +78,9 @@ def tune_lora(
     lora_targets: list[str] | None,
     seed: int,
 ) -> nn.Module:
-    """Adapters of rank lora_r, scaled by lora_alpha / lora_r, on the layers named lora_targets; by
-    default on those that make queries and values. What a classifier has behind its layers (a pooler
-    and its head), which may be new, is trained and saved with them."""
+    """Train adapters of rank lora_r, scaled by lora_alpha / lora_r, on the layers named
+    lora_targets; by default on those that make queries and values. The modules of a classifier
+    behind its layers (a pooler and the head), which may be new, are trained and saved with them."""
     _need_peft("lora")
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -124,7 +124,7 @@ def tune_lora(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_A" in name:  # B is zero: the model starts as it is
+            if "lora_A" in name:  # B is zero, so that the outputs of the model do not change
                 start = torch.empty(p.shape, dtype=torch.float32, device="cpu")
                 p.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
     return model
@@ -151,8 +151,8 @@ def _behind_layers(model: nn.Module) -> list[str]:
 def tune_prefix(
     model: nn.Module, *, prefix_tokens: int, prefix_from: list[int] | None, seed: int
 ) -> nn.Module:
-    """The keys and values of prefix_tokens tokens in every layer, which start as the model's own
-    for the tokens prefix_from; by default for random ones of its vocabulary."""
+    """Train the keys and values of prefix_tokens tokens in every layer. They start as the model's
+    own for the tokens prefix_from, by default random ones of its vocabulary."""
     _need_peft("prefix")
     from peft import PrefixTuningConfig, TaskType
 
@@ -176,7 +176,7 @@ def tune_prefix(
         token_dim=heads * width,
         num_attention_heads=heads,
     )
-    # peft has a row for each token: layer by layer, the key of each head, then the value.
+    # peft has a row per token, which holds, layer by layer, the key of each head, then the value.
     start = torch.stack([x[0] for x in layers]).permute(2, 0, 1, 3).reshape(prefix_tokens, -1)
     unlike = "it does not see past keys and values as the tokens they were made of"
     return _before_text(model, config, "prefix", start, prefix, text, unlike)
@@ -186,14 +186,14 @@ def tune_prefix(
 def tune_prompt(
     model: nn.Module, *, prompt_tokens: int, prompt_from: list[int] | None, seed: int
 ) -> nn.Module:
-    """Prompt tuning (Lester et al. 2021): the embeddings of prompt_tokens tokens before the text,
-    which start as the model's own of the tokens prompt_from; by default of random ones of its
+    """Train the embeddings of prompt_tokens tokens before the text (prompt tuning, Lester et al.
+    2021). They start as the model's own for the tokens prompt_from, by default random ones of its
     vocabulary."""
     _need_peft("prompt")
     from peft import PromptTuningConfig, TaskType
 
     prompt, text = _start_and_text(model, "prompt", prompt_tokens, prompt_from, seed)
-    # What the module gives: some scale the rows of their weight.
+    # Call the module, since some embeddings scale the rows of their weight.
     start = model.get_input_embeddings()(prompt)[0]
     config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=prompt_tokens, token_dim=start.shape[-1]
@@ -205,10 +205,10 @@ def tune_prompt(
 def _start_and_text(
     model: nn.Module, mode: str, count: int, tokens: list[int] | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The tokens [1, count] that something learned before the text begins as, and a text [1, 3] to
-    try it on."""
+    """Return the tokens [1, count] that a prefix or prompt starts as, and a text [1, 3] to compare
+    outputs on."""
     if kind_of(model) != "causal":
-        raise ValueError(_refused(model, mode, "it is no causal language model"))
+        raise ValueError(_refused(model, mode, "it is not a causal language model"))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"tune: {mode}_tokens must be a whole number from 1, got {count}")
@@ -232,10 +232,10 @@ def _before_text(
     text: Tensor,
     unlike: str,
 ) -> nn.Module:
-    """The model with what `config` of peft learns before the text, from `start` on.
+    """Return the model with what peft's `config` learns before the text, initialised to `start`.
 
-    ValueError if peft cannot make it for this model, or, saying `unlike`, if it is not to the model
-    what the tokens are: then the logits of the text after it differ.
+    ValueError if peft cannot make it for this model. ValueError with the reason `unlike` if the
+    logits of the text after it differ from those after the tokens themselves.
     """
     from peft import get_peft_model
 
@@ -252,9 +252,9 @@ def _before_text(
             got = model(input_ids=text, attention_mask=mask, use_cache=False).logits
     except Exception as error:  # peft fails in many ways on models that Transformers alone knows
         raise ValueError(_refused(model, mode, first_line(error))) from None
-    got = got[:, -text.shape[1] :]  # a prompt has logits, too
-    # Products of other shapes round differently: a few ulps; of 8-bit numbers, a few of their
-    # roundings, as all rows decide which columns are left out of them.
+    got = got[:, -text.shape[1] :]  # leaves out the logits of a prompt
+    # Products of other shapes round differently, by a few ulps. With 8-bit weights the difference
+    # is a few of their roundings, since all rows decide which columns are not quantised.
     ulps = 2**-4 if quantised(model) else 32 * torch.finfo(want.dtype).eps
     limit = ulps * want.abs().max().float().clamp(min=1)
     if bool(want.isfinite().all()) and not bool(((got - want).abs() <= limit).all()):
@@ -275,7 +275,7 @@ def _need_peft(mode: str) -> None:
 
 
 def _random_tokens(model: nn.Module, count: int, seed: int) -> Tensor:
-    """[count] ids of the vocabulary, none of them special."""
+    """Draw [count] ids of the vocabulary, none of them special."""
     config = model.config.get_text_config()
     special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
     special = [i for ids in special for i in (ids if isinstance(ids, list) else [ids])]

@@ -1,7 +1,7 @@
-"""Compares what a split model computes with what the model itself does, on one row.
+"""Compares the outputs of a split model with those of the model itself, on one row.
 
-`verify_loss` compares the logits and the loss, `find_padding` a row alone and the same row padded.
-Both keep what they found in `split.known`.
+`verify_loss` compares the logits and the loss, `find_padding` a row alone with the same row padded.
+Both store what they found in `split.known`.
 """
 
 import math
@@ -16,8 +16,8 @@ from pseuzo.models.positions import IGNORED, NOT_INPUTS, loss_positions, token_i
 from pseuzo.models.split import BY_HAND, SplitModel, takes_argument
 from pseuzo.perturb.contexts import frozen_mode
 
-MAX_TOKENS = 64  # of the row that is compared
-# Padding changes the first tokens most, so those alone are compared with so many pads beside them.
+MAX_TOKENS = 64  # the most tokens of the row that is compared
+# Padding changes the first tokens most, so only those are compared, with so many pads beside them.
 PADDED_TOKENS, PADS = 8, 7
 
 
@@ -25,7 +25,7 @@ PADDED_TOKENS, PADS = 8, 7
 def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
     """Compare with the model's own logits and loss, on one row without padding.
 
-    RuntimeError if the logits differ, ValueError if the loss does. Nothing is compared where no row
+    RuntimeError if the logits differ, ValueError if the loss does. Nothing is compared if no row
     has a loss.
     """
     kind = type(split.model).__name__
@@ -46,7 +46,7 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
             if "labels" not in inputs:
                 raise
             raise ValueError(
-                f"CausalLMObjective: {kind} makes no loss of labels by itself: "
+                f"CausalLMObjective: {kind} computes no loss for labels by itself: "
                 f"{' '.join(str(error).split())}"
             ) from error
     if split.kind == "classifier":
@@ -64,12 +64,12 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
     loss = getattr(output, "loss", None)
     if "labels" in inputs and loss is not None:
         want = float(F.cross_entropy(logits[0, :-1], labels[0, 1:]))
-        # The limit allows for the same sum in another order.
+        # The limit allows for a different order of the same sum.
         limit = max(32 * torch.finfo(loss.dtype).eps, 1e-5) * max(1.0, abs(want))
         if math.isfinite(want) and not abs(float(loss) - want) <= limit:
             raise ValueError(
-                f"CausalLMObjective: the loss of {kind} is {float(loss):.6g} where the cross "
-                f"entropy of its logits with the next tokens is {want:.6g}: it takes labels for "
+                f"CausalLMObjective: the loss of {kind} is {float(loss):.6g}, but the cross "
+                f"entropy of its logits with the next tokens is {want:.6g}: it uses labels for "
                 "other tokens, or adds a loss of its own (routers: set output_router_logits=False "
                 f"in the config; AdaLoRA: orth_reg_weight=0); {BY_HAND}"
             )
@@ -78,7 +78,7 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def find_padding(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
-    """Find where rows may have padding: where that leaves the logits of a row as they are alone."""
+    """Find where rows may have padding: where it does not change the logits of a row."""
     one, _ = _one_row(split, plan)
     pads = min(PADS, plan["input_ids"].shape[1] // 2)
     length = min(PADDED_TOKENS, one["input_ids"].shape[1], plan["input_ids"].shape[1] - pads)
@@ -107,15 +107,15 @@ def find_padding(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
         limit = max(ulps * _eps(split, o), 1e-4) ** 2 * alone.square().mean()
         return bool(changes.square().mean() <= limit) or not bool(alone.isfinite().all())
 
-    # Layers round differently in another shape, and a token may even go to another expert: ulps of
-    # 16 bits are many. A change by padding on the left that is only rounding does no harm; one on
-    # the right refuses a model.
+    # Layers round differently in another shape, and a token may even go to another expert, so a
+    # change may be many ulps of 16 bits. Accepting a change on the left that is only rounding does
+    # no harm, but one on the right would have the model refused.
     on_left, on_right = (pads, 0, 8), (0, pads, 32)
     known = split.known
     try:
         with frozen_mode(split.model):
             alone = centred_logits(o := states(0, 0))
-            # The model's inputs depend on where padding may be: it is set before the passes.
+            # The model's inputs depend on known.padding, so it is set before the passes.
             choices = ("anywhere", (on_left, on_right)), ("right", (on_right,))
             # Models that see the whole text are made for padding on the right.
             for known.padding, sides in choices if split.kind == "causal" else choices[1:]:
@@ -128,9 +128,9 @@ def find_padding(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
 
 
 def _eps(split: SplitModel, o: Tensor) -> float:
-    """The relative rounding error of the precision that o was made in.
+    """Return the relative rounding error of the precision in which o was computed.
 
-    The logits are in fp32, whatever the model is in.
+    The logits are in fp32 whatever the dtype of the model.
     """
     exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(
         o.device.type
@@ -142,10 +142,10 @@ def _eps(split: SplitModel, o: Tensor) -> float:
 def _one_row(
     split: SplitModel, plan: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The plan of one row, [1, T], and its labels [1, T] if the loss is that of language modelling.
+    """Return the plan of one row [1, T], and its labels [1, T] if the loss is language modelling.
 
-    It is the row with the most loss positions, without its padding; of a causal model, cut after
-    the last of them and to the last MAX_TOKENS tokens before that.
+    It is the row with the most loss positions, without its padding. For a causal model it ends at
+    the last of them, and keeps the last MAX_TOKENS tokens up to there.
     """
     ids, positions, mask = plan["input_ids"], plan["positions"], plan.get("attention_mask")
     row = int((positions >= 0).sum(1).argmax())
