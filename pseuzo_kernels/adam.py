@@ -24,6 +24,7 @@ Chen and Zhu, "AdaMeZO" (2026), which has no correction of the bias, and eps und
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,29 @@ from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
 
 def adam_factors(step: float, beta1: float, beta2: float, n: int) -> tuple[float, float]:
     """first and second of a window of n steps; step: -lr, or lr to maximize."""
-    weights1, weights2 = (sum(beta**j for j in range(n)) for beta in (beta1, beta2))
+    weights1, weights2 = ((1 - beta**n) / (1 - beta) for beta in (beta1, beta2))
     return step / weights1, 1 / weights2
+
+
+def check_adam(op: str, beta1: float, beta2: float, eps: float, eps_name: str = "eps") -> None:
+    """ValueError if these cannot be Adam's."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= check_finite(op, name, beta) < 1:
+            raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {beta}")
+    if check_not_negative(op, eps_name, eps) < 2.0**-149:
+        raise ValueError(f"{op}: {eps_name} must be positive in float32, got {eps}")
+
+
+def after(m: Tensor, v: Tensor, g: Tensor, beta1: Any, beta2: Any) -> tuple[Tensor, Tensor]:
+    """The moments, fp32, after a step of gradient g."""
+    return m * beta1 + g, v * beta2 + g * g
+
+
+def move(m: Tensor, v: Tensor, first: Any, second: Any, eps: Any) -> Tensor:
+    """(first * m) / (sqrt(second * v) + eps), fp32."""
+    # fp32's own root may come from a library that is off by an ulp. This is the nearest fp32, as
+    # the root of an fp32 number lies further from the middle of two than fp64 is off.
+    return (m * first) / ((v * second).double().sqrt().float() + eps)
 
 
 def adam_moves(
@@ -65,12 +87,8 @@ def adam_moves(
     steps = zip(hashes.split(directions), coefs.split(directions), strict=True)
     for step_hashes, step_coefs in steps:
         g = noise_sum(noise, q, stream, step_hashes, step_coefs, noise_scale)
-        m = m * beta1 + g
-        v = v * beta2 + g * g
-    # fp32's own root may come from a library that is off by an ulp; this is the nearest fp32, as
-    # the root of an fp32 number lies further from the middle of two than fp64 is off.
-    root = (v * second).double().sqrt().float()
-    return (m * first) / (root + eps)
+        m, v = after(m, v, g, beta1, beta2)
+    return move(m, v, first, second, eps)
 
 
 def adam_list_(
@@ -153,12 +171,8 @@ class AdamApi(NoiseApi):
         is written. Sources: see pseuzo_kernels.adam, which says every bit.
         """
         op = "adam_update_"
-        lr, eps = check_not_negative(op, "lr", lr), check_not_negative(op, "eps", eps)
-        if eps < 2.0**-149:
-            raise ValueError(f"{op}: eps must be positive in float32, got {eps}")
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= check_finite(op, name, beta) < 1:
-                raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {beta}")
+        lr = check_not_negative(op, "lr", lr)
+        check_adam(op, beta1, beta2, eps)
         if not isinstance(directions, int) or directions < 1:
             raise ValueError(f"{op}: directions must be an int of at least 1, got {directions!r}")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PseuZO,
         Reciprocal,
         Schedule,
+        ZOAdam,
     )
     from pseuzo.perturb.module import perturbed
     from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -36,7 +37,7 @@ _NAMES = {  # the public names by the module that defines them
     "models.objective": ("CausalLMObjective",),
     "optim": (
         *("Constant", "Cycles", "CyclicHyperbola", "Linear", "Reciprocal", "Schedule"),
-        *("Evolution", "FZOO", "MeZO", "MeZOSVRG", "PseuZO"),
+        *("Evolution", "FZOO", "MeZO", "MeZOSVRG", "PseuZO", "ZOAdam"),
     ),
     "perturb": ("perturbed",),
     "train.arguments": ("PseuZOTrainingArguments",),
@@ -63,6 +64,7 @@ __all__ = [
     "PseuZOTrainingArguments",
     "Reciprocal",
     "Schedule",
+    "ZOAdam",
     "perturbed",
     "replay",
 ]

@@ -32,7 +32,7 @@ UNUSED = {
     ("--noise", "normal"): ("fo-adam", "--noise is for"),
     ("--rounding", "nearest"): ("fo-sgd", "--rounding is for"),
     ("--journal", "j.pzj"): ("fo-sgd", "--journal is for"),
-    ("--window", "3"): ("mezo", "--window is for pseuzo and mezo-momentum, not for mezo"),
+    ("--window", "3"): ("mezo", f"--window is for {of('window')}, not for mezo"),
     ("--schedule", "linear"): ("mezo", "--schedule is for pseuzo, not for mezo"),
     ("--cycles", "2"): ("mezo", "--cycles is for pseuzo, not for mezo"),
     ("--weighting", "mean"): ("mezo-momentum", "--weighting is for pseuzo"),

@@ -101,4 +101,4 @@ def test_a_new_method_trains_resumes_and_replays(tmp_path):
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == weights
     assert "zo-sign" in listed[1]
     assert refused[0] == 2
-    assert "--window is for pseuzo and mezo-momentum, not for zo-sign" in refused[1]
+    assert "--window is for pseuzo, mezo-momentum and zo-adam, not for zo-sign" in refused[1]

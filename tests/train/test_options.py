@@ -29,7 +29,7 @@ def test_every_option_of_a_method_is_a_field():
 def test_where_options_apply():
     applies = {name: option.applies_to for name, option in OPTIONS.items()}
     assert applies["eps"] == applies["journal"] == {"method": ZEROTH_ORDER}
-    assert applies["window"] == {"method": ("pseuzo", "mezo-momentum")}
+    assert applies["window"] == {"method": ("pseuzo", "mezo-momentum", "zo-adam")}
     assert applies["momentum"] == {"method": ("pseuzo", "mezo-momentum", "fo-sgd")}
     assert applies["head_lr"] == {"method": ("pseuzo",), "head": ("exact",)}
     assert applies["clip_examples"] == applies["method"] == {}

@@ -1,5 +1,6 @@
 """Zeroth-order optimizers, one estimator a file, and the schedules of their momentum."""
 
+from pseuzo.optim.adam import ZOAdam
 from pseuzo.optim.mezo import MeZO
 from pseuzo.optim.population import FZOO, Evolution
 from pseuzo.optim.pseuzo import PseuZO
@@ -25,4 +26,5 @@ __all__ = [
     "PseuZO",
     "Reciprocal",
     "Schedule",
+    "ZOAdam",
 ]

@@ -167,11 +167,12 @@ class MeZO(ZeroOrder):
         window: int = 14,
         **options: Any,
     ):
+        name = type(self).__name__
         for key, value in (("directions", directions), ("window", window)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"MeZO: {key} must be an int of at least 1, got {value!r}")
+                raise ValueError(f"{name}: {key} must be an int of at least 1, got {value!r}")
         if not 0 <= momentum <= 1:
-            raise ValueError(f"MeZO: momentum must be in 0 .. 1, got {momentum}")
+            raise ValueError(f"{name}: momentum must be in 0 .. 1, got {momentum}")
         self.two_sided, self.directions = two_sided, directions
         self.momentum, self.window = float(momentum), window
         # Seeds and coefficients of the last steps, [n, q], the newest last.
@@ -199,14 +200,7 @@ class MeZO(ZeroOrder):
         now = mean_direction(self, measured)
         if not self.momentum:
             return now
-        seeds, coefs = now.seeds, now.coefs
-        past = self._past
-        if past is None:
-            past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
-        seeds, coefs = (
-            torch.cat([old, new[None]])[-self.window :]
-            for old, new in zip(past, (seeds, coefs), strict=True)
-        )
+        seeds, coefs = self.window_with(now)
         ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
         decays = torch.full_like(ages, self.momentum, dtype=torch.float64)
         faded = (coefs * torch.pow(decays, ages)[:, None]).float().flatten()
@@ -217,6 +211,18 @@ class MeZO(ZeroOrder):
             state=(seeds, coefs),
             stats={**now.stats, "momentum": self.momentum, "window": len(coefs)},
         )
+
+    def window_with(self, now: Direction) -> tuple[Tensor, Tensor]:
+        """Seeds and coefficients of the last steps and of this one, [n, q], the newest last."""
+        seeds, coefs = now.seeds, now.coefs
+        past = self._past
+        if past is None:
+            past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
+        seeds, coefs = (
+            torch.cat([old, new[None]])[-self.window :]
+            for old, new in zip(past, (seeds, coefs), strict=True)
+        )
+        return seeds, coefs
 
     def keep(self, state: tuple[Tensor, Tensor] | None) -> None:
         if state is not None:

@@ -196,10 +196,15 @@ def _descents(
 
 def _descended(x, gradient, keep, step, skip, generator) -> tuple[Tensor]:
     y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
-    if generator is not None:
-        size = {"dtype": torch.int64, "device": x.device, "generator": generator}
-        y = round_stochastically(y, torch.randint(1 << 16, y.shape, **size), x.dtype)
-    return (y,)
+    return (rounded(y, x.dtype, generator),)
+
+
+def rounded(y: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """y, fp32, as it is, to be rounded to nearest; stochastically to dtype with a generator."""
+    if generator is None:
+        return y
+    dither = torch.empty(y.shape, dtype=torch.int64, device=y.device)
+    return round_stochastically(y, dither.random_(1 << 16, generator=generator), dtype)
 
 
 def writes(

@@ -30,7 +30,8 @@ UNUSED = (
      "there is no gradient; clip_examples limits each example's part of a step"),
     (ZEROTH_ORDER, ("neftune_noise_alpha",),
      "its passes are without dropout and noise of the embeddings"),
-    (tuple(m for m in METHODS if m != "fo-adam"), ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    (tuple(m for m in METHODS if not m.endswith("-adam")),
+     ("adam_beta1", "adam_beta2", "adam_epsilon"),
      "it is Adam's"),
 )  # fmt: skip
 

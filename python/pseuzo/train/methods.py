@@ -85,6 +85,22 @@ def _mezo(setup: Setup) -> Optimizer:
     return MeZO(setup.groups, **own, **zeroth_order_options(setup))
 
 
+def _zo_adam(setup: Setup) -> Optimizer:
+    from pseuzo.optim import ZOAdam
+
+    args = setup.args
+    return ZOAdam(
+        setup.groups,
+        two_sided=args.two_sided is not False,
+        directions=args.directions,
+        betas=(args.adam_beta1, args.adam_beta2),
+        adam_eps=args.adam_epsilon,
+        window=args.window,
+        moments=args.moments,
+        **zeroth_order_options(setup),
+    )
+
+
 def _population(setup: Setup) -> Optimizer:
     from pseuzo.optim import FZOO, Evolution
 
@@ -293,6 +309,16 @@ METHODS = {
         passes=_mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         momentum=0.9,
+    ),
+    "zo-adam": Method(
+        help="Adam of MeZO's gradient estimates, with moments from the seeds of the last steps.",
+        build=_zo_adam,
+        passes=_mezo_passes,
+        options=(*PERTURBING, "directions", "objective", "window", "moments"),
+        rate="adam_lr",
+        refusal=lambda journal, **unused: (
+            journal and "a journal replays sums of seeded noise, which Adam's update is not"
+        ),
     ),
     "evolution": Method(
         help="Evolution strategies: q directions, weighted by the ranks of their losses.",

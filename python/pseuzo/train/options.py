@@ -20,6 +20,7 @@ WEIGHTINGS = ("sum", "mean")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
+MOMENTS = ("seeds", "state")
 WEIGHTS = ("raw", "spread", "zscore", "rank")
 # One for the methods that are not named.
 DIRECTIONS = ", ".join(
@@ -67,7 +68,13 @@ class ZeroOrderOptions:
         1e-3, "Size of the perturbation; fo-*: of the probe of noise_on."
     )
     window: Annotated[int, Flag(least=1)] = _option(
-        14, "Number of past steps in the window of pseuzo and mezo-momentum."
+        14, "Number of past steps in the window of pseuzo, mezo-momentum and zo-adam."
+    )
+    moments: str = _option(
+        "seeds",
+        "What zo-adam makes its moments of: the seeds of the window, in no memory, or two fp32 "
+        "numbers a weight that hold all steps (state).",
+        MOMENTS,
     )
     momentum: Annotated[float | None, Flag(least=0, most=1)] = _option(
         None, f"Decay of the window (lambda) or of the momentum. Default: {MOMENTA}."
