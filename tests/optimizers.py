@@ -5,6 +5,7 @@ import copy
 import torch
 from pseuzo import (
     CyclicHyperbola,
+    DeepZero,
     Evolution,
     MeZO,
     PseuZO,
@@ -129,6 +130,9 @@ MAKERS = {
         directions=2,
         two_sided=False,
         **o,
+    ),
+    "deepzero": lambda p, **o: DeepZero(
+        p, 0.02, 1e-2, coordinates=7, scores="random", weight_decay=0.1, seed=2, **o
     ),
     "evolution": lambda p, **o: Evolution(
         p, 0.02, 1e-2, directions=2, weight_decay=0.1, seed=2, **o

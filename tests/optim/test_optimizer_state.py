@@ -7,6 +7,7 @@ import torch
 from optimizers import LABELS, MAKERS, arguments, data, equal, head_for, small_model
 from pseuzo import (
     CyclicHyperbola,
+    DeepZero,
     MeZO,
     PseuZO,
 )
@@ -25,6 +26,7 @@ from pseuzo_kernels import reference
         lambda m: PseuZO(m.parameters(), 0.02, 1e-2, 3, CyclicHyperbola(6), seed=2),
         lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, seed=2, weighting="mean"),
         lambda m: MeZO(m, 0.02, 1e-2, seed=2),
+        lambda m: DeepZero(m, 0.02, 1e-2, coordinates=5, directions=2, redraw=2, seed=2),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

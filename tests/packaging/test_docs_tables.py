@@ -17,7 +17,7 @@ ZEROTH_ORDER = [name for name in METHODS if not name.startswith("fo-")]
 # What the page says in place of a default that depends on the method, where the code has None.
 BY_METHOD = {
     "momentum": MOMENTA.replace(";", ","),
-    "two-sided": "mezo and evolution two, pseuzo and fzoo one",
+    "two-sided": "mezo and evolution two, pseuzo, fzoo and deepzero one",
     "directions": DIRECTIONS,
 }
 

@@ -229,7 +229,8 @@ RUN_OPTIONS = options(
         training_option(name)
         for name in (
             *("window", "momentum", "schedule", "cycles", "pseuzo_epochs", "weighting"),
-            *("groups", "directions", "two_sided", "weights", "split_batch", "moments", "noise"),
+            *("groups", "directions", "two_sided", "weights", "split_batch", "moments"),
+            *("coordinates", "scores", "noise"),
         )
     ),
     training_option("noise_on", "lr and eps not given are scaled to it."),

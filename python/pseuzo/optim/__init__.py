@@ -1,6 +1,7 @@
 """Zeroth-order optimizers, one estimator a file, and the schedules of their momentum."""
 
 from pseuzo.optim.adam import ZOAdam
+from pseuzo.optim.deepzero import DeepZero
 from pseuzo.optim.mezo import MeZO
 from pseuzo.optim.population import FZOO, Evolution
 from pseuzo.optim.pseuzo import PseuZO
@@ -19,6 +20,7 @@ __all__ = [
     "Constant",
     "Cycles",
     "CyclicHyperbola",
+    "DeepZero",
     "Evolution",
     "Linear",
     "MeZO",

@@ -112,7 +112,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             )
         for name in (
             *("journal", "capture", "objective", "weights", "split_batch"),
-            *("anchor_every", "anchor_batches", "anchor_lr"),
+            *("anchor_every", "anchor_batches", "anchor_lr", "coordinates", "scores"),
         ):
             self._refuse_of_other_methods(name)
         if not self.zeroth_order:

@@ -127,6 +127,15 @@ def _svrg(setup: Setup) -> Optimizer:
     )
 
 
+def _deepzero(setup: Setup) -> Optimizer:
+    from pseuzo.optim import DeepZero
+
+    args = setup.args
+    own = {name: getattr(args, name) for name in ("coordinates", "scores", "directions")}
+    two_sided = bool(args.two_sided)
+    return DeepZero(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
+
+
 def _pseuzo(setup: Setup) -> Optimizer:
     from pseuzo.models.split import head_parameters
     from pseuzo.optim import PseuZO
@@ -246,6 +255,15 @@ def _svrg_passes(anchor_every: int = 10, **options: Any) -> float:
     return _svrg_total(anchor_every, anchor_every, **options) / anchor_every
 
 
+def _deepzero_passes(coordinates: int = 32, two_sided: bool | None = None, **unused: Any) -> int:
+    return 1 + (2 if two_sided else 1) * coordinates
+
+
+def _deepzero_total(steps: int, scores: str = "grasp", directions: int = 16, **options: Any) -> int:
+    once = 2 * directions + 1 if scores == "grasp" and steps else 0
+    return steps * _deepzero_passes(**options) + once
+
+
 def _pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 
@@ -347,6 +365,18 @@ METHODS = {
             *(*EAGER, "directions", "objective"),
             *("anchor_every", "anchor_batches", "anchor_lr"),
         ),
+    ),
+    "deepzero": Method(
+        help="DeepZero: differences along single weights, at a sparse pattern; for small models.",
+        build=_deepzero,
+        passes=_deepzero_passes,
+        total=_deepzero_total,
+        options=(
+            *("eps", "noise", "rounding", "two_sided", "directions", "objective"),
+            *("coordinates", "scores"),
+        ),
+        rate="sgd_lr",
+        directions=16,
     ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",

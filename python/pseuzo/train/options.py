@@ -21,6 +21,7 @@ GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
 MOMENTS = ("seeds", "state")
+SCORES = ("grasp", "magnitude", "random")
 WEIGHTS = ("raw", "spread", "zscore", "rank")
 # One for the methods that are not named.
 DIRECTIONS = ", ".join(
@@ -101,10 +102,13 @@ class ZeroOrderOptions:
         WEIGHTINGS,
     )
     directions: Annotated[int | None, Flag(least=1)] = _option(
-        None, f"Number of perturbations per step (q). Default: {DIRECTIONS}."
+        None,
+        "Number of perturbations per step (q), of deepzero those of its first step. Default: "
+        f"{DIRECTIONS}.",
     )
     two_sided: Annotated[bool | None, Flag("--two-sided/--one-sided")] = _option(
-        None, "Perturb to both sides. Default: mezo and evolution yes, pseuzo and fzoo no."
+        None,
+        "Perturb to both sides. Default: mezo and evolution yes, pseuzo, fzoo and deepzero no.",
     )
     weights: str = _option(
         "rank",
@@ -122,6 +126,14 @@ class ZeroOrderOptions:
         "Distribution of the noise; hadamard-fp16 sums over the window in half precision, faster "
         "on a GPU.",
         NOISES,
+    )
+    coordinates: Annotated[int, Flag(least=1)] = _option(
+        32, "Number of weights that a step of deepzero estimates; each costs a forward pass."
+    )
+    scores: str = _option(
+        "grasp",
+        "What divides the coordinates of deepzero among the layers.",
+        SCORES,
     )
     rounding: str = _option("stochastic", "Rounding of 16-bit weights.", ROUNDINGS)
     groups: str = _option(
