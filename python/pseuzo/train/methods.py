@@ -2,19 +2,19 @@
 
 METHODS has one row per method. The choices and the help of the command line, the defaults of the
 arguments and the number of forward passes derive from it. To add a method, write its estimator (a
-file of pseuzo.optim), a function below that builds it, and a row. This module imports neither torch
-nor Transformers: the command line lists the methods before it imports either.
+file of pseuzo.optim), a function below that builds it, one of `costs` if its passes are counted in
+a new way, and a row. This module imports neither torch nor Transformers: the command line lists the
+methods before it imports either.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pseuzo.models.modes import MODES
-from pseuzo.train.batches import count_batches
+from pseuzo.train import costs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,58 +220,6 @@ def _adam(setup: Setup) -> Optimizer:
     return AdamW(groups, lr=setup.lr, betas=betas, eps=args.adam_epsilon)
 
 
-# What a step costs; a backward pass counts as two forward passes
-
-
-def _mezo_passes(directions: int = 1, two_sided: bool | None = None, **unused: Any) -> int:
-    return 1 + directions if two_sided is False else 2 * directions
-
-
-def _fzoo_passes(
-    directions: int = 1, two_sided: bool | None = None, split_batch: bool = False, **unused: Any
-) -> int:
-    q = 1 if split_batch else directions  # the parts of a batch are a batch
-    return 2 * q if two_sided else 1 + q
-
-
-def _evolution_passes(two_sided: bool | None = None, **options: Any) -> int:
-    return _fzoo_passes(two_sided=two_sided is not False, **options)
-
-
-def _svrg_total(
-    steps: int,
-    anchor_every: int = 10,
-    anchor_batches: int | None = None,
-    train_size: int = 1000,
-    batch_size: int = 16,
-    **options: Any,
-) -> int:
-    anchors, each = math.ceil(steps / anchor_every), _mezo_passes(**options)
-    batches = count_batches(train_size, batch_size, anchor_batches)
-    return each * (anchors * batches + 2 * (steps - anchors))
-
-
-def _svrg_passes(anchor_every: int = 10, **options: Any) -> float:
-    return _svrg_total(anchor_every, anchor_every, **options) / anchor_every
-
-
-def _deepzero_passes(coordinates: int = 32, two_sided: bool | None = None, **unused: Any) -> int:
-    return 1 + (2 if two_sided else 1) * coordinates
-
-
-def _deepzero_total(steps: int, scores: str = "grasp", directions: int = 16, **options: Any) -> int:
-    once = 2 * directions + 1 if scores == "grasp" and steps else 0
-    return steps * _deepzero_passes(**options) + once
-
-
-def _pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
-    return 3 if two_sided else 2
-
-
-def _first_order_passes(**unused: Any) -> int:
-    return 3
-
-
 # Which options do not go together
 
 
@@ -308,7 +256,7 @@ METHODS = {
     "pseuzo": Method(
         help="PseuZO: the difference of two outputs times the exact gradient there, and a window.",
         build=_pseuzo,
-        passes=_pseuzo_passes,
+        passes=costs.pseuzo_passes,
         options=(
             *(*PERTURBING, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
             *("weighting", "groups", "head", "head_lr"),
@@ -318,20 +266,20 @@ METHODS = {
     "mezo": Method(
         help="MeZO: the difference of the loss at two perturbed points.",
         build=_mezo,
-        passes=_mezo_passes,
+        passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective"),
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
         build=_mezo,
-        passes=_mezo_passes,
+        passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         momentum=0.9,
     ),
     "zo-adam": Method(
         help="Adam of MeZO's gradient estimates, with moments from the seeds of the last steps.",
         build=_zo_adam,
-        passes=_mezo_passes,
+        passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "moments"),
         rate="adam_lr",
         refusal=lambda journal, **unused: (
@@ -341,7 +289,7 @@ METHODS = {
     "evolution": Method(
         help="Evolution strategies: q directions, weighted by the ranks of their losses.",
         build=_population,
-        passes=_evolution_passes,
+        passes=costs.evolution_passes,
         options=(*PERTURBING, "directions", "objective", "weights", "split_batch"),
         rate="adam_lr",
         directions=8,
@@ -350,7 +298,7 @@ METHODS = {
     "fzoo": Method(
         help="FZOO: one-sided differences divided by the spread of the losses.",
         build=_population,
-        passes=_fzoo_passes,
+        passes=costs.fzoo_passes,
         options=(*PERTURBING, "directions", "objective", "split_batch"),
         rate="adam_lr",
         directions=8,
@@ -359,8 +307,8 @@ METHODS = {
     "mezo-svrg": Method(
         help="MeZO-SVRG: estimates corrected by one over all the data, at an anchor.",
         build=_svrg,
-        passes=_svrg_passes,
-        total=_svrg_total,
+        passes=costs.svrg_passes,
+        total=costs.svrg_total,
         options=(
             *(*EAGER, "directions", "objective"),
             *("anchor_every", "anchor_batches", "anchor_lr"),
@@ -369,8 +317,8 @@ METHODS = {
     "deepzero": Method(
         help="DeepZero: differences along single weights, at a sparse pattern; for small models.",
         build=_deepzero,
-        passes=_deepzero_passes,
-        total=_deepzero_total,
+        passes=costs.deepzero_passes,
+        total=costs.deepzero_total,
         options=(
             *("eps", "noise", "rounding", "two_sided", "directions", "objective"),
             *("coordinates", "scores"),
@@ -381,7 +329,7 @@ METHODS = {
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
         build=_sgd,
-        passes=_first_order_passes,
+        passes=costs.first_order_passes,
         options=("momentum",),
         rate="sgd_lr",
         zeroth_order=False,
@@ -389,7 +337,7 @@ METHODS = {
     "fo-adam": Method(
         help="AdamW with backpropagation, to compare.",
         build=_adam,
-        passes=_first_order_passes,
+        passes=costs.first_order_passes,
         options=(),
         rate="adam_lr",
         zeroth_order=False,
