@@ -25,7 +25,10 @@ def test_deepzero_trains(tmp_path):
 @pytest.mark.parametrize(
     "given, why",
     [
-        (["--journal", "run.pzj"], "not for deepzero"),
+        (
+            ["--journal", "run.pzj"],
+            "a journal replays sums of seeded noise, and this moves single weights",
+        ),
         (["--coordinates", 0], "0 is not in the range x>=1"),
     ],
 )

@@ -319,12 +319,12 @@ METHODS = {
         build=_deepzero,
         passes=costs.deepzero_passes,
         total=costs.deepzero_total,
-        options=(
-            *("eps", "noise", "rounding", "two_sided", "directions", "objective"),
-            *("coordinates", "scores"),
-        ),
+        options=(*EAGER, "directions", "objective", "coordinates", "scores"),
         rate="sgd_lr",
         directions=16,
+        refusal=lambda journal, **unused: (
+            journal and "a journal replays sums of seeded noise, and this moves single weights"
+        ),
     ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
