@@ -28,7 +28,9 @@ def test_every_option_of_a_method_is_a_field():
 
 def test_where_options_apply():
     applies = {name: option.applies_to for name, option in OPTIONS.items()}
-    assert applies["eps"] == applies["journal"] == {"method": ZEROTH_ORDER}
+    assert applies["noise"] == applies["journal"] == {"method": ZEROTH_ORDER}
+    with_eps = tuple(name for name in ZEROTH_ORDER if name != "forward-gradient")
+    assert applies["eps"] == {"method": with_eps}
     assert applies["window"] == {"method": ("pseuzo", "mezo-momentum", "zo-adam")}
     assert applies["momentum"] == {"method": ("pseuzo", "mezo-momentum", "fo-sgd")}
     assert applies["head_lr"] == {"method": ("pseuzo",), "head": ("exact",)}

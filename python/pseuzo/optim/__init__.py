@@ -2,6 +2,7 @@
 
 from pseuzo.optim.adam import ZOAdam
 from pseuzo.optim.deepzero import DeepZero
+from pseuzo.optim.forward_gradient import ForwardGradient
 from pseuzo.optim.mezo import MeZO
 from pseuzo.optim.population import FZOO, Evolution
 from pseuzo.optim.pseuzo import PseuZO
@@ -22,6 +23,7 @@ __all__ = [
     "CyclicHyperbola",
     "DeepZero",
     "Evolution",
+    "ForwardGradient",
     "Linear",
     "MeZO",
     "MeZOSVRG",

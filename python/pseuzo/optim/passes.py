@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pseuzo.interrupts import cleanly
 from pseuzo.machine import refuse_replicas
@@ -111,6 +112,34 @@ class Passes:
                 return call()
 
         return self._replayed(kind, perturbed_call)
+
+    def derivative(self, seed: int, kind: str, call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """call() at x, and its derivative along z(seed), by forward-mode differentiation.
+
+        It needs the model, and no CUDA graphs.
+        """
+        op, passes = f"{type(self._optimizer).__name__}.step", self._of_module
+        assert passes is not None  # the optimizer refuses bare parameters
+        with passes.along(seed, kind):
+            try:
+                found = call()
+            except NotImplementedError as error:
+                reason = str(error).partition("\n")[0]
+                raise NotImplementedError(
+                    f"{op}: an op of the model has no forward-mode derivative ({reason}); load the "
+                    'model with attn_implementation="sdpa" or "eager", or use MeZO, which needs '
+                    "none"
+                ) from error
+            if not isinstance(found, Tensor):
+                kind = type(found).__name__
+                raise TypeError(f"{op}: the closure must return a tensor, got {kind}")
+            value, tangent = forward_ad.unpack_dual(found)
+        if tangent is None:
+            raise ValueError(
+                f"{op}: the loss does not depend on a trained weight of the model by ops that can "
+                "be differentiated (the closure must run that very model); use MeZO for such a loss"
+            )
+        return value, tangent
 
     def _replayed(self, name: str, call: Callable[[], Any]) -> Any:
         """call(), or the graph that was recorded of the pass of this name in such a step."""

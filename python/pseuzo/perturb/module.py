@@ -24,6 +24,7 @@ from pseuzo.perturb.layout import Layout
 from pseuzo.perturb.perturbation import Base, Perturbation
 from pseuzo.perturb.running import RunningPass
 from pseuzo.perturb.scratch import Scratch, WholePassCopies
+from pseuzo.perturb.tangent import TangentPass
 
 
 class ModulePasses:
@@ -42,6 +43,7 @@ class ModulePasses:
         self.scratch = Scratch(self._perturbation, self._layout.most_together)
         self._learned = self._layout.learned
         self._pass = RunningPass(self._layout, self.scratch)
+        self._tangents = TangentPass(self._layout)
 
     def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
         """Do these passes serve for params and noise? See Perturbation.matches."""
@@ -86,6 +88,14 @@ class ModulePasses:
         other data, is not watched. base: see Perturbation.
         """
         return self._pass.run(kind, base)
+
+    def along(self, seed: int, kind: str = "any") -> AbstractContextManager[None]:
+        """A context in which what forwards of the model return has a tangent: its derivative at x
+        along noise_scale * z(seed).
+
+        To be read by torch.autograd.forward_ad.unpack_dual, inside. kind: see passing().
+        """
+        return self._tangents.run(seed, kind)
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of a weight as the pass that runs sees them. No others are made."""

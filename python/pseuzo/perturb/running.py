@@ -85,7 +85,7 @@ class _RowsOfEmbedding(TorchFunctionMode):
 Originals = list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]]
 
 
-def _put_back(originals: Originals) -> None:
+def put_back(originals: Originals) -> None:
     """Put back what the places had, the first record of a place last."""
     for parameters, name, original in reversed(originals):
         parameters[name] = original
@@ -157,8 +157,8 @@ class RunningPass:
 
     def undo(self) -> None:
         """Undo all that the pass changed. Idempotent, at any time."""
-        _put_back(self._originals)
-        _put_back([(place.parameters, place.name, place.param) for place in self._strays])
+        put_back(self._originals)
+        put_back([(place.parameters, place.name, place.param) for place in self._strays])
         self._hooks.take_off()
         for _, _, mode in reversed(self._inside):
             if mode is not None:
@@ -264,7 +264,7 @@ class RunningPass:
             _, first, mode = self._inside[-1]
             if mode is not None:
                 leave(mode)
-            _put_back(self._originals[first:])
+            put_back(self._originals[first:])
             del self._originals[first:]
             self._inside.pop()
         holds = self._scratch.holds

@@ -52,6 +52,10 @@ def deepzero_total(steps: int, scores: str = "grasp", directions: int = 16, **op
     return steps * deepzero_passes(**options) + once
 
 
+def forward_gradient_passes(directions: int = 1, **unused: Any) -> int:
+    return 3 * directions  # the derivative costs two products of matrices for each one of the pass
+
+
 def pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 

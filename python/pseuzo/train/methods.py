@@ -136,6 +136,14 @@ def _deepzero(setup: Setup) -> Optimizer:
     return DeepZero(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
 
 
+def _forward_gradient(setup: Setup) -> Optimizer:
+    from pseuzo.optim import ForwardGradient
+
+    options = zeroth_order_options(setup)
+    del options["eps"]
+    return ForwardGradient(setup.groups, directions=setup.args.directions, **options)
+
+
 def _pseuzo(setup: Setup) -> Optimizer:
     from pseuzo.models.split import head_parameters
     from pseuzo.optim import PseuZO
@@ -325,6 +333,12 @@ METHODS = {
         refusal=lambda journal, **unused: (
             journal and "a journal replays sums of seeded noise, and this moves single weights"
         ),
+    ),
+    "forward-gradient": Method(
+        help="The exact derivative along a direction, by forward-mode differentiation.",
+        build=_forward_gradient,
+        passes=costs.forward_gradient_passes,
+        options=("noise", "rounding", "journal", "directions"),
     ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",

@@ -1,0 +1,107 @@
+"""Forward gradients: the exact derivative of the loss along a random direction.
+
+Source: Baydin et al., "Gradients without backpropagation" (2022), Algorithm 1; the baseline
+Forward-Grad of Zhang et al., "Revisiting zeroth-order optimization for memory-efficient LLM
+fine-tuning: a benchmark" (2024).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.base import ZeroOrder
+from pseuzo.optim.clip import clip_limit
+from pseuzo.optim.mezo import Slopes, as_losses, mean_direction
+from pseuzo.optim.seeds import direction_seed
+from pseuzo.optim.update import Direction
+
+
+class ForwardGradient(ZeroOrder):
+    """x <- x - lr mean_j c_j z_j, where c_j = <dL/dx, z_j>, by forward-mode differentiation.
+
+    c_j is what MeZO's difference tends to as eps goes to 0, without its rounding: what one
+    direction can give at best. A pass computes L and c_j together, without a backward pass. Where
+    all weights are trained it costs about three forward passes, and memory for z in the weights'
+    dtype and for twice the activations of inference; nothing is kept between steps. With adapters
+    it costs about two, and z is small.
+
+    params: a module, or its parameters together with model=. Every op that the loss depends on
+    through a trained weight needs a forward-mode derivative; NotImplementedError names one that has
+    none. Torch's scaled_dot_product_attention runs its plain kernels in such a pass; fused kernels
+    of other packages have no such derivative. capture is refused. lr, directions (q passes) and
+    other options: see MeZO. There is no eps.
+    """
+
+    own_settings = ("directions",)
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-6,
+        *,
+        directions: int = 1,
+        **options: Any,
+    ):
+        if not isinstance(directions, int) or directions < 1:
+            raise ValueError(
+                f"ForwardGradient: directions must be an int of at least 1, got {directions!r}"
+            )
+        if "eps" in options:
+            raise ValueError("ForwardGradient: there is no eps, as the derivative is exact")
+        if options.get("capture"):
+            raise ValueError(
+                "ForwardGradient: its passes are not recorded as CUDA graphs; leave capture off"
+            )
+        self.directions = directions
+        super().__init__(params, lr=lr, eps=1.0, **options)
+        if self.model is None:
+            raise ValueError(
+                "ForwardGradient: needs the model, to give its weights tangents; give it the "
+                "module, or model="
+            )
+
+    def step(  # type: ignore[override]  # torch's closure returns a float
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
+        """closure() -> loss, a differentiable scalar tensor, or per-example losses [B]; called once
+        for each direction.
+
+        Returns the loss at x, on the device: reading it waits. Without a closure, applies the last
+        estimate; RuntimeError if there is none. A loss or derivative that is NaN or infinite skips
+        the update, is counted (`skipped_steps`) and warned of.
+        """
+        return super().step() if closure is None else super().step(closure)
+
+    def measure(self, closure: Callable[[], Tensor]) -> Slopes:
+        """The passes of a step; see step."""
+        if not callable(closure):
+            raise TypeError("ForwardGradient.step: needs a closure that returns the loss")
+        seeds = tuple(direction_seed(self.seed, self.steps, j) for j in range(self.directions))
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            losses, slopes = [], []
+            ok = torch.ones((), dtype=torch.bool, device=self.device)
+            for seed in seeds:
+                value, tangent = self.passes.derivative(seed, "tangent", closure)
+                loss, slope = as_losses(self, value), as_losses(self, tangent)
+                ok = ok & loss.isfinite().all() & slope.isfinite().all()
+                if self.clip_examples is not None:
+                    limit = clip_limit(slope.abs(), self.clip_examples)
+                    slope = slope.clamp(-limit, limit)
+                losses.append(loss.mean())
+                slopes.append(slope.mean())
+            return torch.stack(losses).mean(), torch.stack(slopes), ok
+
+        loss, slopes, ok = self.passes.run("tangent", (closure,), run)
+        return Slopes(loss, "tangent", seeds, torch.where(ok, slopes, 0.0), ok, ())
+
+    def coefficients(self, measured: Slopes) -> Direction:
+        return mean_direction(self, measured)
+
+    def own_state(self) -> dict[str, Any]:
+        return super().own_state() | {"forward_gradient": {"directions": self.directions}}
+
+    def load_own_state(self, own: Mapping[str, Any]) -> None:
+        self.directions = own["forward_gradient"]["directions"]

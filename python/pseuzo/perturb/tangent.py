@@ -1,0 +1,151 @@
+"""Passes at the weights themselves that carry their derivative along z(seed), by forward-mode
+automatic differentiation.
+
+Every weight that takes noise is replaced by a dual tensor for the pass: the weight, in its own
+memory, and z, made for this pass in the weight's dtype. So the tangents take the memory of the
+trained weights, and activations take twice theirs. Fused attention kernels have no forward-mode
+derivative, so that torch's own attention runs its plain kernels within a pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.backends import cuda
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pseuzo.interrupts import undoing
+from pseuzo.perturb.contexts import leave, no_cached_casts
+from pseuzo.perturb.layout import Layout
+from pseuzo.perturb.running import Hooks, Originals, put_back
+from pseuzo_kernels import noise
+
+FUSED = (  # torch's fused attention kernels: is one allowed, and how to say so
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
+PLAIN = cuda.math_sdp_enabled, cuda.enable_math_sdp
+
+
+class _Reaches(TorchDispatchMode):
+    """Notes which weights reach an op, with note(storage, offset in elements)."""
+
+    def __init__(self, note: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.layout is torch.strided and x.numel():
+                try:
+                    storage = x.untyped_storage().data_ptr()
+                except RuntimeError:  # tangents that are 0 have no storage
+                    continue
+                self._note(storage, x.storage_offset())
+        return func(*args, **(kwargs or {}))
+
+
+class TangentPass:
+    """The pass that runs with dual weights, one after another of one model.
+
+    As in RunningPass, what is changed is recorded before, so that undo() may run at any time, also
+    twice.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._kind = ""
+        self._originals: Originals = []
+        self._hooks = Hooks()
+        self._watch: _Reaches | None = None
+        self._level_is_open = False
+        self._kernels: list[tuple[Callable[[bool], None], bool]] = []  # and whether they were on
+
+    @contextmanager
+    def run(self, seed: int, kind: str) -> Iterator[None]:
+        """A pass in which outputs have a tangent, their derivative along noise_scale * z(seed).
+
+        kind: see ModulePasses.passing. A pass that meets no weight that is new to its kind is the
+        last one that is watched.
+        """
+        self.undo()
+        learned = self._layout.learned
+        with undoing(self.undo), no_cached_casts():
+            reached = learned.reached.setdefault(kind, set())
+            known = len(reached)
+            self._begin(seed, kind)
+            yield
+            if len(reached) == known > 0:
+                learned.settled.add(kind)
+
+    def _begin(self, seed: int, kind: str) -> None:
+        layout, self._kind = self._layout, kind
+        reached = layout.learned.reached[kind]
+        self._kernels = [(enable, enabled()) for enabled, enable in (*FUSED, PLAIN)]
+        for _, enable in FUSED:
+            enable(False)
+        cuda.enable_math_sdp(True)
+        self._open_level()
+        places = [place for there in layout.places.values() for place in there]
+        duals = self._duals(seed)
+        self._originals += [(parameters, name, parameters[name]) for parameters, name, _ in places]
+        for parameters, name, param in places:
+            if parameters[name] is param:  # else the user put something there
+                parameters[name] = duals[param]
+        unsure = [m for m, there in layout.places.items() if {p.param for p in there} - reached]
+        self._hooks.before(unsure, self._note_module)
+        self._hooks.put_on()
+        if kind not in layout.learned.settled:
+            self._watch = _Reaches(self._note)
+            self._watch.__enter__()
+
+    def _open_level(self) -> None:
+        self._level_is_open = True
+        try:
+            forward_ad.enter_dual_level()
+        except RuntimeError as error:  # the level that is open is the caller's
+            self._level_is_open = False
+            raise RuntimeError(
+                "a step by forward-mode derivatives cannot be made inside another one "
+                "(torch.autograd.forward_ad, torch.func.jvp)"
+            ) from error
+
+    def _duals(self, seed: int) -> dict[nn.Parameter, Tensor]:
+        perturbation, duals = self._layout.perturbation, {}
+        for p, (stream, scale) in perturbation.params.items():
+            law, kind = perturbation.noise, {"dtype": p.dtype, "device": p.device}
+            z = noise(p.shape, seed, stream, noise=law, **kind).mul_(scale)
+            duals[p] = forward_ad.make_dual(perturbation.real[p], z)
+        return duals
+
+    def _note(self, storage: int, offset: int) -> None:
+        perturbation = self._layout.perturbation
+        for p in perturbation.by_storage.get(storage, ()):
+            if 0 <= offset - perturbation.real[p].storage_offset() < p.numel():
+                self._layout.learned.reached[self._kind].add(p)
+
+    def _note_module(self, module: nn.Module, args: tuple) -> None:
+        places = self._layout.places.get(ref(module), ())
+        self._layout.learned.reached[self._kind].update(place.param for place in places)
+
+    def undo(self) -> None:
+        """Undo all that the pass changed. Idempotent, at any time."""
+        put_back(self._originals)
+        self._hooks.take_off()
+        if self._watch is not None:
+            leave(self._watch)
+        if self._level_is_open:
+            try:
+                forward_ad.exit_dual_level()
+            except RuntimeError:  # an interrupt came before it was opened, or after it was closed
+                pass
+        self._level_is_open = False
+        for enable, was_on in self._kernels:
+            enable(was_on)
+        self._kernels, self._watch, self._hooks = [], None, Hooks()
+        self._originals.clear()
