@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 from torch import Tensor, nn
 
@@ -181,7 +181,9 @@ def parse_yaml(
     """
     import yaml  # an optimizer and its journal do not need it
 
-    class Bounded(loader or yaml.SafeLoader):
+    base: Any = loader or yaml.SafeLoader
+
+    class Bounded(base):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -241,7 +243,7 @@ def save_model(model: nn.Module, tokenizer: Any, target: Path) -> None:
 
 
 def write_model(
-    model: nn.Module, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None
+    model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, Any] | None = None
 ) -> None:
     """Write the files of save_model. state_dict: the weights to write, by default the model's."""
     model.save_pretrained(folder, state_dict=state_dict)

@@ -72,6 +72,6 @@ def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:
     if p.name == "resume":  # true means from the last checkpoint
         on = {"true": "auto", "yes": "auto", "on": "auto", "false": None, "no": None, "off": None}
         return on.get(value.lower(), value)
-    if not p.is_flag and any(v.lower() in ("true", "false") for v in values):
+    if not getattr(p, "is_flag", False) and any(v.lower() in ("true", "false") for v in values):
         raise ValueError(f"{value} is for switches, and this option takes a value")
     return values if p.multiple else value

@@ -82,13 +82,13 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(m in text.lower() for m in memory)
     ):
-        ways = {
+        savings = {
             "batch_size": "a smaller --batch-size",
             "eval_batch_size": "a smaller --eval-batch-size",
             "max_length": "a smaller --max-length",
             "dtype": "a 16-bit --dtype",
         }
-        ways = [way for name, way in ways.items() if name in has] or ["a smaller model"]
+        ways = [way for name, way in savings.items() if name in has] or ["a smaller model"]
         return f"out of memory: try {listed(ways, 'or')}"
     if isinstance(error, yaml.YAMLError):
         return f"not YAML: {text}"

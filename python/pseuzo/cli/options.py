@@ -102,11 +102,17 @@ def _type_of(o: Option) -> Any:
     if o.choices:
         return click.Choice(o.choices)
     if o.type is int:
-        return click.IntRange(o.flag.least, o.flag.most)
+        return _whole_numbers(o.flag.least, o.flag.most)
     if o.type is float:
         least = 0 if o.flag.positive else o.flag.least
         return Number(least, o.flag.most, min_open=o.flag.positive)
     return bool if o.type is bool else str
+
+
+def _whole_numbers(least: float | None, most: float | None = None) -> click.IntRange:
+    return click.IntRange(
+        None if least is None else int(least), None if most is None else int(most)
+    )
 
 
 def by_modes(field: str) -> str:
@@ -117,7 +123,7 @@ def by_modes(field: str) -> str:
 
 def mode_option(o: ModeOption, modes: tuple[str, ...]) -> Callable:
     """Make the option of a tuning mode."""
-    kind = click.IntRange(min=o.least) if isinstance(o.default, int) else Number(min=o.least)
+    kind = _whole_numbers(o.least) if isinstance(o.default, int) else Number(min=o.least)
     help = f"{o.help} For --mode {listed(modes, 'or')}."
     return option(flag(o.name), type=kind, default=o.default, help=help)
 

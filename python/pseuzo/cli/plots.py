@@ -77,7 +77,9 @@ def plot_runs(runs: Mapping[str, dict[str, Any] | Sequence[dict[str, Any]]], pat
 
     figure, axes = plt.subplots(1, 3, figsize=(18, 4.5), layout="constrained")
     for axis in axes:
-        axis.set_prop_cycle(color=plt.get_cmap("tab20" if len(runs) > 10 else "tab10").colors)
+        axis.set_prop_cycle(
+            color=matplotlib.color_sequences["tab20" if len(runs) > 10 else "tab10"]
+        )
     for name, of_name in runs.items():
         of_name = [of_name] if isinstance(of_name, dict) else list(of_name)
         metric = of_name[0]["metric"]

@@ -146,7 +146,7 @@ class Run:
         )
         # The Trainer saves the tokenizer of a collator with each checkpoint. As processing_class,
         # it would also have its special tokens written into the model's config.
-        collate = partial(self.data["train"].collate)
+        collate: Any = partial(self.data["train"].collate)
         collate.tokenizer = self.tokenizer
         trainer = PseuZOTrainer(model, args, collate, self.data["train"], self.data["dev"])
         if c["quiet"]:
@@ -189,7 +189,7 @@ def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
 def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
     """Return the largest number of tokens of a sequence: wanted, or at most 2048. ValueError if the
     model, without the positions of a learned prefix, has fewer than wanted."""
-    adapter = getattr(model, "active_peft_config", None)
+    adapter: Any = getattr(model, "active_peft_config", None)
     reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
     positions = max_positions(model)
     most = positions - reserved if positions else None
@@ -321,6 +321,7 @@ def _results(
     run: Run, trainer: PseuZOTrainer, steps: int, test: dict[str, float], peak: float
 ) -> dict[str, Any]:
     c, history, optimizer = run.c, trainer.state.log_history, trainer.zero_order
+    assert trainer.optimizer is not None, "it was made before the first step"
     seconds = [row["train_seconds"] for row in history if "train_seconds" in row]
     return {
         "task": run.task.name,

@@ -49,7 +49,7 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
             f"({found['curvature']:.3g}), so there is no scale to start from; give --lr, or "
             "another --eps"
         )
-    own = {"scale_lr": False, "scale_eps": False, "journal": None}
+    own: dict[str, Any] = {"scale_lr": False, "scale_eps": False, "journal": None}
     # What the method refuses of the whole run, such as cycles that it is too short for, is refused
     # here, before the trials. A trial is too short for cycles: its schedule is that of one.
     run.trainer(model, output, lr=1.0, **own, **chosen).create_optimizer()

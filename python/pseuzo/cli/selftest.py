@@ -30,23 +30,23 @@ def checks(devices: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
                     rounding_seed=4,
                 )
             yield f"{noise} on {device}", BITS, torch.equal(got.cpu(), x)
-        normal = [
+        got, want = (
             api.noise(50_000, 1, 0, noise="normal", device=d)
             for api, d in ((pk, device), (reference, "cpu"))
-        ]
-        yield f"normal on {device}", ROUNDED, _near(*normal, 2**-21 if device == "cpu" else 5e-5)
+        )
+        yield f"normal on {device}", ROUNDED, _near(got, want, 2**-21 if device == "cpu" else 5e-5)
         # The windows get o0, o1 and grad of three steps.
         outputs = torch.linspace(0, 1, 72_000).square().view(3, 3, 4, 2, 1000)
         windows = (
             pk.EmaWindow(2, momentum=0.9, eps=1.0),
             reference.EmaWindow(2, momentum=0.9, eps=1.0),
         )
-        for seed, step in enumerate(outputs):
-            coefs = [
-                w.step(seed, *step.to(d), [0, 1, 0, 1])[1]
+        for seed, (o0, o1, grad) in enumerate(outputs):
+            got, want = (
+                w.step(seed, o0.to(d), o1.to(d), grad.to(d), [0, 1, 0, 1])[1]
                 for w, d in zip(windows, (device, "cpu"), strict=True)
-            ]
-        yield f"window on {device}", ROUNDED, _near(*coefs, 1e-5)
+            )
+        yield f"window on {device}", ROUNDED, _near(got, want, 1e-5)
 
 
 def _near(got: Tensor, want: Tensor, atol: float) -> bool:

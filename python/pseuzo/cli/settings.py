@@ -153,7 +153,7 @@ def read_method(text: str, options: Mapping[str, click.Parameter]) -> tuple[str,
 
 
 def share(
-    settings: Mapping[str, Any], chosen: Mapping[str, dict[str, Any]], defaults: Mapping[str, Any]
+    settings: dict[str, Any], chosen: Mapping[str, dict[str, Any]], defaults: dict[str, Any]
 ) -> None:
     """Give each method the options for all methods that apply to it. ValueError for an option that
     applies to none, and for methods that cannot be run."""

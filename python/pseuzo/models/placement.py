@@ -79,7 +79,7 @@ def groups_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     mlp-in, mlp-out, small (norms and biases), head, other. Parameters outside the layers have no
     third. place() takes these names too.
     """
-    depth, groups = _depth(model), {}
+    depth, groups = _depth(model), dict[str, list[nn.Parameter]]()
     for name, p in model.named_parameters():
         if p.requires_grad:
             layer = _layer(name)

@@ -39,7 +39,7 @@ class Row:
     curvature_error: float
     fisher: float = math.nan  # mean of the examples' (z . gradient_i)^2, if they have losses
     fisher_error: float = math.nan
-    forwards: int = 0
+    forwards: float = 0
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -128,8 +128,9 @@ def probe(
                 of_examples = slopes.numel() > 1
                 fisher = slopes.square().mean() if of_examples else slopes.new_full((), math.nan)
                 seen.append(torch.stack([slopes.mean().square(), curvature.mean(), fisher]))
-            means = _means_and_errors(torch.stack(seen))
-            rows.append(Row(name, sizes[name], *means, forwards=2 * len(seen)))
+            row = Row(name, sizes[name], *_means_and_errors(torch.stack(seen)))
+            row.forwards = 2 * len(seen)
+            rows.append(row)
     forget_passes(model)  # frees their scratch
     return rows
 

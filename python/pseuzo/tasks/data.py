@@ -174,7 +174,7 @@ class TaskData(Dataset):
         return batch
 
     def sampler(self, batch_size: int, seed: int) -> StratifiedSampler:
-        classes = self.labels if self.labels is not None else [0] * len(self)
+        classes: list[Any] = self.labels if self.labels is not None else [0] * len(self)
         return StratifiedSampler(classes, batch_size, seed)
 
     def end_tokens(self) -> set[int]:

@@ -9,6 +9,7 @@ model writes greedily with each accepted answer and take the best, as SQuAD defi
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +142,9 @@ def _generated(model, data, index, batch_size, progress) -> dict[str, float]:
     from torchmetrics.functional.text import squad
 
     texts = generate(model, data, index, batch_size, progress)
-    written = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
+    written: list[Any] = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
     golds = [list(data.examples[i].golds) for i in index]
-    wanted = [
+    wanted: list[Any] = [
         {"answers": {"text": accepted, "answer_start": [0] * len(accepted)}, "id": str(i)}
         for i, accepted in enumerate(golds)
     ]
@@ -163,6 +164,7 @@ def generate(
     max_new_tokens."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    writer: Any = model  # nn.Module does not declare generate()
     tokenizer, stop = data.tokenizer, data.task.stop
     rows = [data.token_rows(i, "prompt")[0] for i in index]
     texts = [""] * len(rows)
@@ -188,7 +190,7 @@ def generate(
             return torch.tensor([bool(stop) and stop in text for text in new], device=ids.device)
 
         with frozen_mode(model):
-            out = model.generate(
+            out = writer.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=mask,
                 generation_config=config,

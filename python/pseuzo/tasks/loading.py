@@ -3,6 +3,7 @@
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from pseuzo.files import parse_yaml
 from pseuzo.tasks.sources import read_json
@@ -57,7 +58,8 @@ def _from_yaml(path: Path) -> Task:
         raise ValueError(f"task {path} has the unknown key {unknown[0]!r}; known: {known}")
     if missing := [key for key in ("kind", "prompt") if key not in content]:
         raise ValueError(f"task {path} lacks the key {missing[0]!r}")
-    return Task(**{"name": path.stem} | content, folder=str(path.resolve().parent))
+    given: dict[str, Any] = {"name": path.stem} | content
+    return Task(**given, folder=str(path.resolve().parent))
 
 
 def _from_rows(path: Path) -> Task:
@@ -77,7 +79,7 @@ def _from_rows(path: Path) -> Task:
             "{prompt, options, answer} or {prompt, answers}, and these have "
             f"{', '.join(sorted(first))}"
         )
-    common = {
+    common: dict[str, Any] = {
         "name": path.stem,
         "prompt": "{{ prompt }}",
         "data": path.name,

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # the hub keeps them bes
 JSON_BYTES = 1 << 30  # the most a JSON file may have, since it is read as a whole
 ALL = "all"  # the one split of data that is not split yet
 
-Rows = Sequence[Mapping[str, Any]]  # a list of dicts, or a datasets.Dataset
+Rows = Any  # a list of dicts, or a datasets.Dataset
 
 
 def canonical(split: str) -> str:

@@ -99,7 +99,7 @@ class Task:
                 raise ValueError(
                     f"answer must be the number of an option, 0 to {len(options) - 1}, got {answer}"
                 )
-            golds = (options[answer],)
+            golds: tuple[str, ...] = (options[answer],)
         else:
             golds = tuple(gold for gold in _texts(answer, "answer") if gold in options)
             if not golds:

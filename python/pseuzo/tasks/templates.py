@@ -61,7 +61,7 @@ class _Rewritten(NodeTransformer):
         return _filtered(node, "_guarded") if made else node
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -91,7 +91,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             bounds.pay_for_look(value)
         if text is None and name in ("format", "format_map"):
             # The sandbox puts a function of its own in place of a text's method.
-            text = getattr(function, "__wrapped__", None).__self__
+            text = function.__wrapped__.__self__
         if isinstance(text, str) and name in ("format", "format_map"):
             bounds.check_format(bounds.brace_specifications(text), text, args, kwargs)
         elif name in bounds.GROWING:
@@ -161,6 +161,7 @@ def _compiled(source: str, expression: bool) -> tuple[Callable[..., Any], frozen
     """The function that fills in a row, and the columns that it needs."""
     if len(source) > LONGEST:
         raise TemplateSyntaxError(f"it has {len(source)} characters, of at most {LONGEST}", 1)
+    function: Callable[..., Any]
     try:
         if expression:
             function = _ENVIRONMENT.compile_expression(source, undefined_to_none=False)

@@ -111,10 +111,9 @@ def step_of(folder: str | Path) -> int | None:
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest whole checkpoint of a run, or None. Print what is wrong with newer ones."""
-    found = [
-        f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(f) is not None
-    ]
-    for folder in sorted(found, key=step_of, reverse=True):
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    found = [(step, folder) for folder in folders if (step := step_of(folder)) is not None]
+    for _, folder in sorted(found, reverse=True):
         wrong = flaw(folder)
         if wrong is None:
             return str(folder)

@@ -64,10 +64,10 @@ def check_not_empty(train_dataset: Any) -> None:
 
 
 def check_parts(args: PseuZOTrainingArguments, train_dataset: Any) -> None:
-    """ValueError if the last batch of an epoch cannot be split."""
+    """Raise ValueError if the last batch of an epoch cannot be split."""
     if not args.split_batch or not hasattr(train_dataset, "__len__") or args.dataloader_drop_last:
         return
-    n, q = len(train_dataset), args.directions
+    n, q = len(train_dataset), args.directions or 1
     last = n % args.per_device_train_batch_size
     if 0 < last < q:
         raise ValueError(

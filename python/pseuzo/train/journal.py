@@ -80,7 +80,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder, *, run: str | None = None):
         self.path, self.optimizer, self.run = Path(path), optimizer, run
         _check(optimizer)
-        self._position = {p: i for i, (_, p) in enumerate(_trained(optimizer))}
+        self._position: dict[Tensor, int] = {p: i for i, (_, p) in enumerate(_trained(optimizer))}
         self._layout = _layout(optimizer)
         self._pending: deque[tuple[Record, Fetched]] = deque()
         # On a GPU a record is written in the next step, when its numbers have arrived.

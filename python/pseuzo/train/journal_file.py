@@ -96,7 +96,7 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
     for name, p in params.items():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
         for part in parts_of(p.detach()):
-            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

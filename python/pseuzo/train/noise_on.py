@@ -32,7 +32,7 @@ def decide(
     """
     if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
         return placement.place(model, args.noise_on), args.learning_rate, args.eps
-    file = Path(args.output_dir) / PLACEMENT_FILE
+    file = Path(str(args.output_dir)) / PLACEMENT_FILE
     request = {name: getattr(args, name) for name in REQUEST}
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,15 @@ def _probe(
     with tqdm(
         total=total, desc=what, unit="forward", disable=args.disable_tqdm, leave=False
     ) as bar:
-        settings = {"eps": args.eps, "noise": args.noise, "seed": args.seed}
-        return probe.probe(model, groups, losses(n), **settings, progress=bar.update)
+        return probe.probe(
+            model,
+            groups,
+            losses(n),
+            eps=args.eps,
+            noise=args.noise,
+            seed=args.seed,
+            progress=bar.update,
+        )
 
 
 def _print(table: list[dict[str, Any]]) -> None:

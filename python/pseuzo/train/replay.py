@@ -47,8 +47,9 @@ def replay(
     for first in range(0, len(wanted), STEPS_AT_ONCE):
         some = wanted[first : first + STEPS_AT_ONCE]
         _apply(some, header, params)
-        for record in some if progress is not None else ():
-            progress(record)
+        if progress is not None:
+            for record in some:
+                progress(record)
     return wanted[-1].step + 1 if wanted else header["first_step"]
 
 
