@@ -160,6 +160,36 @@ PUBLIC = {
             ("I got wet.",),
         ),
     ],
+    "winogrande": [
+        (
+            {
+                "sentence": "The cup does not fit in the bag because _ is too big.",
+                "option1": "the cup",
+                "option2": "the bag",
+                "answer": "1",
+            },
+            "The cup does not fit in the bag because",
+            ("the cup", "the bag"),
+            0,
+            ("the cup",),
+            "",
+            " is too big.",
+        ),
+        (
+            {
+                "sentence": "_'s dog likes Ann's dog. ",
+                "option1": "Kim",
+                "option2": "Eve",
+                "answer": "2",
+            },
+            "",
+            ("Kim", "Eve"),
+            1,
+            ("Eve",),
+            "",
+            "'s dog likes Ann's dog.",
+        ),
+    ],
     "record": [
         (
             {

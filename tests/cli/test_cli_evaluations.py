@@ -36,6 +36,16 @@ def test_eval_shots_and_output(tmp_path):
     assert f"{many['shots_least']} at least, as there are 12 training rows, 128 tokens" in text
 
 
+def test_eval_with_calibration():
+    common = [*SMALL[:4], "--test-size", 200, "--device", "cpu", "--quiet"]
+    plain, figures = (last_json(pseuzo("eval", *common, *more)) for more in ([], ["--sfc"]))
+    assert figures["sfc"] and not plain["sfc"]
+    assert figures["test"]["loss"] == plain["test"]["loss"]
+    assert figures["test"]["accuracy"] != plain["test"]["accuracy"]
+    said = pseuzo("eval", "--model", "nowhere", "--task", "squad", "--sfc", code=2)
+    assert "task squad: it has no sfc template" in said
+
+
 def test_eval_of_weights_that_are_not_finite(tmp_path):
     """Its figures are JSON as anything reads it, and a line says why they are not there."""
     for file in Path(model_path("demo")).iterdir():

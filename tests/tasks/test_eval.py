@@ -1,27 +1,18 @@
 """Evaluation against figures worked out by hand, with a model whose every probability is known."""
 
-import itertools
 import math
 from pathlib import Path
 
 import pseuzo
 import pytest
 import torch
+from known_models import logp, model_of
 from pseuzo import perturbed
 from pseuzo.tasks import Example, Task, TaskData, evaluate, load_task, nondiff_loss
 from pseuzo.tasks.evaluation import generate
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-    OPTConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO_MODEL = Path(pseuzo.__file__).parent / "demo" / "assets" / "model"
-VOCAB = 2048
 
 
 @pytest.fixture(scope="module")
@@ -29,50 +20,9 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
-class Pairs(PreTrainedModel, GenerationMixin):
-    """The next token's logits depend on the last token alone: lm_head.weight[next, last]."""
-
-    config_class = OPTConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.embed = nn.Embedding(VOCAB, VOCAB)
-        self.drop = nn.Dropout(0.9)
-        self.lm_head = nn.Linear(VOCAB, VOCAB, bias=False)
-        with torch.no_grad():
-            self.embed.weight.copy_(torch.eye(VOCAB))
-            self.lm_head.weight.zero_()
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
-        return CausalLMOutput(logits=self.lm_head(self.drop(self.embed(input_ids))))
-
-
-def model_of(tokenizer, *texts, logits=10.0):
-    """A model in which the next token of a text has this logit, or one for each text, and all
-    other tokens have 0."""
-    model = Pairs(
-        OPTConfig(vocab_size=VOCAB, pad_token_id=1, bos_token_id=2, eos_token_id=2)
-    ).train()
-    logits = logits if isinstance(logits, tuple) else (logits,) * len(texts)
-    with torch.no_grad():
-        for text, logit in zip(texts, logits, strict=True):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            for last, following in itertools.pairwise(ids):
-                model.lm_head.weight[following, last] = logit
-    return model
-
-
 CHOICE = Task(name="c", kind="choice", prompt="{{ q }}", options="options", answer="answer")
 # The second one has several tokens.
 OPTIONS = (" x", " return value of it")
-
-
-def logp(*logits, total=None):
-    """Log-probability of the first of these logits among all VOCAB, the rest of which are 0."""
-    return logits[0] - math.log(sum(map(math.exp, logits)) + VOCAB - len(logits))
 
 
 def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):

@@ -122,7 +122,8 @@ def test_malformed_task_files(change, sentence, tmp_path):
 
 def test_files_that_are_no_task(tmp_path):
     with pytest.raises(
-        ValueError, match=r"unknown task 'sst3'; known: boolq, cb, .*, wic, wsc; one of your own"
+        ValueError,
+        match=r"unknown task 'sst3'; known: boolq, cb, .*, wsc; one of your own",
     ):
         load_task("sst3")
     with pytest.raises(ValueError, match="there is no such file"):

@@ -109,6 +109,11 @@ def train_defaults() -> dict[str, Any]:
 @option(
     "--shots", type=click.IntRange(min=0), default=0, help="Answered examples before each prompt."
 )
+@option(
+    "--sfc",
+    is_flag=True,
+    help="Calibrate the scores of the options by those after the task's sfc template.",
+)
 @option("--output", type=FILE, help="Write the figures to this JSON file, too.")
 @plainly
 def evaluate(**settings: Any) -> None:

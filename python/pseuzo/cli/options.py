@@ -149,8 +149,8 @@ DATA_OPTIONS = options(
     option(
         "--task",
         required=True,
-        help="sst2 rte cb boolq wsc wic multirc copa record squad drop demo, or the path of a "
-        ".yaml or .jsonl.",
+        help="sst2 rte cb boolq wsc wic multirc copa record winogrande squad drop demo, or the "
+        "path of a .yaml or .jsonl.",
     ),
     option(
         "--data",

@@ -50,6 +50,7 @@ from pseuzo.models.modes import MODES, tune
 from pseuzo.optim.schedule import Schedule
 from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
+from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.journal_file import held
 from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate
@@ -349,6 +350,8 @@ def _results(
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
     """Run `pseuzo eval`: zero-shot, or with `shots` training rows before every prompt."""
     task = _task(c)
+    if c["sfc"] and (why_not := no_calibration(task)):
+        raise ValueError(why_not)
     examples = task.load(
         c["data"],
         train=c["train_size"],
@@ -375,7 +378,9 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
-    figures = evaluate(model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"])
+    figures = evaluate(
+        model, data, batch_size=c["eval_batch_size"], progress=not c["quiet"], sfc=c["sfc"]
+    )
     if not math.isfinite(figures["loss"]):
         print(
             f"the loss on the test rows is {figures['loss']}, as the model's logits are not finite "
@@ -388,6 +393,7 @@ def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:
         "metric": task.metric,
         "model": c["model"],
         "shots": c["shots"],
+        "sfc": c["sfc"],
         **fit,
         "seed": c["seed"],
         "test": figures,

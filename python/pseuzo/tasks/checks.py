@@ -19,7 +19,10 @@ NEEDS = {
     "choice": ("options", "answer"),
     "generation": ("answers",),
 }
-TEXTS = ("name", "prompt", "description", "separator", "stop", "label", "answer", "answers")
+TEXTS = (
+    "name", "prompt", "description", "separator", "stop", "label", "continuation", "sfc", "answer",
+    "answers",
+)  # fmt: skip
 # The keys that the fields which are mappings may have.
 KEYS = {"dataset": ("path", "config", "data_dir", "revision"), "splits": PARTS}
 
@@ -46,6 +49,10 @@ def _check_kind(task: Task) -> None:
                 raise ValueError(
                     f"{name!r} belongs to tasks of the kind {other}, this one is {kind}"
                 )
+    if task.sfc and kind == "generation":
+        raise ValueError("'sfc' calibrates the scores of options, and a generation has none")
+    if task.continuation and kind != "choice":
+        raise ValueError(f"'continuation' belongs to tasks of the kind choice, this one is {kind}")
     if task.metric and task.metric not in METRICS[kind]:
         known = ", ".join(METRICS[kind])
         raise ValueError(f"metric must be one of {known} for the kind {kind}, got {task.metric!r}")
@@ -65,6 +72,8 @@ def _check_types(task: Task) -> None:
 
 def _check_templates(task: Task) -> None:
     templates.check(task.prompt, "prompt")
+    for name in ("continuation", "sfc"):
+        templates.check(getattr(task, name), name)
     for name in ("label", "answer", "answers"):
         if source := getattr(task, name):
             templates.check(source, name, expression=True)

@@ -16,6 +16,7 @@ padding has no attention_mask, which tells the objective that there is padding.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class TaskData(Dataset):
         if kind != "causal":
             _check_kind(kind, task, tokenizer, train_on)
         self.examples, self.task, self.tokenizer = list(examples), task, tokenizer
-        self.max_length = max_length
+        self.max_length, self.shots, self.kind = max_length, shots, kind
         self.encoder = Encoder(task, tokenizer, max_length, shots, self.examples, kind)
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in pads if i is not None)
@@ -173,6 +174,29 @@ class TaskData(Dataset):
             batch["positions"] = torch.full((len(rows), 1), at)
         return batch
 
+    def of_domain(self) -> "TaskData":
+        """The same options after the same shots and the task's sfc template instead of the prompt.
+
+        ValueError if the task has none, for a classifier, or if the label words are other tokens
+        after it."""
+        if why_not := no_calibration(self.task, self.kind):
+            raise ValueError(why_not)
+        data = TaskData(
+            [replace(example, prompt=example.domain) for example in self.examples],
+            self.task,
+            self.tokenizer,
+            max_length=self.max_length,
+            train_on=self.train_on,
+            shots=self.shots,
+            kind=self.kind,
+        )
+        if data.options != self.options:
+            raise ValueError(
+                f"task {self.task.name}: the label words are other tokens after the sfc template "
+                "than after the prompt"
+            )
+        return data
+
     def sampler(self, batch_size: int, seed: int) -> StratifiedSampler:
         classes: list[Any] = self.labels if self.labels is not None else [0] * len(self)
         return StratifiedSampler(classes, batch_size, seed)
@@ -212,6 +236,15 @@ class TaskData(Dataset):
         for i in range(len(self)):
             del self._rows[i, "options"]  # from here on the prompt's row is enough
         return None
+
+
+def no_calibration(task: Task, kind: str = "causal") -> str | None:
+    """Why the scores of a task's options cannot be calibrated; None if they can."""
+    if not task.sfc:
+        return f"task {task.name}: it has no sfc template, by which scores are calibrated"
+    if kind == "classifier":
+        return f"task {task.name}: a classifier has no label words whose scores are calibrated"
+    return None
 
 
 def _check_kind(kind: str, task: Task, tokenizer: Any, train_on: str) -> None:

@@ -47,7 +47,7 @@ class Encoder:
         # after: the tokens after every text of a model that sees them all; mask: that of the answer
         self.after = [] if kind == "causal" else special_tokens_around(tokenizer)[1]
         self.mask = [tokenizer.mask_token_id] if kind == "masked" else []
-        self.shots: list[Turn] = [(shot.prompt, shot.golds[0]) for shot in shots]
+        self.shots: list[Turn] = [(s.prompt, s.golds[0] + s.continuation) for s in shots]
         self.chat = Chat(tokenizer, task.name) if task.chat else None
         # before: the tokens before every text; lead, end: the text before an answer and after it.
         if self.chat is None:
@@ -87,9 +87,10 @@ class Encoder:
         rows: list[Row] = []
         for asked, answer in pairs:
             tokens, cut = self._cut(example, asked, answer, room)
+            tokens += self.tail(what)
             if rows and rows[-1].prompt == tokens:
                 tokens = rows[-1].prompt  # keep one list for all options
-            rows.append(Row(tokens + self.tail(what), answer, len(shots), lost or cut))
+            rows.append(Row(tokens, answer, len(shots), lost or cut))
         return rows
 
     def tail(self, what: str) -> Tokens:
@@ -136,15 +137,19 @@ class Encoder:
     def _pairs(
         self, example: Example, shots: Sequence[Turn], prompt: str, answers: Sequence[str]
     ) -> list[tuple[Tokens, Tokens]]:
-        """The tokens of the prompt and of the answer, for each answer."""
-        question = self._question(shots, prompt)
+        """The tokens of the prompt and of what is scored after it, for each answer: the answer, or
+        what continues it, and then the answer is the end of the prompt."""
+        question, rest = self._question(shots, prompt), example.continuation
         whole = [self._answered(question, answer) if answer else question for answer in answers]
-        alone, *ids = self.token_ids([question, *whole], example)
+        asked = whole if rest else [question]
+        ids = self.token_ids([*asked, *(text + rest for text in whole)], example)
+        befores = ids[: len(asked)] * (len(answers) // len(asked))
         pairs = []
-        for answer, tokens in zip(answers, ids, strict=True):
+        for answer, alone, tokens in zip(answers, befores, ids[len(asked) :], strict=True):
             if answer and tokens == alone:
                 raise ValueError(
-                    f"{self._where(example)}: the answer {answer!r} has no token of this tokenizer"
+                    f"{self._where(example)}: the answer {answer + rest!r} has no token of this "
+                    "tokenizer"
                 )
             pairs.append(_split(alone, tokens) if answer else (tokens, []))
         return pairs

@@ -2,8 +2,10 @@
 
 Accuracy: the model chooses the option whose tokens have the largest mean log-likelihood, as in
 MeZO. The choice is right if it is one of those that count as right, and never where a score is not
-finite, as after training has diverged. F1 and exact match compare the normalised words that the
-model writes greedily with each accepted answer and take the best, as SQuAD defines it
+finite, as after training has diverged. With sfc, the score of an option is lessened by its score
+after the domain's prompt, which lacks what the row asks: surface forms of an answer then compete
+less (Holtzman et al. 2021, domain-conditional PMI). F1 and exact match compare the normalised words
+that the model writes greedily with each accepted answer and take the best, as SQuAD defines it
 (torchmetrics).
 """
 
@@ -22,14 +24,22 @@ from pseuzo.tasks.data import Row, TaskData
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: TaskData, *, batch_size: int = 16, progress: bool = False
+    model: nn.Module,
+    data: TaskData,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+    sfc: bool = False,
 ) -> dict[str, float]:
     """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", the one that is trained
     on; "examples", how many there are.
 
     batch_size: rows of a forward; an option is a row. Each module keeps its train or eval mode.
+    sfc: choose by calibrated scores; the loss is of those that are not. ValueError if the task has
+    no sfc template.
     """
-    return _measure(model, data, range(len(data)), batch_size, progress, loss=True)
+    domain = data.of_domain() if sfc else None
+    return _measure(model, data, range(len(data)), batch_size, progress, loss=True, domain=domain)
 
 
 @torch.no_grad()
@@ -51,6 +61,7 @@ def _measure(
     batch_size: int,
     progress: bool,
     loss: bool,
+    domain: TaskData | None = None,
 ) -> dict[str, float]:
     verify = True if loss else "once"  # a training step asks for no loss
     with frozen_mode(model):
@@ -59,9 +70,9 @@ def _measure(
             if loss:
                 figures["loss"] = _answer_loss(model, data, index, batch_size, progress)
         elif data.options is not None:
-            figures = _by_label_words(model, data, index, batch_size, progress, verify=verify)
+            figures = _by_label_words(model, data, domain, index, batch_size, progress, verify)
         else:
-            figures = _by_options(model, data, index, batch_size, progress, verify=verify)
+            figures = _by_options(model, data, domain, index, batch_size, progress, verify)
     return figures | ({"examples": len(index)} if loss else {})
 
 
@@ -87,18 +98,32 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _by_label_words(model, data, index, batch_size, progress, verify) -> dict[str, float]:
-    objective = CausalLMObjective(model, data.options, verify=verify)
-    rows = [data.token_rows(i, "label-words")[0] for i in index]
-    scores = torch.empty(len(rows), len(data.options))
-    for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
-        batch = data.pad_rows(some)
-        batch["labels"] = torch.zeros(len(some), dtype=torch.long)
-        scores[numbers] = objective.scores(_moved(batch, model)).cpu()
+def _by_label_words(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
+    def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
+        objective = CausalLMObjective(model, data.options, verify=verify)
+        scores = torch.empty(len(rows), len(data.options))
+        for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
+            batch = data.pad_rows(some)
+            batch["labels"] = torch.zeros(len(some), dtype=torch.long)
+            scores[numbers] = objective.scores(_moved(batch, model)).cpu()
+        return scores
+
+    scores = scores_of(data, [data.token_rows(i, "label-words")[0] for i in index])
     answers = torch.tensor([data.examples[i].answer for i in index])
     losses = nn.functional.cross_entropy(scores, answers, reduction="none")
+    if domain is not None:
+        rows, places = _once([domain.token_rows(i, "label-words")[0] for i in index])
+        # The logits are log-likelihoods up to a number for each row, which the choice is free of.
+        scores = scores - scores_of(domain, rows)[places]
     right = (scores.argmax(1) == answers) & scores.isfinite().all(1)
     return {"accuracy": float(right.double().mean()), "loss": float(losses.double().mean())}
+
+
+def _once(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The rows that differ, and for each row its place among them."""
+    found: dict[tuple, int] = {}
+    places = [found.setdefault((*row.prompt, None, *row.answer), len(found)) for row in rows]
+    return [rows[places.index(place)] for place in range(len(found))], places
 
 
 def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
@@ -112,17 +137,21 @@ def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor
     return scores, counts
 
 
-def _by_options(model, data, index, batch_size, progress, verify) -> dict[str, float]:
+def _by_options(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
     rows, bounds = [], [0]
     for i in index:
         rows += data.token_rows(i, "options")
         bounds.append(len(rows))
     scores, counts = _row_scores(model, data, rows, batch_size, progress, verify)
+    chosen_by = scores
+    if domain is not None:
+        some, places = _once([row for i in index for row in domain.token_rows(i, "options")])
+        chosen_by = scores - _row_scores(model, data, some, batch_size, progress, verify)[0][places]
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
-        example, mine = data.examples[i], scores[first:end]
-        choice = example.options[int(mine.argmax())]
-        right += bool(mine.isfinite().all()) and choice in example.golds
+        example, mine, by = data.examples[i], scores[first:end], chosen_by[first:end]
+        choice = example.options[int(by.argmax())]
+        right += bool(by.isfinite().all()) and choice in example.golds
         if data.train_on == "options":
             losses += float(mine.logsumexp(0) - mine[example.answer])
             tokens += 1

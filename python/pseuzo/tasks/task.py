@@ -21,13 +21,17 @@ class Example:
 
     options: the texts to choose between, and answer the number of the right one; a question with
     a free answer has neither. golds: the texts that count as right; the first is trained on.
-    place: where its row is, for people."""
+    place: where its row is, for people. continuation: what is scored instead of the options, after
+    the prompt and each of them. domain: the prompt without what the row asks, by which a score is
+    calibrated, or "" if the task has no such template."""
 
     prompt: str
     options: tuple[str, ...] = ()
     answer: int | None = None
     golds: tuple[str, ...] = ()
     place: str = field(default="", compare=False)
+    continuation: str = ""
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Task:
     label: str = ""
     labels: Mapping[Any, str] = field(default_factory=dict)
     options: str | Sequence[str] = ()
+    continuation: str = ""
+    sfc: str = ""
     answer: str = ""
     answers: str = ""
     separator: str = " "
@@ -67,10 +73,9 @@ class Task:
         """The question that a row makes. ValueError names the field and the column that do not
         fit."""
         prompt = templates.fill(self.prompt, row, "prompt")
-        if self.kind == "classification":
-            return self._classification(row, prompt)
-        if self.kind == "choice":
-            return self._choice(row, prompt)
+        if self.kind != "generation":
+            ask = self._classification if self.kind == "classification" else self._choice
+            return replace(ask(row, prompt), domain=templates.fill(self.sfc, row, "sfc"))
         golds = _texts(templates.fill(self.answers, row, "answers", expression=True), "answers")
         return Example(prompt, (), None, golds)
 
@@ -104,7 +109,10 @@ class Task:
             golds = tuple(gold for gold in _texts(answer, "answer") if gold in options)
             if not golds:
                 raise ValueError(f"answer {answer!r} is none of the options {list(options)}")
-        return Example(prompt, options, options.index(golds[0]), golds)
+        rest = templates.fill(self.continuation, row, "continuation")
+        if self.continuation and not rest:
+            raise ValueError("continuation must give a text, which is scored, got an empty one")
+        return Example(prompt, options, options.index(golds[0]), golds, continuation=rest)
 
     def examples(
         self, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None
@@ -118,7 +126,8 @@ class Task:
             place = places[number] if places else f"row {number} (from 0)"
             try:
                 example = replace(self.example(row), place=place)
-                for text in (example.prompt, *example.options, *example.golds):
+                texts = (example.prompt, example.domain, example.continuation)
+                for text in (*texts, *example.options, *example.golds):
                     _check_characters(text)
             except ValueError as error:
                 raise ValueError(f"task {self.name}, {place}: {error}") from None
