@@ -1,4 +1,4 @@
-"""What the tests of cli_models share."""
+"""Helpers of the tests that run the command line on every family of models."""
 
 import functools
 import json
@@ -31,8 +31,8 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Transformers takes every tokenizer of a Qwen2 for one; a word is one
-    token."""
+    """Make a byte-level BPE, since Transformers takes every tokenizer of a Qwen2 for one. Each word
+    is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -49,14 +49,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokens_of(words: tuple[str, ...]) -> list[int]:
-    """Of words after others."""
+    """Return the tokens of words that follow others."""
     return [i for word in words for i in tokenizer()(f" {word}")["input_ids"]]
 
 
 def arguments(model: Path, task: Path, out: Path, *args: object, steps: int = 3) -> list[str]:
-    """The arguments of pseuzo train. The last of an option's values counts."""
+    """Return the arguments of pseuzo train. Of several values of an option the last one counts."""
     sizes = [x for part, size in SIZES.items() for x in (f"--{part}-size", size)]
-    # one row at a time: the loss on the test rows is then that of prompts without padding
+    # The rows are evaluated one at a time, so that the test loss is that of unpadded prompts.
     all_of_them = [
         "train",
         "--model",
@@ -91,7 +91,7 @@ def arguments(model: Path, task: Path, out: Path, *args: object, steps: int = 3)
 
 
 def train(model: Path, task: Path, out: Path, *args: object, steps: int = 3) -> dict:
-    """Run pseuzo train; its results, which have to be finite, and what it printed as `text`."""
+    """Run pseuzo train. Return its results, which must be finite, and what it printed as `text`."""
     text = pseuzo(*arguments(model, task, out, *args, steps=steps))
     results = json.loads((out / "results.json").read_text())
     assert results["steps"] == steps and results["skipped_steps"] == 0
@@ -115,7 +115,7 @@ def losses(results: dict) -> list[float]:
 
 
 def load(path: Path) -> nn.Module:
-    """By Transformers alone."""
+    """Load the model with Transformers alone."""
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert (
         not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

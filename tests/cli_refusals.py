@@ -1,4 +1,4 @@
-"""What the tests of cli_refusals share."""
+"""Helpers for tests of refusals by the command line."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def refused(*args: object) -> str:
-    """The one sentence."""
+    """Run a command that must be refused, and return its one sentence."""
     text = pseuzo(*args, code=2)
     assert "Traceback" not in text
     *_, last = text.strip().splitlines()

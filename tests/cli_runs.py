@@ -1,4 +1,4 @@
-"""What the tests of cli share."""
+"""Tasks and rows that the tests of the command line share."""
 
 OWN = """
 name: own

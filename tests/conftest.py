@@ -1,4 +1,4 @@
-"""Before triton is imported, chooses its interpreter where there is no GPU; skips gpu tests there.
+"""Chooses Triton's interpreter, before triton is imported, and skips gpu tests if there is no GPU.
 
 PSEUZO_EMULATE=90 pytest tests/kernels/test_triton_launches.py: without a GPU, the kernels are
 compiled for compute capability 9.0, and their PTX is run on the CPU (ptx_emulator) in place of the
@@ -45,7 +45,7 @@ def pytest_runtest_logfinish():
 
 
 def pytest_collection_finish():
-    # Trainers and searches for a rate collect garbage, and need not search what is imported by now.
+    # Trainers and searches for a rate collect garbage. They need not scan what is imported by now.
     gc.freeze()
 
 

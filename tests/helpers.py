@@ -18,7 +18,7 @@ from pseuzo_kernels import reference
 
 
 def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    """NaNs may differ in payload, as the hardware's conversions do; nothing else may differ."""
+    """Compare bits. Only the payloads of NaN may differ, as they do between conversions."""
     got, want = got.cpu(), want.cpu()
     assert got.dtype is want.dtype and got.shape == want.shape
     integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
@@ -68,8 +68,8 @@ def assert_untouched(model, before):
 
 
 def perturbed_copy(model, seed, eps, noise="hadamard"):
-    """What perturbed() promises, done in the plain way: every weight that requires grad, stream =
-    its position."""
+    """Return a copy that was perturbed the plain way: every weight that requires grad gets noise of
+    the stream that is its position."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for i, p in enumerate(other.parameters()):
@@ -79,7 +79,7 @@ def perturbed_copy(model, seed, eps, noise="hadamard"):
 
 
 class Waits(TorchDispatchMode):
-    """Counts ops whose result's value or size the host has to wait for."""
+    """Counts ops for whose values or sizes the host has to wait."""
 
     NAMES = (
         "_local_scalar_dense",
@@ -128,7 +128,7 @@ def pseuzo(*args: object, code: int = 0) -> str:
 
 
 def last_json(output: str) -> dict:
-    return json.loads(output.strip().splitlines()[-1])  # after what was warned of
+    return json.loads(output.strip().splitlines()[-1])  # the lines before are warnings
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -176,8 +176,8 @@ def _ended(*args: object) -> int:
 
 
 def killed(args: list[str], function: str, call: int) -> None:
-    """Runs the command in a process that is killed as it makes the given call (1 is the first) of a
-    function."""
+    """Run the command in a process that is killed at the given call of a function (1 is the
+    first)."""
     assert _ended(args, (function, call)) == -signal.SIGKILL
 
 
@@ -191,8 +191,8 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 
 def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
-    """Steps on batches of changing content; functions and memory are those of a length's first
-    batch."""
+    """Make steps on batches of changing content. All batches of a length use the functions and the
+    memory of the first one."""
     from tiny_models import batch_of
 
     objective, functions, losses = CausalLMObjective(model, [17, 4]), {}, []

@@ -141,7 +141,7 @@ MAKERS = {
 
 
 def arguments(opt, model, t, poison=False):
-    """What step() and estimate() take, for batch t."""
+    """Return the arguments of step() and estimate() for batch t."""
     x, y = data(t)
     factor = float("nan") if poison else 1.0
     dtype = next(model.parameters()).dtype

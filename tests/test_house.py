@@ -25,7 +25,7 @@ LONGEST_FILE, LONGEST_CLASS, LONGEST_TEST_FILE, LONGEST_TRAINER = 400, 250, 450,
 # The strata of python/pseuzo, by height: each imports only from lower ones, or from itself.
 # "ground" is the modules that lie beside the folders, such as files.py.
 STRATA = dict(ground=0, perturb=1, optim=2, models=3, tasks=4, train=5, demo=5, cli=6)
-# Strata that others build on, which leave it to their callers to print.
+# Strata that must not print, since others build on them.
 SILENT = ("ground", "perturb", "optim", "models", "tasks")
 # The private names of others that are used all the same, and why.
 EXCUSED = {

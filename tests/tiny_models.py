@@ -64,7 +64,7 @@ def causal_lm(kind: str, tied: bool | None = None) -> nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**sizes, **wide))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **sizes, **wide))
-    elif kind == "qwen3":  # heads together wider than the model
+    elif kind == "qwen3":  # its heads together are wider than the model
         model = Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=24, **sizes, **wide))
     elif kind == "mistral":  # a window that some tokens of batch_of() are out of
         model = MistralForCausalLM(
@@ -98,8 +98,8 @@ def batch_of(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.
     }
 
 
-# Sizes of tiny models, and the names that configs have for them. What a model does to its logits
-# gets values that make a difference.
+# Sizes of tiny models, and the names that configs have for them. Factors and caps of logits get
+# values that make a difference.
 TINY = {
     32: "hidden_size n_embd d_model dim emb_dim embedding_dim embedding_size "
         "word_embed_proj_dim lru_width",

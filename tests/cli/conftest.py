@@ -13,7 +13,7 @@ from tiny_models import causal_lm
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Runs end before they begin: what they would have been given."""
+    """Replaces the training of a run; holds the settings that it would have had."""
     seen = {}
 
     def train(given):
@@ -54,8 +54,8 @@ labels: {0: FIRST, 1: SECOND}
 
 @pytest.fixture(scope="module")
 def quick():
-    """No pictures, which test_cli.py has, and no search for garbage among what is imported: a
-    second a run."""
+    """Draws no curves, which other tests do, and keeps imported modules out of garbage collection:
+    this saves a second per run."""
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "plot_runs", lambda *args: None)

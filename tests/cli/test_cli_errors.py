@@ -1,4 +1,4 @@
-"""What becomes one sentence, and what does not."""
+"""Which errors become one sentence, and which do not."""
 
 import errno
 import json
@@ -66,7 +66,7 @@ def test_one_sentence(tmp_path, monkeypatch, error, words):
 
 
 def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
-    """Neither in the middle of a checkpoint's weights, 4.3 MB, nor of Adam's state, 8.6 MB."""
+    """The disk fills up in the middle of a checkpoint's weights (4.3 MB) or Adam's state (8.6)."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for most in (1_000_000, 6_000_000):
@@ -92,7 +92,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
-    """Of its tries for a rate, too, which save nothing themselves."""
+    """This includes its trials for a rate, which save nothing themselves."""
     load = runs.load_model
 
     def unsavable(*args, **kwargs):
@@ -216,7 +216,7 @@ def test_interruptions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_sequences_longer_than_the_model(command, tmp_path):
-    """Asked for, they are refused; the default is what the model has."""
+    """They are refused if asked for; the default is as many as the model has."""
     sizes = [
         *"--train-size 4 --dev-size 4 --test-size 4 --device cpu".split(),
         *"--max-length 129".split(),

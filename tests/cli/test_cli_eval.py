@@ -1,4 +1,4 @@
-"""eval: whose rows it takes."""
+"""eval takes the rows of the run in whose folder the model is."""
 
 import pytest
 from cli_refusals import BASE, refused

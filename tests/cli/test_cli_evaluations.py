@@ -47,7 +47,7 @@ def test_eval_with_calibration():
 
 
 def test_eval_of_weights_that_are_not_finite(tmp_path):
-    """Its figures are JSON as anything reads it, and a line says why they are not there."""
+    """The figures are standard JSON, and a line says why some are null."""
     for file in Path(model_path("demo")).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     broken = weights(tmp_path)
@@ -121,7 +121,7 @@ def test_a_run_asks_as_in_a_chat_and_so_does_its_evaluation(tmp_path):
 
 
 def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
-    """Of one file: another seed, or more test rows, would draw rows that the run was trained on."""
+    """With one file of data, another seed or more test rows would draw rows of the training set."""
     task, out = tmp_path / "rows.jsonl", tmp_path / "run"
     task.write_text("".join(json.dumps(row) + "\n" for row in PLAIN["classification"]))
     sizes = [*"--train-size 24 --dev-size 4 --test-size 12".split()]

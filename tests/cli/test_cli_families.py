@@ -67,8 +67,8 @@ def test_families_train_and_are_saved(tmp_path, folder, task, kind, tied, method
     assert before.keys() == after.keys()
     still = {name for name, p in after.items() if torch.equal(p, before[name])}
     assert still == {name for name, p in after.items() if p is head[1] and rows == "none"}
-    # the saved model is the trained one: two logits a row, each to 32 ulps of 1, which none of them
-    # reaches
+    # The saved model is the trained one. There are two logits per row, each below 1, so each is off
+    # by at most 32 ulps of 1.
     assert results["test"]["loss"] == pytest.approx(
         loss_of_prompts(out / "model", task()), abs=64 * EPS32
     )
@@ -161,8 +161,8 @@ def test_options_and_label_words_are_the_same_loss(tmp_path, folder, task, kind,
     for name in ("label-words", "options", "auto"):
         args = ["--method", method, "--eps", EPS, "--train-on", name]
         found[name] = losses(train(folder(kind, False), task(), tmp_path / name, *args))[0]
-    # two logits a row, each to 32 ulps of 1, which none reaches; what is logged is rounded to six
-    # places
+    # There are two logits per row, each below 1 and so off by at most 32 ulps of 1. Logged numbers
+    # are rounded to six places.
     assert found["options"] == pytest.approx(found["label-words"], abs=64 * EPS32 + 1e-6)
     assert abs(found["options"] - math.log(2)) > 1e-3, (
         "the words are not alike, so that it says something"

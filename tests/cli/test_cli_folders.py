@@ -1,4 +1,4 @@
-"""Whose a folder is, and what a try that fails leaves in it."""
+"""Who owns a folder, and what a failed try leaves in it."""
 
 import json
 import subprocess
@@ -114,8 +114,8 @@ def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path):
 
 
 def test_a_try_that_fails_leaves_what_was_there(tmp_path):
-    """The trials of a search that was killed, and a journal that another run has begun in the
-    meantime."""
+    """Trials of a killed search stay, and so does a journal that another run has started
+    meanwhile."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     with files.claim(out, "train"):
         (out / "lr.json").write_text("{}")
@@ -152,7 +152,7 @@ MEZO = [*SMALL, "--method", "mezo"]
 
 
 def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch):
-    """Whatever failed: the next try may need other settings, and its journal."""
+    """This holds whatever failed, since the next try may need other settings and its journal."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     args = ["train", *MEZO, "--mode", "head", "--steps", 2, "--journal", journal, "--output", out]
     with monkeypatch.context() as patched:

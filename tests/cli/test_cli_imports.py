@@ -41,8 +41,8 @@ MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; mai
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
 def test_ctrl_c_during_the_imports(tmp_path, start, module):
-    """Wherever it comes, the command ends with 130 and a line: before there is a command line, too,
-    and where an import takes it for a module that is missing."""
+    """At any time the command ends with 130 and one line: also before there is a command line, and
+    where an import mistakes it for a missing module."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     (tmp_path / "config.yaml").write_text("model: demo\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
@@ -52,14 +52,14 @@ def test_ctrl_c_during_the_imports(tmp_path, start, module):
         capture_output=True,
         text=True,
     )
-    # what these say of themselves as they are imported
+    # The first part is what libraries print while they are imported.
     libraries, line = done.stderr.split("interrupted\n")
     assert (done.returncode, done.stdout, line) == (130, "", "") and "Traceback" not in libraries
     assert not libraries or module == "transformers.trainer"
 
 
 def test_the_package_imports_what_is_asked_for():
-    """Nothing else: torch takes seconds."""
+    """It imports nothing else, since torch takes seconds."""
     code = """
 import sys
 import pseuzo, pseuzo.cli.commands

@@ -23,7 +23,7 @@ from pseuzo.train.trainer import PseuZOTrainer
 
 
 def records(journal):
-    """All but the header, which has the identifier of its run."""
+    """Return all but the header, which has the identifier of its run."""
     content = journal.read_bytes()
     return content[8 + 12 + int.from_bytes(content[8:12], "little") :]
 
@@ -48,7 +48,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, method):
     args = [*base, "--output", str(out), "--journal", str(again)]
 
     record = "pseuzo.train.journal.Journal.record"
-    killed(args, record, 10)  # weights updated, but the step is not in the journal: 9 are
+    killed(args, record, 10)  # the weights are updated, but only 9 steps are in the journal
     assert sum(1 for _ in read_journal(again)[1]) == 9 and last_checkpoint(out).endswith(
         "checkpoint-8"
     )
@@ -93,8 +93,7 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(tmp_path):
         "--output",
         str(out),
     ]
-    # what a shell runs in the background ignores the signal, and so would what the tests start
-    # there
+    # A process that a shell runs in the background ignores the signal, and so do its children.
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "-m", "pseuzo", *args],
@@ -146,8 +145,7 @@ def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
 
 
 def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
-    """The steps that it recorded are kept: with the weights that it began with, they are all there
-    is of it."""
+    """The recorded steps are kept: together with the first weights they are all that is left."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     args = [
         "train",
@@ -239,11 +237,11 @@ def test_a_run_goes_on_with_its_own_journal_alone(tmp_path, monkeypatch):
 
 
 def test_two_runs_are_given_one_journal(tmp_path, monkeypatch):
-    """The second is refused, whenever it comes, and does not remove the file of the first."""
+    """The second is refused at any time, and does not remove the file of the first."""
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ["train", *SMALL, *ZERO_ORDER, "--steps", 2, "--journal", journal, "--output", out]
-    with held(journal), monkeypatch.context() as patched:  # by a run that loads its model
-        patched.setattr(runs, "load_model", None)  # the second one is not let to load its own
+    with held(journal), monkeypatch.context() as patched:  # the first run loads its model
+        patched.setattr(runs, "load_model", None)  # the second run must not load its own
         assert "run.pzj is in use by another run" in pseuzo(*args, code=2)
         assert journal.exists() and not list(out.iterdir())
     journal.unlink()
@@ -284,13 +282,13 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
             and "own settings" in text
         )
     assert (out / "config.yaml").read_text() == config
-    pseuzo(*args, "--steps", 6, "--resume")  # going on for longer is no other run
+    pseuzo(*args, "--steps", 6, "--resume")  # a longer run is the same run
     assert json.loads((out / "results.json").read_text())["steps"] == 6
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_in_model(tmp_path, monkeypatch):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    # falling: which step is the best does not rest on rounding
+    # The accuracies fall, so that rounding does not decide which step is the best.
     accuracies = (1 / n for n in itertools.count(1))
     monkeypatch.setattr(
         "pseuzo.train.reporting.evaluate",

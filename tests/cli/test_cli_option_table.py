@@ -1,4 +1,4 @@
-"""An option of training stands in one place: the command line takes it from there."""
+"""An option of training is defined in one place, from which the command line takes it."""
 
 import click
 import pytest
@@ -8,7 +8,7 @@ from pseuzo.models.modes import MODES, mode_options
 from pseuzo.train.options import OPTIONS
 
 PARAMETERS = {p.name: p for p in train.params}
-# Defaults that the command line works out from the tuning mode.
+# Defaults that depend on the tuning mode on the command line.
 DEFAULTS = train_defaults()
 BY_MODE = {"learning_rate", "eps"}
 

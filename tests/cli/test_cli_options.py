@@ -1,4 +1,4 @@
-"""Options that do nothing, or do not go together, are refused before anything runs."""
+"""Options that have no effect, or exclude each other, are refused before anything runs."""
 
 import pytest
 import yaml
@@ -199,7 +199,7 @@ def test_journal(tmp_path, settings):
     assert "--until" not in pseuzo(*args, journal, "--steps", 12)
     journal.write_bytes(b"records")
     assert "exists already" in refused(*args, journal)
-    assert "exists already" in refused(*args, journal, "--resume")  # there is no run to go on with
+    assert "exists already" in refused(*args, journal, "--resume")  # there is no run to resume
     assert "are the same" in refused(*args, out) and not out.exists()
     assert (
         "the run writes results.json itself" in refused(*args, out / "results.json")

@@ -1,4 +1,4 @@
-"""What a replay gives back, of whole runs of the command line."""
+"""A replay restores the weights of whole runs of the command line."""
 
 import json
 import os
@@ -123,8 +123,8 @@ for backend, args in json.loads(sys.argv[1]):
     reason="_C is not built: PSEUZO_BUILD=cpu pip install --no-build-isolation -e .",
 )
 def test_a_run_is_replayed_by_another_backend(tmp_path, folder, task):
-    """C++ against plain torch, both ways, and against Triton in its interpreter, which is slow: on
-    few weights."""
+    """C++ is compared with plain torch, both ways, and with Triton in its interpreter, which is
+    slow and so gets few weights."""
     base, rademacher = folder("llama"), ["--noise", "rademacher"]
     few = [
         x
@@ -179,8 +179,8 @@ def test_a_run_is_replayed_by_another_backend(tmp_path, folder, task):
         assert not same(
             weights(tmp_path / name / "model"), {n: p.bfloat16() for n, p in weights(base).items()}
         )
-    # no such promise for normal noise: |z| < 8, so 4 ulps of it are 2e-6 at most; a sum of K terms
-    # rounds K + 2 times
+    # Normal noise is not the same to the bit: |z| < 8, so 4 ulps of it are at most 2e-6, and a sum
+    # of K terms rounds K + 2 times.
     records = list(read_journal(journal("normal"))[1])
     noise = sum(record.groups[0][0] * float(record.coefs.abs().sum()) for record in records)
     got, want = weights(replayed("normal")), weights(tmp_path / "normal" / "model")

@@ -1,4 +1,4 @@
-"""What runs of the command line write, and that they can be replayed."""
+"""Runs of the command line: the files that they write, and their replay."""
 
 import json
 import subprocess
@@ -221,8 +221,8 @@ def test_plot_overlays_runs(tmp_path):
 
 @pytest.fixture
 def few_processes(monkeypatch):
-    """Only the first run of a comparison gets a process of its own, as all have. The others run in
-    this one, where everything is imported. Holds the commands that were run."""
+    """Lets only the first run of a comparison have a process of its own. The others run in this
+    process, where everything is imported. Holds the commands that were run."""
     commands = []
 
     def run(command, **options):
@@ -262,7 +262,7 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path, few_processes):
     made = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
     pseuzo(*args)  # finished runs are not run again
     assert made == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
-    text = pseuzo(*args, "--batch-size", 3, code=2)  # but only if they are the same runs
+    text = pseuzo(*args, "--batch-size", 3, code=2)  # other settings are refused
     assert "batch_size 6, not 3" in text
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cut short or gone, and which weights are kept in the end."""
+"""Checkpoints that are damaged, cut short or missing, and which weights are kept at the end."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder with checkpoints 2, 4 and 6, and its weights in the end."""
+    """The folder of a run with checkpoints 2, 4 and 6, and its final weights."""
     folder = tmp_path_factory.mktemp("run")
     trainer = trainer_of(folder)
     trainer.train()

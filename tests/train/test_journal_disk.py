@@ -1,4 +1,4 @@
-"""When records reach the file, and when the disk."""
+"""When records reach the file, and when they reach the disk."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from tiny_models import causal_lm
 
 
 def test_records_reach_the_disk_for_less_than_a_hundredth_of_the_time(tmp_path, monkeypatch):
-    """The clock is ours: a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
+    """A fake clock, by which a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
     now, syncs = [0.0], []
 
     def fsync(number):

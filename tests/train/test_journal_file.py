@@ -71,7 +71,7 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
 )
 @pytest.mark.parametrize("written", [None, 99])
 def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
-    """Another rule would replay its stochastic 16-bit updates to other bits, and nothing else."""
+    """Another rule would give other bits to stochastic 16-bit updates, and to nothing else."""
     model = causal_lm("opt").to(dtype)
     base, twin = copy.deepcopy(model), copy.deepcopy(model)
     make = lambda m: MeZO(m, 1e-3, 1e-2, rounding=rounding)  # noqa: E731

@@ -12,7 +12,7 @@ OURS = f"pseuzo{os.sep}train{os.sep}journal"
 
 
 def interrupted(line, call):
-    """Whether a KeyboardInterrupt was raised before that line of the journal's that call() runs."""
+    """Interrupt call() before the given line that it runs in the journal; return whether it did."""
     seen = 0
 
     def trace(frame, event, argument):
@@ -50,7 +50,7 @@ def record(journal, step):
 
 
 def make(journal, steps, *, interrupt=None, line=0):
-    """Steps without their updates. One call is interrupted and made again; whether it was."""
+    """Record steps without updates. One call is interrupted and repeated; return whether it was."""
     optimizer, came = journal.optimizer, False
     for step in steps:
         for name, call in (

@@ -1,4 +1,4 @@
-"""Whose a journal is: one run's, one optimizer's, and one process's."""
+"""A journal is owned by one run, one optimizer and one process."""
 
 import copy
 import multiprocessing

@@ -28,7 +28,7 @@ def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeyp
     with Journal(tmp_path / "run.pzj", opt):
         train(opt, model, range(4))
         halfway = copy.deepcopy(model)
-        torch.optim.lr_scheduler.ConstantLR(opt, 0.3)  # the rate changes in mid-run
+        torch.optim.lr_scheduler.ConstantLR(opt, 0.3)  # the rate changes during the run
         train(opt, model, range(4, 8), poison=(5,))
     train(opt, copy.deepcopy(model), [])
     assert opt.journal is None and opt.skipped_steps == 1

@@ -1,4 +1,4 @@
-"""What a kill or a failure during a save leaves."""
+"""A kill or a failure during a save leaves the old model or the new one."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""PseuZOTrainer beside Transformers' own Trainer, with the same arguments, data and weights: what
-each sees and says.
+"""PseuZOTrainer beside Transformers' own Trainer, with the same arguments, data and weights: they
+see and report the same.
 
 The learning rate is so small that no weight moves, so that all figures of all steps are of the same
 weights.
@@ -60,7 +60,7 @@ class Stream(IterableDataset):
 
 
 def accuracy(prediction) -> dict:
-    """The accuracy of the next tokens, and whatever else it was given."""
+    """Return the accuracy of the next tokens, and the means of the inputs and losses if given."""
     logits, labels = prediction.predictions, prediction.label_ids
     if isinstance(logits, list):  # eval_do_concat_batches=False
         logits, labels = np.concatenate(logits), np.concatenate(labels)

@@ -38,7 +38,7 @@ def test_logs_what_a_run_is_judged_by(tmp_path, demo):
         clean = float(head(forward()))
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    # logged with four digits: at the clean weights, before the update
+    # The loss at the clean weights, before the update, is logged with four digits.
     assert abs(rows[0]["loss"] - clean) < 1e-4
     assert [row["window"] for row in rows] == [1, 2, 3, 3, 3]
     assert all(row["momentum"] == 1.0 and row["skipped_steps"] == 0 for row in rows)

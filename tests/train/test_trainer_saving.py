@@ -1,4 +1,4 @@
-"""What can only fail at a save fails before the first step."""
+"""A save that would fail raises before the first step."""
 
 from types import SimpleNamespace
 

@@ -391,6 +391,6 @@ def moved(
     y = torch.where(found_inf.to(p.device) != 0, x, y)
     if dither_seed is not None and p.dtype is not torch.float32:
         generator = torch.Generator(p.device).manual_seed(dither_seed)
-        size = {"dtype": torch.int64, "device": p.device, "generator": generator}
-        y = round_stochastically(y, torch.randint(1 << 16, y.shape, **size), p.dtype)
+        dither = torch.randint(1 << 16, y.shape, device=p.device, generator=generator)
+        y = round_stochastically(y, dither, p.dtype)
     return (y,)

@@ -118,9 +118,9 @@ class TangentPass:
     def _duals(self, seed: int) -> dict[nn.Parameter, Tensor]:
         perturbation, duals = self._layout.perturbation, {}
         for p, (stream, scale) in perturbation.params.items():
-            law, kind = perturbation.noise, {"dtype": p.dtype, "device": p.device}
-            z = noise(p.shape, seed, stream, noise=law, **kind).mul_(scale)
-            duals[p] = forward_ad.make_dual(perturbation.real[p], z)
+            law = perturbation.noise
+            z = noise(p.shape, seed, stream, noise=law, dtype=p.dtype, device=p.device)
+            duals[p] = forward_ad.make_dual(perturbation.real[p], z.mul_(scale))
         return duals
 
     def _note(self, storage: int, offset: int) -> None:
