@@ -10,6 +10,7 @@ from pseuzo import (
     MeZO,
     PseuZO,
 )
+from pseuzo.optim import ZOBlocks, ZOConservative, ZOSign
 from pseuzo.optim.seeds import step_seed
 from torch import nn
 
@@ -137,6 +138,9 @@ MAKERS = {
     "evolution": lambda p, **o: Evolution(
         p, 0.02, 1e-2, directions=2, weight_decay=0.1, seed=2, **o
     ),
+    "zo-sign": lambda p, **o: ZOSign(p, 0.02, 1e-2, weight_decay=0.1, seed=2, directions=2, **o),
+    "zo-conservative": lambda p, **o: ZOConservative(p, 0.02, 1e-2, weight_decay=0.1, seed=2, **o),
+    "zo-blocks": lambda p, **o: ZOBlocks(p, 0.02, 1e-2, blocks=2, weight_decay=0.1, seed=2, **o),
 }
 
 

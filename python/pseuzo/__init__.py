@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         Reciprocal,
         Schedule,
         ZOAdam,
+        ZOBlocks,
+        ZOConservative,
+        ZOSign,
     )
     from pseuzo.perturb.module import perturbed
     from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -48,6 +51,9 @@ _NAMES = {  # the public names by the module that defines them
             "MeZOSVRG",
             "PseuZO",
             "ZOAdam",
+            "ZOBlocks",
+            "ZOConservative",
+            "ZOSign",
         ),
     ),
     "perturb": ("perturbed",),
@@ -78,6 +84,9 @@ __all__ = [
     "Reciprocal",
     "Schedule",
     "ZOAdam",
+    "ZOBlocks",
+    "ZOConservative",
+    "ZOSign",
     "perturbed",
     "replay",
 ]

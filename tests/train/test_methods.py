@@ -17,7 +17,7 @@ import json
 import sys
 from dataclasses import replace
 
-from pseuzo.train import methods
+from pseuzo.train import builders, methods
 
 
 def build(setup):
@@ -32,16 +32,16 @@ def build(setup):
             direction = mean_direction(self, measured)
             return replace(direction, coefs=direction.coefs.sign())
 
-    return SignMeZO(setup.groups, **methods.zeroth_order_options(setup))
+    return SignMeZO(setup.groups, **builders.zeroth_order_options(setup))
 
 
-methods.METHODS["zo-sign"] = methods.Method(
+methods.METHODS["mezo-sign"] = methods.Method(
     help="MeZO with the sign of its projected gradient.",
     build=build,
     passes=lambda **options: 2,
     options=methods.PERTURBING,
 )
-methods.ZEROTH_ORDER += ("zo-sign",)
+methods.ZEROTH_ORDER += ("mezo-sign",)
 from click.testing import CliRunner
 from pseuzo.cli.commands import main
 
@@ -84,21 +84,21 @@ def test_forwards_per_step(method, directions, two_sided, want):
 @pytest.mark.slow
 def test_a_new_method_trains_resumes_and_replays(tmp_path):
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
-    train = ["train", *SMALL, *"--method zo-sign --lr 1e-4 --eps 1e-3 --steps 4".split()]
+    train = ["train", *SMALL, *"--method mezo-sign --lr 1e-4 --eps 1e-3 --steps 4".split()]
     train += ["--keep", "last", "--save-every", 2, "--journal", journal, "--output", out]
     trained, replayed, listed, refused = with_new(
         train,
         ["replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "m"],
         ["train", "--help"],
-        ["train", *SMALL, "--method", "zo-sign", "--window", 3, "--output", out],
+        ["train", *SMALL, "--method", "mezo-sign", "--window", 3, "--output", out],
     )
     assert trained[0] == 0, trained[1]
     results = json.loads((out / "results.json").read_text())
-    assert results["method"] == "zo-sign" and results["forwards"] == 8
+    assert results["method"] == "mezo-sign" and results["forwards"] == 8
     assert results["eps"] == 1e-3 and results["lr"] == 1e-4
     assert replayed[0] == 0, replayed[1]
     weights = (out / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == weights
-    assert "zo-sign" in listed[1]
+    assert "mezo-sign" in listed[1]
     assert refused[0] == 2
-    assert "--window is for pseuzo, mezo-momentum and zo-adam, not for zo-sign" in refused[1]
+    assert "--window is for pseuzo, mezo-momentum and zo-adam, not for mezo-sign" in refused[1]

@@ -1,6 +1,8 @@
 """Zeroth-order optimizers, one estimator a file, and the schedules of their momentum."""
 
 from pseuzo.optim.adam import ZOAdam
+from pseuzo.optim.blocks import ZOBlocks
+from pseuzo.optim.conservative import ZOConservative
 from pseuzo.optim.deepzero import DeepZero
 from pseuzo.optim.forward_gradient import ForwardGradient
 from pseuzo.optim.mezo import MeZO
@@ -14,6 +16,7 @@ from pseuzo.optim.schedule import (
     Reciprocal,
     Schedule,
 )
+from pseuzo.optim.sign import ZOSign
 from pseuzo.optim.svrg import MeZOSVRG
 
 __all__ = [
@@ -31,4 +34,7 @@ __all__ = [
     "Reciprocal",
     "Schedule",
     "ZOAdam",
+    "ZOBlocks",
+    "ZOConservative",
+    "ZOSign",
 ]

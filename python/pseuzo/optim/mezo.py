@@ -153,7 +153,7 @@ class MeZO(ZeroOrder):
     Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
-    own_settings = ("directions", "momentum", "window")
+    own_settings: tuple[str, ...] = ("directions", "momentum", "window")
 
     def __init__(
         self,

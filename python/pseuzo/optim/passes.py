@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_infere
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
 from pseuzo.perturb.interface import Perturbing
-from pseuzo.perturb.module import ModulePasses, passes_of
+from pseuzo.perturb.module import ModulePasses, passes_of, take_up
 from pseuzo.perturb.perturbation import Base
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class Passes:
         self._recorded_of: tuple | None = None  # the memory that the graphs read and write
         self._base: Base | None = None  # what passes see in place of the weights, and their kind
         self._kind = ""
+        self._only: Set[Tensor] | None = None  # the weights that are perturbed, if not all
+        self._block = 0  # their number, as there may be passes of several blocks
+        self._of_blocks: dict[int, ModulePasses] = {}
 
     @property
     def _perturbing(self) -> Perturbing:
@@ -68,13 +71,16 @@ class Passes:
         trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
         groups.check_trains(op, optimizer.param_groups)
         if optimizer.model is None:
-            shifted = [(group["noise_scale"], params) for group, params in trained]
+            shifted = [(group["noise_scale"], self._limited(params)) for group, params in trained]
             self._in_place.serve(shifted, optimizer.streams)
         else:
+            if self._only is not None and self._block in self._of_blocks:
+                take_up(optimizer.model, self._of_blocks[self._block])
             passes = passes_of(optimizer.model, self._find_places(), optimizer.noise)
-            if passes is not self._of_module:  # it begins with what this optimizer knows
-                passes.note_used(self.used())
-                self._of_module, self._recorded_of = passes, None
+            if passes is not self._of_blocks.get(self._block):
+                passes.note_used(self.used())  # it begins with what this optimizer knows
+                self._of_blocks[self._block], self._recorded_of = passes, None
+            self._of_module = passes
         graphs: AbstractContextManager[None] = nullcontext()
         if self._graphs is not None:
             memory = (self._of_module, self._perturbing.replaced)
@@ -96,13 +102,27 @@ class Passes:
     def _on_weights(self) -> None:
         self._base = None
 
+    def limit(self, block: int, only: Iterable[Tensor]) -> None:
+        """Perturb `only` these weights from here on. block: their number; others may follow."""
+        self._block, self._only = block, set(only)
+
+    def release(self) -> None:
+        """Free the scratch of the passes, until the next one."""
+        if self._of_module is not None:
+            self._of_module.release()
+
+    def _limited(self, params: list[Tensor]) -> list[Tensor]:
+        return params if self._only is None else [p for p in params if p in self._only]
+
     def clean(self, call: Callable[[], Any]) -> Any:
         """call() at x."""
         if self._base is not None:
             return self.perturbed(0, 0.0, self._kind, call)
         return self._replayed("clean", call)
 
-    def perturbed(self, seed: int, scale: float, kind: str, call: Callable[[], Any]) -> Any:
+    def perturbed(
+        self, seed: int, scale: float | Tensor, kind: str, call: Callable[[], Any]
+    ) -> Any:
         """call() at x + scale * z(seed)."""
         perturbing = self._perturbing
         perturbing.aim(seed, scale)  # outside of the call, which may be replayed without Python
@@ -160,29 +180,40 @@ class Passes:
         self._in_place.forget()
 
     def unused(self, op: str, kind: str) -> Set[Tensor]:
-        """The weights that no pass of this kind has used: noise is all that they would get.
+        """The weights that no pass of this kind has used: noise is all that they would get; and
+        those that passes leave alone, see limit.
 
         RuntimeError if it has used none of the model's.
         """
+        outside = set() if self._only is None else set(self._optimizer.streams) - self._only
         if self._of_module is None:
-            return set()
+            return outside
         unused = self._of_module.unused(kind)
-        if unused and unused == self._of_module.params.keys():
+        # A block may be of experts, say, that no row of a batch goes to.
+        certain = self._only is None or self._optimizer.steps == 0
+        if unused and certain and unused == self._of_module.params.keys():
             raise RuntimeError(
                 f"{op}: the pass used no weight of the model that is trained; run that very model "
                 "in it (not a copy, and not a scripted or exported one), or give the optimizer its "
                 "parameters"
             )
-        return unused
+        return unused | outside
 
     def used(self) -> dict[str, list[int]]:
         """The streams of the weights that each kind of pass has used, for the optimizer's state."""
-        return self._known if self._of_module is None else self._of_module.used()
+        if self._of_module is None:
+            return self._known
+        every = [passes.used() for passes in self._of_blocks.values()]
+        if self._only is not None:  # not every block may have had its turn since the state
+            every.append(self._known)
+        kinds = dict.fromkeys(kind for used in every for kind in used)
+        return {k: sorted({s for used in every for s in used.get(k, ())}) for k in kinds}
 
     def load(self, used: Mapping[str, list[int]]) -> None:
         """Begin anew with what `used` gave when the state was saved."""
         self._known = {kind: list(streams) for kind, streams in used.items()}
-        self._of_module = None
+        self._of_module, self._only = None, None
+        self._of_blocks.clear()
         noise = self._optimizer.noise
         self._in_place = InPlace(noise, self._before_writing, self._after_writing)
 
@@ -192,7 +223,7 @@ class Passes:
         It is the same dict while they are the same.
         """
         found = [
-            (group["noise_scale"], groups.not_frozen(group["params"]))
+            (group["noise_scale"], self._limited(groups.not_frozen(group["params"])))
             for group in self._optimizer.param_groups
             if not group["exact_gradient"]
         ]

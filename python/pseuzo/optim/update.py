@@ -181,20 +181,38 @@ def _descents(
         for p in group["params"]:
             if p not in gradients:
                 continue
-            seed = hash_seed(rounding_seed + streams[p])
-            generator = torch.Generator(p.device).manual_seed(seed)
+            bits = rounding_bits(p, rounding_seed, streams[p], stochastic)
             skip = found_inf.to(p.device) != 0
             slot: dict[str, Any] = {}
             chunks = zip(
                 p.view(-1).split(CHUNK), gradients[p].reshape(-1).split(CHUNK), strict=True
             )
             for x, gradient in chunks:
-                bits = generator if stochastic and p.dtype is not torch.float32 else None
-                compute = partial(_descended, x, gradient, keep, step, skip, bits)
+                compute = partial(descended, x, gradient, keep, step, skip, bits)
                 yield from writes([x], compute, slot)
 
 
-def _descended(x, gradient, keep, step, skip, generator) -> tuple[Tensor]:
+def rounding_bits(
+    p: Tensor, rounding_seed: int, stream: int, stochastic: bool
+) -> torch.Generator | None:
+    """The generator of the bits that round a parameter stochastically; None: to nearest."""
+    if not stochastic or p.dtype is torch.float32:
+        return None
+    return torch.Generator(p.device).manual_seed(hash_seed(rounding_seed + stream))
+
+
+def descended(
+    x: Tensor,
+    gradient: Tensor,
+    keep: float,
+    step: float,
+    skip: Tensor,
+    generator: torch.Generator | None,
+) -> tuple[Tensor]:
+    """keep * x + step * gradient, or x where skip ([1] bool); what `writes` rounds to x's dtype.
+
+    generator: of the bits that round it, see rounding_bits.
+    """
     y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
     return (rounded(y, x.dtype, generator),)
 

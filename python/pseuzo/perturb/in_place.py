@@ -77,8 +77,9 @@ class InPlace:
         self.forget()
 
     @torch.no_grad()
-    def aim(self, seed: int, scale: float) -> None:
+    def aim(self, seed: int, scale: float | Tensor) -> None:
         """Shift the parameters to x + scale * z(seed)."""
+        scale = float(scale)
         if not self._aim.offset:
             self._on_first()
             for p in (p for part in self._half for p in part.params):

@@ -20,8 +20,11 @@ class Perturbing(Protocol):
     def replaced(self) -> int:
         """How often memory that passes use was replaced, which makes recorded passes void."""
 
-    def aim(self, seed: int, scale: float) -> None:
-        """Set what the passes from here on see. A recorded pass reads it when it is replayed."""
+    def aim(self, seed: int, scale: float | Tensor) -> None:
+        """Set what the passes from here on see. A recorded pass reads it when it is replayed.
+
+        scale: a number, or a [] tensor, for which `InPlace` waits.
+        """
 
     def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
         """Inside, forwards see what aim() set. base: see Perturbation; `InPlace` takes none."""

@@ -72,7 +72,7 @@ class ModulePasses:
         self.aim(seed, scale)
         return self.passing(kind)
 
-    def aim(self, seed: int, scale: float) -> None:
+    def aim(self, seed: int, scale: float | Tensor) -> None:
         """Set what passes see from here on.
 
         A recorded pass is replayed without Python and reads what aim() wrote before: call aim()
@@ -113,6 +113,10 @@ class ModulePasses:
         """The streams of the weights that each kind of pass has used, to be saved in a state."""
         return self._learned.used(self._perturbation.streams)
 
+    def release(self) -> None:
+        """Free the scratch, until the next pass."""
+        self.scratch.release()
+
     def note_used(self, used: Mapping[str, list[int]]) -> None:
         """Replace what is known by what used() gave. The watch begins anew."""
         self._layout.note_used(used)
@@ -139,6 +143,12 @@ def passes_of(
 def known_passes(model: nn.Module) -> ModulePasses | None:
     """The passes that a model has at present."""
     return _passes.get(model)
+
+
+def take_up(model: nn.Module, passes: ModulePasses) -> None:
+    """Make these the passes of the model again, if it has others by now."""
+    if (now := _passes.get(model)) is None or not now.active:  # else passes_of refuses
+        _passes[model] = passes
 
 
 def forget_passes(model: nn.Module) -> None:

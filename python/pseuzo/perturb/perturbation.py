@@ -75,7 +75,7 @@ class Perturbation:
             self._matched = params
         return True
 
-    def aim(self, seed: int, scale: float) -> None:
+    def aim(self, seed: int, scale: float | Tensor) -> None:
         """Set the seed and the scale that passes see from here on."""
         for seeds, scales in map(self.aim_on, self.devices):
             seeds.fill_(signed64("perturbed", seed))

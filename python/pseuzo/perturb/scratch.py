@@ -160,6 +160,16 @@ class Scratch:
         parts = buffer.split([*sizes, buffer.numel() - sum(sizes)])
         return [part[: p.numel()].view(p.shape) for part, p in zip(parts, params, strict=False)]
 
+    def release(self) -> None:
+        """Free the buffers, until they are needed again."""
+        for buffer in self._buffers.values():
+            if buffer.is_cuda:  # it may have been made on another stream than the one that uses it
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+        self._made.clear()
+        self._buffers.clear()
+        self._addresses.clear()
+        self.replaced += 1
+
     def holds(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._addresses
 

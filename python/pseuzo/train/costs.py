@@ -56,6 +56,10 @@ def forward_gradient_passes(directions: int = 1, **unused: Any) -> int:
     return 3 * directions  # the derivative costs two products of matrices for each one of the pass
 
 
+def conservative_passes(two_sided: bool | None = None, **unused: Any) -> int:
+    return 4 if two_sided is False else 5
+
+
 def pseuzo_passes(two_sided: bool | None = None, **unused: Any) -> int:
     return 3 if two_sided else 2
 

@@ -14,27 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pseuzo.models.modes import MODES
-from pseuzo.train import costs
+from pseuzo.train import builders, costs
+from pseuzo.train.builders import Setup
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim import Optimizer
-
-    from pseuzo.optim.schedule import Schedule
-    from pseuzo.train.arguments import PseuZOTrainingArguments
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Holds what the optimizer of a run is built from."""
-
-    args: PseuZOTrainingArguments
-    model: nn.Module
-    groups: list[dict[str, Any]]  # with params, lr, weight_decay and noise_scale
-    lr: float
-    eps: float
-    planned_steps: Callable[[], int]  # of the run
-    steps_per_epoch: Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -52,180 +36,6 @@ class Method:
     zeroth_order: bool = True
     # (steps, and the options by keyword) -> passes of the first steps, where steps differ.
     total: Callable[..., int] | None = None
-
-
-# How the optimizers are built
-
-
-def zeroth_order_options(setup: Setup) -> dict[str, Any]:
-    """Return the arguments that every zeroth-order optimizer takes."""
-    args = setup.args
-    return {
-        "lr": setup.lr,
-        "eps": setup.eps,
-        "noise": args.noise,
-        "rounding": args.rounding,
-        "seed": args.seed,
-        "model": setup.model,
-        "clip_examples": args.clip_examples,
-        "capture": args.capture,
-    }
-
-
-def _mezo(setup: Setup) -> Optimizer:
-    from pseuzo.optim import MeZO
-
-    args = setup.args
-    own: dict[str, Any] = {
-        "two_sided": args.two_sided is not False,
-        "directions": args.directions,
-    }
-    if args.method == "mezo-momentum":
-        own |= {"momentum": args.momentum, "window": args.window}
-    return MeZO(setup.groups, **own, **zeroth_order_options(setup))
-
-
-def _zo_adam(setup: Setup) -> Optimizer:
-    from pseuzo.optim import ZOAdam
-
-    args = setup.args
-    return ZOAdam(
-        setup.groups,
-        two_sided=args.two_sided is not False,
-        directions=args.directions,
-        betas=(args.adam_beta1, args.adam_beta2),
-        adam_eps=args.adam_epsilon,
-        window=args.window,
-        moments=args.moments,
-        **zeroth_order_options(setup),
-    )
-
-
-def _population(setup: Setup) -> Optimizer:
-    from pseuzo.optim import FZOO, Evolution
-
-    args = setup.args
-    own: dict[str, Any] = {"directions": args.directions, "split_batch": args.split_batch}
-    own |= zeroth_order_options(setup)
-    if args.method == "fzoo":
-        return FZOO(setup.groups, two_sided=bool(args.two_sided), **own)
-    two_sided = args.two_sided is not False
-    return Evolution(setup.groups, two_sided=two_sided, weights=args.weights, **own)
-
-
-def _svrg(setup: Setup) -> Optimizer:
-    from pseuzo.optim import MeZOSVRG
-
-    args = setup.args
-    return MeZOSVRG(
-        setup.groups,
-        two_sided=args.two_sided is not False,
-        directions=args.directions,
-        anchor_every=args.anchor_every,
-        anchor_scale=1.0 if args.anchor_lr is None else args.anchor_lr / setup.lr,
-        **zeroth_order_options(setup),
-    )
-
-
-def _deepzero(setup: Setup) -> Optimizer:
-    from pseuzo.optim import DeepZero
-
-    args = setup.args
-    own = {name: getattr(args, name) for name in ("coordinates", "scores", "directions")}
-    two_sided = bool(args.two_sided)
-    return DeepZero(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
-
-
-def _forward_gradient(setup: Setup) -> Optimizer:
-    from pseuzo.optim import ForwardGradient
-
-    options = zeroth_order_options(setup)
-    del options["eps"]
-    return ForwardGradient(setup.groups, directions=setup.args.directions, **options)
-
-
-def _pseuzo(setup: Setup) -> Optimizer:
-    from pseuzo.models.split import head_parameters
-    from pseuzo.optim import PseuZO
-
-    args, groups = setup.args, setup.groups
-    head = [p for p in head_parameters(setup.model) if p.requires_grad]
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is h for h in head)]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ValueError(
-            "method pseuzo: its perturbed passes end before the output head, and noise_on or the "
-            "mode leaves nothing else to train; use mezo, or train the head by fo-sgd or fo-adam"
-        )
-    if args.head == "exact":
-        if not head:
-            raise ValueError(
-                "head=exact: there is no output head of its own that is trained: it is tied to the "
-                "embedding, which takes noise, or the mode or noise_on leaves it out; use "
-                "head=frozen"
-            )
-        head_lr = args.head_lr if args.head_lr is not None else 1000 * setup.lr
-        groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0, "exact_gradient": True})
-    return PseuZO(
-        groups,
-        window=args.window,
-        momentum=_schedule(setup),
-        two_sided=bool(args.two_sided),
-        weighting=args.weighting,
-        **zeroth_order_options(setup),
-    )
-
-
-def _schedule(setup: Setup) -> Schedule:
-    """Make the schedule of lambda."""
-    from pseuzo.optim import Constant, Cycles, CyclicHyperbola, Linear, Reciprocal
-
-    args, momentum = setup.args, setup.args.momentum
-    given = {"cycles": args.cycles, "pseuzo_epochs": args.pseuzo_epochs}
-    in_cycles = {name: value for name, value in given.items() if value is not None}
-    if args.schedule == "constant" and not in_cycles:
-        return Constant(momentum)
-    steps = setup.planned_steps()
-    if args.schedule == "linear" and not in_cycles:
-        return Linear(momentum, 0.0, steps)
-    epoch = setup.steps_per_epoch()
-    if args.schedule == "cyclic-hyperbola":
-        return CyclicHyperbola.from_steps(steps, epoch, **in_cycles)
-    if args.schedule == "reciprocal" and not in_cycles:
-        return Reciprocal(momentum, epoch)
-    makes = {
-        "constant": lambda active: Constant(momentum),
-        "linear": lambda active: Linear(momentum, 0.0, active),
-        "reciprocal": lambda active: Reciprocal(momentum, epoch),
-    }
-    return Cycles.from_steps(makes[args.schedule], steps, epoch, **in_cycles)
-
-
-def _scaled_by_rate(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turn noise scales into rates, for first-order optimizers.
-
-    Noise of scale s moves weights by -lr s^2 g on average, g their gradient. The product of rate
-    and weight decay stays as it is, because decay does not depend on the scale.
-    """
-    for group in groups:
-        group["lr"] *= group["noise_scale"] ** 2
-        group["weight_decay"] /= group["noise_scale"] ** 2
-    return groups
-
-
-def _sgd(setup: Setup) -> Optimizer:
-    from torch.optim import SGD
-
-    return SGD(_scaled_by_rate(setup.groups), lr=setup.lr, momentum=setup.args.momentum)
-
-
-def _adam(setup: Setup) -> Optimizer:
-    from torch.optim import AdamW
-
-    args, groups = setup.args, _scaled_by_rate(setup.groups)
-    betas = (args.adam_beta1, args.adam_beta2)
-    return AdamW(groups, lr=setup.lr, betas=betas, eps=args.adam_epsilon)
 
 
 # Which options do not go together
@@ -256,6 +66,15 @@ def _evolution_refusal(two_sided: bool | None, **options: Any) -> str | None:
     return _fzoo_refusal(two_sided=two_sided is not False, **options)
 
 
+def _sign_refusal(journal: str | None, noise: str, directions: int, **unused: Any) -> str | None:
+    if not journal or (noise == "rademacher" and directions == 1):
+        return None
+    return (
+        "a journal records sums of seeds, and the signs of an estimate are one only with "
+        "noise rademacher and directions 1"
+    )
+
+
 # Options that every zeroth-order method takes, and no first-order method.
 PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
 EAGER = tuple(name for name in PERTURBING if name != "capture")  # where no graph is recorded
@@ -263,7 +82,7 @@ EAGER = tuple(name for name in PERTURBING if name != "capture")  # where no grap
 METHODS = {
     "pseuzo": Method(
         help="PseuZO: the difference of two outputs times the exact gradient there, and a window.",
-        build=_pseuzo,
+        build=builders.pseuzo,
         passes=costs.pseuzo_passes,
         options=(
             *(*PERTURBING, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
@@ -273,20 +92,20 @@ METHODS = {
     ),
     "mezo": Method(
         help="MeZO: the difference of the loss at two perturbed points.",
-        build=_mezo,
+        build=builders.mezo,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective"),
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
-        build=_mezo,
+        build=builders.mezo,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         momentum=0.9,
     ),
     "zo-adam": Method(
         help="Adam of MeZO's gradient estimates, with moments from the seeds of the last steps.",
-        build=_zo_adam,
+        build=builders.zo_adam,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "moments"),
         rate="adam_lr",
@@ -296,7 +115,7 @@ METHODS = {
     ),
     "evolution": Method(
         help="Evolution strategies: q directions, weighted by the ranks of their losses.",
-        build=_population,
+        build=builders.population,
         passes=costs.evolution_passes,
         options=(*PERTURBING, "directions", "objective", "weights", "split_batch"),
         rate="adam_lr",
@@ -305,7 +124,7 @@ METHODS = {
     ),
     "fzoo": Method(
         help="FZOO: one-sided differences divided by the spread of the losses.",
-        build=_population,
+        build=builders.population,
         passes=costs.fzoo_passes,
         options=(*PERTURBING, "directions", "objective", "split_batch"),
         rate="adam_lr",
@@ -314,7 +133,7 @@ METHODS = {
     ),
     "mezo-svrg": Method(
         help="MeZO-SVRG: estimates corrected by one over all the data, at an anchor.",
-        build=_svrg,
+        build=builders.svrg,
         passes=costs.svrg_passes,
         total=costs.svrg_total,
         options=(
@@ -324,7 +143,7 @@ METHODS = {
     ),
     "deepzero": Method(
         help="DeepZero: differences along single weights, at a sparse pattern; for small models.",
-        build=_deepzero,
+        build=builders.deepzero,
         passes=costs.deepzero_passes,
         total=costs.deepzero_total,
         options=(*EAGER, "directions", "objective", "coordinates", "scores"),
@@ -336,13 +155,33 @@ METHODS = {
     ),
     "forward-gradient": Method(
         help="The exact derivative along a direction, by forward-mode differentiation.",
-        build=_forward_gradient,
+        build=builders.forward_gradient,
         passes=costs.forward_gradient_passes,
         options=("noise", "rounding", "journal", "directions"),
     ),
+    "zo-sign": Method(
+        help="MeZO with the sign of its estimate for each weight.",
+        build=builders.zo_bench,
+        passes=costs.mezo_passes,
+        options=(*PERTURBING, "directions", "objective"),
+        rate="adam_lr",
+        refusal=_sign_refusal,
+    ),
+    "zo-conservative": Method(
+        help="MeZO's step, none or the opposite one, whichever has the lowest loss on the batch.",
+        build=builders.zo_bench,
+        passes=costs.conservative_passes,
+        options=(*PERTURBING, "objective"),
+    ),
+    "zo-blocks": Method(
+        help="MeZO on one block of the weights a step, in a cycle over the blocks.",
+        build=builders.zo_bench,
+        passes=costs.mezo_passes,
+        options=(*EAGER, "directions", "objective", "blocks"),
+    ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",
-        build=_sgd,
+        build=builders.sgd,
         passes=costs.first_order_passes,
         options=("momentum",),
         rate="sgd_lr",
@@ -350,7 +189,7 @@ METHODS = {
     ),
     "fo-adam": Method(
         help="AdamW with backpropagation, to compare.",
-        build=_adam,
+        build=builders.adam,
         passes=costs.first_order_passes,
         options=(),
         rate="adam_lr",

@@ -106,6 +106,9 @@ class ZeroOrderOptions:
         "Number of perturbations per step (q), of deepzero those of its first step. Default: "
         f"{DIRECTIONS}.",
     )
+    blocks: Annotated[int, Flag(least=1)] = _option(
+        4, "Blocks that zo-blocks cuts the weights into; each step trains one of them."
+    )
     two_sided: Annotated[bool | None, Flag("--two-sided/--one-sided")] = _option(
         None,
         "Perturb to both sides. Default: mezo and evolution yes, pseuzo, fzoo and deepzero no.",

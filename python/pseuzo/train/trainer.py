@@ -26,8 +26,9 @@ from pseuzo.tasks import TaskData
 from pseuzo.train import checks, noise_on
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.batches import even_batches
+from pseuzo.train.builders import Setup
 from pseuzo.train.losses import Losses
-from pseuzo.train.methods import METHODS, Setup
+from pseuzo.train.methods import METHODS
 from pseuzo.train.resume import ResumableTrainer
 
 

@@ -1,0 +1,92 @@
+"""Conservative ZO-SGD: a step is made only if it lowers the loss of its batch.
+
+Source: Zhang et al., "Revisiting zeroth-order optimization for memory-efficient LLM fine-tuning: a
+benchmark" (2024), ZO-SGD-Cons.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.groups import trained
+from pseuzo.optim.mezo import MeZO, Slopes, as_losses, measure_slopes
+from pseuzo.optim.update import Direction
+
+
+@dataclass(frozen=True)
+class Chosen(Slopes):
+    """choice: [] fp32, 1 for the step, 0 for none, -1 for the opposite one."""
+
+    choice: Tensor
+
+
+class ZOConservative(MeZO):
+    """Of x - lr c z, x and x + lr c z the one with the lowest loss on the batch, c as in MeZO.
+
+    The three are compared by passes that do not write the weights of a module (bare parameters are
+    shifted in place, and each step then waits for the device to read c): five passes a step, or
+    four if not two_sided. A tie takes the first, as where a step is below the resolution of 16-bit
+    weights in a pass; a loss that is not finite loses. Weight decay is applied once, whichever is
+    taken, and is no part of the comparison. With maximize the highest loss wins. All groups have
+    one lr and one maximize: ValueError otherwise. The step's loss is that at x.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        two_sided: bool = True,
+        **options: Any,
+    ):
+        own: dict[str, Any] = {"two_sided": two_sided, "directions": 1, "momentum": 0.0}
+        super().__init__(params, lr, eps, **own, **options)
+
+    def measure(self, closure: Callable[[], Any]) -> Chosen:
+        """The passes of a step; see step."""
+        if not callable(closure):
+            raise TypeError(
+                "ZOConservative.step: needs a closure that returns the loss, called five times"
+            )
+        lr, sign = self._rate()
+        slopes = measure_slopes(self, (closure,), closure, self.two_sided)
+        (seed,), by = slopes.seeds, (-sign * lr * slopes.slopes)[0]
+
+        def run() -> tuple[Tensor, ...]:
+            here = slopes.loss
+            if self.two_sided:
+                here = as_losses(self, self.passes.clean(closure)).mean()
+            step, back = (
+                as_losses(self, self.passes.perturbed(seed, shift, "loss", closure)).mean()
+                for shift in (by, -by)
+            )
+            return step, here, back
+
+        losses = self.passes.run("loss", ("candidates", self.two_sided, closure), run)
+        here, of_all = losses[1], sign * torch.stack(losses)
+        choice = 1 - torch.where(of_all.isfinite(), of_all, float("inf")).argmin()
+        finite = slopes.finite & here.isfinite()
+        measured = vars(slopes) | {"loss": here, "finite": finite}
+        return Chosen(**measured, choice=choice.float())
+
+    def coefficients(self, measured: Slopes) -> Direction:
+        assert isinstance(measured, Chosen)
+        direction = super().coefficients(measured)
+        coefs = torch.where(measured.finite, direction.coefs * measured.choice, 0.0)
+        return replace(direction, coefs=coefs)
+
+    def _rate(self) -> tuple[float, int]:
+        """The lr of all groups, and 1, or -1 where the loss is maximized."""
+        groups = trained("ZOConservative.step", self.param_groups)
+        found = {(group["lr"], group["maximize"]) for group, params in groups if params}
+        if len(found) > 1:
+            raise ValueError(
+                "ZOConservative.step: it compares steps of one lr, but its groups have lr and "
+                f"maximize {', '.join(map(str, sorted(found)))}"
+            )
+        lr, maximize = next(iter(found), (0.0, False))
+        return lr, -1 if maximize else 1

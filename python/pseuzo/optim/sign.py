@@ -1,0 +1,97 @@
+"""ZO-SGD-Sign: the sign of MeZO's estimate, element by element.
+
+Source: Liu et al., "signSGD via zeroth-order oracle" (2019); Zhang et al., "Revisiting zeroth-order
+optimization for memory-efficient LLM fine-tuning: a benchmark" (2024), where it is ZO-SGD-Sign.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.groups import trained
+from pseuzo.optim.mezo import MeZO, Slopes
+from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
+from pseuzo.optim.state import update_rms
+from pseuzo.optim.update import CHUNK, Direction, Update, descended, rounding_bits, writes
+from pseuzo_kernels import add_noise_
+
+
+class ZOSign(MeZO):
+    """x <- (1 - lr * weight_decay) x - lr * sign(g), g the mean of c_j z_j over q directions.
+
+    c_j as in MeZO. A group's noise_scale multiplies its steps as it does its noise.
+    One direction of Rademacher noise: sign(c z) = sign(c) z, which is an update by a seed, as fast
+    as MeZO's, that a journal can record. Otherwise the estimate is made anew tensor by tensor,
+    which takes fp32 memory for the largest one, and cannot be recorded. Where g is exactly 0, x
+    only decays.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-5,
+        eps: float = 1e-3,
+        *,
+        two_sided: bool = True,
+        directions: int = 1,
+        **options: Any,
+    ):
+        own: dict[str, Any] = {"two_sided": two_sided, "directions": directions, "momentum": 0.0}
+        super().__init__(params, lr, eps, **own, **options)
+
+    @property
+    def recordable(self) -> bool:  # type: ignore[override]  # by the noise that a state brings
+        return self.noise == "rademacher" and self.directions == 1
+
+    def coefficients(self, measured: Slopes) -> Direction:
+        direction = super().coefficients(measured)
+        return replace(direction, coefs=direction.coefs.sign()) if self.recordable else direction
+
+    def prepare(self, direction: Direction) -> Update:
+        if self.recordable:
+            return super().prepare(direction)
+        op = "ZOSign.step"
+        unused = self.passes.unused(op, direction.kind)
+        rounding_seed = step_seed(self.seed, self.steps, ROUNDING_DOMAIN)
+        launches: list[Callable[[], Any]] = [self.passes.restore]  # of bare parameters
+        stochastic = self.rounding == "stochastic"
+        moved, held, slot = [], {}, {}  # type: ignore[var-annotated]
+        for group, params in trained(op, self.param_groups):
+            params = [p for p in params if p not in unused]
+            rate = group["lr"] * group["noise_scale"]
+            moved.append((params, rate))
+            step = rate if group["maximize"] else -rate
+            keep = 1.0 - group["lr"] * group["weight_decay"]
+            for p in params:
+                bits = rounding_bits(p, rounding_seed, self.streams[p], stochastic)
+                skip = direction.found_inf.to(p.device) != 0
+                for i, x in enumerate(p.view(-1).split(CHUNK)):
+                    sign = partial(self._signs, p, i, direction, held)
+                    compute = partial(_stepped, x, sign, keep, step, skip, bits)
+                    launches += writes([x], compute, slot)
+        launches.append(torch.clear_autocast_cache)  # its casts are of the weights before
+        return Update(launches, moved, unused, rounding_seed)
+
+    def _signs(self, p: Tensor, chunk: int, direction: Direction, held: dict[str, Any]) -> Tensor:
+        """Those of the estimate in a chunk of p. held: keeps the estimate of one tensor."""
+        if held.get("of") is not p:
+            held.clear()
+            g = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+            seeds, coefs = direction.seeds.to(p.device), direction.coefs.to(p.device)
+            add_noise_(g, seeds, coefs, self.streams[p], noise=self.noise)
+            held.update(of=p, signs=g.sign_().view(-1).split(CHUNK))
+        return held["signs"][chunk]
+
+    def update_rms(self) -> dict[str, Tensor]:
+        if self._last is None:
+            return {}
+        coefs, moved = self._last
+        return update_rms(coefs.abs().max().sign().view(1), moved)  # of a skipped step: 0
+
+
+def _stepped(x, sign, keep, step, skip, bits) -> tuple[Tensor]:
+    return descended(x, sign(), keep, step, skip, bits)
