@@ -9,6 +9,7 @@ from pseuzo import (
     Evolution,
     MeZO,
     PseuZO,
+    ZOAdam,
 )
 from pseuzo.optim import ZOBlocks, ZOConservative, ZOSign
 from pseuzo.optim.seeds import step_seed
@@ -135,6 +136,7 @@ MAKERS = {
     "deepzero": lambda p, **o: DeepZero(
         p, 0.02, 1e-2, coordinates=7, scores="random", weight_decay=0.1, seed=2, **o
     ),
+    "zo-adam": lambda p, **o: ZOAdam(p, 0.02, 1e-2, weight_decay=0.1, seed=2, window=3, **o),
     "evolution": lambda p, **o: Evolution(
         p, 0.02, 1e-2, directions=2, weight_decay=0.1, seed=2, **o
     ),

@@ -7,7 +7,7 @@ import collections
 
 import pytest
 import torch
-from pseuzo import CausalLMObjective, MeZO, PseuZO
+from pseuzo import CausalLMObjective, MeZO, PseuZO, ZOAdam
 from tiny_models import batch_of, causal_lm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +56,7 @@ def test_calls_do_not_grow_with_the_window_or_the_run():
     assert own(counts[0])["add_noise_list_"] == 1, "the update is one call for the whole model"
 
 
-@pytest.mark.parametrize("make, most", [(PseuZO, 120), (MeZO, 150)])
+@pytest.mark.parametrize("make, most", [(PseuZO, 120), (MeZO, 150), (ZOAdam, 160)])
 def test_a_step_is_two_forwards_and_little_else(make, most):
     model = causal_lm("opt").eval()
     step = calls_of_a_step(make(model, 1e-6, 1e-3), model, 3)

@@ -69,6 +69,7 @@ def test_the_formula(q, two_sided, moments, window, bare):
     )
     for t in range(steps):
         opt.step(closure_for(model, t))
+    assert opt.stats["window"] == (min(window, steps) if moments == "seeds" else 0)
     n = window if moments == "seeds" else steps
     plain_adam(want, steps, lr, eps, decay, q, two_sided, 9, scale, n)
     for p, start, known in zip(
@@ -108,14 +109,18 @@ def test_resumes_to_the_bit(own, dtype, tmp_path):
     opt = ZOAdam(model, 0.01, 1e-2, seed=2, betas=BETAS, **own)
     for t in range(4):
         opt.step(closure_for(model, t))
-    torch.save(opt.state_dict(), tmp_path / "opt.pt")
-    resumed = copy.deepcopy(model)
-    again = ZOAdam(resumed, 0.01, 1e-2, seed=7)  # what it was made with is in the state
-    again.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
-    for t in range(4, 8):
-        opt.step(closure_for(model, t))
-        again.step(closure_for(resumed, t))
-    assert equal(model, resumed) and again.moments == own.get("moments", "seeds")
+    for from_file in (True, False):  # or from the state of an optimizer that goes on
+        state, resumed = opt.state_dict(), copy.deepcopy(model)
+        if from_file:
+            torch.save(state, tmp_path / "opt.pt")
+            state = torch.load(tmp_path / "opt.pt", weights_only=True)
+        again = ZOAdam(resumed, 0.01, 1e-2, seed=7)  # what it was made with is in the state
+        again.load_state_dict(state)
+        for t in range(opt.steps, opt.steps + 3):
+            opt.step(closure_for(model, t))
+            again.step(closure_for(resumed, t))
+            assert equal(model, resumed)
+        assert again.moments == own.get("moments", "seeds")
 
 
 @pytest.mark.parametrize("moments", ["seeds", "state"])
