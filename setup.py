@@ -78,7 +78,8 @@ def missing_for_cpu() -> str | None:
 
 
 def extension(mode: str):
-    names = ["noise/cpu.cpp", "noise/cpu_isa.cpp", "window/cpu.cpp", "module.cpp"]
+    names = [f"noise/{name}.cpp" for name in ("cpu", "cpu_isa", "cpu_rows")]
+    names += ["window/cpu.cpp", "module.cpp"]
     if mode == "cuda":
         names += ["window/window.cu", "window/cuda.cpp"]
     settings = {

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from pseuzo_kernels.triton import kernels
 
 ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
+ABSENT = ("found_inf_ptr", "limit", "limits_ptr", "mask_seed_ptr")  # None in these launches
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
 # The cycles for which a warp's instruction holds a pipe on sm_90, and the pipe's instructions: from
@@ -98,7 +99,7 @@ def compile_kernel(
         ASM=asm,
         PLANES=planes,
         BLOCK=128,
-        found_inf_ptr=None,
+        **dict.fromkeys(ABSENT),
     )
     types = ARGUMENT_TYPES | dict.fromkeys(("out_ptr", "x_ptr", "dtype_ptr"), f"*{dtype}")
     names = kernel.arg_names
@@ -107,7 +108,7 @@ def compile_kernel(
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, a in enumerate(names)
-        if a.endswith("_ptr") and a != "found_inf_ptr"
+        if a.endswith("_ptr") and a not in ABSENT
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     rows = dict(num_warps=1, **kernels.ROWS_OPTIONS)

@@ -14,6 +14,7 @@ CHUNK, PLANE = 2048, 128  # elements
 # multiplication: round 1 ends alike.
 KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x85A308D3))
 KEY_ROUNDING = (0x13198A2E, 0x03707344)
+KEY_MASK = (0x082EFA98, 0xEC4E6C89)  # of random masks
 # of round_stochastically: weights that one version rounded cannot be continued by another
 ROUNDING_VERSION = 2
 FP16_BLOCK = 16  # seeds that are summed in fp16 before the sums are added up in fp32
@@ -111,15 +112,19 @@ def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tenso
     return out.to(torch.int16).view(dtype)
 
 
-def rounding_dither(q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
+def rounding_dither(
+    q: Tensor, stream: int, seed_hash: Tensor, key: tuple[int, int] = KEY_ROUNDING
+) -> Tensor:
     """16 bits for each plane and column, [16, n] int64. q [n] int64, seed_hash [] int64.
+
+    key: of what the bits are for.
 
     Plane j takes byte j % 4 (the low one first) of word j // 4 as its high byte, and the same byte
     of word (j // 4) ^ 1 as its low one: exactly uniform, with no more Philox calls than 8 bits
     would take. Planes j and j ^ 4 share their bytes crosswise: their roundings correlate by up to
     0.012, and by up to 2^-16 / p where rounding up, or down, has a chance p below 2^-9.
     """
-    words = torch.stack(philox4x32(counter_of(q, stream, seed_hash), KEY_ROUNDING, 7))
+    words = torch.stack(philox4x32(counter_of(q, stream, seed_hash), key, 7))
     shifts = 8 * torch.arange(4, device=q.device)[:, None]
     bytes_ = (words[:, None] >> shifts) & 0xFF  # [4 words, 4 bytes, n]
     return (bytes_ << 8 | bytes_[[1, 0, 3, 2]]).flatten(0, 1)

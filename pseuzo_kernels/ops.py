@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pseuzo_kernels import adam, reference
+from pseuzo_kernels import adam, masks, reference
 from pseuzo_kernels.api import NoiseApi
 from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 
@@ -31,6 +31,9 @@ __all__ = [
     "add_noise_",
     "add_noise_list_",
     "add_noise_list_out",
+    "add_noise_masked_list_",
+    "add_noise_masked_list_out",
+    "add_noise_masked_rows",
     "add_noise_rows",
     "add_noise_steps_",
     "noise",
@@ -59,6 +62,13 @@ lib.define(
     "adam_list_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int directions, SymInt[] streams, "
     f"float[] keeps, float[] scales, float[] numbers, {_HOW}) -> ()"
 )
+_rest = f"{_TERMS.format('float[]')}, {_HOW}, float[] limits, Tensor? mask_seed"
+lib.define(f"add_noise_masked_list_(Tensor(a!)[] xs, {_rest}) -> ()")
+lib.define(f"add_noise_masked_list_out(Tensor[] xs, {_rest}, *, Tensor(a!)[] out) -> ()")
+lib.define(
+    "add_noise_masked_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, "
+    "float scale, str noise, float limit, Tensor? mask_seed) -> Tensor"
+)
 
 
 def _fake(*args, out=()) -> None:
@@ -75,8 +85,12 @@ for _name, _triton, _its_fake in (
     ("add_noise_steps_", "add_noise_steps_triton_", _fake),
     ("add_noise_rows", "add_noise_rows_triton", _fake_rows),
     ("adam_list_", "adam_list_triton_", _fake),
+    ("add_noise_masked_list_", "add_noise_list_triton_", _fake),
+    ("add_noise_masked_list_out", "add_noise_list_out_triton", _fake),
+    ("add_noise_masked_rows", "add_noise_rows_triton", _fake_rows),
 ):
     _defined, _launched = (adam, triton_adam) if "adam" in _name else (reference, launch)
+    _defined = masks if "masked" in _name else _defined
     lib.impl(_name, getattr(_defined, _name), "CompositeExplicitAutograd")
     if launch is not None:
         lib.impl(_name, getattr(_launched, _triton), "CUDA")
@@ -99,6 +113,10 @@ add_noise_steps_ = _ops.add_noise_steps_.default
 adam_list_ = _ops.adam_list_.default
 # some rows of x + scale sum_k c_k z_k
 add_noise_rows = _ops.add_noise_rows.default
+# the same, but elements outside of a mask stay as they are: see pseuzo_kernels.masks
+add_noise_masked_list_ = _ops.add_noise_masked_list_.default
+add_noise_masked_list_out = _ops.add_noise_masked_list_out.default
+add_noise_masked_rows = _ops.add_noise_masked_rows.default
 
 
 def _traceable(op: Any) -> Callable[..., None]:
@@ -140,6 +158,8 @@ adam_update_ = adam.AdamApi(adam_list_).adam_update_
 class RepeatedPerturb:
     """out <- xs + scales * coefs[0] z(seeds[0]) of the same tensors again and again; no scale is 0.
 
+    mask: the limits and the seed of masks, the last arguments of add_noise_masked_list_out; or ().
+
     It is add_noise_list_out at less cost to the host: on a GPU, what was launched the first time on
     a stream is launched again as it was. Where ops are observed, or a CUDA graph is recorded, it is
     the op.
@@ -154,9 +174,11 @@ class RepeatedPerturb:
         scales: list[float],
         noise: str,
         out: list[Tensor],
+        mask: tuple[list[float], Tensor | None] | tuple[()] = (),
     ):
         keeps = [1.0] * len(xs)
-        self._args = xs, seeds, coefs, streams, keeps, scales, noise, False, 0, None
+        self._op = add_noise_masked_list_out if mask else add_noise_list_out
+        self._args = xs, seeds, coefs, streams, keeps, scales, noise, False, 0, None, *mask
         self._out, self._device = out, out[0].device
         self._repeated = None
         if self._device.type == "cuda" and launch is not None and launch.is_compiled():
@@ -170,6 +192,6 @@ class RepeatedPerturb:
             or capturing(self._device)
             or torch._C._len_torch_dispatch_stack()
         ):
-            add_noise_list_out(*self._args, out=self._out)
+            self._op(*self._args, out=self._out)
         else:
             self._repeated()

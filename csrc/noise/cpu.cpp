@@ -1,11 +1,9 @@
-// The noise ops on the CPU: add_noise_list_, add_noise_list_out, add_noise_steps_, add_noise_rows,
-// adam_list_.
+// The noise ops on the CPU: add_noise_list_ and add_noise_list_out, with and without masks,
+// add_noise_steps_, adam_list_. Those of rows are in cpu_rows.cpp.
 //
 // This file checks arguments and divides the work among threads; the arithmetic is in cpu_isa.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,15 +20,6 @@
 
 namespace pseuzo {
 namespace {
-
-// Calls the reference: it is registered for every backend, so it is what runs for none.
-template <typename Op, typename... Args>
-auto in_plain_torch(const char* name, Op*, const Args&... args) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
-  return op.redispatch(c10::DispatchKeySet(), args...);
-}
-
-// ---- the ops
 
 struct Piece {
   const char* src;  // or null
@@ -109,11 +98,15 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
                     const at::Tensor& seeds, const at::Tensor& coefs, at::IntArrayRef streams,
                     at::ArrayRef<double> keeps, at::ArrayRef<double> scales, Noise noise,
                     bool stochastic, int64_t rounding_seed,
-                    const std::optional<at::Tensor>& found_inf) {
+                    const std::optional<at::Tensor>& found_inf, const Masks& masks = {}) {
   TORCH_CHECK((xs.empty() || xs.size() == out.size()) && streams.size() == out.size() &&
                   keeps.size() == out.size() && scales.size() == out.size(),
               op, ": xs (or none), streams, keeps and scales must be one per tensor (", out.size(),
               "), got ", xs.size(), ", ", streams.size(), ", ", keeps.size(), ", ", scales.size());
+  const bool masked = masks.kind != Mask::kNone;
+  TORCH_CHECK(!masked || (xs.size() == out.size() && masks.limits.size() == out.size()), op,
+              ": xs and limits must be one per tensor (", out.size(), "), got ", xs.size(), ", ",
+              masks.limits.size());
   const Terms terms(op, seeds, coefs, seeds.numel(), noise);
   check_found_inf(op, found_inf);
   std::vector<Piece> pieces;
@@ -130,6 +123,7 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     task.keep = static_cast<float>(keeps[t]);
     task.scale = terms.scale_for(0, scales[t]);
     task.noisy = scales[t] != 0;
+    masks.set(task, t);
     char* const dst = static_cast<char*>(y.mutable_data_ptr());
     const char* src = in_place ? dst : nullptr;
     if (!in_place && !xs.empty()) {
@@ -178,6 +172,42 @@ void add_noise_list_out_cpu(at::TensorList xs, const at::Tensor& seeds, const at
   }
   add_noise_list("add_noise_list_out", xs, out, false, seeds, coefs, streams, keeps, scales, *known,
                  stochastic, rounding_seed, found_inf);
+}
+
+void add_noise_masked_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                                at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                                at::ArrayRef<double> scales, std::string_view noise,
+                                bool stochastic, int64_t rounding_seed,
+                                const std::optional<at::Tensor>& found_inf,
+                                at::ArrayRef<double> limits,
+                                const std::optional<at::Tensor>& mask_seed) {
+  const char* const op = "add_noise_masked_list_";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_masked_list_", add_noise_masked_list_cpu_, xs, seeds,
+                          coefs, streams, keeps, scales, noise, stochastic, rounding_seed,
+                          found_inf, limits, mask_seed);
+  }
+  add_noise_list(op, xs, xs, true, seeds, coefs, streams, keeps, scales, *known, stochastic,
+                 rounding_seed, found_inf, Masks(op, limits, mask_seed));
+}
+
+void add_noise_masked_list_out_cpu(at::TensorList xs, const at::Tensor& seeds,
+                                   const at::Tensor& coefs, at::IntArrayRef streams,
+                                   at::ArrayRef<double> keeps, at::ArrayRef<double> scales,
+                                   std::string_view noise, bool stochastic, int64_t rounding_seed,
+                                   const std::optional<at::Tensor>& found_inf,
+                                   at::ArrayRef<double> limits,
+                                   const std::optional<at::Tensor>& mask_seed, at::TensorList out) {
+  const char* const op = "add_noise_masked_list_out";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::add_noise_masked_list_out", add_noise_masked_list_out_cpu, xs,
+                          seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed,
+                          found_inf, limits, mask_seed, out);
+  }
+  add_noise_list(op, xs, out, false, seeds, coefs, streams, keeps, scales, *known, stochastic,
+                 rounding_seed, found_inf, Masks(op, limits, mask_seed));
 }
 
 void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
@@ -282,59 +312,6 @@ void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor
   add_noise_pieces(pieces, terms, &adam);
 }
 
-// Only the chunks that the rows touch; a row that is looked up twice is made twice.
-at::Tensor add_noise_rows_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& seeds,
-                              const at::Tensor& coefs, int64_t stream, double scale,
-                              std::string_view noise) {
-  const char* const op = "add_noise_rows";
-  const auto known = noise_of(noise);
-  if (!known) {
-    return in_plain_torch("pseuzo::add_noise_rows", add_noise_rows_cpu, x, index, seeds, coefs,
-                          stream, scale, noise);
-  }
-  TORCH_CHECK(x.dim() == 2, op, ": x must have two dimensions, got shape ", x.sizes());
-  check_dense(op, "x", x);
-  TORCH_CHECK(index.device().is_cpu() && index.scalar_type() == at::kLong, op,
-              ": index must be int64 on the CPU, got ", index.scalar_type(), " on ",
-              index.device());
-  const Terms terms(op, seeds, coefs, seeds.numel(), *known);
-  const int64_t n_rows = x.size(0), width = x.size(1);
-  const at::Tensor rows = index.contiguous();
-  check_dense(op, "index", rows);
-  const int64_t* const row = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows.numel(); i++)
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < n_rows, op, ": index must be in 0 .. ", n_rows - 1,
-                      ", the rows of x, got ", row[i]);
-
-  std::vector<Task> tasks(1);
-  Task& task = tasks[0];
-  task.K = seeds.numel();
-  task.dtype = dtype_of(op, x);
-  task.stream = static_cast<uint32_t>(stream);
-  task.keep = 1;
-  task.scale = terms.scale_for(0, scale);
-  task.noisy = scale != 0 && !terms.skips(0);
-  std::vector<Seed> room;
-  terms.set(tasks, room);
-
-  std::vector<int64_t> shape = index.sizes().vec();
-  shape.push_back(width);
-  const at::Tensor out = at::empty(shape, x.options());
-  const int64_t n_bytes = width * x.element_size();
-  const char* const src = static_cast<const char*>(x.const_data_ptr());
-  char* const dst = static_cast<char*>(out.mutable_data_ptr());
-  const Isa* const isa = chosen_isa();
-  const int64_t chunks = width / kChunk + 1;
-  at::parallel_for(0, rows.numel(), std::max<int64_t>(1, grain_of(terms) / chunks),
-                   [&](int64_t begin, int64_t end) {
-                     const FloatMode mode;
-                     for (int64_t i = begin; i < end; i++)
-                       isa->add_noise_span(task, row[i] * width, (row[i] + 1) * width,
-                                           src + row[i] * n_bytes, dst + i * n_bytes);
-                   });
-  return out;
-}
-
 }  // namespace
 
 std::vector<std::string> cpu_noises() {
@@ -349,6 +326,7 @@ TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
   m.impl("add_noise_list_", &pseuzo::add_noise_list_cpu_);
   m.impl("add_noise_list_out", &pseuzo::add_noise_list_out_cpu);
   m.impl("add_noise_steps_", &pseuzo::add_noise_steps_cpu_);
-  m.impl("add_noise_rows", &pseuzo::add_noise_rows_cpu);
   m.impl("adam_list_", &pseuzo::adam_list_cpu_);
+  m.impl("add_noise_masked_list_", &pseuzo::add_noise_masked_list_cpu_);
+  m.impl("add_noise_masked_list_out", &pseuzo::add_noise_masked_list_out_cpu);
 }

@@ -14,6 +14,8 @@ namespace pseuzo {
 
 enum class Noise { kHadamard, kHadamardFp16, kRademacher, kNormal };
 enum class Dtype { kFp32, kBf16, kFp16 };
+// Which elements take noise: all, those with |x| <= limit, or a share `limit` of all, at random.
+enum class Mask { kNone, kSmall, kRandom };
 
 constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
 
@@ -31,7 +33,10 @@ struct Task {
   uint32_t stream;
   float keep;
   float scale;
-  bool noisy;        // else the noise is 0, and none is made
+  bool noisy;  // else the noise is 0, and none is made
+  Mask mask;   // with one there is an src, whose other elements are copied, to the bit
+  float limit;
+  uint64_t mask_hash;
   const Adam* adam;  // null: the sum of the noise is added, and not Adam's step
 };
 

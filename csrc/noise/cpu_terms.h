@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -53,6 +54,37 @@ inline void check_dense(const char* op, const char* name, const at::Tensor& x) {
               ": the memory of ", name, " was freed (its storage has ", n_bytes,
               " bytes), as offloading and sharding do; call ", op, " while it is there");
 }
+
+// Calls the reference: it is registered for every backend, so it is what runs for none.
+template <typename Op, typename... Args>
+auto in_plain_torch(const char* name, Op*, const Args&... args) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+  return op.redispatch(c10::DispatchKeySet(), args...);
+}
+
+// The masks of a call: a limit for each tensor, and a seed, or none where they are of small
+// elements. None: no masks.
+struct Masks {
+  at::ArrayRef<double> limits;
+  Mask kind = Mask::kNone;
+  uint64_t hash = 0;
+
+  Masks() = default;
+  Masks(const char* op, at::ArrayRef<double> limits, const std::optional<at::Tensor>& seed)
+      : limits(limits), kind(seed ? Mask::kRandom : Mask::kSmall) {
+    if (!seed) return;
+    check_dense(op, "mask_seed", *seed);
+    TORCH_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 1, op,
+                ": mask_seed must be int64 [1], got ", seed->scalar_type(), " ", seed->sizes());
+    hash = splitmix64(static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()));
+  }
+
+  void set(Task& task, size_t t) const {
+    task.mask = kind;
+    task.mask_hash = hash;
+    task.limit = kind == Mask::kNone ? 0 : static_cast<float>(limits[t]);
+  }
+};
 
 // The seeds, hashed, and the coefficients, rounded: all tensors of a call share them. counts: how
 // many each step has.

@@ -22,6 +22,7 @@ struct Key {
 constexpr Key kKeyNoise = {0x243F6A88, 0x85A308D3};
 constexpr Key kKeyNoiseHigh = {0xA4093822, 0x85A308D3};  // planes 8..15 of "normal"
 constexpr Key kKeyRounding = {0x13198A2E, 0x03707344};
+constexpr Key kKeyMask = {0x082EFA98, 0xEC4E6C89};  // of random masks
 
 constexpr int kRoundingVersion = 2;  // ROUNDING_VERSION of the reference
 

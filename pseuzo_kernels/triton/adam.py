@@ -12,8 +12,14 @@ from pseuzo_kernels import adam, reference
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.triton import device as px
 from pseuzo_kernels.triton import launch
-from pseuzo_kernels.triton.kernels import COUNTERS, WARPS, unless_skipped
-from pseuzo_kernels.triton.sums import inside, load, noise_sums, zeros_laid_out_as
+from pseuzo_kernels.triton.kernels import COUNTERS, WARPS
+from pseuzo_kernels.triton.sums import (
+    inside,
+    load,
+    noise_sums,
+    unless_skipped,
+    zeros_laid_out_as,
+)
 
 HALF = COUNTERS // 2  # a program's; the launch tables are of whole blocks
 

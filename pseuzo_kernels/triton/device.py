@@ -8,7 +8,7 @@ in plain Triton with the same bits; both ways are compiled and tested.
 import triton
 import triton.language as tl
 
-from pseuzo_kernels.bits import KEY_ROUNDING
+from pseuzo_kernels.bits import KEY_MASK, KEY_ROUNDING
 from pseuzo_kernels.laws import HADAMARD, LAWS, SIGNS
 
 NOISE_KEY0, NOISE_KEY1 = map(tl.constexpr, LAWS["normal"].keys[0])
@@ -18,6 +18,7 @@ NORMAL_ROUNDS = tl.constexpr(LAWS["normal"].rounds)
 HADAMARD_MASK, HADAMARD_ONES = map(tl.constexpr, HADAMARD)
 SIGNS_MASK, SIGNS_ONES = map(tl.constexpr, SIGNS)
 ROUNDING_KEY0, ROUNDING_KEY1 = map(tl.constexpr, KEY_ROUNDING)
+MASK_KEY0, MASK_KEY1 = map(tl.constexpr, KEY_MASK)
 ROUNDING_ROUNDS = tl.constexpr(7)
 
 
@@ -263,6 +264,15 @@ def rounding_dither(words, J: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         return (((high >> (8 * byte)) & 0xFF) << 8) | ((low >> (8 * byte)) & 0xFF)
+
+
+@triton.jit
+def takes_noise(x, words, J: tl.constexpr, limit, RANDOM: tl.constexpr, ASM: tl.constexpr):
+    """masks.takes_noise of plane J. words: the random ones of a mask."""
+    if RANDOM:
+        return rounding_dither(words, J, ASM).to(tl.float32) < limit * 65536.0
+    else:
+        return tl.abs(widen(x, ASM)) <= limit
 
 
 @triton.jit

@@ -10,40 +10,19 @@ import triton
 import triton.language as tl
 
 from pseuzo_kernels.triton import device as px
-from pseuzo_kernels.triton.sums import add_chunks, inside, load, noise_sums, zeros_laid_out_as
+from pseuzo_kernels.triton.sums import (
+    add_chunks,
+    inside,
+    load,
+    noise_sums,
+    unless_skipped,
+    zeros_laid_out_as,
+)
 
 COUNTERS, WARPS = 512, 4  # of 16 elements, a program
 COUNTERS_STEPS = 256  # where a program holds x beside the sums
-# Up to this many seeds are hashed where they are used: that is cheaper than a launch before.
-HASH_IN_KERNEL = tl.constexpr(4)
 # Asserts are compiled in, but none about integers that wrap.
 ROWS_OPTIONS = dict(debug=True, sanitize_overflow=False)
-
-
-@triton.jit
-def unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
-    """Whether the op is skipped, and the K and the scale of the sums.
-
-    If it is, or if the scale is NaN, which stands for no noise, these are such that adding the sums
-    changes nothing.
-    """
-    if HASH:
-        power = 1.0
-        for k in tl.static_range(HASH_IN_KERNEL):
-            coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
-            power = tl.where(px.stays_finite(coef), power, float("nan"))
-    else:
-        power = tl.load(coefs_ptr + K)
-    skipped = power != power
-    if found_inf_ptr is not None:
-        if HASH and skipped:  # else prepare_kernel has done that
-            tl.store(found_inf_ptr, 1.0)
-        skipped = skipped | (tl.load(found_inf_ptr) != 0)
-    # -0 or 0, by its bits: Triton 3.6 takes a constant -0.0 for 0.0
-    bits_of_zero: tl.constexpr = 0x80000000 if HAS_X else 0
-    nothing = tl.full((), bits_of_zero, tl.uint32).to(tl.float32, bitcast=True)
-    still = skipped | (scale != scale)
-    return skipped, tl.where(still, 0, K), tl.where(still, nothing, scale * power)
 
 
 @triton.jit
@@ -60,6 +39,8 @@ def _program(
     scale,
     rounding_hash,
     found_inf_ptr,
+    limit,
+    mask_seed_ptr,
     NOISE: tl.constexpr,
     COUNTERS: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -91,6 +72,8 @@ def _program(
             keep,
             scale,
             rounding_hash,
+            limit,
+            mask_seed_ptr,
             NOISE,
             COUNTERS,
             HAS_X,
@@ -114,6 +97,8 @@ def _program(
             keep,
             scale,
             rounding_hash,
+            limit,
+            mask_seed_ptr,
             NOISE,
             COUNTERS,
             HAS_X,
@@ -139,6 +124,8 @@ def add_noise_kernel(
     scale: tl.float32,  # NaN: no noise
     rounding_hash: tl.int64,
     found_inf_ptr,  # [1] fp32 or None
+    limit,  # fp32 of the mask, or None without one
+    mask_seed_ptr,  # [1] int64 of a random mask, or None
     NOISE: tl.constexpr,
     COUNTERS: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -159,6 +146,8 @@ def add_noise_kernel(
         scale,
         rounding_hash,
         found_inf_ptr,
+        limit,
+        mask_seed_ptr,
         NOISE,
         COUNTERS,
         HAS_X,
@@ -183,6 +172,8 @@ def add_noise_many_kernel(
     K: tl.int32,
     rounding_hash: tl.int64,
     found_inf_ptr,
+    limits_ptr,  # [T] fp32, or None
+    mask_seed_ptr,
     NOISE: tl.constexpr,
     COUNTERS: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -209,6 +200,8 @@ def add_noise_many_kernel(
         tl.load(scales_ptr + t),
         rounding_hash,
         found_inf_ptr,
+        None if limits_ptr is None else tl.load(limits_ptr + t),
+        mask_seed_ptr,
         NOISE,
         COUNTERS,
         HAS_X,
@@ -302,6 +295,8 @@ def add_noise_rows_kernel(
     coefs_ptr,
     K: tl.int32,
     scale: tl.float32,
+    limit,
+    mask_seed_ptr,
     PLANES: tl.constexpr,  # width is a multiple of 128, so that all accesses are wide
     NOISE: tl.constexpr,
     HASH: tl.constexpr,
@@ -338,6 +333,8 @@ def add_noise_rows_kernel(
             1.0,
             scale,
             0,
+            limit,
+            mask_seed_ptr,
             NOISE,
             128,
             True,

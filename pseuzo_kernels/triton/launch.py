@@ -11,17 +11,17 @@ import torch
 import triton
 from torch import Tensor
 
-from pseuzo_kernels import reference
+from pseuzo_kernels import masks, reference
 from pseuzo_kernels.checks import refuse_freed
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.triton import kernels
 from pseuzo_kernels.triton.kernels import (
     COUNTERS,
     COUNTERS_STEPS,
-    HASH_IN_KERNEL,
     ROWS_OPTIONS,
     WARPS,
 )
+from pseuzo_kernels.triton.sums import HASH_IN_KERNEL
 from pseuzo_kernels.triton.tables import aligned_rows, blocks_of, cached, capturing, to_device
 
 IMPLEMENTED = frozenset({"hadamard", "normal", "rademacher"})  # other laws run in plain torch
@@ -101,6 +101,7 @@ class Columns(NamedTuple):
     streams: tuple[int, ...]
     scales: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
+    limits: tuple[float, ...] = ()  # of masks; empty without
 
 
 class Together(NamedTuple):
@@ -110,6 +111,7 @@ class Together(NamedTuple):
     programs: Tensor
     ints: Tensor  # addresses of out and x, sizes, streams
     scales: Tensor
+    limits: Tensor | None = None
 
 
 class Launches(NamedTuple):
@@ -130,12 +132,14 @@ def _launches(columns: Columns, noise: str, device: torch.device, tables: bool) 
     for group in many.values():
         ints = aligned_rows(*([column[t] for t in group] for column in columns[:4]))
         factors = [factor(noise, columns.scales[t]) for t in group]
+        limits = [columns.limits[t] for t in group] if columns.limits else None
         together.append(
             Together(
                 group,
                 blocks_of([columns.sizes[t] for t in group], 16 * COUNTERS, device),
                 to_device(ints, torch.int64, device),
                 to_device(factors, torch.float32, device),
+                None if limits is None else to_device(limits, torch.float32, device),
             )
         )
     done = set().union(*many.values())
@@ -185,18 +189,23 @@ def add_noise_list_out_triton(
     stochastic,
     rounding_seed,
     found_inf=None,
+    limits=(),
+    mask_seed=None,
     *,
     out,
     launched=None,
 ):
-    """reference.add_noise_list_out.
+    """reference.add_noise_list_out, and masks.add_noise_masked_list_out with limits.
 
     There is one launch per dtype, and one per tensor that is not aligned to 16 bytes.
     """
     op = "add_noise_list_out"
     if not implemented(noise, op):
         how = noise, stochastic, rounding_seed, found_inf
-        reference.add_noise_list_out(xs, seeds, coefs, streams, keeps, scales, *how, out=out)
+        plain, mask = reference.add_noise_list_out, ()
+        if limits:
+            plain, mask = masks.add_noise_masked_list_out, (limits, mask_seed)
+        plain(xs, seeds, coefs, streams, keeps, scales, *how, *mask, out=out)
         return
     sizes = tuple(map(Tensor.numel, out))
     if not any(sizes):
@@ -206,7 +215,7 @@ def add_noise_list_out_triton(
     out_ptrs = addresses_of(op, "out", out)
     x_ptrs = addresses_of(op, "x", xs) if xs else out_ptrs
     dtypes = tuple(y.dtype for y in out)
-    columns = Columns(out_ptrs, x_ptrs, sizes, tuple(streams), tuple(scales), dtypes)
+    columns = Columns(out_ptrs, x_ptrs, sizes, tuple(streams), tuple(scales), dtypes, tuple(limits))
     with on_device(device):
         plan, kept = planned(columns, keeps, noise, device)
         seeds, coefs, options = prepared(seeds, coefs, noise, found_inf)
@@ -214,27 +223,41 @@ def add_noise_list_out_triton(
         for t in plan.alone:
             tensor = out[t], inputs[t], sizes[t], streams[t]
             numbers = keeps[t], factor(noise, scales[t]), rounding_hash
-            args = *tensor, seeds, coefs, K, *numbers, found_inf
+            mask = (limits[t] if limits else None), mask_seed
+            args = *tensor, seeds, coefs, K, *numbers, found_inf, *mask
             options["STOCHASTIC"] = stochastic and dtypes[t] is not torch.float32
             programs = -(-sizes[t] // (16 * COUNTERS))
             _launch(kernels.add_noise_kernel, programs, args, options, launched)
         for group, keep in zip(plan.together, kept, strict=True):
             first = group.ts[0]
             tables = *group.ints.unbind(), keep, group.scales, group.programs
-            args = out[first], *tables, seeds, coefs, K, rounding_hash, found_inf
+            mask = group.limits, mask_seed
+            args = out[first], *tables, seeds, coefs, K, rounding_hash, found_inf, *mask
             options["STOCHASTIC"] = stochastic and dtypes[first] is not torch.float32
             _launch(kernels.add_noise_many_kernel, len(group.programs), args, options, launched)
 
 
 def add_noise_list_triton_(
-    xs, seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf=None
+    xs,
+    seeds,
+    coefs,
+    streams,
+    keeps,
+    scales,
+    noise,
+    stochastic,
+    rounding_seed,
+    found_inf=None,
+    limits=(),
+    mask_seed=None,
 ):
-    """reference.add_noise_list_."""
+    """reference.add_noise_list_, and masks.add_noise_masked_list_ with limits."""
     if not all(scales):
         ts = [t for t, scale in enumerate(scales) if scale]
+        limits = [limits[t] for t in ts] if limits else ()
         columns = xs, streams, keeps, scales
         xs, streams, keeps, scales = ([column[t] for t in ts] for column in columns)
-    how = noise, stochastic, rounding_seed, found_inf
+    how = noise, stochastic, rounding_seed, found_inf, limits, mask_seed
     add_noise_list_out_triton(xs, seeds, coefs, streams, keeps, scales, *how, out=xs)
 
 
@@ -288,10 +311,13 @@ def add_noise_steps_triton_(
             kernels.add_noise_steps_kernel[(len(programs),)](*args, **options)
 
 
-def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
-    """reference.add_noise_rows."""
+def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise, limit=None, mask_seed=None):
+    """reference.add_noise_rows, and masks.add_noise_masked_rows with a limit."""
     if not implemented(noise, "add_noise_rows"):
-        return reference.add_noise_rows(x, index, seeds, coefs, stream, scale, noise)
+        args = x, index, seeds, coefs, stream, scale, noise
+        if limit is None:
+            return reference.add_noise_rows(*args)
+        return masks.add_noise_masked_rows(*args, limit, mask_seed)
     rows, width = x.shape
     out = x.new_empty(*index.shape, width)
     if out.numel() == 0:
@@ -306,7 +332,11 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise):
         options |= ROWS_OPTIONS if options["ASM"] else {}
         args = out, x, index.contiguous(), rows, width, parts, stream, seeds, coefs, K
         kernels.add_noise_rows_kernel[(index.numel() * parts,)](
-            *args, _scale_of(noise, scale), PLANES=width % 128 == 0, num_warps=1, **options
+            *args,
+            *(_scale_of(noise, scale), limit, mask_seed),
+            PLANES=width % 128 == 0,
+            num_warps=1,
+            **options,
         )
     return out
 

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from pseuzo_kernels.triton import device as px
 
+# Up to this many seeds are hashed where they are used: that is cheaper than a launch before.
+HASH_IN_KERNEL = tl.constexpr(4)
+
 
 @triton.jit
 def inside(offs, lo, hi, J: tl.constexpr, PLANES: tl.constexpr):
@@ -47,6 +50,32 @@ def zeros_laid_out_as(x, ASM: tl.constexpr):
         )
     else:
         return tl.zeros(x.shape, tl.uint32)
+
+
+@triton.jit
+def unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
+    """Whether the op is skipped, and the K and the scale of the sums.
+
+    If it is, or if the scale is NaN, which stands for no noise, these are such that adding the sums
+    changes nothing.
+    """
+    if HASH:
+        power = 1.0
+        for k in tl.static_range(HASH_IN_KERNEL):
+            coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
+            power = tl.where(px.stays_finite(coef), power, float("nan"))
+    else:
+        power = tl.load(coefs_ptr + K)
+    skipped = power != power
+    if found_inf_ptr is not None:
+        if HASH and skipped:  # else prepare_kernel has done that
+            tl.store(found_inf_ptr, 1.0)
+        skipped = skipped | (tl.load(found_inf_ptr) != 0)
+    # -0 or 0, by its bits: Triton 3.6 takes a constant -0.0 for 0.0
+    bits_of_zero: tl.constexpr = 0x80000000 if HAS_X else 0
+    nothing = tl.full((), bits_of_zero, tl.uint32).to(tl.float32, bitcast=True)
+    still = skipped | (scale != scale)
+    return skipped, tl.where(still, 0, K), tl.where(still, nothing, scale * power)
 
 
 @triton.jit
@@ -171,6 +200,8 @@ def add_chunks(
     keep,
     scale,
     rounding_hash,
+    limit,  # of a mask, or None
+    mask_seed_ptr,  # [1] int64, or None: the mask is of small elements
     NOISE: tl.constexpr,
     COUNTERS: tl.constexpr,
     HAS_X: tl.constexpr,
@@ -192,6 +223,13 @@ def add_chunks(
         words = px.philox(
             q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, px.ROUNDING_ROUNDS, ASM
         )
+    RANDOM: tl.constexpr = mask_seed_ptr is not None
+    mask_words = words
+    if RANDOM:
+        mask_hash = px.hash_seed(tl.load(mask_seed_ptr))
+        mask_words = px.philox(
+            q, stream, mask_hash, px.MASK_KEY0, px.MASK_KEY1, px.ROUNDING_ROUNDS, ASM
+        )
     GROUP: tl.constexpr = 8 if FULL or PLANES else 1  # planes in flight
     for first in tl.static_range(0, 16, GROUP):
         xs = ()
@@ -203,6 +241,9 @@ def add_chunks(
             if HAS_X:
                 y = px.widen(xs[j - first], ASM) * keep + y
             y = px.cast(y, words, j, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
+            if limit is not None:
+                takes = px.takes_noise(xs[j - first], mask_words, j, limit, RANDOM, ASM)
+                y = tl.where(takes, y, xs[j - first])
             if FULL:
                 tl.store(out_ptr + offs + j * 128, y)
             else:

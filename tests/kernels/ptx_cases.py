@@ -17,7 +17,7 @@ from helpers import assert_same_bits
 from triton.runtime import JITFunction
 from triton_ops import assert_close_normal, seeds_coefs, values
 
-from pseuzo_kernels import adam, reference
+from pseuzo_kernels import adam, masks, reference
 from pseuzo_kernels.triton import adam as adam_kernels
 from pseuzo_kernels.triton import device as philox
 from pseuzo_kernels.triton import kernels, sums
@@ -150,6 +150,19 @@ def test_rows(widths):
                 pytest.raises(AssertionError, match="an index is out of range"),
             ):
                 add_noise_rows_triton(x, torch.tensor([3, wrong]), seeds, coefs, 3, 0.5, "hadamard")
+
+
+@only_sm_90
+def test_masked():
+    """A whole program and a tail, with NaNs, which take no noise."""
+    got = [values(n, BF16) for n in (8192 + 5, 2047)]
+    want = [x.clone() for x in got]
+    args = *seeds_coefs(1), [7, 3], [0.75] * 2, [1.0] * 2, "hadamard", False, 9, None, [0.6, 0.1]
+    with ptx_emulator.memory_of(*got):
+        add_noise_list_triton_(got, *args, None)
+    masks.add_noise_masked_list_(want, *args, None)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
 
 
 def test_steps():

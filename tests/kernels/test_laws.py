@@ -125,6 +125,8 @@ def test_the_kernels_themselves_refuse_an_unknown_law():
             1.0,
             0,
             None,
+            None,
+            None,
             NOISE="gauss",
             COUNTERS=512,
             HAS_X=True,
