@@ -1,4 +1,4 @@
-"""docs/extending.md: its code runs as it stands, in the order of the page."""
+"""The code on docs/extending.md runs unchanged, in the order of the page."""
 
 import json
 import re
@@ -16,7 +16,7 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 7
     (tmp_path / "page.py").write_text("\n\n".join(blocks))
-    # An import, so that the mode's function can be found by its name.
+    # The page is imported, so that the mode's function can be found by its name.
     command = [sys.executable, "-c", "import page"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ LONGEST_FILE, LONGEST_CLASS, LONGEST_TEST_FILE, LONGEST_TRAINER = 400, 250, 450,
 STRATA = dict(ground=0, perturb=1, optim=2, models=3, tasks=4, train=5, demo=5, cli=6)
 # Strata that must not print, since others build on them.
 SILENT = ("ground", "perturb", "optim", "models", "tasks")
-# The private names of others that are used all the same, and why.
+# Private names of others that are used nevertheless, and why.
 EXCUSED = {
     "_C": "the compiled extension, which may be missing",
     "_exit": "os._exit is a documented function",
@@ -202,7 +202,7 @@ def what_others_build_on_does_not_print() -> Iterator[str]:
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """The line and the dotted name of each import, wherever it stands."""
+    """Return the line and the dotted name of each import, also of those within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

@@ -65,7 +65,7 @@ def test_demo_writes_what_it_promises(tmp_path):
 
 
 def test_demo_learns():
-    """A third of the demo's steps with the noise on few weights: well above the start, whatever the
+    """A third of the demo's steps, with the noise on few weights, ends well above the start on any
     machine."""
     loaded = demo.load()
     method = next(m for m in demo.METHODS if m.name == "mezo-attention-out")

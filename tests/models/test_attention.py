@@ -200,7 +200,7 @@ def test_attention_is_told_of_padding(kind, monkeypatch):
 
 
 def test_a_model_inside_of_the_model_keeps_its_padding():
-    """A frozen encoder, say, with rows that are padded where the batch is not."""
+    """The other model may be a frozen encoder whose rows are padded where the batch is not."""
     model, inner, context = causal_lm("opt").eval(), causal_lm("llama").eval(), batch_of()
     seen = []
 
@@ -216,7 +216,7 @@ def test_a_model_inside_of_the_model_keeps_its_padding():
 
 
 def test_rows_of_several_texts():
-    """Their positions say so, which a mask would hide."""
+    """Their positions show this, which a mask would hide."""
     model = causal_lm("llama").eval()
     ids = batch_of()["input_ids"]
     batch = {

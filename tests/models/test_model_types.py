@@ -269,8 +269,8 @@ def test_where_padding_may_be_is_seen_in_half_precision(model_type, padding, dty
 
 
 def test_moved_padding():
-    """Rows begin at the first column, with all that belongs to their tokens. A row of padding alone
-    stays as it is."""
+    """Rows start at the first column, with all that belongs to their tokens. A row that is only
+    padding does not change."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
     ids = torch.arange(16).view(4, 4)
     plan = {

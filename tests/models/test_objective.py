@@ -221,7 +221,7 @@ def test_bad_options(options, sentence):
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_a_batch_without_a_label_that_carries_a_loss_is_a_skipped_step(kind):
-    """As Transformers' own loss of it is NaN; rows among others count for nothing."""
+    """The loss is NaN, as Transformers' own is. Such rows among others do not count."""
     model = causal_lm(kind).eval()
     start = [p.detach().clone() for p in model.parameters()]
     masked = {**batch_of(), "labels": torch.full((4, 12), -100)}

@@ -64,7 +64,7 @@ def test_a_planned_batch_makes_nothing_wait():
 
 @pytest.mark.parametrize("collated", [False, True])
 def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
-    """As in a row alone, though its label says that it carries a loss."""
+    """It has no loss, as in a row alone, although its label says that it has one."""
     model = causal_lm("llama").eval()
     batch = batch_of()
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

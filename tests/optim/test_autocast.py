@@ -1,4 +1,4 @@
-"""Casts that autocast caches."""
+"""Steps and autocast's cache of casts."""
 
 from contextlib import nullcontext
 

@@ -169,7 +169,7 @@ def optimizer_of(
 
 
 def hash_of(name: str, folder, **more) -> str:
-    """Of the losses, the records of the journal, and the weights after the run."""
+    """Hash the losses, the records of the journal, and the weights after the run."""
     method, dtype, given, options = RUNS[name]
     model = Exact(dtype, given == "adapter")
     opt = optimizer_of(model, method, given, options | more)

@@ -15,8 +15,8 @@ from pseuzo import (
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_estimate_and_step_are_a_step(name, bare, dtype):
-    """And between the two the weights are what they were; an estimate that was not applied leaves
-    no trace."""
+    """Between the two the weights do not change, and an estimate that was not applied leaves no
+    trace."""
     whole, halves = small_model().to(dtype), small_model().to(dtype)
     one, two = (MAKERS[name](m.parameters() if bare else m) for m in (whole, halves))
     exact = not bare or dtype is torch.bfloat16  # bare fp32 is put back to rounding
@@ -46,7 +46,7 @@ def test_estimate_and_step_are_a_step(name, bare, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_skipped_step_changes_no_bit(name, dtype):
-    """Nor the sign of a zero."""
+    """The sign of a zero does not change either."""
     model = small_model().to(dtype)
     opt = MAKERS[name](model)
     opt.step(*arguments(opt, model, 0))

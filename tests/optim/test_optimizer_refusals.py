@@ -1,4 +1,4 @@
-"""What is refused, and what it leaves."""
+"""Refusals, and that they leave everything unchanged."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""States: what a resumed run knows."""
+"""The state of an optimizer holds all that a resumed run needs."""
 
 import copy
 
@@ -72,7 +72,7 @@ def test_load_state_dict_refuses_others():
     ],
 )
 def test_a_state_of_another_rounding_rule(make, dtype, rounding):
-    """Its 16-bit weights would go on by another rule; all others have the same bits under every
+    """Its 16-bit weights would continue by another rule; all others have the same bits under every
     rule."""
     opt = make(small_model().to(dtype), rounding=rounding)
     for written in (None, 99):
@@ -159,8 +159,8 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("name", ["pseuzo", "mezo"])
 def test_a_resumed_run_knows_which_weights_were_used(name, tmp_path):
-    """The second expert ran before the state was saved, and not again: the unbroken run goes on
-    decaying it."""
+    """The second expert ran before the state was saved, but not after it. A run without a break
+    still decays its weights, and so must the resumed one."""
     model = Experts()
 
     def step(opt, m, t):

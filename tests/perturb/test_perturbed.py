@@ -67,7 +67,9 @@ def test_frozen_weights_run_as_they_are():
 def test_embedding_subclass_and_max_norm():
     class Scaled(nn.Embedding):
         def forward(self, ids):
-            assert self.weight.dtype is torch.float32  # asking is not using
+            assert (
+                self.weight.dtype is torch.float32
+            )  # reading an attribute does not use the weight
             return super().forward(ids) * 3
 
     for embed in (Scaled(300, 300), nn.Embedding(300, 300, max_norm=1.0)):
@@ -132,7 +134,7 @@ def test_interrupt_inside_a_large_module():
 
 
 def test_inference_mode_first():
-    """What is kept from passes in inference mode is of use outside of it."""
+    """Tensors kept from passes in inference mode can be used outside it."""
     model, x = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 700)), torch.randn(2, 300)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
         for seed in range(4):
@@ -180,7 +182,7 @@ def test_moved_weights_and_copies_of_the_model():
 
 @torch.no_grad()
 def test_passes_last_as_long_as_their_model():
-    """They lie beside it, not in it: it is freed, copied and pickled like any other."""
+    """What was learned lies beside the model, which is freed, copied and pickled as usual."""
     model = Tied().eval()
     ids = torch.randint(0, 300, (3, 5))
     attributes = set(vars(model))
@@ -208,7 +210,7 @@ def test_bad_arguments():
             pass
     with pytest.raises(ValueError, match="must fit 64 bits"), perturbed(model, 1 << 70, 0.1):
         pass
-    with perturbed(model, 2**64 - 1, 0.1):  # a refused one leaves nothing behind
+    with perturbed(model, 2**64 - 1, 0.1):  # a refused block leaves nothing behind
         pass
     with perturbed(model, 0, 0.1):
         pass
@@ -216,7 +218,7 @@ def test_bad_arguments():
     with pytest.raises(KeyError), known_passes(model).at(0, 0.1):
         pass
     model._parameters["bias"] = bias
-    with perturbed(model, 0, 0.1):  # nor does one that could not begin
+    with perturbed(model, 0, 0.1):  # nor does a block that could not start
         pass
     with (
         pytest.raises(RuntimeError, match="do not nest"),

@@ -209,7 +209,7 @@ def test_backward_through_scratch_fails_loudly():
 
 
 def test_a_block_that_fails_and_is_caught(monkeypatch):
-    """Its weights are put back before the model goes on, in passes that are not watched, too."""
+    """Its weights are put back before the model continues, also in passes that are not watched."""
     monkeypatch.setattr(scratch, "TOGETHER", 0)
 
     class Caught(nn.Module):
@@ -241,7 +241,7 @@ def test_a_block_that_fails_and_is_caught(monkeypatch):
 
 
 def test_nothing_is_prepared_anew_in_a_settled_pass(monkeypatch):
-    """Not for an embedding of which more rows are looked up than it has, either: it is copied."""
+    """This includes an embedding that is asked for more rows than it has: it is copied."""
     monkeypatch.setattr(scratch, "SMALL", 200)
     made, repeated = [], perturbation.RepeatedPerturb
     monkeypatch.setattr(

@@ -169,7 +169,7 @@ def test_generation_f1_and_exact_match(tokenizer):
 
 
 def test_generation_stops_row_by_row(tokenizer):
-    """The short answer is not gone on with while the long one of the same batch is written."""
+    """A short answer ends while the long one in the same batch is still being written."""
     model = model_of(
         tokenizer, " = x\nx is None", " : a if value in self and not result or other\n"
     )

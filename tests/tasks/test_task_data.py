@@ -261,7 +261,7 @@ def test_an_answer_without_a_token_is_refused():
 
 
 def test_answers_that_are_too_long_are_known_before_a_run(tokenizer):
-    """Not when the loss of the dev rows is computed, in the middle of it."""
+    """It is not refused in the middle of the run, when the loss of the dev rows is computed."""
     free = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=5)
     data = TaskData(
         free.examples([{"q": "x", "a": "y"}, {"q": "x", "a": "long " * 50}]),

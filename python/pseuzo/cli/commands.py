@@ -237,7 +237,7 @@ def hush() -> None:
     help="Steps of each method; a step is two forward passes.",
 )
 @option("--batch-size", type=click.IntRange(min=2), default=16)
-@option("--seed", type=SEED, default=0, help="Of the batches and of the perturbations.")
+@option("--seed", type=SEED, default=0, help="Seed of the batches and the perturbations.")
 @option(
     "--method",
     "methods",

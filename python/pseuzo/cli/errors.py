@@ -101,7 +101,7 @@ def _sentence(error: BaseException) -> str | None:
     ):
         what = repr(error.args[0]) if isinstance(error, KeyError) else "an evaluation"
         return (
-            f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it anew"
+            f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it again"
         )
     if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
         return text

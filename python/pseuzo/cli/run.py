@@ -285,8 +285,8 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
                 c |= found_lr(found)
             model = run.model()
             # A head that a classifier lacked is drawn by the seed of the run.
-            begins_anew = not MODES[c["mode"]].starts_from_base or run.kind != "causal"
-            if c["journal"] and begins_anew and not (output / "start").exists():
+            adds_weights = not MODES[c["mode"]].starts_from_base or run.kind != "causal"
+            if c["journal"] and adds_weights and not (output / "start").exists():
                 # A replay of the journal starts from this model.
                 save_model(model, run.tokenizer, output / "start")
             trainer = run.trainer(model, output)

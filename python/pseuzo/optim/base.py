@@ -29,10 +29,11 @@ from pseuzo_kernels.reference import ROUNDING_VERSION
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes of a step found: of other data, on another rank, the same but its numbers.
+    """What the passes of a step measured. Only its numbers depend on the data.
 
-    loss: [] fp32, what the step returns. kind: of the perturbed passes, by which it is known which
-    weights they used. An estimator's subclass adds what its coefficients are made of.
+    loss: [] fp32, which the step returns. kind: names the kind of the perturbed passes, by which
+    the passes know the weights that they used. An estimator's subclass adds what its coefficients
+    are computed from.
     """
 
     loss: Tensor
@@ -106,7 +107,7 @@ class ZeroOrder(torch.optim.Optimizer):
         raise NotImplementedError
 
     def keep(self, state: Any) -> None:
-        """Keep Direction.state: the weights have moved. Must be idempotent."""
+        """Keep Direction.state. Called after the weights have moved; must be idempotent."""
 
     def apply(self, direction: Direction) -> None:
         """Move the weights, then keep the state, count the step and record it, as one.
@@ -119,8 +120,8 @@ class ZeroOrder(torch.optim.Optimizer):
     # Steps
 
     def estimate(self, *inputs: Any, **options: Any) -> Tensor:
-        """The passes of a step, for step() without arguments to apply; returns the loss. The
-        weights are as before. An estimate that was not applied is replaced by the next."""
+        """Run the passes of a step, which step() without arguments then applies; return the loss.
+        The weights do not change. The next estimate replaces one that was not applied."""
         self._measured = None
         self._measured = cleanly(partial(self.measure, *inputs, **options), self.passes.restore)
         return self._measured.loss
@@ -181,7 +182,7 @@ class ZeroOrder(torch.optim.Optimizer):
         )
 
     def _commit(self, direction: Direction, update: Update, step: int, skipped: Tensor) -> None:
-        """What goes with the weights that have moved. Idempotent, for an interrupt."""
+        """Update everything that must change with the weights. Idempotent, for an interrupt."""
         self.passes.forget()
         self._steps, self._last = step + 1, (direction.coefs, update.moved)
         self._skips.count, self._skips.reason = skipped, direction.skip_reason
@@ -211,7 +212,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
-        """How many steps were made, skipped ones included."""
+        """The number of steps that were made, including skipped ones."""
         return self._steps
 
     @property
@@ -227,7 +228,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that left the weights alone as something was not finite. Waits for the device."""
+        """The number of steps skipped because something was not finite. Waits for the device."""
         return self._skips.total()
 
     def update_rms(self) -> dict[str, Tensor]:
@@ -235,8 +236,8 @@ class ZeroOrder(torch.optim.Optimizer):
         ("float32", ...). Empty before a step.
 
         Below about 1, rounding to nearest would lose most of the update. The size of the update is
-        known without looking at it: z has mean 0 and variance 1, so it is lr * noise_scale *
-        sqrt(sum_k coefs[k]^2). That of the weights takes one reading of those that the update
+        known without reading it: z has mean 0 and variance 1, so it is lr * noise_scale *
+        sqrt(sum_k coefs[k]^2). The size of the weights takes one reading of those that the update
         moved, so log it every N steps. Nothing waits for the device.
         """
         return {} if self._last is None else update_rms(*self._last)
@@ -251,8 +252,8 @@ class ZeroOrder(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, plus what the next step depends on, to the bit: the step, the run seed, the
-        window. An estimate that step() has not applied yet is not part of it."""
+        """Return torch's state, and all that the bits of the next step depend on: the step, the run
+        seed, the window. An estimate that step() has not applied yet is not part of it."""
         self.state[KEY] = self.own_state()
         try:
             return super().state_dict()
@@ -260,8 +261,8 @@ class ZeroOrder(torch.optim.Optimizer):
             del self.state[KEY]  # a second copy of the window
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue as the saved optimizer would have. ValueError, and nothing changed, if it is
-        another's state, or if it rounds 16-bit weights by another version of the rule."""
+        """Continue as the saved optimizer would have. ValueError, with nothing changed, if another
+        optimizer made the state, or if another version of the rule rounded 16-bit weights."""
         trained = (p for g in self.param_groups for p in groups.not_frozen(g["params"]))
         sixteen_bits = any(p.dtype is not torch.float32 for p in trained)
         op = f"{type(self).__name__}.load_state_dict"
@@ -278,7 +279,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.load_own_state(own)
 
     def own_state(self) -> dict[str, Any]:
-        """What a state_dict holds besides torch's; an estimator adds to it."""
+        """Return what a state_dict holds besides torch's state; an estimator adds to it."""
         settings = {"seed": self.seed, "eps": self.eps, "noise": self.noise}
         settings |= {"rounding": self.rounding, "rounding_version": ROUNDING_VERSION}
         so_far = {"step": self._steps, "skipped": self.skipped_steps, "used": self.passes.used()}
@@ -288,4 +289,4 @@ class ZeroOrder(torch.optim.Optimizer):
         """Raise ValueError if what the estimator added cannot be loaded."""
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:
-        """Take over what the estimator added."""
+        """Load what the estimator added."""

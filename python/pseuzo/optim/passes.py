@@ -115,7 +115,7 @@ class Passes:
         return params if self._only is None else [p for p in params if p in self._only]
 
     def clean(self, call: Callable[[], Any]) -> Any:
-        """call() at x."""
+        """Return call() at x."""
         if self._base is not None:
             return self.perturbed(0, 0.0, self._kind, call)
         return self._replayed("clean", call)
@@ -123,7 +123,7 @@ class Passes:
     def perturbed(
         self, seed: int, scale: float | Tensor, kind: str, call: Callable[[], Any]
     ) -> Any:
-        """call() at x + scale * z(seed)."""
+        """Return call() at x + scale * z(seed)."""
         perturbing = self._perturbing
         perturbing.aim(seed, scale)  # outside of the call, which may be replayed without Python
 
@@ -162,7 +162,7 @@ class Passes:
         return value, tangent
 
     def _replayed(self, name: str, call: Callable[[], Any]) -> Any:
-        """call(), or the graph that was recorded of the pass of this name in such a step."""
+        """Return call(), or replay the graph recorded for the pass of this name in such a step."""
         return call() if self._graphs is None else self._graphs.run(name, call)
 
     def restore(self) -> None:
@@ -172,11 +172,11 @@ class Passes:
             self._in_place.restore()
 
     def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
-        """What an update must take back, see InPlace."""
+        """Return what an update must take back, see InPlace."""
         return self._in_place.pending()
 
     def forget(self) -> None:
-        """An update took back what was pending. Idempotent."""
+        """Note that an update took back what was pending. Idempotent."""
         self._in_place.forget()
 
     def unused(self, op: str, kind: str) -> Set[Tensor]:
@@ -200,7 +200,7 @@ class Passes:
         return unused | outside
 
     def used(self) -> dict[str, list[int]]:
-        """The streams of the weights that each kind of pass has used, for the optimizer's state."""
+        """Return the streams of the weights that each kind of pass has used, for state_dict."""
         if self._of_module is None:
             return self._known
         every = [passes.used() for passes in self._of_blocks.values()]
@@ -210,7 +210,7 @@ class Passes:
         return {k: sorted({s for used in every for s in used.get(k, ())}) for k in kinds}
 
     def load(self, used: Mapping[str, list[int]]) -> None:
-        """Begin anew with what `used` gave when the state was saved."""
+        """Forget the passes, and start from what `used` returned when the state was saved."""
         self._known = {kind: list(streams) for kind, streams in used.items()}
         self._of_module, self._only = None, None
         self._of_blocks.clear()

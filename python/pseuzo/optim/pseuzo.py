@@ -192,7 +192,7 @@ class PseuZO(ZeroOrder):
 
     def keep(self, state: Any) -> None:
         if state is None:
-            self.window.clear()  # after a MeZO step its entries would be of weights long gone
+            self.window.clear()  # MeZO steps move the weights at which its entries were measured
         else:
             self.window.commit(state)
 

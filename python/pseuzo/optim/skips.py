@@ -1,4 +1,4 @@
-"""Counts the steps that were skipped, as where something was not finite."""
+"""Counts the steps that were skipped, for example because something was not finite."""
 
 import warnings
 

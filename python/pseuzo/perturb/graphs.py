@@ -120,7 +120,7 @@ class Graphs:
         except Exception as error:
             # torch may believe that the failed graph is still being captured into the pool.
             self._pool = None
-            # The error at the end of a failed graph says no more than that it failed.
+            # The error at the end of a failed graph only says that it failed.
             first = error.__context__ or error
             raise RuntimeError(
                 "capture: a pass does what a CUDA graph cannot hold, such as waiting for the "
@@ -143,7 +143,7 @@ class Graphs:
         with torch.cuda.stream(self._stream):
             outputs = call()
         current.wait_stream(self._stream)
-        return tree_map(Tensor.clone, outputs)  # in memory of the stream that goes on to use them
+        return tree_map(Tensor.clone, outputs)  # in memory of the stream that uses them next
 
     def _keep(self, key: Hashable, known: int | dict[str, Recorded]) -> None:
         self._steps[key] = known

@@ -127,7 +127,7 @@ class InPlace:
             for part, old in zip(self._fp32, self._shifts, strict=True)
         ]
         self._moving = made, [to] * len(launches)
-        # Those of 16 bits are from copies, so they may be made again and are not kept account of.
+        # 16-bit parameters are shifted from copies, which can be repeated and need no account.
         launches += [launch for part in self._half for launch in self._half_launches(part, to)]
         uninterrupted(made.extend, map(call, launches))
         self._settle()

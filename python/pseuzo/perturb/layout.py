@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
 
 class Layout:
-    """The weights of a model by the modules that have them, planned anew as passes teach more.
+    """The weights of a model by the modules that have them; passes that learn more renew the plan.
 
     The model owns its passes, so the references to its modules are weak.
     """
@@ -50,7 +50,7 @@ class Layout:
         self._blocks: dict[str, Blocks] = {}  # by kind of pass, "" while it is watched
 
     def note_used(self, used: Mapping[str, list[int]]) -> None:
-        """Replace what is known of the weights that passes used. The watch begins anew."""
+        """Replace what is known about the weights that passes used, and restart the watch."""
         self.learned.note_used(used, self.perturbation.streams)
         self._blocks.clear()
 

@@ -118,7 +118,7 @@ class ModulePasses:
         self.scratch.release()
 
     def note_used(self, used: Mapping[str, list[int]]) -> None:
-        """Replace what is known by what used() gave. The watch begins anew."""
+        """Replace what is known by what used() returned, and restart the watch."""
         self._layout.note_used(used)
 
 

@@ -28,7 +28,7 @@ class Learned:
         return {kind: sorted(streams[p] for p in reached) for kind, reached in self.reached.items()}
 
     def note_used(self, used: Mapping[str, list[int]], streams: Mapping[nn.Parameter, int]) -> None:
-        """Replace what is known by what used() gave. The watch begins anew."""
+        """Replace what is known by what used() returned, and restart the watch."""
         self.settled.clear()
         param_of = {stream: p for p, stream in streams.items()}
         self.reached = {
