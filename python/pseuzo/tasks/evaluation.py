@@ -101,7 +101,7 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _by_label_words(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
     def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
         objective = CausalLMObjective(model, data.options, verify=verify)
-        scores = torch.empty(len(rows), len(data.options))
+        scores = torch.empty(len(rows), len(data.options or ()))
         for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
             batch = data.pad_rows(some)
             batch["labels"] = torch.zeros(len(some), dtype=torch.long)
