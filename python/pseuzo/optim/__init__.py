@@ -6,6 +6,7 @@ from pseuzo.optim.conservative import ZOConservative
 from pseuzo.optim.deepzero import DeepZero
 from pseuzo.optim.forward_gradient import ForwardGradient
 from pseuzo.optim.mezo import MeZO
+from pseuzo.optim.nodes import NodePseuZO
 from pseuzo.optim.population import FZOO, Evolution
 from pseuzo.optim.pseuzo import PseuZO
 from pseuzo.optim.schedule import (
@@ -30,6 +31,7 @@ __all__ = [
     "Linear",
     "MeZO",
     "MeZOSVRG",
+    "NodePseuZO",
     "PseuZO",
     "Reciprocal",
     "Schedule",
