@@ -210,6 +210,19 @@ def test_a_run_that_diverged_says_so(tmp_path):
     assert "the run diverged" not in pseuzo(*args, tmp_path / "near", "--lr", "1e-5")
 
 
+def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
+    out = tmp_path / "run"
+    pseuzo("train", *SMALL, "--steps", 2, "--lr", 1e-4, "--output", out)
+    lines = (out / "config.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in lines if line.split(":")[0] not in ("weighting", "cycles", "blocks")]
+    assert len(older) == len(lines) - 3
+    (out / "config.yaml").write_text("".join(older))
+    resumed = ["train", "--config", out / "config.yaml", "--output", out, "--resume"]
+    pseuzo(*resumed, "--steps", 3)
+    assert json.loads((out / "results.json").read_text())["steps"] == 3
+    assert "has weighting sum, not mean" in pseuzo(*resumed, "--weighting", "mean", code=2)
+
+
 def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     args = ["train", *MEZO, "--lr", "auto", "--steps", 20, "--output"]
     whole = pseuzo(*args, tmp_path / "whole")

@@ -14,10 +14,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pseuzo.cli.options import setting_name
 from pseuzo.files import MARKER, claim, differing, read_json, read_yaml
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal_file import JournalError, held, owner
 from pseuzo.train.noise_on import PLACEMENT_FILE
+from pseuzo.train.options import OPTIONS
 
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
 LR_FILE = "lr.json"
@@ -96,6 +98,9 @@ def undo(output: Path, made: list[Path], journal: Path | None, run_id: str) -> N
 def _same_run(c: dict[str, Any], output: Path) -> None:
     """Raise ValueError if the settings are not those of the run in output."""
     config, now = read_yaml(output / "config.yaml"), plain(c)
+    # An option that is newer than the run had its default.
+    usual = {setting_name(o): o.default for o in OPTIONS.values()}
+    config = {name: usual[name] for name in now.keys() & usual.keys()} | config
     # The journal may have been moved, which _own_journal checks.
     if config.get("journal") and now["journal"]:
         now["journal"] = config["journal"]

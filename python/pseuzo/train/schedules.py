@@ -14,6 +14,7 @@ from pseuzo.train.builders import Setup
 def schedule_of(setup: Setup) -> Schedule:
     """Make the schedule that the options ask for. ValueError if its cycles do not fit the run."""
     args, momentum = setup.args, setup.args.momentum
+    assert momentum is not None  # the arguments fill in the method's default
     given = {"cycles": args.cycles, "pseuzo_epochs": args.pseuzo_epochs}
     in_cycles = {name: value for name, value in given.items() if value is not None}
     if args.schedule == "constant" and not in_cycles:
