@@ -1,17 +1,17 @@
-"""The noise op on a weight of OPT-1.3B and the window, beside copies and what MeZO's code does.
+"""Times the noise op on a weight of OPT-1.3B and the window, beside copies and MeZO's own code.
 
 python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile]
     [--check|--no-check]
 
 The weight is that of fc1, 8192 x 2048. On a GPU it is 16 times as large, so that it fits no cache,
 and our own ops are recorded as CUDA graphs, so that the GPU alone is timed. pct_of_copy: GB/s over
-those of copy_ in the same run, for the bytes that the way at hand has to move. pct_of_predicted:
-the ms that predict.py expects of our update on this GPU, from the instructions and bytes that
-sass_cost.py counted, over the measured ms. --compile adds MeZO's loop under torch.compile.
+those of copy_ in the same run, for the bytes that a way has to move. pct_of_predicted: the ms that
+predict.py expects for our update on this GPU, from the instructions and bytes that sass_cost.py
+counted, over the measured ms. --compile adds MeZO's loop under torch.compile.
 
-All that is compared is checked first, unless --no-check is given: ours must have the bits of the
-reference; ways with another kind of noise must add noise of the same mean and variance. --check
-does only that; under TRITON_INTERPRET=1 it checks the Triton kernels, on a CPU in Triton's
+Results are checked before they are timed, unless --no-check is given: ours must have the bits of
+the reference, and ways with another kind of noise must add noise of the same mean and variance.
+--check does only that; with TRITON_INTERPRET=1 it checks the Triton kernels, on a CPU, in Triton's
 interpreter.
 """
 
@@ -52,7 +52,7 @@ def coefs_of(K: int) -> list[float]:
 
 
 def torch_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
-    """For each seed: reseed, make the whole perturbation, add it, as published code does."""
+    """Reseed, make the whole perturbation and add it, for each seed, as published code does."""
     for seed, coef in zip(seeds, coefs, strict=True):
         torch.manual_seed(seed)
         z = torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device)
@@ -65,8 +65,8 @@ def add_randn(x: Tensor, coef: Tensor) -> None:
 
 
 def compiled_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
-    """torch_loop with noise and sum fused by torch.compile. Reseeding cannot be compiled, so it
-    stays outside."""
+    """Run torch_loop with noise and sum fused by torch.compile. Reseeding, which cannot be
+    compiled, stays outside."""
     alphas = torch.tensor([-lr * coef for coef in coefs], dtype=x.dtype, device=x.device).unbind()
     for seed, alpha in zip(seeds, alphas, strict=True):
         torch.manual_seed(seed)

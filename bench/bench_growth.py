@@ -1,4 +1,4 @@
-"""How the time of an update grows with parameters and K, and that of a step with tokens.
+"""Measures how the time of an update grows with parameters and K, and a step's with tokens.
 
 python bench/bench_growth.py [--device cpu|cuda] [--max 28] [--model opt-1.3b]
 """

@@ -1,14 +1,14 @@
-"""Training steps of OPT models at random initialisation, beside what people run today.
+"""Times training steps of OPT models at random initialisation, beside what people run today.
 
 python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16] [--dtype bfloat16]
     [--device cuda|cpu] [--ways ours published backward] [--no-check]
 
-Parts whose work is ours are timed on the GPU alone; steps and forwards as they are, with their
-Python. "two forwards" is the floor: inference, and nothing else. "captured" means that the passes
-are recorded as CUDA graphs, and the floor's, too. "one forward of twice the rows" is the least that
-the clean and the perturbed pass could cost if they ran as one. pseuzo's step is also timed in
-parts; of these "perturb" is all that a perturbed pass launches to make its weights, without the
-forward. The published ways are those of published.py. FO: backward through the model.
+Our own parts are timed on the GPU alone, steps and forwards with their Python. "two forwards" is
+the floor: inference, and nothing else. "captured" means that the passes are recorded as CUDA
+graphs, including those of the floor. "one forward of twice the rows" is the least that the clean
+and the perturbed pass could cost if they ran as one. pseuzo's step is also timed in parts; of these
+"perturb" is all that a perturbed pass launches to make its weights, without the forward. The
+published ways are those of published.py. FO: backward through the model.
 
 peak_gb: the most that torch allocated on the GPU during a call. reserved_gb: the most that torch
 held of the GPU since the way began; that counts the memory of graphs, which is allocated only while
@@ -54,8 +54,8 @@ class Count(TorchDispatchMode):
 
 
 def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
-    """Add the rows of a model. A way that does not fit leaves a row that says so. False if one
-    failed for another reason."""
+    """Add the rows of a model. A way that does not fit into memory gets a row that says so. Return
+    False if one failed for another reason."""
     dtype, all_ran = getattr(torch, args.dtype), True
     common = dict(model=name, dtype=args.dtype, rows=args.rows)
     too_large = dict(impl="inference", part="setup: does not fit")
@@ -76,7 +76,7 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
         floors: dict[str, dict] = {}
         for impl, way in todo.items():
             gc.collect()
-            if table.device.type == "cuda":  # a way does not need what others left
+            if table.device.type == "cuda":  # free the memory that other ways left
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             all_ran &= measure_way(table, impl, way, common | dict(tokens=tokens), floors)
@@ -89,7 +89,7 @@ def measure_way(
     table: Table, impl: str, way: Callable[[], Parts], common: dict, floors: dict[str, dict]
 ) -> bool:
     """Add a row for each part of a way. floors: impl -> its row of two forwards, which this adds
-    to. False if the way failed, other than by lack of memory."""
+    to. Return False if the way failed, except for lack of memory."""
     part = "setup"
     try:
         for part, call, *launches in way():
@@ -110,7 +110,7 @@ def measure_way(
 
 
 def measure_part(table: Table, impl: str, part: str, call: Callable[[], object]) -> dict:
-    """Counts, memory and times of a call, after a first one."""
+    """Measure counts, memory and times of a call, after a first one."""
     row, gpu, is_captured = {}, table.device.type == "cuda", "captured" in impl
     call()
     if gpu:

@@ -17,7 +17,7 @@ class Case(dict):
         return float(row["ms_p50"]) if row else None
 
     def beyond(self, impl: str) -> float | None:
-        """ms of a step beyond two forwards."""
+        """Return the ms of a step beyond two forwards."""
         step, floor = self.ms(impl, "step"), self.ms(floor_of(impl), "two forwards")
         return None if step is None or floor is None else step - floor
 
@@ -32,12 +32,12 @@ class Case(dict):
         return (float(peak), float(peak) / float(floor)) if peak and floor else None
 
     def best(self) -> str | None:
-        """Our faster way, if one was measured."""
+        """Return our faster way, if one was measured."""
         measured = [impl for impl in OURS if self.beyond(impl) is not None]
         return min(measured, key=lambda impl: self.ms(impl, "step"), default=None)
 
     def lost(self, impl: str) -> bool:
-        """Whether it did not fit into memory."""
+        """Return whether it did not fit into memory."""
         parts = [part for at, part in self if at == impl]
         return bool(parts) and all("does not fit" in part for part in parts)
 

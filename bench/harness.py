@@ -1,7 +1,7 @@
-"""Times callables and appends tidy rows to a CSV file, one a measurement, with its circumstances.
+"""Times callables, and appends a row per measurement to a CSV file, with device and versions.
 
-$OUT is the folder of the results (bench/results by default). $COMMIT is written as the commit, for
-where there is no git.
+$OUT is the folder of the results (bench/results by default). $COMMIT is written as the commit if
+there is no git.
 """
 
 import argparse
@@ -38,12 +38,12 @@ MODELS = {
 
 
 def floor_of(impl: str) -> str:
-    """The way whose two forwards a step is compared with."""
+    """Return the way whose two forwards a step is compared with."""
     return "inference, captured" if "captured" in impl else "inference"
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser of the arguments that every benchmark takes."""
+    """Make a parser of the arguments that every benchmark takes."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit; "-dirty" if there are changes that are not committed, other than results."""
+    """Return the commit, with "-dirty" if there are uncommitted changes other than results."""
     if given := os.environ.get("COMMIT"):
         return given
 
@@ -83,7 +83,7 @@ def commit() -> str:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The call recorded as a CUDA graph, after calls that do what only the first ones do."""
+    """Record the call as a CUDA graph, after calls that do what only the first ones do."""
     # The first calls use the graph's stream: launch tables belong to the stream they were made on.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -112,15 +112,16 @@ def _ms_between_events(call: Callable[[], object]) -> float:
 
 
 def measure_ms(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, with its Python."""
+    """Measure how long one call takes, including its Python."""
     return (_ms_between_events if device.type == "cuda" else _ms_on_host)(call)
 
 
 def quantiles_ms(
     call: Callable[[], object], device: torch.device, seconds: float
 ) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of one call, after a warm-up. On a GPU they are measured
-    between events, with the cache flushed unless a call takes so long that only three are made."""
+    """Return the 20th, 50th and 80th percentile of one call, after a warm-up. On a GPU they are
+    measured between events. The cache is flushed before each call, unless a call takes so long that
+    only three are made."""
     if measure_ms(call, device) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
@@ -134,7 +135,7 @@ def quantiles_ms(
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if there is no file."""
+    """Return the rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -158,7 +159,7 @@ def append(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """a and b, neither negative, with the least squares of the relative error of a + b x."""
+    """Return a and b, neither negative, that minimise the squared relative error of a + b x."""
     w = [(x, y, 1 / y**2) for x, y in points]
     s, sx, sxx = (sum(v * x**k for x, _, v in w) for k in range(3))
     sy, sxy = (sum(v * y * x**k for x, y, v in w) for k in range(2))

@@ -1,4 +1,4 @@
-"""OPT models at random initialisation, and batches for them."""
+"""Makes OPT models at random initialisation, and batches for them."""
 
 import torch
 from harness import MODELS

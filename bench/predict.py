@@ -1,11 +1,11 @@
-"""Milliseconds of OPT models, predicted from counted instructions and bytes.
+"""Predicts milliseconds of OPT models from counted instructions and bytes.
 
 python bench/sass_cost.py --predict
 
-The predictions are made without a GPU: the larger of arithmetic (cycles of the busiest pipe, as if
-nothing waited) and memory (nine tenths of the data sheet's bandwidth), without launches and
-latencies. Forwards are matrix products and attention at half of the data sheet's dense bf16 rate,
-or one read of the weights. All weights are bf16.
+No GPU is needed. A time is the larger of arithmetic (cycles of the busiest pipe, as if nothing
+waited) and memory (nine tenths of the data sheet's bandwidth), without launches and latencies.
+Forwards are matrix products and attention at half of the data sheet's dense bf16 rate, or one read
+of the weights. All weights are bf16.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What the published code does in a step, written after it.
+"""The steps of the published codes, written from scratch to do the same operations.
 
 MeZO makes three passes over the weights to perturb and restore them and one to update, each with
 torch.normal after a reseed, and rebinds the weights. PseuZO perturbs, restores and makes one pass

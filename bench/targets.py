@@ -1,11 +1,11 @@
-"""What we set out to reach on an H100 or H200, and whether the measured rows reach it."""
+"""The targets for an H100 or H200, and whether the measured rows reach them."""
 
 import re
 from collections.abc import Callable
 
 from cases import OURS, PUBLISHED, Case, Rows, cases_of
 
-Target = tuple[str, str, str]  # what we set out to reach, what was measured, and whether it is met
+Target = tuple[str, str, str]  # the target, what was measured, and whether it is met
 
 
 def judged(rows: Rows, device: str) -> bool:

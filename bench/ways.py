@@ -1,4 +1,4 @@
-"""The ways to make a training step that bench_steps.py times."""
+"""The ways of making a training step that bench_steps.py times."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,12 +16,12 @@ from pseuzo_kernels import EmaWindow, perturb_, reference, update_
 
 DOUBLED = "one forward of twice the rows"
 WAYS = ("ours", "published", "backward")
-# Yields a name, what to time, after what it needs was made, and maybe how many launches that is.
+# Makes what a part needs, then yields its name, the call to time, and maybe its number of launches.
 Parts = Iterator[tuple]
 
 
 class Made(TorchDispatchMode):
-    """Notes each call of our ops; in a perturbed pass these are the ones that make its weights."""
+    """Records each call of our ops, which in a perturbed pass are those that make its weights."""
 
     def __init__(self):
         super().__init__()
@@ -34,9 +34,9 @@ class Made(TorchDispatchMode):
 
 
 def perturb_alone(perturbed_forward: Callable[[], None]) -> tuple[Callable[[], None], int]:
-    """A function that launches what a perturbed pass launches to make its weights, into the same
-    memory; and how many launches that is."""
-    for _ in range(3):  # after these passes it is known which weights are made together
+    """Return a function that makes the launches by which a perturbed pass makes its weights, into
+    the same memory, and their number."""
+    for _ in range(3):  # these passes find which weights are made together
         perturbed_forward()
     with Made() as made:
         perturbed_forward()
@@ -50,8 +50,8 @@ def perturb_alone(perturbed_forward: Callable[[], None]) -> tuple[Callable[[], N
 
 
 def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
-    """A perturbed forward is the forward of perturbed weights, and an update is the reference's,
-    both to the bit."""
+    """Check, to the bit, that a perturbed forward is the forward of perturbed weights, and that an
+    update is the reference's."""
     params = list(model.parameters())
     on_cpu = params[0].device.type == "cpu"
     room = on_cpu or 2.2 * sum(p.nbytes for p in params) < torch.cuda.mem_get_info()[1]
@@ -77,7 +77,7 @@ def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
 def ways(
     model: nn.Module, batch: dict[str, Tensor], checked: bool, kinds: tuple[str, ...] = WAYS
 ) -> dict[str, Callable[[], Parts]]:
-    """The ways to make a step, by name: inference and those of these kinds.
+    """Return the ways of making a step, by name: inference and those of these kinds.
 
     A way is dropped with all that it holds before the next is made. checked: whether the forwards
     and the update are known to be right; if not, they are compared first."""
@@ -106,7 +106,7 @@ def ways(
 
 
 class Case:
-    """A model and a batch, and each way to make a step on them."""
+    """A model and a batch, and each way of making a step on them."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]):
         self.model, self.batch = model, batch
@@ -115,9 +115,9 @@ class Case:
         self.forward, self.head = CausalLMObjective(model, LABEL_WORDS)(batch)
 
     def compare_losses(self) -> None:
-        """Keep the loss that all ways must agree on. AssertionError if they do not."""
+        """Store the loss on which all ways must agree. AssertionError if they do not."""
         dtype = self.params[0].dtype
-        # Logits are below 4, and rounded.
+        # Logits are below 4, and are rounded.
         self.close = dict(rtol=0, atol=4 * torch.finfo(dtype).eps + 1e-5)
         with torch.no_grad():
             self.want = self.loss()

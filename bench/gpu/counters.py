@@ -1,4 +1,4 @@
-"""What the hardware counts while the noise kernels run, torch's, and x + c z with tl.randn.
+"""Shows the hardware's counts for the noise kernels, torch's, and x + c z with tl.randn.
 
 python bench/gpu/counters.py: runs itself under ncu and prints a line a kernel; $OUT/counters.csv
 has all that ncu said. --run: the kernels alone. Without a GPU, they run on a few elements, in

@@ -1,4 +1,4 @@
-"""Benchmarks run, check before they time, keep rows over new columns, judge by the right rows."""
+"""Benchmarks run, check before they time, keep rows when columns are added, and judge targets."""
 
 import csv
 import importlib
@@ -17,7 +17,7 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Imports a module of bench/, for the time of a test."""
+    """Imports a module of bench/ for the duration of a test."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
     for script in BENCH.glob("*.py"):
@@ -25,7 +25,7 @@ def bench(monkeypatch):
 
 
 def run(out: Path, script: str, *args: str, **env: str) -> str:
-    # Compiling torch's loop takes longer than all else. Without the interpreter the C++ ops run.
+    # Compiling torch's loop would take longest. With the interpreter off, the C++ ops run.
     settings = {"OUT": str(out), "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
     env = os.environ | settings | env
     command = [sys.executable, BENCH / script, *args]

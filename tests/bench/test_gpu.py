@@ -149,7 +149,7 @@ def test_repeated_launches_are_those_of_the_op(noise, dtype):
 
 
 def recorded(opt) -> list[bool]:
-    """Of each kind of step that was made, whether it is recorded as graphs."""
+    """Return for each kind of step that was made whether it is recorded as graphs."""
     return [not isinstance(known, int) for known in opt.passes._graphs._steps.values()]
 
 

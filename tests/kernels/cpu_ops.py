@@ -1,4 +1,4 @@
-"""What the tests of the C++ noise ops share: instruction sets, tensors, and terms."""
+"""Instruction sets, tensors and terms for the tests of the C++ noise ops."""
 
 import functools
 
@@ -17,7 +17,7 @@ ops = torch.ops.pseuzo
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 2047, 2048, 2049, 5000)
 BIT_EXACT = ("hadamard", "hadamard-fp16", "rademacher")
-BAND = 35  # elements: odd, so that no x is aligned
+BAND = 35  # an odd number of elements, so that no x is aligned
 DEFAULT_ISA = _C.cpu_isa() if _C else None
 
 
@@ -43,14 +43,14 @@ def normals(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.
 
 
 def terms(k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeds from all of int64, and coefs that round17 changes."""
+    """Return seeds from all of int64, and coefs that round17 changes."""
     generator = torch.Generator().manual_seed(k)
     seeds = torch.randint(-(2**63), 2**63 - 1, (k,), generator=generator)
     return seeds, torch.randn(k, generator=generator)
 
 
 def banded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of x, and the larger tensor, full of 7, in which it lies."""
+    """Return a copy of x, and the larger tensor, filled with 7, that contains it."""
     band = torch.full((x.numel() + 2 * BAND,), 7.0, dtype=x.dtype)
     inside = band[BAND : BAND + x.numel()]
     inside.copy_(x)
@@ -58,7 +58,8 @@ def banded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mixed_list(k: int) -> tuple[list[torch.Tensor], list[int], list[float], list[float]]:
-    """xs, streams, keeps, scales. With many seeds there are few sizes, as the reference is slow."""
+    """Return xs, streams, keeps and scales. There are fewer sizes with many seeds, since the
+    reference is slow."""
     xs = [
         normals(n, dtype, seed=n)
         for n in (SIZES if k < 100 else (1, 127, 2048, 2049))
@@ -79,7 +80,8 @@ def wanted_list(noise: str, k: int, stochastic: bool) -> list[torch.Tensor]:
 
 @functools.cache
 def steps_in_a_row(noise: str) -> tuple[list[torch.Tensor], tuple]:
-    """x and the arguments of 5 steps: no seed, one, several; each with its keeps and scales."""
+    """Return x and the arguments of 5 steps with no, one or several seeds, each with its keeps and
+    scales."""
     counts = [1, 3, 0, 1, 2]
     xs = [normals(n, dtype, seed=n) for n in (*SIZES, 9000) for dtype in DTYPES]
     size = len(counts) * len(xs)
@@ -109,7 +111,7 @@ def wanted_steps(noise: str) -> list[torch.Tensor]:
 
 @functools.cache
 def special_values(dtype: torch.dtype) -> torch.Tensor:
-    """All values of fp16 and bf16; for fp32 these, with the lower bits filled."""
+    """Return all values of fp16 or bf16; for fp32, those of bf16 with the lower bits filled."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     if dtype is not torch.float32:
         return every.view(dtype)

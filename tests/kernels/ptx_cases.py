@@ -1,8 +1,8 @@
-"""The kernels' PTX against the reference, to the bit. test_ptx.py runs this file for each compute
+"""The kernels' PTX gives the bits of the reference. test_ptx.py runs this file for each compute
 capability, in a process of its own: PSEUZO_EMULATE=90 pytest tests/kernels/ptx_cases.py.
 
-Compiling takes most of the time, so each path through the kernels is compiled once, and fewer of
-them for sm_80. All cases that the interpreter is tested with: PSEUZO_EMULATE=90 pytest
+Compiling takes most of the time, so each path through the kernels is compiled once, and only some
+of them for sm_80. To run all cases of the interpreter's tests: PSEUZO_EMULATE=90 pytest
 tests/kernels/test_add_noise_triton.py.
 """
 
@@ -87,7 +87,8 @@ def test_one_tensor(dtype, has_x, misaligned):
 @only_sm_90
 @pytest.mark.parametrize("K", [14, 1])
 def test_skipped(K):
-    """In place nothing is read or written; out of place x is copied. The flag is set."""
+    """A skipped op reads and writes nothing in place, and copies x out of place. It sets the
+    flag."""
     seeds, coefs = seeds_coefs(K)
     coefs[-1] = float("nan")
     xs = [values(n, FP32) for n in SIZES]
@@ -166,7 +167,7 @@ def test_masked():
 
 
 def test_steps():
-    """Some steps have no seed, some tensors are left alone; sizes lie around a program's block."""
+    """Some steps have no seed, some tensors no noise, and sizes lie around a program's block."""
     counts, dtypes = [2, 0, 1], (BF16, FP16)
     seeds, coefs = seeds_coefs(3)
     xs = [values(n, dtype) for n in (1, 4095, 4097) for dtype in dtypes]
@@ -198,7 +199,7 @@ def test_adam():
 
 
 def test_all_kernels_and_all_inline_asm_were_run():
-    """The cases above have run all of it, so this one comes last."""
+    """This test comes last, since it checks what the cases above have run."""
     names = {
         name
         for name, f in (vars(kernels) | vars(adam_kernels)).items()

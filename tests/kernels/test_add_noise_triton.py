@@ -25,7 +25,7 @@ from pseuzo_kernels.triton.launch import (
     prepared,
 )
 
-pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the interpreter is
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the interpreter is slow
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -121,7 +121,7 @@ def test_fp16_coefs_of_any_size(size):
     """2^e has ends, and beyond them nothing is done. There may be more coefs than a program
     prepares, and the largest need not be the first.
     """
-    with warnings.catch_warnings():  # the interpreter's numpy: of NaN
+    with warnings.catch_warnings():  # the interpreter's numpy warns of NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         for K in (2, 129, 300):
             seeds, coefs = seeds_coefs(K)
@@ -265,8 +265,8 @@ def test_steps(noise, stochastic):
 
 
 def test_scales_that_fp32_does_not_hold():
-    """They are scales all the same: keep applies. In a row, only a scale of 0 leaves a tensor
-    alone.
+    """They count as scales, so keep applies. In a series of steps, only a scale of 0 leaves a
+    tensor unchanged.
     """
     seeds, coefs = seeds_coefs(3)
     start = torch.cat([torch.tensor([-0.0, 0.0]), values(300, torch.float32)])

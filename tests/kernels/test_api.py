@@ -14,7 +14,7 @@ from pseuzo_kernels import reference
 def test_perturb_restore_update_are_add_noise(api, noise):
     xs = [torch.randn(5000), torch.randn(3, 7), torch.randn(0), torch.randn(2048)]
     start = [x.clone() for x in xs]
-    # coefficients up to 0.2 are rounded to 17 bits, |z| < 5.5; fp32's own errors are far less
+    # Coefficients up to 0.2 are rounded to 17 bits, and |z| < 5.5; fp32's own errors are far less.
     atol = 0.2 * 5.5 * 2.0**-17
     api.perturb_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
     for x, was, stream, scale in zip(xs, start, (4, 9, 2, 0), (1.0, 2.0, 1.0, 0.0), strict=True):
@@ -30,8 +30,8 @@ def test_perturb_restore_update_are_add_noise(api, noise):
         z = 0.5 * reference.noise(x.shape, 1, i, noise=noise) - 2 * reference.noise(
             x.shape, 2, i, noise=noise
         )
-        # in half precision coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5
-        # by 2^-12 each, which the transform of 16 inputs of up to 1.86 adds up
+        # In half precision, coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5
+        # by 2^-12 each. The transform adds this up over 16 inputs of up to 1.86.
         more = 0.2978 * 16 * (2 * 1.86 * 2.0**-13 + 2 * 2.0**-12) if noise == "hadamard-fp16" else 0
         torch.testing.assert_close(
             x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol + more

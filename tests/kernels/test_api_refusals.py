@@ -1,4 +1,4 @@
-"""What the public functions refuse before anything is written, and what they skip and count."""
+"""The public functions refuse bad arguments before they write anything, and count skipped calls."""
 
 import pytest
 import torch
@@ -213,7 +213,7 @@ def test_tensor_too_large_for_the_counter():
         pk.add_noise_(x, 1, 1.0, 0)
 
 
-# every public op that writes, on x
+# A call of every public op that writes, on x.
 WRITES = {
     "add_noise_": lambda api, x, **k: api.add_noise_(x, [1, 2], COEFS, 0, keep=0.5, **k),
     "add_noise": lambda api, x, **k: x.copy_(api.add_noise(x, [1, 2], COEFS, 0, keep=0.5, **k)),
@@ -230,7 +230,8 @@ writes = pytest.mark.parametrize("name", WRITES)
 @apis
 @writes
 def test_stochastic_rounding_needs_its_seed(api, name):
-    """With equal seeds, all calls draw equal bits: 400 roundings are then off by tens of ulps."""
+    """With equal seeds all calls draw equal bits, so the errors of 400 roundings add up to tens of
+    ulps."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(300, dtype=dtype)
         op = name.split()[0]
@@ -312,8 +313,8 @@ def test_a_step_that_the_window_skipped_does_not_decay(api):
 @apis
 @writes
 def test_freed_memory_is_refused(api, name):
-    """Offloading and sharding free the memory of a tensor. An op would take it for no x at all, or
-    crash.
+    """Offloading and sharding free the memory of a tensor. An op would mistake it for an absent x,
+    or crash.
     """
     freed, flag = torch.ones(300), torch.ones(1)
     for tensor in (freed, flag):

@@ -1,6 +1,6 @@
-"""The number of ops that a step calls grows with neither the window nor the run.
+"""The number of ops that a step calls does not grow with the window or with the run.
 
-Speed would be lost unnoticed otherwise.
+Without this test, speed could be lost unnoticed.
 """
 
 import collections
@@ -65,5 +65,5 @@ def test_a_step_is_two_forwards_and_little_else(make, most):
         head(forward())
     beyond = {name: n - 2 * plain.counts[name] for name, n in step.items()}
     assert sum(beyond.values()) <= most, {name: n for name, n in beyond.items() if n > 0}
-    # on a CPU, where it costs nothing, the count of skipped steps is looked at before and after
+    # On a CPU, where this costs nothing, the count of skipped steps is read before and after.
     assert beyond["aten._local_scalar_dense.default"] <= 2, "a step waits for the device"

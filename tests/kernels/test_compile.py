@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-# Instructions a normal in the loop over seeds, sm_90: what speed rests on, so no change may lose it
-# unseen. Hashing the seed where it is used costs more, and so does a thread with 2 counters in the
-# place of 4.
+# Instructions per normal in the loop over seeds, for sm_90. Speed depends on them, so no change may
+# add any unnoticed. Hashing the seed where it is used costs more, and so does a thread with 2
+# counters instead of 4.
 LIMITS = {"hadamard": 4.7, "hadamard-fp16": 3.3, "rademacher": 4.7, "normal": 10.8}
-# In all, a normal at K = 14 where the result is rounded stochastically: 6.12 and 6.82 with 8 bits
-# of dither.
+# All instructions per normal at K = 14 if the result is rounded stochastically. With 8 bits of
+# dither it would be 6.12 and 6.82.
 ROUNDED = {"bf16": 6.4, "fp16": 7.1}
 ALLOWANCES = {"hash": 0.45, "add_noise_steps_kernel": 0.3}
 
@@ -56,8 +56,8 @@ def test_nothing_spills(costs):
 def test_whole_chunks_are_read_and_written_widely(costs):
     for c in costs:
         # Rows may begin anywhere, unless they are whole planes. Without the asm, layouts are
-        # converted: that is what the asm is for. Where many updates share an access, its width is
-        # nothing.
+        # converted, which the asm avoids. Where many updates share an access, its width does not
+        # matter.
         anywhere = "rows" in c["kernel"] and "planes" not in c["kernel"]
         if not anywhere and not any(word in c["kernel"] for word in ("steps", "no asm")):
             assert c["shared_accesses"] == 0, c
@@ -91,10 +91,10 @@ def test_instructions_of_stochastic_rounding(costs):
 def test_registers(costs):
     """With 128 registers a multiprocessor has four blocks.
 
-    More are needed for more than 16 seeds in half precision, where both sums are held, and for
+    More are needed for more than 16 seeds in half precision, which hold both sums, and for
     stochastic rounding to fp16, a long calculation on 8 planes at once. The steps of a replay,
-    which hold x beside the sums, may have 168, which are three blocks: Triton 3.9 takes 123, Triton
-    3.6 takes 152.
+    which hold x beside the sums, may have 168, which leaves three blocks: Triton 3.9 takes 123,
+    Triton 3.6 takes 152.
     """
     for c in costs:
         if not any(word in c["kernel"] for word in ("blocks", " fp16 stochastic")):

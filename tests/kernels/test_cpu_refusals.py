@@ -1,4 +1,4 @@
-"""What the C++ noise ops skip or refuse, and that they touch only the memory of their tensors."""
+"""The C++ noise ops skip or refuse bad arguments, and touch only the memory of their tensors."""
 
 import ctypes
 import importlib
@@ -152,7 +152,7 @@ def test_rows_out_of_range():
 
 
 def test_an_extension_of_other_sources_is_refused(monkeypatch):
-    """It would round by an old rule, while journals name the present one."""
+    """An old build would round by an old rule, while journals name the present one."""
     monkeypatch.setattr(reference, "ROUNDING_VERSION", 99)
     with pytest.raises(ImportError, match="built from other sources than these; build it again"):
         importlib.reload(pseuzo_kernels)

@@ -186,7 +186,7 @@ def test_subnormals_survive_flush_denormal():
 
 @pytest.mark.parametrize("noise", BIT_EXACT)
 def test_scales_at_the_ends(noise):
-    """A scale that fp32 does not hold is a scale all the same: keep applies.
+    """A scale that fp32 cannot hold still counts as a scale, so keep applies.
 
     Zeros get the sign of the noise's, and large scales overflow alike.
     """

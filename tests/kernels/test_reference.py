@@ -105,7 +105,7 @@ def test_rounding_known_answers():
 
 
 def test_fp16_known_answers():
-    """These are a little off from those above; journals depend on them, too."""
+    """These functions differ slightly from those above, and journals depend on them as well."""
     x = torch.full((4096,), 0.5)
     reference.add_noise_(x, [1, 2, 3], [0.1, -0.2, 0.3], 3, keep=0.75, noise="hadamard-fp16")
     want = [
@@ -158,7 +158,7 @@ def test_fp16_with_one_seed_is_hadamard():
             1.0,
         ),
         ([0.0, -0.0], [0.0, 0.0], 2.0**-126),
-        # below the least power: subnormals, to a coarser grid
+        # Subnormals, below the least power, are rounded to a coarser grid.
         (
             [2.0**-149, 2.0**-127],
             [0.0, 0.5],

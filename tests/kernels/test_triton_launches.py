@@ -56,8 +56,8 @@ def test_list_in_one_launch(stochastic):
 def test_tables_of_a_captured_graph(monkeypatch):
     """A graph launches over a table that was cached before, which is then kept.
 
-    It makes none: the address would be of memory that is filled when the graph is captured, not
-    when it is replayed.
+    It makes no table, because the graph would hold the address of memory that is filled when the
+    graph is captured, not when it is replayed.
     """
     seeds, coefs = seeds_coefs(1)
     rest = ([3, 4], [1.0, 1.0], [1.0, 1.0], "hadamard", False, 0)
@@ -96,7 +96,7 @@ def test_tables_of_a_captured_graph(monkeypatch):
         tables.cache[key] is kept for key, kept in tables.captured.items()
     )
     tables.captured.clear()
-    with tables.tables_of_a_graph() as kept:  # whoever has the graph has them, too
+    with tables.tables_of_a_graph() as kept:  # the owner of the graph keeps them, too
         assert launches(xs) == [0, 1]
     assert len(kept) == 2 and not tables.captured
 

@@ -89,7 +89,7 @@ def test_matches_reference(grouped):
         values = torch.randn(capacity, rows_max, positions_max, width, generator=generator)
         counts = torch.randint(0, 3, (capacity, rows_max), generator=generator, dtype=torch.int32)
         groups = torch.arange(rows_max).repeat(capacity, 1)
-        values[counts == 0] = math.nan  # is not read
+        values[counts == 0] = math.nan  # these rows are not read
         state = [values, torch.arange(capacity), groups, counts, torch.tensor(3)]
         group = torch.randint(0, 5, (rows,), generator=generator) if grouped else None
         inputs = [
@@ -129,7 +129,7 @@ def test_matches_reference(grouped):
 @pytest.mark.parametrize("where", ["o0", "o1", "grad", "loss"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite(Window, grouped, where, bad):
-    """The step is zero and counted, and its entry is dropped: later steps do not see it."""
+    """The coefficients are zero, the step is counted, and later steps do not see its entry."""
     generator = torch.Generator().manual_seed(1)
     got, want = Window(3, momentum=0.9), Formula(3, momentum=0.9)
     for step in range(7):
@@ -177,7 +177,7 @@ def test_views_and_autograd(Window):
 
 
 def test_deterministic(Window):
-    """The bits are the same again, and with another number of threads."""
+    """The bits are the same in another run, and with another number of threads."""
     threads = torch.get_num_threads()
     runs = []
     try:

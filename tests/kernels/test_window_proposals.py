@@ -47,7 +47,7 @@ def test_a_step_is_a_proposal_and_its_commit(Window):
 
 @pytest.mark.parametrize("held", [0, 1, 3, 5])
 def test_a_proposal_that_is_not_committed_leaves_no_trace(Window, held):
-    """The same holds if it is not finite, grows the ring, or restarts with another width."""
+    """This also holds if the step is not finite, grows the ring, or restarts with another width."""
     generator = torch.Generator().manual_seed(1)
     got, want = (Window(3, momentum=0.7) for _ in range(2))
     for step in range(held):
@@ -105,7 +105,7 @@ def test_only_the_latest_is_committed(Window):
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
-    """The op may have written to that proposal's slot. What the window holds is untouched."""
+    """The op may have written to the slot of that proposal, but not to what the window holds."""
     generator = torch.Generator().manual_seed(4)
     inputs = draw(generator)
     got, want = Window(2), Window(2)
@@ -132,7 +132,7 @@ def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
 
 
 def test_momentum_eps_and_a_new_start(Window):
-    """A proposal takes them as a window does that was made, or cleared, with them.
+    """A proposal uses them like a window that was made or cleared with them.
 
     The window keeps its own.
     """

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: tensors and terms."""
+"""Tensors and terms for the tests of the Triton kernels."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The formula of the method in float64, and what the tests of windows share."""
+"""The formula of the method in float64, and helpers for the tests of windows."""
 
 import math
 

@@ -100,6 +100,7 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _by_label_words(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
     def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
+        assert data.options is not None  # evaluate() calls this for label words alone
         objective = CausalLMObjective(model, data.options, verify=verify)
         scores = torch.empty(len(rows), len(data.options or ()))
         for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
