@@ -155,7 +155,7 @@ def measure(table: Table, method: str, name: str, mode: str, args: argparse.Name
     timed.forward = forward_of(trainer)
     trainer.add_callback(timed)
     trainer.train()
-    options = {name: getattr(trainer.args, name) for name in OPTIONS}
+    options = trainer.counted_options()
     forwards = forwards_per_step(method, options)
     # Steps that differ have an average count of passes, and an average time beside it.
     average = median if float(forwards).is_integer() else fmean

@@ -31,16 +31,20 @@ class ReportingTrainer(Trainer):
 
     def forwards(self, steps: int) -> int:
         """Return the forward passes of the first steps; a backward pass counts as two."""
-        args = self.args
-        options = {name: getattr(args, name) for name in OPTIONS}
-        options["batch_size"] = args.train_batch_size
-        if hasattr(self.train_dataset, "__len__"):
-            options["train_size"] = len(self.train_dataset)
+        args, options = self.args, self.counted_options()
         each = forwards_per_step(args.method, options)
         if each == 3 and args.method == "pseuzo" and self.zero_order is not None:
             # A step at which lambda is 0 is MeZO's, and has two passes.
             return sum(3 if self.zero_order.schedule(step) > 0 else 2 for step in range(steps))
         return forwards_of_steps(args.method, steps, options)
+
+    def counted_options(self) -> dict[str, Any]:
+        """What the number of forward passes of a step depends on, see forwards_per_step."""
+        options = {name: getattr(self.args, name) for name in OPTIONS}
+        options["batch_size"] = self.args.train_batch_size
+        if hasattr(self.train_dataset, "__len__"):
+            options["train_size"] = len(self.train_dataset)
+        return options
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of our passes. Transformers counts a forward and a backward pass,
