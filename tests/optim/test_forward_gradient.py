@@ -16,6 +16,7 @@ from tiny_models import Tied, batch_of, causal_lm
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pseuzo_kernels import reference
 
@@ -237,6 +238,39 @@ def test_bad_options(options, match):
 def test_it_needs_the_model():
     with pytest.raises(ValueError, match="needs the model"):
         ForwardGradient(small_model().parameters())
+
+
+class Made(TorchDispatchMode):
+    """The shapes of the matrices that ops make, and that are no views of the parameters."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() == 2 and not is_zero(result):
+            if result.untyped_storage().data_ptr() not in self.own:
+                self.shapes.add(tuple(sorted(result.shape)))
+        return result
+
+
+def is_zero(x):
+    """Whether x has no storage, as tangents that are 0."""
+    try:
+        return x.untyped_storage().data_ptr() is None
+    except RuntimeError:
+        return True
+
+
+def test_a_frozen_layer_costs_no_matrix_of_its_size():
+    model = nn.Sequential(nn.Linear(6, 501), nn.Tanh(), nn.Linear(501, 607))
+    model[2].requires_grad_(False)
+    opt, (x, _) = ForwardGradient(model), data(0)
+    with Made(model) as made:
+        opt.step(lambda: model(x).square().mean())
+    assert (4, 607) in made.shapes and (501, 607) not in made.shapes
 
 
 @pytest.mark.slow

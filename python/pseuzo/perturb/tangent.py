@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.backends import cuda
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +52,22 @@ class _Reaches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _FrozenLayers(TorchFunctionMode):
+    """Spares linear layers whose weights have no tangent what torch does for it: a product with a
+    matrix of zeros, made for that."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and not any(map(_has_tangent, args[1:])):
+            x, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                return forward_ad.make_dual(func(x, *args[1:]), func(tangent, args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
 class TangentPass:
     """The pass that runs with dual weights, one after another of one model.
 
@@ -63,6 +81,7 @@ class TangentPass:
         self._originals: Originals = []
         self._hooks = Hooks()
         self._watch: _Reaches | None = None
+        self._frozen: _FrozenLayers | None = None
         self._level_is_open = False
         self._kernels: list[tuple[Callable[[bool], None], bool]] = []  # and whether they were on
 
@@ -103,6 +122,8 @@ class TangentPass:
         if kind not in layout.learned.settled:
             self._watch = _Reaches(self._note)
             self._watch.__enter__()
+        self._frozen = _FrozenLayers()
+        self._frozen.__enter__()
 
     def _open_level(self) -> None:
         self._level_is_open = True
@@ -137,8 +158,9 @@ class TangentPass:
         """Undo all that the pass changed. Idempotent, at any time."""
         put_back(self._originals)
         self._hooks.take_off()
-        if self._watch is not None:
-            leave(self._watch)
+        for mode in (self._frozen, self._watch):
+            if mode is not None:
+                leave(mode)
         if self._level_is_open:
             try:
                 forward_ad.exit_dual_level()
@@ -147,5 +169,6 @@ class TangentPass:
         self._level_is_open = False
         for enable, was_on in self._kernels:
             enable(was_on)
-        self._kernels, self._watch, self._hooks = [], None, Hooks()
+        self._kernels, self._hooks = [], Hooks()
+        self._watch = self._frozen = None
         self._originals.clear()
