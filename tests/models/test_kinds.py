@@ -55,7 +55,7 @@ def stock_logits(model, kind):
 
 @pytest.mark.parametrize("name, kind", ALL)
 def test_the_loss_is_the_models_own(name, kind):
-    """On either side of the padding, of a row alone, and in its gradient."""
+    """This holds with padding on either side, for a row alone, and for the gradient."""
     model = tiny_encoder(name, kind, num_labels=3)
     assert kind_of(model) == kind
     objective = CausalLMObjective(model, OPTIONS[kind])

@@ -1,6 +1,6 @@
-"""What CausalLMObjective promises, for every type of model and of adapter: the loss is the model's
-own, of a row alone and in a padded batch, or one sentence refuses it. The tables of docs/methods.md
-say which is which."""
+"""The promise of CausalLMObjective for every type of model and of adapter: the loss is the model's
+own, for a row alone and in a padded batch, or one sentence refuses the model. The tables of
+docs/methods.md say which types are refused."""
 
 import re
 from collections.abc import Callable
@@ -39,7 +39,7 @@ CLOSE = dict(rtol=4e-6, atol=1e-5)
 
 @cache
 def table(heading: str) -> dict[str, str]:
-    """What docs/methods.md says of each name in the table under a heading."""
+    """Return what docs/methods.md says about each name in the table under a heading."""
     part = DOCS.read_text().split(f"### {heading}\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| (\w[\w ]+) \| (`.+`) \|$", part, re.MULTILINE)
     return {name: what for what, names in rows for name in re.findall(r"`([^`]+)`", names)}
@@ -63,7 +63,7 @@ def batch_padded(side: str) -> dict[str, torch.Tensor]:
 
 
 def outcome(call: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """What the call gives, or None if one sentence refuses it."""
+    """Return the result of the call, or None if one sentence refuses it."""
     try:
         return call()
     except (RuntimeError, ValueError) as error:
@@ -80,7 +80,7 @@ def loss_of(objective: CausalLMObjective, batch: dict[str, torch.Tensor]) -> tor
 
 @torch.no_grad()
 def support(model: torch.nn.Module, **more: torch.Tensor) -> str:
-    """What the objective does for this model; its numbers are asserted to be the model's own.
+    """Return what the objective does for this model, after checking its numbers.
 
     more: other inputs of each row.
     """
@@ -179,7 +179,7 @@ def test_the_loss_of_lora_in_other_places(what, tied):
 
 
 def test_mezo_trains_an_adapter_of_the_head():
-    """Against the formula with weights that are written."""
+    """The step is compared with the formula, in weights that are written."""
     model = adapted(tiny("llama"), "LORA", target_modules=["lm_head"])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     batch = batch_padded("left")
@@ -306,8 +306,7 @@ def test_moved_padding():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rwkv"])
 def test_a_plan_that_is_padded_to_a_shape_has_the_same_loss(model_type):
-    """Passes that are recorded take all batches padded to a shape, whether these have padding or
-    not."""
+    """Recorded passes pad every batch to one of a few shapes, also one that has no padding."""
     objective = CausalLMObjective(tiny(model_type))
     batch = {"input_ids": IDS[1][None], "labels": labels_of(IDS[1])[None]}
     plan = objective.checked(padded(objective.plan(batch), 16, 4))

@@ -1,4 +1,4 @@
-"""h and g of a causal LM against its own full logits and autograd."""
+"""h and g of a causal LM agree with its own full logits and with autograd."""
 
 import copy
 from contextlib import nullcontext
@@ -104,7 +104,7 @@ def test_loss_over_options(kind):
 
 
 def test_options_of_one_token_are_label_words():
-    """The loss over options and the loss over label words, where both can be had."""
+    """The loss over options equals the loss over label words, where both exist."""
     model = causal_lm("gpt2").double().eval()
     prompts = batch_of()
     classes = torch.tensor([0, 2, 1, 2])

@@ -1,5 +1,5 @@
-"""Where the noise goes: patterns, presets and groups over the architectures. And the probe, where
-the answer is known."""
+"""Where the noise goes: patterns, presets and groups for several architectures; and the probe, on
+losses whose answer is known."""
 
 import copy
 import math
@@ -238,7 +238,7 @@ def test_probe_on_a_quadratic():
 
 
 def test_probe_on_logistic_regression():
-    """Against autograd's gradient, gradients of the examples, and Hessian. The probe sees the
+    """The probe agrees with autograd's gradient, gradients of examples and Hessian. It measures the
     gradient of the batch."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(40, 3)).double().float()
@@ -292,12 +292,12 @@ def test_choose_is_robust():
     good, half = row("good", 10, 2, 10, 1), row("half", 4.9, 1, 10, 1)
     weak = row("weak", 1, 0.2, 10, 1)
     assert choose([good, half, weak]) == ["good", "half"]
-    # a curvature that came out negative or tiny wins only what its error allows
+    # A negative or tiny curvature gains only what its error allows.
     assert choose([good, row("negative", 1, 0.2, -5, 10), row("zero", 1, 0.2, 1e-9, 10), weak]) == [
         "good"
     ]
     assert choose([good, row("nan", math.nan, 1, 1, 1), row("inf", math.inf, 1, 1, 1)]) == ["good"]
-    # one slope that is all noise does not set the mark
+    # One slope that is only noise does not set the threshold.
     assert choose([good, row("lucky", 100, 150, 10, 1), weak]) == ["good", "lucky"]
     assert choose([good, Row("fisher", 100.0, 1, 0.2, -5, 10, 2.0, 0.2), weak]) == [
         "good",

@@ -1,4 +1,4 @@
-"""Where the loss of a batch is, and what of a batch the model gets."""
+"""Where the loss of a batch is, and which parts of a batch the model gets."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""A model in two parts at its output head: what the head is, and what comes after it."""
+"""A model is split at its output head: which module that is, and what the model does after it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tuning modes: which weights they train, and that a prefix is what its tokens were."""
+"""Tuning modes: which weights they train, and that a prefix starts as its tokens."""
 
 import copy
 
@@ -156,7 +156,7 @@ def test_head_mode(kind, tied, tmp_path, caplog):
 
 
 def test_other_models():
-    """Attention heads that peft cannot read off a config are read off the activations. A model that
+    """If peft cannot find the attention heads in a config, the activations show them. A model that
     has none is refused."""
     sizes = dict(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4)
     with pytest.raises(

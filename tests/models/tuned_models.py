@@ -25,8 +25,8 @@ TOKENS = [5, 17, 900, 44, 1021]
 
 
 def tuned(kind, mode, tied=None, **options):
-    """A tuned model whose adapters are past their start, at which half of LoRA's weights do
-    nothing."""
+    """Return a tuned model whose adapters have moved from their start, at which half of LoRA's
+    weights have no effect."""
     model = tune(causal_lm(kind, tied), mode, **options).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""An output head of its own, trained by the exact gradient."""
+"""An untied output head is trained by the exact gradient."""
 
 import copy
 import math

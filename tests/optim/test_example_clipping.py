@@ -1,4 +1,4 @@
-"""Losses of examples, and clipping."""
+"""Steps on the losses of examples, and their clipping."""
 
 import copy
 from functools import partial

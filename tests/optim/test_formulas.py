@@ -1,4 +1,4 @@
-"""The updates against the formulas written out plainly."""
+"""The updates agree with the formulas, which are written out plainly."""
 
 import copy
 import math
@@ -171,9 +171,8 @@ def test_lr_and_decay_by_group(lr, decay):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 @pytest.mark.parametrize("options", [[17, 4], None], ids=["options", "language modelling"])
 def test_mezo_steps_after_pseuzo_steps_see_the_whole_perturbation(kind, options):
-    """The head is no part of h but of the loss, so what was learned of the model in one kind of
-    pass must not be used in the other. The projected gradient is that of weights perturbed in
-    place."""
+    """The head is part of the loss but not of h, so what one kind of pass learned about the model
+    must not be used in the other. The projected gradient is that of weights perturbed in place."""
     model = causal_lm(kind)
     objective = CausalLMObjective(model, options)
     batch = batch_of()

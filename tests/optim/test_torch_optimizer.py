@@ -132,7 +132,7 @@ def test_bare_16_bit_parameters_do_not_drift(make, dtype):
 
 
 def test_an_untied_head_takes_no_noise_from_pseuzo():
-    """h does not use it: all it could get is noise. MeZO, whose loss does use it, trains it."""
+    """h does not use it, so it could only get noise. MeZO, whose loss uses it, trains it."""
     for make, moves in ((PseuZO, False), (MeZO, True)):
         model = causal_lm("llama")
         before = model.lm_head.weight.clone()
@@ -350,8 +350,7 @@ def test_half_precision_sums_restore_bare_parameters_as_exactly():
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_groups_may_change_in_mid_run(make):
-    """What was learned of them before must not be used any more: as of an optimizer that is made
-    then."""
+    """What was learned about them before is forgotten, as if the optimizer were made then."""
     model = causal_lm("opt").eval()
     opt, weight = make(model), model.model.decoder.layers[0].fc1.weight
     run_steps(opt, model, 5)

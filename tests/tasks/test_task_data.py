@@ -244,7 +244,7 @@ def test_a_prompt_without_any_token_before_the_answer():
 
 
 def test_an_answer_without_a_token_is_refused():
-    """Else the last token of the prompt would be scored in its place, or nothing."""
+    """Otherwise the last token of the prompt would be scored in its place, or nothing."""
     from tokenizers import normalizers
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)

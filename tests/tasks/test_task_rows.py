@@ -104,7 +104,7 @@ def test_fewer_rows_than_asked_for(tmp_path):
 @pytest.mark.filterwarnings("ignore:task sst2. the data has .* too few")
 @pytest.mark.parametrize("n", [3, 4, 11, 30, 2000, 2499, 2501, 4000])
 def test_test_rows_of_one_file_do_not_depend_on_the_others(n, tmp_path):
-    """Else an evaluation that asks for a few shots would be on rows that a run was trained on."""
+    """Otherwise an evaluation with a few shots would use rows that a run was trained on."""
     data, task = write(tmp_path / "one.jsonl", numbered(n)), load_task("sst2")
     run = {part: numbers(examples) for part, examples in task.load(data, seed=5).items()}
     every = [i for part in PARTS for i in run[part]]
