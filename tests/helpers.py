@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import torch
-from pseuzo import CausalLMObjective, MeZO, PseuZO
+from pseuzo import CausalLMObjective, MeZO, PseuZO, ZOConservative
 from pseuzo.optim.schedule import Schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -231,6 +231,7 @@ MAKERS = {
     "pseuzo scheduled": lambda m, **k: PseuZO(m, 1e-3, 1e-2, 3, OffEveryThird(), **k),
     "mezo": lambda m, **k: MeZO(m, 1e-3, 1e-2, directions=2, momentum=0.5, window=2, **k),
     "mezo one-sided": lambda m, **k: MeZO(m, 1e-3, 1e-2, two_sided=False, **k),
+    "zo-conservative": lambda m, **k: ZOConservative(m, 1e-3, 1e-2, **k),
     "parameters": lambda m, **k: PseuZO(m.parameters(), 1e-3, 1e-2, 3, **k),
     "parameters, mezo": lambda m, **k: MeZO(m.parameters(), 1e-3, 1e-2, **k),
 }
