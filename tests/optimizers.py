@@ -11,7 +11,7 @@ from pseuzo import (
     PseuZO,
     ZOAdam,
 )
-from pseuzo.optim import ZOBlocks, ZOConservative, ZOSign
+from pseuzo.optim import SparseMeZO, ZOBlocks, ZOConservative, ZOSign
 from pseuzo.optim.seeds import step_seed
 from torch import nn
 
@@ -139,6 +139,9 @@ MAKERS = {
     "zo-adam": lambda p, **o: ZOAdam(p, 0.02, 1e-2, weight_decay=0.1, seed=2, window=3, **o),
     "evolution": lambda p, **o: Evolution(
         p, 0.02, 1e-2, directions=2, weight_decay=0.1, seed=2, **o
+    ),
+    "sparse-mezo": lambda p, **o: SparseMeZO(
+        p, 0.02, 1e-2, mask="random", sparsity=0.5, weight_decay=0.1, seed=2, **o
     ),
     "zo-sign": lambda p, **o: ZOSign(p, 0.02, 1e-2, weight_decay=0.1, seed=2, directions=2, **o),
     "zo-conservative": lambda p, **o: ZOConservative(p, 0.02, 1e-2, weight_decay=0.1, seed=2, **o),

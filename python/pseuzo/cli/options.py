@@ -236,7 +236,7 @@ RUN_OPTIONS = options(
         for name in (
             *("window", "momentum", "schedule", "cycles", "pseuzo_epochs", "weighting"),
             *("groups", "directions", "two_sided", "weights", "split_batch", "moments"),
-            *("coordinates", "scores", "blocks", "noise"),
+            *("coordinates", "scores", "sparsity", "mask", "renew_mask", "blocks", "noise"),
         )
     ),
     training_option("noise_on", "lr and eps not given are scaled to it."),

@@ -18,6 +18,7 @@ from pseuzo.optim.schedule import (
     Schedule,
 )
 from pseuzo.optim.sign import ZOSign
+from pseuzo.optim.sparse import SparseMeZO
 from pseuzo.optim.svrg import MeZOSVRG
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PseuZO",
     "Reciprocal",
     "Schedule",
+    "SparseMeZO",
     "ZOAdam",
     "ZOBlocks",
     "ZOConservative",

@@ -23,6 +23,7 @@ from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.skips import Skips
 from pseuzo.optim.state import KEY, read_state, update_rms
 from pseuzo.optim.update import Direction, Update, prepare
+from pseuzo.perturb.masks import Masks
 from pseuzo_kernels.checks import check_noise, check_rounding, signed64
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -48,6 +49,7 @@ class ZeroOrder(torch.optim.Optimizer):
     needs_data = False  # whether step also takes batches, the losses of all the training data
     recordable = True  # whether a journal's seeds and coefficients say all of its updates
     parts: int = 1  # of a batch; of several, step takes a list of closures, and the parts' sizes
+    masks: Masks | None = None  # which elements take noise in the step that is made; None: all
     own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets
 
     def __init__(
@@ -84,9 +86,8 @@ class ZeroOrder(torch.optim.Optimizer):
         self.model = model
         self._model_streams = groups.model_streams(model)
         self._streams: dict[Tensor, int] = {}
-        self._steps = 0
+        self._steps, self._skips = 0, Skips()
         self._measured: Measured | None = None  # by estimate(), until step() applies it
-        self._skips = Skips()
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None  # coefs, moved
         self.journal: Any = None  # a pseuzo.train.journal.Journal, told of every update
         self.journal_run: str | None = None  # the run whose journal records the steps so far
@@ -179,6 +180,7 @@ class ZeroOrder(torch.optim.Optimizer):
             unused=self.passes.unused(op, direction.kind),
             pending=self.passes.pending(),
             exact_groups=self.param_groups if direction.gradients else (),
+            masks=self.masks,
         )
 
     def _commit(self, direction: Direction, update: Update, step: int, skipped: Tensor) -> None:
@@ -200,8 +202,7 @@ class ZeroOrder(torch.optim.Optimizer):
         """As in torch. New parameters get the next streams (with a model: their position in
         model.parameters())."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        name = type(self).__name__
+        name, group = type(self).__name__, self.param_groups[-1]
         try:
             groups.check_group(name, group, param_group, self.defaults, self.has_gradient)
             known = self._streams

@@ -72,11 +72,12 @@ class Passes:
         groups.check_trains(op, optimizer.param_groups)
         if optimizer.model is None:
             shifted = [(group["noise_scale"], self._limited(params)) for group, params in trained]
-            self._in_place.serve(shifted, optimizer.streams)
+            self._in_place.serve(shifted, optimizer.streams, optimizer.masks)
         else:
             if self._only is not None and self._block in self._of_blocks:
                 take_up(optimizer.model, self._of_blocks[self._block])
-            passes = passes_of(optimizer.model, self._find_places(), optimizer.noise)
+            settings = optimizer.noise, optimizer.masks
+            passes = passes_of(optimizer.model, self._find_places(), *settings)
             if passes is not self._of_blocks.get(self._block):
                 passes.note_used(self.used())  # it begins with what this optimizer knows
                 self._of_blocks[self._block], self._recorded_of = passes, None

@@ -3,11 +3,17 @@
 from pseuzo_kernels.reference import hash_seed
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
+MASK_DOMAIN = 0x6D61736B  # and the masks from both
 
 
 def step_seed(run_seed: int, step: int, domain: int = 0) -> int:
     """The seed of a step."""
     return hash_seed(hash_seed(run_seed ^ domain) + step)
+
+
+def mask_seed(run_seed: int, step: int, renewed: bool) -> int:
+    """The seed of a step's random masks. renewed: each step has its own."""
+    return step_seed(run_seed, step if renewed else 0, MASK_DOMAIN)
 
 
 def direction_seed(run_seed: int, step: int, direction: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pseuzo.optim.skips import NOT_FINITE
 from pseuzo.perturb.in_place import Shift
-from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
+from pseuzo.perturb.masks import Masks, mask_of, op_in_place, op_out
 from pseuzo_kernels.reference import hash_seed, round_stochastically
 
 CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bounds its temporaries
@@ -89,6 +89,7 @@ def prepare(
     unused: Set[Tensor],
     pending: tuple[Shift, Mapping[Tensor, Tensor]] | None,
     exact_groups: Iterable[dict[str, Any]],
+    masks: Masks | None = None,
 ) -> Update:
     """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all
     groups.
@@ -96,6 +97,7 @@ def prepare(
     The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
     the parameters in `unused`, as noise is all that they would get, and changes nothing but the
     shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
+    masks: which elements the update is of; the others stay as they are, without decay.
     """
     seeds, coefs, found_inf = direction.seeds, direction.coefs, direction.found_inf
     shift, copies = pending if pending is not None else (None, {})
@@ -121,21 +123,21 @@ def prepare(
         # The op sets its flag where coefs * step overflows. That concerns one launch; the step's
         # own flag stays as it is.
         skip = found_inf.to(device, copy=abs(step) > 0.25)
-        at = [streams[p] for p in members]
+        at, mask = [streams[p] for p in members], mask_of(masks, members)
         if back is None or shift is None:
-            arguments = (s, c, at, keeps, scales, noise, stochastic, rounding_seed, skip)
+            arguments = (s, c, at, keeps, scales, noise, stochastic, rounding_seed, skip, *mask)
             if copied:
                 from_copies = [copies[p] for p in members]
-                launches.append(partial(add_noise_list_out, from_copies, *arguments, out=members))
+                launches.append(partial(op_out(masks), from_copies, *arguments, out=members))
             else:
-                launches.append(partial(add_noise_list_, members, *arguments))
+                launches.append(partial(op_in_place(masks), members, *arguments))
             continue
         exact_sums = noise.removesuffix("-fp16")  # sums in half precision would not restore x
         s = torch.cat([s, s.new_full((1,), shift.seed)])
         c = torch.cat([c, c.new_full((1,), -shift.offset * keeps[0])])
-        arguments = (s, c, at, keeps, scales, exact_sums, stochastic, rounding_seed, skip)
-        launches.append(partial(add_noise_list_, members, *arguments))
-        taken_back = (s[-1:], at, scales, exact_sums, shift.offset, skip)
+        arguments = (s, c, at, keeps, scales, exact_sums, stochastic, rounding_seed, skip, *mask)
+        launches.append(partial(op_in_place(masks), members, *arguments))
+        taken_back = (s[-1:], at, scales, exact_sums, shift.offset, skip, masks)
         launches.append(partial(_take_back_if_skipped, members, *taken_back))
     launches += _descents(exact_groups, direction, streams, stochastic, rounding_seed)
     written = [p for params, _ in moved for p in params]
@@ -144,11 +146,12 @@ def prepare(
     return Update(launches, moved, unused, rounding_seed)
 
 
-def _take_back_if_skipped(members, seed, at, scales, noise, offset, skip) -> None:
+def _take_back_if_skipped(members, seed, at, scales, noise, offset, skip, masks) -> None:
     """A launch that was skipped took no shift back; after any other one, do nothing."""
     only_if_skipped = torch.full_like(skip, float("nan")).masked_fill_(skip != 0, -offset)
     keeps = [1.0] * len(members)
-    add_noise_list_(members, seed, only_if_skipped, at, keeps, scales, noise, False, 0, None)
+    arguments = (seed, only_if_skipped, at, keeps, scales, noise, False, 0, None)
+    op_in_place(masks)(members, *arguments, *mask_of(masks, members))
 
 
 def _alike(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pseuzo.interrupts import uninterrupted
+from pseuzo.perturb.masks import Masks, mask_of, op_in_place, op_out
 from pseuzo.perturb.perturbation import Base
-from pseuzo_kernels.ops import add_noise_list_, add_noise_list_out
 
 
 class Part(NamedTuple):
@@ -50,6 +50,7 @@ class InPlace:
         # Sums in half precision would not restore x; they are of the same z.
         self.noise = noise.removesuffix("-fp16")
         self._on_first, self._on_change = on_first, on_change
+        self._masks: Masks | None = None
         self._fp32: list[Part] = []
         self._half: list[Part] = []
         self._shifts: list[Shift] = []  # of each part of _fp32
@@ -59,12 +60,19 @@ class InPlace:
         self._copied = False
         self._aim = Shift(0, 0.0)  # what was asked for last
 
-    def serve(self, groups: Iterable[tuple[float, Sequence[Tensor]]], streams: Mapping) -> None:
+    def serve(
+        self,
+        groups: Iterable[tuple[float, Sequence[Tensor]]],
+        streams: Mapping,
+        masks: Masks | None = None,
+    ) -> None:
         """Say which parameters are shifted from now on: (noise scale, parameters) by group.
 
-        What an interrupted clean-up left shifted is put back first.
+        What an interrupted clean-up left shifted is put back first. masks: of fp32 parameters they
+        must be random, as a shift changes which elements are small.
         """
         self.restore()
+        self._masks = masks
         parts = [
             Part(part, [streams[p] for p in part], scale, device)
             for scale, params in groups
@@ -153,7 +161,8 @@ class InPlace:
             terms = [(to.seed, to.offset - old.offset)]
         else:
             terms = [(old.seed, -old.offset), (to.seed, to.offset)]
-        return partial(add_noise_list_, part.params, *self._arguments(part, terms))
+        arguments = self._arguments(part, terms)
+        return partial(op_in_place(self._masks), part.params, *arguments)
 
     def _half_launches(self, part: Part, to: Shift) -> list[Callable[[], Any]]:
         if not self._copied:
@@ -162,7 +171,7 @@ class InPlace:
         if not to.offset:
             return [partial(p.copy_, x) for p, x in zip(part.params, copies, strict=True)]
         arguments = self._arguments(part, [(to.seed, to.offset)])
-        return [partial(add_noise_list_out, copies, *arguments, out=part.params)]
+        return [partial(op_out(self._masks), copies, *arguments, out=part.params)]
 
     def _arguments(self, part: Part, terms: list[tuple[int, float]]) -> tuple[Any, ...]:
         seeds, coefs = zip(*terms, strict=True)
@@ -171,6 +180,7 @@ class InPlace:
             filled(seeds, torch.int64, part.device),
             filled(coefs, torch.float32, part.device),
             *(part.streams, [1.0] * n, [part.scale] * n, self.noise, False, 0, None),
+            *mask_of(self._masks, part.params),
         )
 
 

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from pseuzo.perturb.layout import Layout
+from pseuzo.perturb.masks import Masks
 from pseuzo.perturb.perturbation import Base, Perturbation
 from pseuzo.perturb.running import RunningPass
 from pseuzo.perturb.scratch import Scratch, WholePassCopies
@@ -30,14 +31,19 @@ from pseuzo.perturb.tangent import TangentPass
 class ModulePasses:
     """Perturbed passes of one model, kept from step to step with what they learned of the model.
 
-    params: the weights to perturb -> (stream, noise scale); others run as they are. Passes last as
+    params: the weights to perturb -> (stream, noise scale); others run as they are. masks: which of
+    their elements take noise; None: all. Passes last as
     long as their model, so all their references to its modules are weak.
     """
 
     def __init__(
-        self, model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str
+        self,
+        model: nn.Module,
+        params: Mapping[nn.Parameter, tuple[int, float]],
+        noise: str,
+        masks: Masks | None = None,
     ) -> None:
-        self._perturbation = Perturbation(params, noise)
+        self._perturbation = Perturbation(params, noise, masks)
         self.whole_pass = WholePassCopies(self._perturbation)
         self._layout = Layout(model, self._perturbation, self.whole_pass)
         self.scratch = Scratch(self._perturbation, self._layout.most_together)
@@ -45,9 +51,14 @@ class ModulePasses:
         self._pass = RunningPass(self._layout, self.scratch)
         self._tangents = TangentPass(self._layout)
 
-    def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
-        """Do these passes serve for params and noise? See Perturbation.matches."""
-        return self._perturbation.matches(params, noise)
+    def matches(
+        self,
+        params: Mapping[nn.Parameter, tuple[int, float]],
+        noise: str,
+        masks: Masks | None = None,
+    ) -> bool:
+        """Do these passes serve for params, noise and masks? See Perturbation.matches."""
+        return self._perturbation.matches(params, noise, masks)
 
     @property
     def params(self) -> dict[nn.Parameter, tuple[int, float]]:
@@ -127,16 +138,20 @@ _passes: WeakKeyDictionary[nn.Module, ModulePasses] = WeakKeyDictionary()
 
 
 def passes_of(
-    model: nn.Module, params: Mapping[nn.Parameter, tuple[int, float]], noise: str
+    model: nn.Module,
+    params: Mapping[nn.Parameter, tuple[int, float]],
+    noise: str,
+    masks: Masks | None = None,
 ) -> ModulePasses:
-    """The passes of a model, made anew if the ones it has are of other weights, scales or noise."""
+    """The passes of a model, made anew if the ones it has are of other weights, scales, noise or
+    masks."""
     passes = _passes.get(model)
     if passes is not None and passes.active:
         raise RuntimeError(
             "perturbed: the model is perturbed already; contexts of one model do not nest"
         )
-    if passes is None or not passes.matches(params, noise):
-        passes = _passes[model] = ModulePasses(model, params, noise)
+    if passes is None or not passes.matches(params, noise, masks):
+        passes = _passes[model] = ModulePasses(model, params, noise, masks)
     return passes
 
 

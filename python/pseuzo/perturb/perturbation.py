@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.perturb.contexts import outside_inference_mode
+from pseuzo.perturb.masks import Mask, Masks, mask_of, op_out
 from pseuzo_kernels.checks import check_noise, check_tensors, signed64
-from pseuzo_kernels.ops import RepeatedPerturb, add_noise_list_out, add_noise_rows
+from pseuzo_kernels.ops import RepeatedPerturb, add_noise_masked_rows, add_noise_rows
 
 Base = Mapping[nn.Parameter, Tensor]
 
@@ -23,7 +24,8 @@ class Launch:
         self._at = list(streams), list(scales)
         reals = [perturbation.real[p] for p in params]
         seeds = perturbation.aim_on(params[0].device)
-        self._usual = RepeatedPerturb(reals, *seeds, *self._at, perturbation.noise, outs)
+        how = perturbation.noise, outs, perturbation.mask_of(params)
+        self._usual = RepeatedPerturb(reals, *seeds, *self._at, *how)
 
     def __call__(self) -> None:
         perturbation = self._perturbation
@@ -34,21 +36,29 @@ class Launch:
         xs = [perturbation.base[p] for p in self._params]
         seeds, (streams, scales) = perturbation.aim_on(xs[0].device), self._at
         arguments = (*seeds, streams, [1.0] * len(xs), scales, perturbation.noise)
-        add_noise_list_out(xs, *arguments, False, 0, None, out=self._outs)
+        mask = perturbation.mask_of(self._params)
+        op_out(perturbation.masks)(xs, *arguments, False, 0, None, *mask, out=self._outs)
 
 
 class Perturbation:
     """x + scale * noise_scale * z(seed, stream) for each weight x.
 
     params: weight -> (stream, noise scale). The seed and the scale are tensors that aim() writes in
-    place, so that a recorded pass reads them when it is replayed. base: weight -> a tensor that the
+    place, so that a recorded pass reads them when it is replayed. masks: which elements take noise;
+    their seed is written likewise. base: weight -> a tensor that the
     running pass perturbs in its place; None: the weights themselves.
     """
 
     base: Base | None = None
 
-    def __init__(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> None:
+    def __init__(
+        self,
+        params: Mapping[nn.Parameter, tuple[int, float]],
+        noise: str,
+        masks: Masks | None = None,
+    ) -> None:
         check_noise("perturbed", noise)
+        self.masks = masks
         self.noise = noise
         self.params = {p: place for p, place in params.items() if place[1] != 0}
         self.streams = {p: stream for p, (stream, _) in self.params.items()}
@@ -64,9 +74,20 @@ class Perturbation:
             self.by_storage.setdefault(p.untyped_storage().data_ptr(), []).append(p)
         self._matched = params  # the last argument that matches() found to be equal
         self._aims: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._mask_seeds: dict[torch.device, Tensor] = {}
 
-    def matches(self, params: Mapping[nn.Parameter, tuple[int, float]], noise: str) -> bool:
-        """Is this the perturbation of params? It is not if one was moved, replaced or rescaled."""
+    def matches(
+        self,
+        params: Mapping[nn.Parameter, tuple[int, float]],
+        noise: str,
+        masks: Masks | None = None,
+    ) -> bool:
+        """Is this the perturbation of params? It is not if one was moved, replaced or rescaled, or
+        has another mask. Masks of another seed become those of the passes from here on."""
+        if masks is not self.masks:
+            if masks is None or not masks.alike(self.masks):
+                return False
+            self.masks = masks
         if noise != self.noise or [(p.data_ptr(), p.dtype) for p in self.params] != self._memory:
             return False
         if params is not self._matched:
@@ -80,6 +101,9 @@ class Perturbation:
         for seeds, scales in map(self.aim_on, self.devices):
             seeds.fill_(signed64("perturbed", seed))
             scales.fill_(scale)
+        if self.masks is not None and self.masks.seed is not None:
+            for mask_seed in map(self._mask_seed_on, self.devices):
+                mask_seed.fill_(self.masks.seed)
 
     def aim_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The seed and the scale that passes see, [1] each."""
@@ -88,6 +112,18 @@ class Perturbation:
                 seeds = torch.empty(1, dtype=torch.int64, device=device)
                 self._aims[device] = seeds, torch.empty(1, dtype=torch.float32, device=device)
         return self._aims[device]
+
+    def mask_of(self, params: list[nn.Parameter]) -> Mask:
+        """The masks of params of one device, as the ops take them."""
+        random = self.masks is not None and self.masks.seed is not None
+        seed = self._mask_seed_on(params[0].device) if random else None
+        return mask_of(self.masks, params, seed)
+
+    def _mask_seed_on(self, device: torch.device) -> Tensor:
+        if device not in self._mask_seeds:
+            with outside_inference_mode():
+                self._mask_seeds[device] = torch.empty(1, dtype=torch.int64, device=device)
+        return self._mask_seeds[device]
 
     def launch(self, params: list[nn.Parameter], outs: list[Tensor]) -> Launch:
         """The launch that writes the perturbed params, all of one dtype and device, to outs."""
@@ -98,4 +134,7 @@ class Perturbation:
         stream, scale = self.params[param]
         x = self.real[param] if self.base is None else self.base[param]
         at = *self.aim_on(param.device), stream, scale
-        return add_noise_rows(x, index.long(), *at, self.noise)
+        if self.masks is None:
+            return add_noise_rows(x, index.long(), *at, self.noise)
+        (limit,), mask_seed = self.mask_of([param])  # type: ignore[misc]  # there are masks
+        return add_noise_masked_rows(x, index.long(), *at, self.noise, limit, mask_seed)

@@ -113,6 +113,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         for name in (
             *("journal", "capture", "objective", "weights", "split_batch"),
             *("anchor_every", "anchor_batches", "anchor_lr", "coordinates", "scores"),
+            *("sparsity", "mask", "renew_mask"),
         ):
             self._refuse_of_other_methods(name)
         if not self.zeroth_order:

@@ -86,6 +86,15 @@ def population(setup: Setup) -> Optimizer:
     return Evolution(setup.groups, two_sided=two_sided, weights=args.weights, **own)
 
 
+def sparse(setup: Setup) -> Optimizer:
+    from pseuzo.optim import SparseMeZO
+
+    args = setup.args
+    own = {name: getattr(args, name) for name in ("sparsity", "mask", "renew_mask", "directions")}
+    two_sided = args.two_sided is not False
+    return SparseMeZO(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
+
+
 def svrg(setup: Setup) -> Optimizer:
     from pseuzo.optim import MeZOSVRG
 

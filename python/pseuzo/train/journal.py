@@ -46,6 +46,7 @@ from pseuzo.train.journal_file import (
     frozen_fingerprint,
     hold,
     is_at,
+    mask_header,
     owner,
     read_header,
     read_record,
@@ -366,7 +367,7 @@ def _changed(optimizer: ZeroOrder, layout: dict[str, Any]) -> bool:
         "groups": len(optimizer.param_groups),
     }
     exact = any(group["exact_gradient"] for group in optimizer.param_groups)
-    return exact or any(layout[key] != value for key, value in now.items())
+    return exact or any(layout.get(k) != v for k, v in (now | mask_header(optimizer)).items())
 
 
 def _layout(optimizer: ZeroOrder) -> dict[str, Any]:
@@ -388,6 +389,7 @@ def _layout(optimizer: ZeroOrder) -> dict[str, Any]:
     frozen = None if model is None else frozen_fingerprint(model, [p for _, p in trained])
     return {
         "version": VERSION,
+        **mask_header(optimizer),
         "noise": optimizer.noise,
         "rounding": optimizer.rounding,
         "rounding_version": ROUNDING_VERSION,

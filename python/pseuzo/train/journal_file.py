@@ -22,7 +22,8 @@ from pseuzo.files import lock, unlock
 from pseuzo.machine import parts_of
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
-MAGIC, VERSION = b"PSEUZOJ\n", 3
+# A journal with masks has a version of its own, so that no earlier pseuzo replays it without them.
+MAGIC, VERSION, MASKED_VERSION = b"PSEUZOJ\n", 3, 4
 HEADER_KEYS = (
     "version",
     "noise",
@@ -137,6 +138,21 @@ def _read_part(file: BinaryIO) -> bytes | None:
     return payload
 
 
+def mask_header(optimizer: Any) -> dict[str, Any]:
+    """The part of the header that says which elements took noise; {} where all did.
+
+    limits: one per parameter. seed: of the run, for random masks. renewed: they are other ones in
+    each step.
+    """
+    masks = optimizer.masks
+    if masks is None:
+        return {}
+    limits = [masks.limits[p] for group in optimizer.param_groups for p in group["params"]]
+    random = masks.seed is not None
+    about = {"seed": optimizer.seed if random else None, "renewed": optimizer.renew_mask}
+    return {"version": MASKED_VERSION, "masks": {"limits": limits, **about}}
+
+
 def read_header(file: BinaryIO) -> dict[str, Any]:
     """Read the header of a journal. JournalError if this version cannot replay it."""
     if file.read(len(MAGIC)) != MAGIC:
@@ -155,7 +171,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
         raise JournalError(
             f"{file.name}: the header cannot be read; the file is damaged, or not pseuzo's"
         )
-    if header["version"] != VERSION:
+    if header["version"] not in (VERSION, MASKED_VERSION):
         raise JournalError(
             f"{file.name} has version {header['version']}, but this pseuzo reads version {VERSION}"
         )

@@ -131,6 +131,15 @@ METHODS = {
         directions=8,
         refusal=_fzoo_refusal,
     ),
+    "sparse-mezo": Method(
+        help="Sparse-MeZO: MeZO on the small weights alone, or on random ones.",
+        build=builders.sparse,
+        passes=costs.mezo_passes,
+        options=(*PERTURBING, "directions", "objective", "sparsity", "mask", "renew_mask"),
+        refusal=lambda sparsity, **unused: (
+            "sparsity 1 leaves no weight to train; give a lower one" if sparsity >= 1 else None
+        ),
+    ),
     "mezo-svrg": Method(
         help="MeZO-SVRG: estimates corrected by one over all the data, at an anchor.",
         build=builders.svrg,

@@ -21,6 +21,7 @@ GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
 MOMENTS = ("seeds", "state")
+MASKS = ("small", "random")
 SCORES = ("grasp", "magnitude", "random")
 WEIGHTS = ("raw", "spread", "zscore", "rank")
 # One for the methods that are not named.
@@ -181,6 +182,17 @@ class ZeroOrderOptions:
         "loss",
         "What is minimized; metric is 1 - the task's metric, which needs no derivative.",
         OBJECTIVES,
+    )
+    sparsity: Annotated[float, Flag(least=0, most=1)] = _option(
+        0.75, "Share of each tensor's weights that sparse-mezo leaves alone."
+    )
+    mask: str = _option(
+        "small",
+        "Which weights sparse-mezo trains: the smallest of each tensor, or random ones.",
+        MASKS,
+    )
+    renew_mask: Annotated[bool, Flag(only_with={"mask": ("random",)})] = _option(
+        False, "Draw the random weights of sparse-mezo anew in each step."
     )
     anchor_every: Annotated[int, Flag(least=1)] = _option(
         10, "Steps from one anchor of mezo-svrg to the next (q)."

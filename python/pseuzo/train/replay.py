@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pseuzo.optim.seeds import mask_seed
 from pseuzo.train.journal_file import (
     JournalError,
     Record,
@@ -14,7 +16,8 @@ from pseuzo.train.journal_file import (
     frozen_fingerprint,
     read_journal,
 )
-from pseuzo_kernels.ops import add_noise_steps_
+from pseuzo_kernels.ops import add_noise_masked_list_, add_noise_steps_
+from pseuzo_kernels.reference import add_noise_steps_ as one_by_one
 
 STEPS_AT_ONCE = 64  # steps that one pass over the weights applies
 
@@ -101,7 +104,11 @@ def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) 
                 coefs.append(record.coefs * (lr if maximize else -lr))
                 keeps += [1.0 - lr * weight_decay] * len(mine)
                 scales += [0.0 if record.skipped or i in left_alone else noise_scale for i in mine]
-            add_noise_steps_(
+            steps = add_noise_steps_
+            if masks := header.get("masks"):
+                limits = [masks["limits"][i] for i in mine]
+                steps = partial(one_by_one, op=_masked(records, limits, masks, device))
+            steps(
                 [params[i] for i in mine],
                 torch.cat(seeds).to(device),
                 torch.cat(coefs).to(device),
@@ -113,3 +120,23 @@ def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) 
                 header["rounding"] == "stochastic",
                 [record.rounding_seed for record in records],
             )
+
+
+def _masked(
+    records: list[Record], limits: list[float], masks: dict[str, Any], device: torch.device
+) -> Callable[..., None]:
+    """An op that applies the updates of the records, one at each call.
+
+    The masks of small weights are of the weights before each update, so that no update can be made
+    together with the next.
+    """
+    of_steps = iter(records)
+
+    def apply(*arguments: Any) -> None:
+        seed, step = None, next(of_steps).step
+        if masks["seed"] is not None:
+            number = mask_seed(masks["seed"], step, masks["renewed"])
+            seed = torch.full((1,), number, dtype=torch.int64, device=device)
+        add_noise_masked_list_(*arguments, None, limits, seed)
+
+    return apply

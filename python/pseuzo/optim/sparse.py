@@ -1,0 +1,125 @@
+"""Sparse-MeZO: noise on a part of the weights, the small ones or random ones.
+
+Source: Liu et al., "Sparse MeZO: less parameters for better performance in zeroth-order LLM
+fine-tuning" (2024), Algorithm 1; its masks are made in each pass from the weights, as here.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseuzo.optim.mezo import MeZO
+from pseuzo.optim.seeds import mask_seed
+from pseuzo.perturb.masks import Masks
+
+MASKS = ("small", "random")
+
+
+class SparseMeZO(MeZO):
+    """x <- x - lr c m * z, c = (L(x + eps m * z) - L(x - eps m * z)) / (2 eps), m a mask of 0, 1.
+
+    sparsity: the share of each tensor's weights that the mask leaves out, 0 <= sparsity < 1; the
+    paper takes 0.75. What it leaves out is left alone: no noise, no update, no decay, to the bit.
+    mask "small": m_i = 1 where |x_i| <= h. The threshold h of a tensor is the (1 - sparsity)
+    quantile of its |x| when the optimizer is made, and stays, as in the paper; it is part of the
+    state. The mask is made anew in every pass, from x: a weight that grows beyond h is left out
+    from then on, and the update sees the mask that the perturbations of its step saw. A tensor
+    whose threshold is 0, or whose |x| are all alike, has no small weights to tell (LoRA's B, which
+    starts as 0): all of it takes noise.
+    mask "random": m is drawn from the run's seed, with a chance of 1 - sparsity for each weight
+    (to 2^-16), and stays; renew_mask: each step draws its own.
+    No mask is ever stored. Finding h takes a copy of the largest tensor, once. "small" needs the
+    model where parameters are fp32: bare ones are perturbed by writing them, which changes which
+    are small. Other arguments: see MeZO; there is no momentum, as past steps had other masks.
+    ValueError if the masks leave nothing.
+    """
+
+    own_settings = (*MeZO.own_settings, "sparsity", "mask", "renew_mask")
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        sparsity: float = 0.75,
+        mask: str = "small",
+        renew_mask: bool = False,
+        two_sided: bool = True,
+        directions: int = 1,
+        **options: Any,
+    ):
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"SparseMeZO: sparsity must be at least 0 and below 1, got {sparsity}")
+        if mask not in MASKS:
+            raise ValueError(f"SparseMeZO: mask must be one of {', '.join(MASKS)}, got {mask!r}")
+        if renew_mask and mask != "random":
+            raise ValueError("SparseMeZO: renew_mask is for random masks; give mask='random'")
+        self.sparsity, self.mask, self.renew_mask = float(sparsity), mask, renew_mask
+        self._limits: dict[Tensor, float] = {}
+        own: dict[str, Any] = {"two_sided": two_sided, "directions": directions, "momentum": 0.0}
+        super().__init__(params, lr, eps, **own, **options)
+        if not any(self._takes_any(p, limit) for p, limit in self._limits.items()):
+            raise ValueError(
+                f"SparseMeZO: sparsity {self.sparsity:g} leaves no weight to train; give a lower "
+                "one"
+            )
+
+    @property
+    def masks(self) -> Masks:  # type: ignore[override]  # those of the step that is made
+        if self.mask == "small":
+            return Masks(self._limits)
+        return Masks(self._limits, mask_seed(self.seed, self.steps, self.renew_mask))
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        try:
+            if self.mask == "small" and self.model is None:
+                if any(p.dtype is torch.float32 for p in params):
+                    raise ValueError(
+                        "SparseMeZO: bare fp32 parameters are perturbed by writing them, which "
+                        "changes which are small; give the module (or model=), or mask='random'"
+                    )
+            self._limits |= {p: self._limit(p) for p in params}
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _limit(self, p: Tensor) -> float:
+        return 1 - self.sparsity if self.mask == "random" else threshold(p, 1 - self.sparsity)
+
+    def _takes_any(self, p: Tensor, limit: float) -> bool:
+        return p.numel() > 0 and (limit >= 2**-16 if self.mask == "random" else limit >= 0)
+
+    def own_state(self) -> dict[str, Any]:
+        limits = {self._streams[p]: limit for p, limit in self._limits.items()}
+        settings = {"sparsity": self.sparsity, "mask": self.mask, "renew_mask": self.renew_mask}
+        return super().own_state() | {"masks": settings | {"limits": limits}}
+
+    def load_own_state(self, own: Mapping[str, Any]) -> None:
+        super().load_own_state(own)
+        masks = own["masks"]
+        self.sparsity, self.mask = masks["sparsity"], masks["mask"]
+        self.renew_mask = masks["renew_mask"]
+        # A new dict, as launches that were made have the limits of the old one.
+        self._limits = {p: masks["limits"][stream] for p, stream in self._streams.items()}
+
+
+@torch.no_grad()
+def threshold(p: Tensor, share: float) -> float:
+    """The largest |x| of the share of p that is smallest; -1 if that is less than half an element.
+
+    Infinity where that tells nothing: it is 0, or all |x| are alike.
+    """
+    k = round(share * p.numel())
+    if k == 0:
+        return -1.0
+    sizes = p.detach().abs().flatten()
+    limit = float(sizes.kthvalue(k).values)
+    if math.isnan(limit):
+        raise ValueError("SparseMeZO: a weight is NaN, so that no threshold can be found")
+    return math.inf if limit == 0 or bool((sizes == sizes[0]).all()) else limit
