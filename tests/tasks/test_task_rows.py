@@ -246,7 +246,7 @@ def test_data_that_cannot_be_used(tmp_path):
         ),
         (tmp_path / "mixed", "as Parquet and as JSON"),
         (tmp_path / "bad.parquet", "cannot be read as Parquet"),
-        (write(tmp_path / "x.csv", []), "is no data that can be read"),
+        (write(tmp_path / "x.csv", []), "cannot be read as data"),
         (write(tmp_path / "empty.jsonl", []), "the data is empty"),
         (
             write(tmp_path / "two.jsonl", numbered(2)),

@@ -1,4 +1,4 @@
-"""What a template may spend on a row: the work is counted, and too much of it is an error.
+"""Bounds on the work of a template for a row: the work is counted, and too much is an error.
 
 Each row has WORK units of work. A step of a loop costs one unit or more, every value that is made
 costs its size, and every value that a filter, a method, a test or a comparison looks at costs a
@@ -17,8 +17,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-WORK = 200_000  # units a row and template: a second at most
-CHARACTERS = 100  # of a text, for one unit
+WORK = 200_000  # units for a row and template: a second at most
+CHARACTERS = 100  # characters of a text that cost one unit
 GROWTH = 2 * 10**7  # characters or items that one operation may ask for
 # Filters and methods whose result may be larger than their input by a factor that is an argument.
 GROWING = frozenset({
@@ -27,13 +27,13 @@ GROWING = frozenset({
 })  # fmt: skip
 NOTHING: Mapping[str, Any] = {}
 
-# left: the units that the row may still spend; step: what a step of a loop costs.
+# left: the units that the row may still spend; step: the cost of a step of a loop.
 _work = threading.local()
 
 
 @contextmanager
 def work_for(source: str) -> Iterator[None]:
-    """Within it, one row is filled into the template, with all its units to spend."""
+    """A context in which one row is filled into the template, with all its units to spend."""
     before = vars(_work).copy()
     _work.left, _work.step = WORK, 1 + len(source) // 1000
     try:
@@ -44,7 +44,7 @@ def work_for(source: str) -> Iterator[None]:
 
 
 def spend(units: int) -> None:
-    """Count the units. TemplateError if the row has spent them all."""
+    """Count these units. TemplateError if the row has spent all it has."""
     _work.left -= units
     if _work.left < 0:
         raise TemplateError(
@@ -54,20 +54,20 @@ def spend(units: int) -> None:
 
 
 def count_steps(values: Iterable[Any]) -> Iterator[Any]:
-    """The values, each paid for as a step of a loop."""
+    """Yield the values, and count each as a step of a loop."""
     for value in values:
         spend(_work.step)
         yield value
 
 
 def pay_for_look(value: Any) -> Any:
-    """The value, a tenth of its size paid."""
+    """Count a tenth of the value's size, and return it."""
     spend(1 + size_of(value) // (10 * CHARACTERS if isinstance(value, str | bytes) else 10))
     return value
 
 
 def size_of(value: Any, number: bool = False) -> int:
-    """Characters and items of a value; with number, the amount of a number."""
+    """Return the characters and items of a value; with number, the absolute value of a number."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -82,8 +82,8 @@ def size_of(value: Any, number: bool = False) -> int:
 def check_growth(
     name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = NOTHING
 ) -> None:
-    """TemplateError if the operation could make too much of the value."""
-    if name == "replace":  # the text it looks for makes nothing longer
+    """Raise TemplateError if the operation could make too much of the value."""
+    if name == "replace":  # the text that it searches for makes nothing longer
         args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "old"}
     arguments = (*args, *kwargs.values())
     largest = max((size_of(argument, number=True) for argument in arguments), default=1)
@@ -94,8 +94,8 @@ def check_growth(
 def check_format(
     specifications: Iterable[str], text: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """TemplateError for wide formats. Widths and precisions are parts of the text; a format that
-    takes one from an argument is refused."""
+    """Raise TemplateError for wide formats. Widths and precisions must be written in the text; a
+    format that takes one from an argument is refused."""
     if any(re.search(r"\d{5}|[*{]", specification) for specification in specifications):
         raise TemplateError("widths in a format must be numbers below 10000")
     arguments = (*args, *kwargs.values())

@@ -1,7 +1,7 @@
 """Prompts as turns of a conversation, written with the tokenizer's chat template.
 
-The template comes with the model, whoever made that. So it is first rendered in a process of its
-own, which the system ends when it takes too much time or memory.
+The template comes with the model, which anybody may have made. So it is first rendered in a process
+of its own, which the system ends if it takes too much time or memory.
 """
 
 import os
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Turn = tuple[str, str]  # what the user asks, and what the assistant answers
+Turn = tuple[str, str]  # a question of the user, and the answer of the assistant
 
-SECONDS = 10  # that a template may take, and one second more for each 100 prompts
-MEMORY = 1 << 30  # bytes that it may take beyond what the process has
+SECONDS = 10  # the time limit of a template, plus one second for each 100 prompts
+MEMORY = 1 << 30  # the bytes that it may take beyond those of the process
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Chat:
     task_name: str
 
     def render(self, shots: Sequence[Turn], prompt: str, answer: str | None = None) -> str:
-        """The conversation up to where the assistant answers the prompt, or with its answer."""
+        """Return the conversation up to where the assistant answers, or including its answer."""
         messages = []
         for asked, answered in (*shots, (prompt, answer)):
             messages.append({"role": "user", "content": asked})
@@ -48,9 +48,9 @@ class Chat:
             ) from None
 
     def check(self, shots: Sequence[Turn], prompts: Sequence[str]) -> None:
-        """ValueError if the template takes too much time or memory for these prompts."""
+        """Raise ValueError if the template takes too much time or memory for these prompts."""
         statm = Path("/proc/self/statm")
-        if not statm.is_file():  # the limits below are Linux's
+        if not statm.is_file():  # the limits below exist on Linux alone
             return
         used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         seconds = SECONDS + len(prompts) // 100
@@ -68,7 +68,7 @@ class Chat:
             )
 
     def _try(self, shots: Sequence[Turn], prompts: Sequence[str], seconds: int, memory: int) -> int:
-        """Render every prompt within the limits; the exit code of the process that does it."""
+        """Render every prompt within the limits. Return the exit code for the process."""
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -84,10 +84,10 @@ class Chat:
         return 0
 
     def around_answers(self, stop: str) -> tuple[str, str]:
-        """What the template writes before an answer and after it.
+        """Return what the template writes before an answer and after it.
 
-        Before: between the beginning of the assistant's turn and its answer, such as a space or
-        an empty thought. After: the end of its turn, or stop if the template marks none."""
+        Before: the text between the start of the assistant's turn and its answer, such as a space
+        or an empty thought. After: the end of its turn, or stop if the template marks none."""
         question, answer = "question?", "answer."
         before, whole = self.render((), question), self.render((), question, answer)
         lead, found, end = whole.removeprefix(before).partition(answer)

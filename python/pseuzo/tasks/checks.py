@@ -1,4 +1,4 @@
-"""What a user may get wrong in a task's fields, each with a sentence that says what to change."""
+"""Checks of a task's fields. Each error is a sentence that says what to change."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which rows become training, dev and test examples.
+"""Draws the rows that become training, dev and test examples.
 
-The data of a task are drawn as MeZO does: training and dev examples from the training split,
-disjoint, and test examples from the validation split, because public test splits have no labels.
-The seed decides all of it. Test rows are drawn first: which rows they are does not depend on how
-many others are asked for, so that nothing is evaluated on rows it was trained on.
+The rows are drawn as in MeZO: disjoint training and dev examples from the training split, and test
+examples from the validation split, because public test splits have no labels. Only the seed decides
+which they are. Test rows are drawn first, and so do not depend on how many others are asked for:
+nothing is evaluated on rows it was trained on.
 """
 
 import warnings
@@ -17,7 +17,7 @@ PARTS = ("train", "dev", "test")
 
 
 def split_of_parts(named: Mapping[str, str], found: tuple[str, ...] | None) -> dict[str, str]:
-    """train, dev, test -> the split each is drawn from.
+    """Return for train, dev and test the split that each is drawn from.
 
     named: the splits that the task names, by part. found: the splits that the data have, or None
     if that is not known. ValueError if a part has no split."""
@@ -51,7 +51,7 @@ def split_of_parts(named: Mapping[str, str], found: tuple[str, ...] | None) -> d
 def draw_rows(
     split: str, n: int, wanted: dict[str, int], *, shared: bool, seed: int, task_name: str
 ) -> dict[str, list[int]]:
-    """For each part the numbers of its random rows, of n; the parts are disjoint.
+    """Draw for each part the numbers of its random rows among n; the parts are disjoint.
 
     wanted: part -> how many rows. shared: whether other parts use this split too, even if none of
     their rows are wanted now; then the test rows are at most two fifths of it. If too few rows are

@@ -18,8 +18,8 @@ class Row:
 
     prompt: Tokens
     answer: Tokens
-    shots: int  # how many are put before the prompt
-    lost: int  # how many tokens of the prompt's beginning are cut off
+    shots: int  # the number of shots before the prompt
+    lost: int  # the number of tokens cut off the beginning of the prompt
 
     @property
     def tokens(self) -> Tokens:
@@ -203,7 +203,7 @@ def special_tokens_around(tokenizer: Any) -> tuple[Tokens, Tokens]:
 
 
 def _joined(prompt: str, answer: str, separator: str) -> str:
-    """A prompt and its answer as one text. A prompt that ends in white space needs no separator."""
+    """Join a prompt and its answer. A prompt that ends in white space needs no separator."""
     prompt = prompt.rstrip(" ")
     return prompt + ("" if not prompt or prompt[-1].isspace() else separator) + answer
 

@@ -77,9 +77,9 @@ def _measure(
 
 
 def _batches(rows: Sequence[Row], size: int, progress: bool, what: str, one_length: bool = False):
-    """(numbers, rows) of like length. The longest come first, so that rows that do not fit into
-    memory fail at once. one_length: all rows of a batch have the same length, so that there is no
-    padding."""
+    """Yield (numbers, rows) of similar length. The longest come first, so that rows that do not fit
+    into memory fail at once. one_length: all rows of a batch have the same length, so that there is
+    no padding."""
     from tqdm import tqdm
 
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
@@ -128,7 +128,7 @@ def _once(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 
 
 def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
-    """The mean log-likelihood of each row's scored tokens, and their number; [R], on the CPU."""
+    """Return the mean log-likelihood of each row's scored tokens, and their number; [R], on CPU."""
     objective = CausalLMObjective(model, verify=verify)
     scores, counts = (torch.empty(len(rows), dtype=torch.float64) for _ in range(2))
     for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
@@ -190,8 +190,8 @@ def generate(
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[str]:
-    """What the model writes greedily after the prompts of these examples, up to the task's stop or
-    max_new_tokens."""
+    """Return the text that the model writes greedily after the prompts of these examples, up to the
+    task's stop or max_new_tokens."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     writer: Any = model  # nn.Module does not declare generate()

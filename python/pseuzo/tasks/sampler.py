@@ -7,11 +7,11 @@ from torch.utils.data import Sampler
 
 
 class StratifiedSampler(Sampler[int]):
-    """Every row once an epoch, in an order that gives consecutive batches near equal shares of the
-    classes.
+    """Yields every row once per epoch, in an order that gives consecutive batches nearly equal
+    shares of the classes.
 
-    Within a batch the order is random: were row i always of the same class, pairing by row would
-    be pairing by class. The order is a function of seed and epoch (set_epoch) alone.
+    Within a batch the order is random: if row i always had the same class, pairing by row would be
+    pairing by class. The order is a function of seed and epoch (set_epoch) alone.
     """
 
     def __init__(self, classes: Sequence[int], batch_size: int, seed: int):

@@ -7,8 +7,8 @@ from typing import Any
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 SUFFIXES = (".jsonl", ".json", ".parquet")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # the hub keeps them beside the rows
-JSON_BYTES = 1 << 30  # the most a JSON file may have, since it is read as a whole
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # the hub has them beside the rows
+JSON_BYTES = 1 << 30  # the limit of a JSON file, since it is read as a whole
 ALL = "all"  # the one split of data that is not split yet
 
 Rows = Any  # a list of dicts, or a datasets.Dataset
@@ -27,7 +27,7 @@ class Source:
         raise NotImplementedError
 
     def place(self, split: str, i: int) -> str:
-        """Where rows(split)[i] is, for people."""
+        """Say where rows(split)[i] is, in messages."""
         return f"row {i} (from 0) of " + ("the data" if split == ALL else f"the split {split!r}")
 
 
@@ -61,15 +61,14 @@ class Local(Source):
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[str, Any] = {}
-        # For rows in JSON: the line and file of each.
+        # The line and file of each row in JSON.
         self._places: dict[str, list[tuple[str, Path]]] = {}
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
         if path.is_file():
             if path.suffix not in SUFFIXES:
                 raise ValueError(
-                    f"{path} is no data that can be read; a .jsonl or .parquet file or a folder is "
-                    "wanted"
+                    f"{path} cannot be read as data; give a .jsonl or .parquet file, or a folder"
                 )
             self._found = {ALL: [path]}
         elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -84,7 +83,7 @@ class Local(Source):
 
     @staticmethod
     def _files(folder: Path) -> dict[str, list[Path]]:
-        """The files of each split, named as people and the hub name them: train.jsonl;
+        """Find the files of each split by the usual names: train.jsonl;
         train-00000-of-00002.parquet, ...; train/*.parquet; data/train-*.parquet."""
         inside = sorted((*folder.glob("*"), *folder.glob("*/*")))
         inside = [path for path in inside if path.suffix in SUFFIXES and path.is_file()]
@@ -141,13 +140,13 @@ class Local(Source):
 
 
 def _split_in(name: str) -> str | None:
-    """The split that a file or folder is named after."""
+    """Return the split that a file or folder is named after."""
     match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])", name, re.IGNORECASE)
     return match[1] if match else None
 
 
 def read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """("line 1", row), ...: the rows of a file of one JSON object a line, or of one JSON list.
+    """Read a file of one JSON object per line, or of one JSON list, as ("line 1", row), ...
 
     ValueError names the line that is no object, and refuses files of more than JSON_BYTES."""
     if (size := path.stat().st_size) > JSON_BYTES:
@@ -184,7 +183,7 @@ def _parsed(text: str) -> Any:
 
 
 def take(rows: Rows, index: list[int]) -> list[dict[str, Any]]:
-    """The rows of these numbers, in this order; the others are not read."""
+    """Return the rows of these numbers, in this order, without reading the others."""
     if isinstance(rows, list):
         return [rows[i] for i in index]
     return rows.select(index).to_list()

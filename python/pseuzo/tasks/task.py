@@ -70,8 +70,7 @@ class Task:
             object.__setattr__(self, "metric", METRICS[self.kind][0])
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """The question that a row makes. ValueError names the field and the column that do not
-        fit."""
+        """Make the question of a row. ValueError names the field and the column that do not fit."""
         prompt = templates.fill(self.prompt, row, "prompt")
         if self.kind != "generation":
             ask = self._classification if self.kind == "classification" else self._choice
@@ -117,9 +116,9 @@ class Task:
     def examples(
         self, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None
     ) -> list[Example]:
-        """One example for each row.
+        """Make one example of each row.
 
-        places: where each row is, for people; by default its number in rows. ValueError names the
+        places: where each row is, for messages; by default its number in rows. ValueError names the
         place of a row that does not fit."""
         examples = []
         for number, row in enumerate(rows):
@@ -196,20 +195,20 @@ class Task:
 
 
 def _check_characters(text: str) -> None:
-    """ValueError for half of a surrogate pair, such as an emoji that was cut in two: it is no
-    character and cannot be encoded."""
+    """Raise ValueError for half of a surrogate pair, such as an emoji that was cut in two, since it
+    is not a character and cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half, begin = text[error.start], text[max(0, error.start - 20) : error.start]
         raise ValueError(
             f"after {begin!r} comes {half!r}, half of a character of two, which no tokenizer "
-            "takes; mend or remove the row"
+            "takes; correct or remove the row"
         ) from None
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
-    """The value as texts without outer white space, each once."""
+    """Return the value as texts without outer white space, without duplicates."""
     values = [value] if isinstance(value, str) else value
     are_texts = isinstance(values, Sequence)
     if not are_texts or not all(isinstance(v, str | int | float) for v in values):

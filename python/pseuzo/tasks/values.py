@@ -31,8 +31,8 @@ def refuse_list(*_: Any) -> Any:
 
 
 class _Null:
-    """False and equal to none. It becomes neither text nor a number (the filter `int` would make
-    it 0)."""
+    """A null: false, and equal to none. It cannot become text or a number (the filter `int` would
+    make it 0)."""
 
     __module__ = "builtins"  # Jinja's messages then show it as 'null object'
     __str__ = __repr__ = __format__ = __int__ = __float__ = refuse_missing
@@ -61,8 +61,8 @@ _List, _Tuple, _Dict, _Bytes = map(_without_text, (list, tuple, dict, bytes))
 
 
 def is_null(value: Any) -> bool:
-    """Whether it is None, or a missing number of any library: NaN is not equal to itself, and
-    pandas has two values of its own."""
+    """Return whether the value is None, or a missing number of any library: NaN is not equal to
+    itself, and pandas has two values of its own."""
     if value is None or value is NULL:
         return True
     if isinstance(value, Number):
@@ -71,7 +71,7 @@ def is_null(value: Any) -> bool:
 
 
 def guarded(value: Any, depth: int = 0) -> Any:
-    """The value, paid for, with nulls and lists that cannot become text."""
+    """Count the work for the value, and return it with nulls and lists that cannot become text."""
     if isinstance(value, str):
         spend(1 + len(value) // CHARACTERS)
         return value
@@ -91,7 +91,8 @@ def guarded(value: Any, depth: int = 0) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value of an expression for use outside a template. TemplateError if a null is in it."""
+    """Return the value of an expression for use outside a template. TemplateError if it holds a
+    null."""
     if value is NULL:
         raise TemplateError("a value it gives is missing (null) in this row")
     if isinstance(value, Undefined):
