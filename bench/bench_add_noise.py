@@ -1,4 +1,5 @@
-"""Times the noise op on a weight of OPT-1.3B and the window, beside copies and MeZO's own code.
+"""Times the noise op on a weight of OPT-1.3B, Adam's update and the window, beside copies and MeZO's
+own code.
 
 python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile]
     [--check|--no-check]
@@ -26,7 +27,18 @@ from harness import HERE, QUANTILES, Table, parser
 from predict import CHIPS
 from torch import Tensor
 
-from pseuzo_kernels import NOISES, EmaWindow, add_noise, noise, ops, perturb_, reference, update_
+from pseuzo_kernels import (
+    NOISES,
+    EmaWindow,
+    adam,
+    adam_update_,
+    add_noise,
+    noise,
+    ops,
+    perturb_,
+    reference,
+    update_,
+)
 from pseuzo_kernels.api import NoiseApi
 
 N = 8192 * 2048
@@ -41,9 +53,12 @@ COLUMNS = (
 )  # fmt: skip
 
 OPS = SimpleNamespace(add_noise=add_noise, noise=noise, perturb_=perturb_, update_=update_)
+ADAM = adam_update_
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from pseuzo_kernels.triton import adam as triton_adam
     from pseuzo_kernels.triton import launch
 
+    ADAM = adam.AdamApi(triton_adam.adam_list_triton_).adam_update_
     OPS = NoiseApi(launch.add_noise_list_triton_, launch.add_noise_list_out_triton)
 
 
@@ -112,6 +127,11 @@ def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 2000
             reference.update_(want := host.clone(), list(range(K)), coefs_of(K), **args)
             same = torch.equal(got.cpu(), want)
             assert same, f"update, K = {K}, {kind}: differs from the reference"
+    for K in (K for K in Ks if K <= 14):  # the reference is slow
+        args = dict(lr=0.1, rounding=rounding_of(x), rounding_seed=3)
+        ADAM(got := x.clone(), list(range(K)), coefs_of(K), **args)
+        adam.adam_update_(want := host.clone(), list(range(K)), coefs_of(K), **args)
+        assert torch.equal(got.cpu(), want), f"adam, K = {K}: differs from the reference"
 
 
 def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.device) -> None:
@@ -192,6 +212,9 @@ def measure(
             args = dict(lr=LR, noise=kind, rounding=rounding_of(x), rounding_seed=3)
             call = partial(OPS.update_, x, *on_device, **args)
             took[impl] = row("update", impl, call, K, 2, kind)
+        args = dict(lr=LR, rounding=rounding_of(x), rounding_seed=3)
+        moments = row("adam", "pseuzo", partial(ADAM, x, *on_device, **args), K, 2)
+        print(f"    -> adam K {K}: {moments / took['pseuzo']:.2f} updates")
         for impl, (loop, passes) in loops.items():
             slow = device.type == "cpu" and loop is compiled_loop and K > 1
             if slow or K > SEVERAL[device.type]:

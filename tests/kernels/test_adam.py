@@ -72,7 +72,7 @@ class TestCpp:
         assert torch.equal(x, normals(5))
 
 
-@pytest.mark.slow
+@(pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow)  # the interpreter is
 @pytest.mark.parametrize("noise, n, q", [CASES[1], CASES[5], CASES[6]])
 def test_triton(noise, n, q):
     from pseuzo_kernels.triton.adam import adam_list_triton_
