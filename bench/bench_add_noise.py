@@ -1,5 +1,5 @@
-"""Times the noise op on a weight of OPT-1.3B, Adam's update and the window, beside copies and MeZO's
-own code.
+"""Times the noise op, Adam's update and the window on a weight of OPT-1.3B, beside copies and the
+code of MeZO.
 
 python bench/bench_add_noise.py [--threads 1] [--device cpu|cuda] [--dtype float32 ...] [--compile]
     [--check|--no-check]

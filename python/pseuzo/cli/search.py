@@ -28,8 +28,8 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     among those up to a quarter of the largest that survived. The first rate comes from the
     curvature T along the noise, which a few forward passes measure: for a quadratic loss the best
     rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T, and the first trial takes an eighth
-    of that. Where a step is not a slope times the rate (first order, evolution, fzoo), the first
-    rate is the default, and the factor is 4.
+    of that. Where a step is not a slope times the rate (first order, zo-adam, evolution, fzoo), the
+    first rate is the default, and the factor is 4.
     """
     c = run.c
     steps = min(max(20, c["steps"] // 10), 200)
