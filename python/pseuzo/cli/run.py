@@ -53,7 +53,7 @@ from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.journal_file import held
-from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with
 from pseuzo.train.options import OPTIONS
 from pseuzo.train.trainer import PseuZOTrainer
 from pseuzo_kernels import _C
@@ -157,15 +157,9 @@ class Run:
 
 def load(c: dict[str, Any], task: Task) -> tuple[torch.nn.Module, Any]:
     """The model that the settings name, of the kind that they say, and its tokenizer."""
+    own = {name: c[name] for name in ("dtype", "device", "seed")}
     labels = [str(word) for word in task.labels.values()] or None
-    return load_model(
-        model_path(c["model"]),
-        dtype=c["dtype"],
-        device=c["device"],
-        kind=c["model_kind"],
-        labels=labels,
-        seed=c["seed"],
-    )
+    return load_model(model_path(c["model"]), kind=c["model_kind"], labels=labels, **own)
 
 
 def _task(c: dict[str, Any]) -> Task:
@@ -222,8 +216,9 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         _C.cpu_isa()  # refuses a PSEUZO_CPU_ISA that this CPU does not have
     zeroth = c["method"] in ZEROTH_ORDER
     placed = list(c["noise_on"]) != ["all"]
-    if c["eps"] is None and (zeroth or placed):  # a first-order run needs it for probing alone
-        c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, zeroth and placed
+    perturbs = c["method"] in methods_with("eps")
+    if c["eps"] is None and (perturbs or placed):  # other runs need it for probing alone
+        c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, perturbs and placed
     if c["lr"] is None:
         # The size of a step that is free of the slope has no equal change of the loss to keep.
         scales = not zeroth or METHODS[c["method"]].rate == "lr"
