@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import torch
+from optimizers import with_data
 from pseuzo import CausalLMObjective, MeZO, PseuZO, ZOConservative
 from pseuzo.optim.schedule import Schedule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -212,9 +213,10 @@ def run_steps(opt, model, steps=7, lengths=(12,), lrs=None, padding=True):
             x.copy_(plan[name])
         for group in opt.param_groups if lrs else ():
             group["lr"] = lrs[t]
-        losses.append(
-            opt.step(forward, head, groups=LABELS) if isinstance(opt, PseuZO) else opt.step(closure)
-        )
+        if isinstance(opt, PseuZO):
+            losses.append(opt.step(forward, head, groups=LABELS))
+        else:
+            losses.append(opt.step(*with_data(opt, closure)))
     return torch.stack(losses)
 
 

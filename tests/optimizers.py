@@ -7,7 +7,9 @@ from pseuzo import (
     CyclicHyperbola,
     DeepZero,
     Evolution,
+    ForwardGradient,
     MeZO,
+    MeZOSVRG,
     PseuZO,
     ZOAdam,
 )
@@ -145,8 +147,17 @@ MAKERS = {
     ),
     "zo-sign": lambda p, **o: ZOSign(p, 0.02, 1e-2, weight_decay=0.1, seed=2, directions=2, **o),
     "zo-conservative": lambda p, **o: ZOConservative(p, 0.02, 1e-2, weight_decay=0.1, seed=2, **o),
+    "mezo-svrg": lambda p, **o: MeZOSVRG(
+        p, 0.02, 1e-2, weight_decay=0.1, seed=2, anchor_every=3, anchor_scale=0.5, **o
+    ),
+    "forward-gradient": lambda p, **o: ForwardGradient(
+        p, 0.02, weight_decay=0.1, seed=2, directions=2, **o
+    ),
     "zo-blocks": lambda p, **o: ZOBlocks(p, 0.02, 1e-2, blocks=2, weight_decay=0.1, seed=2, **o),
 }
+
+
+NEED_MODEL = ("mezo-svrg", "forward-gradient")  # and refuse bare parameters
 
 
 def arguments(opt, model, t, poison=False):
@@ -155,7 +166,14 @@ def arguments(opt, model, t, poison=False):
     factor = float("nan") if poison else 1.0
     dtype = next(model.parameters()).dtype
     forward, head = lambda: model(x.to(dtype)), lambda o: head_for(y)(o) * factor
-    return (forward, head, LABELS) if isinstance(opt, PseuZO) else (lambda: head(forward()),)
+    if isinstance(opt, PseuZO):
+        return forward, head, LABELS
+    return with_data(opt, lambda: head(forward()))
+
+
+def with_data(opt, closure):
+    """What step() takes of an optimizer that has no head: all data are this one batch."""
+    return (closure, lambda: [closure]) if opt.needs_data else (closure,)
 
 
 def equal(a, b):
