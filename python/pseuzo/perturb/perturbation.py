@@ -24,8 +24,8 @@ class Launch:
         self._at = list(streams), list(scales)
         reals = [perturbation.real[p] for p in params]
         seeds = perturbation.aim_on(params[0].device)
-        how = perturbation.noise, outs, perturbation.mask_of(params)
-        self._usual = RepeatedPerturb(reals, *seeds, *self._at, *how)
+        noise, mask = perturbation.noise, perturbation.mask_of(params)
+        self._usual = RepeatedPerturb(reals, *seeds, *self._at, noise, outs, mask)
 
     def __call__(self) -> None:
         perturbation = self._perturbation

@@ -104,7 +104,7 @@ def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) 
                 coefs.append(record.coefs * (lr if maximize else -lr))
                 keeps += [1.0 - lr * weight_decay] * len(mine)
                 scales += [0.0 if record.skipped or i in left_alone else noise_scale for i in mine]
-            steps = add_noise_steps_
+            steps: Callable[..., None] = add_noise_steps_
             if masks := header.get("masks"):
                 limits = [masks["limits"][i] for i in mine]
                 steps = partial(one_by_one, op=_masked(records, limits, masks, device))
@@ -125,10 +125,10 @@ def _apply(records: list[Record], header: dict[str, Any], params: list[Tensor]) 
 def _masked(
     records: list[Record], limits: list[float], masks: dict[str, Any], device: torch.device
 ) -> Callable[..., None]:
-    """An op that applies the updates of the records, one at each call.
+    """Return an op that applies the updates of the records, one at each call.
 
-    The masks of small weights are of the weights before each update, so that no update can be made
-    together with the next.
+    The masks of small weights depend on the weights before each update, so that no update can be
+    made together with the next.
     """
     of_steps = iter(records)
 
