@@ -150,7 +150,14 @@ def test_a_journal_of_masks_belongs_to_them(tmp_path):
         Journal(tmp_path / "run.pzj", other)
 
 
-def test_thresholds():
+def test_thresholds(monkeypatch):
+    monkeypatch.setattr("pseuzo.optim.sparse.CHUNK", 100)
+    many = torch.randn(997, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = many.to(dtype)
+        for share in (0.01, 0.25, 0.999, 1.0):
+            want = x.float().abs().sort().values[round(share * 997) - 1]
+            assert threshold(x, share) == float(want)
     x = torch.tensor([3.0, -1.0, 2.0, -4.0])
     assert threshold(x, 0.5) == 2.0 and threshold(x, 1.0) == 4.0 and threshold(x, 0.1) == -1.0
     assert threshold(x.bfloat16(), 0.25) == 1.0 and threshold(x.half(), 0.25) == 1.0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.mezo import MeZO
 from pseuzo.optim.seeds import mask_seed
+from pseuzo.optim.update import CHUNK
 from pseuzo.perturb.masks import Masks
 
 MASKS = ("small", "random")
@@ -31,7 +32,7 @@ class SparseMeZO(MeZO):
     starts as 0): all of it takes noise.
     mask "random": m is drawn from the run's seed, with a chance of 1 - sparsity for each weight
     (to 2^-16), and stays; renew_mask: each step draws its own.
-    No mask is ever stored. Finding h takes a copy of the largest tensor, once. "small" needs the
+    No mask is ever stored. "small" needs the
     model where parameters are fp32: bare ones are perturbed by writing them, which changes which
     are small. Other arguments: see MeZO; there is no momentum, as past steps had other masks.
     ValueError if the masks leave nothing.
@@ -118,8 +119,20 @@ def threshold(p: Tensor, share: float) -> float:
     k = round(share * p.numel())
     if k == 0:
         return -1.0
-    sizes = p.detach().abs().flatten()
-    limit = float(sizes.kthvalue(k).values)
+    # Among the |x| with the same upper bits as the k-th: to sort or copy all would take long.
+    parts = p.detach().view(-1).split(CHUNK)
+    counts = torch.stack([torch.bincount(_upper_bits(x), minlength=1 << 15) for x in parts]).sum(0)
+    below = counts.cumsum(0)
+    at = int((below >= k).nonzero()[0])
+    sizes = torch.cat([x[_upper_bits(x) == at].abs() for x in parts])
+    limit = float(sizes.kthvalue(k - int(below[at] - counts[at])).values)
     if math.isnan(limit):
         raise ValueError("SparseMeZO: a weight is NaN, so that no threshold can be found")
-    return math.inf if limit == 0 or bool((sizes == sizes[0]).all()) else limit
+    alike = len(sizes) == p.numel() and bool((sizes == limit).all())
+    return math.inf if limit == 0 or alike else limit
+
+
+def _upper_bits(x: Tensor) -> Tensor:
+    """The bits of |x| above the lower 16 of fp32, as integers in the order of the |x|."""
+    sizes = x.abs()
+    return sizes.view(torch.int32) >> 16 if x.dtype is torch.float32 else sizes.view(torch.int16)
