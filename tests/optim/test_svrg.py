@@ -126,6 +126,20 @@ def test_it_resumes_and_replays_to_the_bit(dtype, tmp_path):
     assert equal(model, base)
 
 
+def test_a_state_that_was_loaded_is_not_written():
+    models = [small_model(), small_model()]
+    opts = [MeZOSVRG(model, 0.05, 1e-2, anchor_every=1) for model in models]
+    for opt, model in zip(opts, models, strict=True):
+        opt.step(*closures(model, 0))
+    anchors = [opts[0].state[p]["anchor"].clone() for p in models[0].parameters()]
+    opts[1].load_state_dict(opts[0].state_dict())
+    opts[1].step(*closures(models[1], 1))
+    assert all(
+        torch.equal(opts[0].state[p]["anchor"], anchor)
+        for p, anchor in zip(models[0].parameters(), anchors, strict=True)
+    )
+
+
 @pytest.mark.parametrize("call", range(4))
 def test_an_interrupted_pass_leaves_the_weights(call):
     """Passes 2 and 3 are those at the anchor."""

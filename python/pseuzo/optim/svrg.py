@@ -197,6 +197,9 @@ class MeZOSVRG(ZeroOrder):
             state["anchor"] = state["anchor"].clone()
         if settings["seeds"] is not None:
             self._full = settings["seeds"].to(self.device), settings["coefs"].to(self.device)
+        # An anchor is written in place, and torch takes over the tensors of the state as they are.
+        for of_weight in self.state.values():
+            of_weight["anchor"] = of_weight["anchor"].clone()
 
 
 def _fits(copy: Tensor | None, p: Tensor) -> bool:
