@@ -91,6 +91,13 @@ def test_all_coordinates_are_the_gradient():
         torch.testing.assert_close(was - p.detach(), p.grad, rtol=0, atol=4e-4)
 
 
+def test_losses_that_are_all_the_same_divide_the_coordinates_by_size():
+    model = small_model()
+    opt = DeepZero(model, 0.02, 1e-2, coordinates=20)
+    opt.step(lambda: 0.5)
+    assert list(opt.counts.values()) == [9, 2, 8, 1]  # of 48, 8, 40 and 5
+
+
 @pytest.mark.parametrize("bare", [False, True])
 def test_grasp_divides_the_coordinates_as_its_formula_says(bare):
     model = small_model()

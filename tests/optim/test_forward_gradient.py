@@ -281,6 +281,8 @@ def test_a_run_of_the_command_line_is_recorded(tmp_path):
     pseuzo(*train)
     results = json.loads((out / "results.json").read_text())
     assert results["method"] == "forward-gradient" and results["forwards"] == 12
+    assert results["eps"] is None  # as --config refuses it
+    assert "\neps: null\n" in (out / "config.yaml").read_text()
     pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")
     assert_same_weights(out / "model", tmp_path / "replayed")
     refused = pseuzo(*train, "--eps", 1e-3, code=2)

@@ -126,3 +126,12 @@ def test_the_published_settings():
         assert settings["mode"] == mode
         assert settings["eps"] == float(eps) == MODES[mode].eps
         assert settings["lr"] == float(lr) == MODES[mode].lr
+
+
+def test_the_page_names_the_methods_whose_rate_is_not_that_of_a_slope():
+    page = (ROOT / "docs/methods.md").read_text()
+    search = page[page.index("### --lr auto") : page.index("## What is logged")]
+    others = {name for name in ZEROTH_ORDER if METHODS[name].rate != "lr"}
+    assert set(re.findall(r"`([\w-]+)`", search)) & set(METHODS) == others
+    (lr,) = (row for row in rows("docs/methods.md", "option") if row[0].startswith("`lr` "))
+    assert set(re.findall(r"`([\w-]+)`", lr[2])) & set(ZEROTH_ORDER) == others

@@ -330,7 +330,7 @@ def _results(
         "forwards": trainer.forwards(steps),
         "train_seconds": seconds[-1] if seconds else None,
         "lr": trainer.optimizer.defaults["lr"],
-        "eps": optimizer.eps if optimizer else None,
+        "eps": optimizer.eps if optimizer and c["method"] in methods_with("eps") else None,
         "cut_prompts": run.cut,
         "best_step": trainer.kept_step,
         "seed": c["seed"],

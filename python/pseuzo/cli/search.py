@@ -28,8 +28,8 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     among those up to a quarter of the largest that survived. The first rate comes from the
     curvature T along the noise, which a few forward passes measure: for a quadratic loss the best
     rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T, and the first trial takes an eighth
-    of that. Where a step is not a slope times the rate (first order, zo-adam, evolution, fzoo), the
-    first rate is the default, and the factor is 4.
+    of that. Where a step is not the slope along noise times the rate (first order, evolution,
+    zo-adam and others), the first rate is the default, and the factor is 4.
     """
     c = run.c
     steps = min(max(20, c["steps"] // 10), 200)
@@ -38,7 +38,8 @@ def search_lr(run: Run, output: Path) -> dict[str, Any]:
     zeroth = c["method"] in ZEROTH_ORDER
     if zeroth or list(c["noise_on"]) == ["auto"]:
         found = run.trainer(model, output, lr=1.0, scale_lr=False, journal=None).find_placement()
-        chosen = {"noise_on": found["noise_on"], "eps": found["eps"]}
+        # A run without eps keeps none, as --config refuses it.
+        chosen = {"noise_on": found["noise_on"], "eps": found["eps"] if c["eps"] else None}
     if METHODS[c["method"]].rate != "lr":  # not the rate of a step along the slope
         first, factor = default_rate(c["method"], c["mode"]), 4.0
     elif found["curvature"] > 0:

@@ -243,6 +243,8 @@ class DeepZero(ZeroOrder):
             found = grasp_scores(self, layers, closure, clean)
             if not all(bool(score.isfinite().all()) for score in found):
                 return dict(zip(streams, counts, strict=True)), False
+            if not any(bool(score.any()) for score in found):
+                found = None  # the losses do not change, as a metric may not: no layer comes first
         if found is not None:
             counts = counts_of_lowest(n, found)
         return dict(zip(streams, at_least_one(counts), strict=True)), True
