@@ -191,10 +191,6 @@ class MeZOSVRG(ZeroOrder):
         settings, self._full = own["svrg"], None
         for name in self.own_settings:
             setattr(self, name, settings[name])
-        for (
-            state
-        ) in self.state.values():  # torch loads the tensors themselves, which others may have
-            state["anchor"] = state["anchor"].clone()
         if settings["seeds"] is not None:
             self._full = settings["seeds"].to(self.device), settings["coefs"].to(self.device)
         # An anchor is written in place, and torch takes over the tensors of the state as they are.
