@@ -130,6 +130,7 @@ def pseuzo(model: nn.Module, seed: int, lr: float = 3e-3):
 CASES: list[tuple[str, Callable, Callable, float]] = [
     ("backpropagation, mlp", mlp, backpropagation, 1),
     ("node perturbation, K = 14, mlp", mlp, node, 1),
+    ("node perturbation, K = 14, 2.5 times the steps, mlp", mlp, node, 2.5),
     ("node perturbation, K = 1, mlp", mlp, partial(node, window=1), 1),
     ("SPSA (MeZO), mlp", mlp, partial(mezo, lr=1e-2), 1),
     ("SPSA (MeZO), 4 times the steps, mlp", mlp, partial(mezo, lr=5e-3), 4),
