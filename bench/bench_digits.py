@@ -42,10 +42,10 @@ def mlp() -> nn.Sequential:
 
 
 def conv() -> nn.Sequential:
-    first = nn.Conv2d(1, 8, 3, padding=1)
-    second = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    first = nn.Conv2d(1, 16, 3, padding=1)
+    second = nn.Conv2d(16, 32, 3, stride=2, padding=1)
     blocks = nn.Sequential(first, nn.ReLU()), nn.Sequential(second, nn.ReLU())
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(512, 10))
 
 
 def small() -> nn.Sequential:
@@ -136,6 +136,7 @@ CASES: list[tuple[str, Callable, Callable, float]] = [
     ("SPSA (MeZO), 4 times the steps, mlp", mlp, partial(mezo, lr=5e-3), 4),
     ("backpropagation, conv", conv, backpropagation, 1),
     ("node perturbation, K = 14, conv", conv, node, 1),
+    ("node perturbation, K = 14, 2.5 times the steps, conv", conv, node, 2.5),
     ("node perturbation, K = 1, conv", conv, partial(node, window=1), 1),
     ("SPSA (MeZO), conv", conv, partial(mezo, lr=1e-2), 1),
     ("backpropagation, small", small, backpropagation, 1),

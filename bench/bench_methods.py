@@ -192,7 +192,7 @@ def main() -> None:
     p.add_argument("--model", choices=MODELS, help="default: tiny on a CPU, opt-1.3b on a GPU")
     p.add_argument("--method", nargs="*", choices=METHODS, default=list(METHODS))
     p.add_argument("--mode", nargs="*", choices=MODES, default=["full"])
-    p.add_argument("--dtype", default="float32")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--rows", type=int, default=4)
     p.add_argument("--tokens", type=int, default=32)
     p.add_argument("--steps", type=int, default=16, help="that are timed")

@@ -93,7 +93,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     def _refuse_of_other_methods(self, name: str) -> None:
         option, value = OPTIONS[name], getattr(self, name)
         methods = option.applies_to["method"]
-        if value and value != option.default and self.method not in methods:
+        usual = with_defaults(self.method, {name: option.default})[name]
+        if value and value != usual and self.method not in methods:
             raise ValueError(
                 f"{name}={value} needs method {' or '.join(methods)}, not {self.method}"
             )
@@ -110,16 +111,11 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        for name in (
-            *("journal", "capture", "objective", "weights", "split_batch"),
-            *("anchor_every", "anchor_batches", "anchor_lr", "coordinates", "scores"),
-            *("sparsity", "mask", "renew_mask"),
-        ):
-            self._refuse_of_other_methods(name)
+        for name, option in OPTIONS.items():
+            if "method" in option.applies_to and not option.flag.probes:
+                self._refuse_of_other_methods(name)
         if not self.zeroth_order:
             return
-        if self.directions != METHODS[self.method].directions:
-            self._refuse_of_other_methods("directions")
         options = {name: getattr(self, name) for name in OPTIONS}
         why = METHODS[self.method].refusal(**options, batch_size=self.per_device_train_batch_size)
         if why is not None:
