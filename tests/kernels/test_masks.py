@@ -4,11 +4,14 @@ import pytest
 import torch
 from cpu_ops import BIT_EXACT, DTYPES, banded, needs_native, ops, same_bytes, special_values, terms
 from helpers import assert_same_bits
+from triton_ops import DEVICE
 
 from pseuzo_kernels import masks, reference
 
 SIZES = (1, 127, 2048, 2049, 5000)
 SEED = torch.tensor([-5])
+# On a CPU the kernels run in Triton's interpreter, which is slow.
+on_triton = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow
 KINDS = {"small": (0.6, None), "random": (0.3, SEED)}  # limit, mask_seed
 
 
@@ -110,7 +113,7 @@ def test_rows(kind, width):
             assert same_bytes(got, want[index])
 
 
-@pytest.mark.slow
+@on_triton
 @pytest.mark.parametrize(
     "kind, noise, k, stochastic",
     [("small", "rademacher", 5, True), ("random", "hadamard", 1, False)],
@@ -121,6 +124,8 @@ def test_triton(kind, noise, k, stochastic):
     args = arguments(xs, kind, noise, k, stochastic)
     want, got, alone = ([x.clone() for x in xs] for _ in range(3))
     masks.add_noise_masked_list_(want, *args)
+    xs, got, alone = ([x.to(DEVICE) for x in tensors] for tensors in (xs, got, alone))
+    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
     launch.add_noise_list_triton_(got, *args)
     for a, b in zip(got, want, strict=True):
         assert_same_bits(a, b)
@@ -130,14 +135,16 @@ def test_triton(kind, noise, k, stochastic):
     assert_same_bits(alone[1], want[1])
 
 
-@pytest.mark.slow
+@on_triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_triton_rows(kind):
     launch = pytest.importorskip("pseuzo_kernels.triton.launch")
     index = torch.tensor([3, 5])
     x = torch.randn(6, 1300, generator=torch.Generator().manual_seed(1)).bfloat16()
     args = x, index, *terms(2), 3, 0.5, "hadamard", *KINDS[kind]
-    assert same_bytes(launch.add_noise_rows_triton(*args), masks.add_noise_masked_rows(*args))
+    there = (a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
+    got = launch.add_noise_rows_triton(*there).cpu()
+    assert same_bytes(got, masks.add_noise_masked_rows(*args))
 
 
 def test_skipped_ops_leave_everything_and_set_the_flag():
