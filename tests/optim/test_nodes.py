@@ -189,7 +189,7 @@ def test_a_state_continues_to_the_bit(tmp_path):
     run(again, other, range(4, 7))
     assert all(map(torch.equal, gradients(model), gradients(other)))
     assert again.steps == nodes.steps == 7 and again.forwards == nodes.forwards
-    with pytest.raises(ValueError, match="the state is of 3 layers, and here are 1"):
+    with pytest.raises(ValueError, match="the state has 3 layers, and this NodePseuZO has 1"):
         NodePseuZO(model, nn.Conv2d).load_state_dict(nodes.state_dict())
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.copy(nodes)

@@ -1,7 +1,7 @@
-"""ZO-Adam: Adam of MeZO's gradient estimates, without a state of the model's size.
+"""ZO-Adam: Adam on MeZO's gradient estimates, without a state of the model's size.
 
-Sources: Kingma and Ba, "Adam" (2015), Algorithm 1, with the weight decay of AdamW; moments from the
-seeds and coefficients of the last steps: Cai, Chen and Zhu, "AdaMeZO" (2026).
+Sources: Kingma and Ba, "Adam" (2015), Algorithm 1, with the weight decay of AdamW. The moments are
+made from the seeds and coefficients of the last steps, as in Cai, Chen and Zhu, "AdaMeZO" (2026).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,20 +27,22 @@ class ZOAdam(MeZO):
     """x <- (1 - lr wd) x - lr m / (sqrt(v) + adam_eps), for two forward passes and one seed a step.
 
     g = mean_j c_j z_j is MeZO's estimate of the gradient; m and v are the means of g and g^2 over
-    past steps with weights betas[0]^age and betas[1]^age. They are divided by the sum of the
-    weights of the steps that they are made of, which is Adam's correction of their bias.
+    past steps with weights betas[0]^age and betas[1]^age. Each is divided by the sum of the
+    weights of the steps that it includes, which is Adam's correction of the bias.
 
-    moments "seeds": the last `window` steps, whose g are made again from their seeds and
-    coefficients in the pass that updates the weights. Kept between steps: K q seeds and
-    coefficients; in memory: nothing. What is older has no weight: with K = 14 and beta1 = 0.9 a
-    weight of 0.23 of 1 is shared out among the others, with K = 28 0.05; of beta2 = 0.999 nearly
-    all of it, so that v is about the plain mean over the window. "state": all steps, in two fp32
-    tensors a weight, as torch's Adam has; window then says nothing.
+    moments "seeds": m and v include the last `window` steps, K of them. The pass that updates the
+    weights makes their g again from seeds and coefficients, so K q seeds and coefficients are kept
+    between steps, and no tensor of the model's size. Older steps have no weight, and their share
+    goes to the others: 0.23 of the total at beta1 = 0.9 with K = 14, 0.05 with K = 28. At
+    beta2 = 0.999 that is nearly all of it, so v is about the plain mean over the window.
+    moments "state": m and v include all steps and are two fp32 tensors per weight, as in torch's
+    Adam; window then has no effect.
 
-    A skipped step counts as one of gradient 0. noise_scale multiplies g, so Adam divides it out
-    again. params, lr, eps (of the perturbation) and further options: see MeZO. The update is no sum
-    of seeds, so a journal is refused. `update_rms` is empty, since the size of an update is not
-    known without looking at it: about lr times 0.2 to 1 a weight.
+    A skipped step counts as a step with gradient 0. noise_scale multiplies g, so Adam divides it
+    out again. params, lr, eps (of the perturbation) and further options: see MeZO. A journal is
+    refused, because it records sums of seeded noise, which this update is not. `update_rms` is
+    empty, because the size of an update (about lr times 0.2 to 1 per weight) is not known without
+    reading it.
     """
 
     recordable = False
@@ -92,7 +94,8 @@ class ZOAdam(MeZO):
                     members.append(p)
                     keeps.append(1.0 - group["lr"] * group["weight_decay"])
                     scales.append(group["noise_scale"])
-        # A sum of noise takes back what bare parameters are shifted by; this update is none.
+        # Other updates take the shift of bare parameters back in their sum of noise. This one is
+        # not such a sum.
         self.passes.restore()
         launches: list[Callable[[], Any]] = []
         for (step, device), (members, keeps, scales) in together.items():
@@ -112,14 +115,14 @@ class ZOAdam(MeZO):
                 launches += self._by_state(p, noise, step, keep, skip, bits, slot)
         written = [p for members, *_ in together.values() for p in members]
         launches.append(partial(torch.autograd.graph.increment_version, written))
-        launches.append(torch.clear_autocast_cache)  # its casts are of the old weights
+        launches.append(torch.clear_autocast_cache)  # it holds casts of the old weights
         return Update(launches, [], unused, rounding_seed)
 
     def _numbers(self, step: float, n: int) -> list[float]:
         return [*self.betas, *adam_factors(step, *self.betas, n), self.adam_eps]
 
     def _by_state(self, p, noise, step, keep, skip, bits, slot) -> Iterator[Callable[[], None]]:
-        """The update of one parameter whose moments are in memory, some elements at a time."""
+        """Update one parameter whose moments are in memory, some elements at a time."""
         if p not in self._sums:
             sums = torch.zeros(2, p.numel(), dtype=torch.float32, device=p.device)
             self._sums[p] = sums[0], sums[1]
@@ -147,7 +150,7 @@ class ZOAdam(MeZO):
 
 
 def _gradient(p: Tensor, noise: tuple, i: int, slot: dict[str, Any]) -> Tensor:
-    """Part i of g, fp32. The whole of it is made once and kept in slot, for one parameter."""
+    """Part i of g, fp32. All of g is made once per parameter, and slot keeps it."""
     if slot.get("of") is not p:
         g = torch.empty(p.numel(), dtype=torch.float32, device=p.device)
         add_noise_list_out([], *noise, False, 0, None, out=[g])

@@ -32,8 +32,8 @@ from pseuzo_kernels.reference import ROUNDING_VERSION
 class Measured:
     """What the passes of a step measured. Only its numbers depend on the data.
 
-    loss: [] fp32, which the step returns. kind: names the kind of the perturbed passes, by which
-    the passes know the weights that they used. An estimator's subclass adds what its coefficients
+    loss: [] fp32, which the step returns. kind: the name of this kind of perturbed pass; `Passes`
+    keeps the weights that passes used by kind. An estimator's subclass adds what its coefficients
     are computed from.
     """
 
@@ -47,9 +47,9 @@ class ZeroOrder(torch.optim.Optimizer):
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
     needs_data = False  # whether step also takes batches, the losses of all the training data
-    recordable = True  # whether a journal's seeds and coefficients say all of its updates
-    parts: int = 1  # of a batch; of several, step takes a list of closures, and the parts' sizes
-    masks: Masks | None = None  # which elements take noise in the step that is made; None: all
+    recordable = True  # whether a journal's seeds and coefficients describe all of its updates
+    parts: int = 1  # if more, step takes a closure for each part of a batch, and the parts' sizes
+    masks: Masks | None = None  # which elements take noise in the present step; None: all
     own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets
 
     def __init__(
@@ -87,7 +87,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self._model_streams = groups.model_streams(model)
         self._streams: dict[Tensor, int] = {}
         self._steps, self._skips = 0, Skips()
-        self._measured: Measured | None = None  # by estimate(), until step() applies it
+        self._measured: Measured | None = None  # kept by estimate() until step() applies it
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None  # coefs, moved
         self.journal: Any = None  # a pseuzo.train.journal.Journal, told of every update
         self.journal_run: str | None = None  # the run whose journal records the steps so far
@@ -104,7 +104,7 @@ class ZeroOrder(torch.optim.Optimizer):
         raise NotImplementedError
 
     def coefficients(self, measured: Any) -> Direction:
-        """Seeds and coefficients of the update, and the state to keep, which is not kept yet."""
+        """Return the seeds and coefficients of the update, and the state for `keep` to store."""
         raise NotImplementedError
 
     def keep(self, state: Any) -> None:
@@ -113,8 +113,8 @@ class ZeroOrder(torch.optim.Optimizer):
     def apply(self, direction: Direction) -> None:
         """Move the weights, then keep the state, count the step and record it, as one.
 
-        What can be refused is refused before a weight is written. From the first write on an
-        interrupt waits, and after an exception the rest is still done before it is raised.
+        Everything that can be refused is refused before a weight is written. After the first write,
+        an interrupt waits, and an exception is raised only after the rest is done.
         """
         uninterrupted(self._apply, direction)
 
@@ -254,7 +254,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state, and all that the bits of the next step depend on: the step, the run
-        seed, the window. An estimate that step() has not applied yet is not part of it."""
+        seed, the window. An estimate that step() has not applied yet is left out."""
         self.state[KEY] = self.own_state()
         try:
             return super().state_dict()

@@ -1,4 +1,4 @@
-"""Block-wise ZO-SGD: a step perturbs and moves one block of the weights, the next step the next.
+"""Block-wise ZO-SGD: each step perturbs and moves one block of the weights, and they take turns.
 
 Source: Zhang et al., "Revisiting zeroth-order optimization for memory-efficient LLM fine-tuning: a
 benchmark" (2024), block-wise ZO fine-tuning.
@@ -14,15 +14,15 @@ from pseuzo.optim.mezo import MeZO, Slopes
 
 
 class ZOBlocks(MeZO):
-    """MeZO on one block of weights a step, in a cycle over the blocks.
+    """MeZO on one block of weights per step, in a cycle over the blocks.
 
     Step t perturbs block t mod `blocks` alone and moves it as MeZO would; all other weights take
-    neither noise nor weight decay. Blocks are runs of parameters in the order of the model (without
-    a model, in which they were given) with about as many elements each; a parameter is never cut.
-    Noise is made for one block only, and the variance of an estimate is that of the block. `blocks`
-    steps cost the passes of as many MeZO steps. ValueError if there are fewer parameters than
-    blocks. Frozen parameters count when they are trained. No CUDA graphs: the memory that passes
-    use changes with the block.
+    neither noise nor weight decay. A block is a run of whole parameters, in the order of the model
+    (without a model, in the order that they were given), and all blocks have about equally many
+    elements. Noise is made for one block only, so the variance of an estimate is that of one block.
+    A step costs as many passes as a MeZO step. ValueError if fewer parameters are trained than
+    there are blocks; frozen parameters are in no block until they are trained. capture is refused,
+    because the memory that passes use changes with the block.
     """
 
     own_settings = (*MeZO.own_settings, "blocks")

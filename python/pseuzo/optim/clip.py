@@ -7,8 +7,8 @@ from torch import Tensor
 def clip_limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Tensor:
     """[1]: ratio times the median of sizes [B], infinite where that is 0.
 
-    The median of an even number is the lower one, and NaN counts as the largest. counted: [B]
-    bool, the sizes that the median is taken of.
+    The median of an even number of sizes is the lower one, and NaN counts as the largest. counted:
+    [B] bool, the sizes that the median is taken over.
     """
     counted = torch.ones_like(sizes, dtype=torch.bool) if counted is None else counted
     ordered = torch.where(counted, sizes, float("inf")).sort().values
@@ -23,9 +23,10 @@ def clip_rows(e: Tensor, change: Tensor, ratio: float, examples: Tensor | None) 
 
 
 def row_factors(rows: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
-    """[n]: factors of n rows so that no example's |sum of rows| exceeds `clip_limit` of them all.
+    """[n]: factors of n rows so that no example's |sum of rows| exceeds `clip_limit` of all sizes.
 
-    Rows of one example (the same number in examples; None: each row is one) are scaled alike.
+    Rows with the same number in examples belong to one example and are scaled alike. None: each row
+    is an example.
     """
     n = len(rows)
     if examples is None:

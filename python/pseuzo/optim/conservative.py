@@ -24,14 +24,14 @@ class Chosen(Slopes):
 
 
 class ZOConservative(MeZO):
-    """Of x - lr c z, x and x + lr c z the one with the lowest loss on the batch, c as in MeZO.
+    """Takes x - lr c z, x or x + lr c z, whichever has the lowest loss on the batch, c as in MeZO.
 
-    The three are compared by passes that do not write the weights of a module (bare parameters are
-    shifted in place, and each step then waits for the device to read c): five passes a step, or
-    four if not two_sided. A tie takes the first, as where a step is below the resolution of 16-bit
-    weights in a pass; a loss that is not finite loses. Weight decay is applied once, whichever is
-    taken, and is no part of the comparison. With maximize the highest loss wins. All groups have
-    one lr and one maximize: ValueError otherwise. The step's loss is that at x.
+    A step makes five passes, or four if not two_sided. The passes that compare the three points do
+    not write the weights of a module. Bare parameters are shifted in place, and each step then
+    waits for the device to read c. A tie takes the first of the three; this happens where a step is
+    below the resolution of 16-bit weights. A point whose loss is not finite is not taken. Weight
+    decay is applied once, after the comparison, whichever point is taken. With maximize the highest
+    loss wins. ValueError if the groups differ in lr or maximize. The step returns the loss at x.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ZOConservative(MeZO):
         super().__init__(params, lr, eps, **own, **options)
 
     def measure(self, closure: Callable[[], Any]) -> Chosen:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(closure):
             raise TypeError(
                 "ZOConservative.step: needs a closure that returns the loss, called five times"

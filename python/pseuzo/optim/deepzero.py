@@ -1,18 +1,21 @@
 """DeepZero: finite differences along single weights, at a sparse pattern that changes.
 
-A step estimates n of the weights: g_i = (L(x + eps e_i) - L(x)) / eps, and moves those weights
-alone, x_i <- x_i - lr g_i. It costs 1 + n forward passes, so it is for small models.
+A step estimates the gradient of n weights, g_i = (L(x + eps e_i) - L(x)) / eps, and moves those
+weights alone, x_i <- x_i - lr g_i. It costs 1 + n forward passes, so it is for small models.
 
-How many of the n weights each layer (each tensor of weights) has is decided once, at the first
-step, by scores of all weights; which ones of a layer is drawn at random again and again.
+Each layer (each tensor of weights) has a share of the n. The shares are decided once, at the first
+step, by scores of all weights. Which weights of a layer are estimated is drawn at random, again and
+again.
 
 Source: Chen et al., "DeepZero: scaling up zeroth-order optimization for deep model training" (ICLR
 2024): coordinate-wise estimates (Eq. 2), ZO-GraSP scores (Eq. 4) and the dynamic pattern
-(Algorithm 1). What differs here: a step moves by plain gradient descent, theirs by SGD with
-momentum; weights are drawn again at every step unless `redraw` says otherwise, theirs at every
-epoch; each layer has at least one weight where n allows it, as biases that are 0 have a score of
-0; a pass runs the whole model, theirs reuses the features before the layer of the weight, and runs
-passes in parallel.
+(Algorithm 1). This version differs in four points:
+
+- A step is plain gradient descent; theirs is SGD with momentum.
+- Weights are drawn again at every step unless `redraw` says otherwise; theirs at every epoch.
+- Each layer has at least one weight where n allows it, because biases that are 0 have a score of 0.
+- A pass runs the whole model. Theirs reuses the features before the layer of the weight, and passes
+  run in parallel.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,12 +39,12 @@ from pseuzo_kernels import add_noise
 from pseuzo_kernels.bits import hash_seed, round_stochastically
 
 SCORES = ("grasp", "magnitude", "random")
-MOST_PASSES = 10_000  # of a step, unless `coordinates` asks for more
+MOST_PASSES = 10_000  # in a step, unless `coordinates` asks for more
 DRAW_DOMAIN = 0x636F6F7264  # keeps the weights that are drawn apart from the bits that perturb
 
 
 class KeepingPasses(Passes):
-    """Passes of weights that are written in place: `restore` puts back what they held, exactly."""
+    """Passes at weights that are written in place: `restore` puts their values back, exactly."""
 
     def __init__(self, optimizer: ZeroOrder):
         super().__init__(optimizer, capture=False)
@@ -67,11 +70,11 @@ class KeepingPasses(Passes):
 
 @dataclass(frozen=True)
 class Coordinates(Measured):
-    """Estimates dL/dx_i, of a step's weights.
+    """Estimates of dL/dx_i for the weights that a step drew.
 
-    drawn: parameters -> the numbers of their weights. slopes: [n] fp32 in the same order, 0 where
-    not finite. finite: [] bool, whether all losses and slopes are. counts: see DeepZero, None if
-    the scores were not finite.
+    drawn: parameters -> the indices of the drawn weights. slopes: [n] fp32 in the same order, 0
+    where not finite. finite: [] bool, whether all losses and slopes are finite. counts: see
+    DeepZero; None if the scores were not finite.
     """
 
     drawn: Mapping[Tensor, list[int]]
@@ -82,7 +85,7 @@ class Coordinates(Measured):
 
 @dataclass(frozen=True)
 class SparseDirection(Direction):
-    """drawn: parameters -> the numbers of their weights and estimates [n] fp32 of them."""
+    """drawn: parameters -> the indices of the drawn weights, and their estimates, [n] fp32."""
 
     drawn: Mapping[Tensor, tuple[list[int], Tensor]] = field(default_factory=dict)
 
@@ -93,23 +96,22 @@ class DeepZero(ZeroOrder):
     coordinates: n; a step costs 1 + n forward passes (two_sided: 1 + 2 n, with differences
     (L(x + eps e_i) - L(x - eps e_i)) / (2 eps)). None: all weights, up to 10,000 of them.
     ValueError where a model has more, or fewer than n.
-    scores: how the n are divided among the layers, at the first step. "random": by size.
-    "magnitude": as the n weights of the largest |x| are. "grasp": as the n weights of the lowest
-    score -x_i (H g)_i are, those whose removal would lower the norm of the gradient g the most.
-    Hg is the change of a gradient estimate of `directions` random directions between x and
-    x + eps g / rms(g), measured along the same directions at both; it costs 2 * directions + 1
-    passes, once, and a copy of the weights. Each layer has at least one of the n, if there are as
-    many.
-    redraw: for how many steps the weights that were drawn stay the same.
+    scores: how the first step divides the n among the layers. "random": by size. "magnitude": as
+    the n weights with the largest |x| are divided. "grasp": as the n weights with the lowest score
+    -x_i (H g)_i are divided; removing these would lower the norm of the gradient g the most. H g is
+    the change of a gradient estimate between x and x + eps g / rms(g), along the same `directions`
+    random directions at both points. It costs 2 * directions + 1 passes, once, and a copy of the
+    weights. Each layer has at least one of the n, if there are enough.
+    redraw: for how many steps the drawn weights stay the same.
 
     The weight is written in place and put back from a copy of its value, exactly, also after an
-    interrupt. The differences are divided by what the dtype made of the change of x_i. A noise
-    scale s of a group stands for a change of s eps and moves its weights by -lr s^2 g_i.
-    clip_examples clamps each example's part of g_i. Weight decay is of all trained weights, lr that
-    of gradient descent. 16-bit weights are rounded stochastically. capture is refused, and so is a
-    journal, as the updates are not sums of seeds. The first step waits for the device if it makes
-    scores, no other. Kept between steps: one number for each layer. Further options: see MeZO.
-    Source: see the module.
+    interrupt. The difference is divided by the change of x_i as the dtype rounded it. In a group
+    with noise scale s, the change is s eps, and the weights move by -lr s^2 g_i. clip_examples
+    clamps each example's part of g_i. Weight decay applies to all trained weights, drawn or not,
+    and lr is that of gradient descent. 16-bit weights are rounded stochastically. capture is
+    refused, and so is a journal, because the updates are not sums of seeded noise. Only the first
+    step waits for the device, if it makes scores. One number per layer is kept between steps.
+    Further options: see MeZO. Source: see the module.
     """
 
     passes: KeepingPasses
@@ -140,7 +142,7 @@ class DeepZero(ZeroOrder):
             raise ValueError("DeepZero: capture records passes that write no weights; leave it off")
         self.coordinates, self.two_sided = coordinates, two_sided
         self.scores, self.directions, self.redraw = scores, directions, redraw
-        self.counts: dict[int, int] | None = None  # weights a step has of a layer, by its stream
+        self.counts: dict[int, int] | None = None  # stream of a layer -> weights drawn per step
         super().__init__(params, lr=lr, eps=eps, **options)
         self.passes = KeepingPasses(self)
         self._count(groups.trained("DeepZero", self.param_groups))
@@ -158,7 +160,7 @@ class DeepZero(ZeroOrder):
         return super().step() if closure is None else super().step(closure)
 
     def measure(self, closure: Callable[[], Any]) -> Coordinates:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(closure):
             raise TypeError("DeepZero.step: needs a closure that returns the loss")
         return self.passes.run("loss", (closure,), partial(self._measured_at, closure))
@@ -181,7 +183,7 @@ class DeepZero(ZeroOrder):
         return Coordinates(clean.mean(), "loss", drawn, c, ok, counts if kept else None)
 
     def _slope(self, closure: Callable[[], Any], clean: Tensor, x: Tensor, change: float) -> Tensor:
-        """dL/dx_i, [] or of each example [B]. x: [1], the place of the weight."""
+        """dL/dx_i, [], or [B] for per-example losses. x: [1], a view of the weight."""
         (value,) = self.passes.keep([x])
         points = []
         for by in (change, -change)[: 1 + self.two_sided]:
@@ -228,7 +230,7 @@ class DeepZero(ZeroOrder):
         closure: Callable[[], Any],
         clean: Tensor,
     ) -> tuple[dict[int, int], bool]:
-        """Weights a step has of each layer, by its stream, and whether they are to be kept."""
+        """Stream of a layer -> how many of its weights a step draws, and whether to keep that."""
         n = self._count(layers)
         params = [p for _, params in layers for p in params]
         streams, sizes = [self.streams[p] for p in params], [p.numel() for p in params]
@@ -244,7 +246,7 @@ class DeepZero(ZeroOrder):
             if not all(bool(score.isfinite().all()) for score in found):
                 return dict(zip(streams, counts, strict=True)), False
             if not any(bool(score.any()) for score in found):
-                found = None  # the losses do not change, as a metric may not: no layer comes first
+                found = None  # the losses did not change, so the scores say nothing: divide by size
         if found is not None:
             counts = counts_of_lowest(n, found)
         return dict(zip(streams, at_least_one(counts), strict=True)), True
@@ -252,7 +254,7 @@ class DeepZero(ZeroOrder):
     def _draw(
         self, layers: list[tuple[dict[str, Any], list[Tensor]]], counts: Mapping[int, int]
     ) -> dict[Tensor, list[int]]:
-        """The numbers of the weights of each layer, drawn by the seed."""
+        """Draw the indices of each layer's weights by the seed."""
         seed = step_seed(self.seed, self.steps // self.redraw, DRAW_DOMAIN)
         drawn = {}
         for stream, p in ((self.streams[p], p) for _, params in layers for p in params):
@@ -343,7 +345,7 @@ def grasp_scores(
     closure: Callable[[], Any],
     clean: Tensor,
 ) -> list[Tensor]:
-    """-x * (H g), flat, of each parameter."""
+    """-x * (H g) for each parameter, flat."""
     o = optimizer
     placed = [(p, group["noise_scale"]) for group, params in layers for p in params]
     seeds = [direction_seed(o.seed, o.steps, j) for j in range(o.directions)]
@@ -370,7 +372,7 @@ def grasp_scores(
     o.passes.restore()
     zeros = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in places]
     change = sums(there - here, zeros)
-    # The noise op leaves out what is not finite, and so the scores alone would not show it.
+    # The noise op is skipped if a coefficient is not finite, so the scores alone would not show it.
     sign = torch.where((there - here).isfinite().all(), -1.0, float("nan"))
     return [(sign.to(h.device) * v * h).flatten() for v, h in zip(x, change, strict=True)]
 
@@ -382,7 +384,7 @@ def moved(
     found_inf: Tensor,
     dither_seed: int | None,
 ) -> tuple[Tensor]:
-    """What the weights of a layer become."""
+    """The new weights of a layer."""
     x = p.detach().float()
     y = (1.0 - group["lr"] * group["weight_decay"]) * x
     if drawn is not None:

@@ -21,17 +21,17 @@ from pseuzo.optim.update import Direction
 class ForwardGradient(ZeroOrder):
     """x <- x - lr mean_j c_j z_j, where c_j = <dL/dx, z_j>, by forward-mode differentiation.
 
-    c_j is what MeZO's difference tends to as eps goes to 0, without its rounding: what one
-    direction can give at best. A pass computes L and c_j together, without a backward pass. Where
-    all weights are trained it costs about three forward passes, and memory for z in the weights'
-    dtype and for twice the activations of inference; nothing is kept between steps. With adapters
-    it costs about two, and z is small.
+    c_j is the limit of MeZO's difference as eps goes to 0, without rounding errors, so it is the
+    best that one direction can give. A pass computes L and c_j together, without a backward pass.
+    Where all weights are trained, a pass costs about three forward passes. It takes memory for z in
+    the weights' dtype and for twice the activations of inference; nothing is kept between steps.
+    With adapters it costs about two forward passes, and z is small.
 
-    params: a module, or its parameters together with model=. Every op that the loss depends on
-    through a trained weight needs a forward-mode derivative; NotImplementedError names one that has
-    none. Torch's scaled_dot_product_attention runs its plain kernels in such a pass; fused kernels
-    of other packages have no such derivative. capture is refused. lr, directions (q passes) and
-    other options: see MeZO. There is no eps.
+    params: a module, or its parameters together with model=. Every op between a trained weight and
+    the loss needs a forward-mode derivative; NotImplementedError names one that has none. Torch's
+    scaled_dot_product_attention runs its plain kernels in such a pass; fused kernels of other
+    packages have no such derivative. capture is refused. lr, directions (q passes) and other
+    options: see MeZO. There is no eps.
     """
 
     own_settings = ("directions",)
@@ -69,13 +69,13 @@ class ForwardGradient(ZeroOrder):
         for each direction.
 
         Returns the loss at x, on the device: reading it waits. Without a closure, applies the last
-        estimate; RuntimeError if there is none. A loss or derivative that is NaN or infinite skips
-        the update, is counted (`skipped_steps`) and warned of.
+        estimate; RuntimeError if there is none. If a loss or derivative is NaN or infinite, the
+        update is skipped, counted (`skipped_steps`) and warned about.
         """
         return super().step() if closure is None else super().step(closure)
 
     def measure(self, closure: Callable[[], Tensor]) -> Slopes:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(closure):
             raise TypeError("ForwardGradient.step: needs a closure that returns the loss")
         seeds = tuple(direction_seed(self.seed, self.steps, j) for j in range(self.directions))

@@ -1,4 +1,4 @@
-"""Parameter groups: what is trained, and what a group may say."""
+"""Parameter groups: which parameters are trained, and which options a group may have."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -12,8 +12,8 @@ NUMBERS = ("lr", "weight_decay", "noise_scale")
 
 
 def is_frozen(p: Tensor) -> bool:
-    """Whether p is left alone: a parameter that requires no grad. Plain tensors need not require
-    it."""
+    """Whether p is not trained: a parameter that does not require grad. Plain tensors are trained
+    either way."""
     return isinstance(p, nn.Parameter) and not p.requires_grad
 
 
@@ -49,7 +49,7 @@ def new_streams(
 ) -> dict[Tensor, int]:
     """The streams of a new group's parameters.
 
-    positions: model_streams of the optimizer's model; without a model they are the numbers from
+    positions: model_streams of the optimizer's model. None: the streams are the numbers from
     `first` on.
     """
     if positions is None:
@@ -69,10 +69,10 @@ def check_group(
     known: Iterable[str],
     has_gradient: bool,
 ) -> None:
-    """Refuse a new group whose options or parameters cannot be meant.
+    """Refuse a new group with options or parameters that make no sense.
 
-    given: the options that the user wrote. known: those that groups have. has_gradient: whether the
-    optimizer differentiates a head.
+    given: the options that the user wrote. known: the options that a group can have. has_gradient:
+    whether the optimizer differentiates a head.
     """
     for key in NUMBERS:
         check_not_negative(name, key, group[key])
@@ -97,7 +97,8 @@ def check_group(
 
 
 def trained(op: str, groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The groups with their parameters that take noise. Checks what schedulers and users write."""
+    """Each group with its parameters that take noise. Checks the numbers, which schedulers and
+    users may have changed."""
     groups = list(groups)
     for group in groups:
         for key in NUMBERS:

@@ -23,9 +23,9 @@ from pseuzo.perturb.in_place import filled
 class Slopes(Measured):
     """The projected gradients along q directions.
 
-    seeds: of the directions. slopes: [q] fp32, 0 where not finite. finite: [] bool, whether all of
-    the step's losses and slopes are. pairs: of each direction the losses at x + eps z_j, and those
-    at x - eps z_j, or at x if one-sided; [] or [B] fp32, before examples are clipped.
+    seeds: of the directions. slopes: [q] fp32, 0 where not finite. finite: [] bool, whether all
+    losses and slopes of the step are finite. pairs: for each direction the losses at x + eps z_j,
+    and those at x - eps z_j, or at x if one-sided; [] or [B] fp32, before examples are clipped.
     """
 
     seeds: tuple[int, ...]
@@ -43,15 +43,15 @@ def measure_slopes(
 ) -> Slopes:
     """c_j = (L(x + eps z_j) - L(x - eps z_j)) / (2 eps), along `directions` z_j.
 
-    key: what the passes are made of, for CUDA graphs. loss_of: L, or a loss L_j for each direction,
-    as of a part of the batch. two_sided False: (L(x + eps z_j) - L(x)) / eps.
+    key: tells the passes apart, for CUDA graphs. loss_of: L, or a loss L_j for each direction, such
+    as that of a part of the batch. two_sided False: (L(x + eps z_j) - L(x)) / eps.
     """
     o, eps = optimizer, optimizer.eps
     seeds = tuple(direction_seed(o.seed, o.steps, j) for j in range(directions))
     losses_of = [loss_of] * directions if callable(loss_of) else list(loss_of)
 
     def clean() -> list[Tensor]:
-        """First of all passes, as the perturbed ones leave bare parameters shifted."""
+        """Run the clean passes, first, because perturbed ones leave bare parameters shifted."""
         if callable(loss_of):
             return [as_losses(o, o.passes.clean(loss_of))] * directions
         return [as_losses(o, o.passes.clean(loss_of_part)) for loss_of_part in loss_of]
@@ -100,7 +100,8 @@ def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) ->
 
 
 def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
-    """fp32 on the device: [] of a scalar tensor or a number, [B] of per-example losses."""
+    """The loss in fp32 on the device: [] for a scalar tensor or a number, [B] for per-example
+    losses."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0):
             raise ValueError(
@@ -131,26 +132,26 @@ class MeZO(ZeroOrder):
     `model` to have them perturbed exactly. Options of a group: lr, weight_decay (decoupled, applied
     once), noise_scale (multiplies z; 0 freezes the group), maximize.
     eps: size of the perturbation. two_sided False: (L(x + eps z) - L(x)) / eps. noise, rounding:
-    see pseuzo_kernels; rounding applies to bf16 and fp16 weights. seed: of the run; step t perturbs
-    with a seed made from (seed, t).
+    see pseuzo_kernels; rounding applies to bf16 and fp16 weights. seed: that of the run; step t
+    perturbs with a seed made from (seed, t).
     directions: q; the update is the mean over q perturbations (2 q passes, or q + 1 if not
     two_sided).
-    momentum: mu; the update is sum_age mu^age * (that of `age` steps ago) over the last `window`
-    steps: the momentum of SGD cut off after K steps, in seeds and coefficients in place of a buffer
-    of the model's size. It costs the noise of K * q seeds an update. A skipped step counts as one
-    of gradient 0.
+    momentum: mu; the update is the sum of mu^age * (the update of `age` steps ago) over the last
+    `window` steps, K of them. This is SGD's momentum cut off after K steps, kept as seeds and
+    coefficients in place of a buffer of the model's size. An update makes the noise of K * q seeds.
+    A skipped step counts as a step with gradient 0.
     clip_examples: r; the projected gradient of each example is clamped to r times the batch's
-    median size (not where that is 0). The closure must then return per-example losses, [B]. The
-    passes of a step run with the module in eval mode; with bare parameters that is the caller's
-    business. Under torch.autocast no step uses or leaves a cast that is cached, wherever the
-    autocast block begins and ends. One process only: ValueError where the process group has several
-    ranks, as replicas would drift apart.
+    median size, unless that is 0. The closure must then return per-example losses, [B].
     capture: record the passes as CUDA graphs, from the third step with the same closure on, and
     replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure
     must then be the same object at every step (or one of a few), read its batch from tensors that
     you write before the step (tensor.copy_(...)), and never wait for the device. lr, weight decay
-    and eps may change; weights and what else the closure reads must stay where they are in memory.
-    Source: Malladi et al. 2023, Algorithms 1 and 2.
+    and eps may change; the weights and all else that the closure reads must stay where they are in
+    memory.
+    The passes of a step run with the module in eval mode; with bare parameters the caller sets the
+    mode. Under torch.autocast no step uses or leaves a cached cast, wherever the autocast block
+    begins and ends. ValueError where the process group has several ranks, because replicas would
+    drift apart. Source: Malladi et al. 2023, Algorithms 1 and 2.
     """
 
     own_settings: tuple[str, ...] = ("directions", "momentum", "window")
@@ -185,13 +186,13 @@ class MeZO(ZeroOrder):
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice.
 
         Returns the mean of both (the clean loss if not two_sided), on the device: reading it waits.
-        Without a closure, applies the last estimate; RuntimeError if there is none. A loss that is
-        NaN or infinite skips the update, is counted (`skipped_steps`) and warned of.
+        Without a closure, applies the last estimate; RuntimeError if there is none. If a loss is
+        NaN or infinite, the update is skipped, counted (`skipped_steps`) and warned about.
         """
         return super().step() if closure is None else super().step(closure)
 
     def measure(self, closure: Callable[[], Any]) -> Slopes:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(closure):
             raise TypeError("MeZO.step: needs a closure that returns the loss, called twice a step")
         return measure_slopes(self, (closure,), closure, self.two_sided, self.directions)

@@ -2,20 +2,20 @@
 
 It trains networks from scratch, where noise on all weights has too many directions: a layer has
 fewer outputs than weights, and each example has noise of its own. A clean pass gives the layers'
-inputs, the output o and e = dg/do, the exact gradient of the loss there. In another pass noise
-eps z_l is added to the outputs of the layers l, which changes o by do. For one example,
+inputs, the output o and e = dg/do, the exact gradient of the loss with respect to o. Another pass
+adds noise eps z_l to the outputs of the layers l, which changes o by do. For one example,
 
     E[z_l <do, e>] / eps = J_l^T e,    J_l = do / d(output of layer l),
 
-is the gradient with respect to the layer's output, to the first order in eps: noise of another
-layer or of another example has mean 0 and drops out. The weights' gradient follows from the layer
-alone, by autograd through that one layer (dW = sum_b gradient_b input_b^T, of a linear one).
+is the gradient with respect to the layer's output, to the first order in eps: noise on another
+layer or another example has mean 0 and drops out. The gradient of the weights follows by autograd
+through that one layer (for a linear layer, dW = sum_b gradient_b input_b^T).
 
-The window is PseuZO's EMA of Jacobians, of each layer: the last K steps' seeds and do say
-J_l = <do z_l^T> / eps, of other inputs, whose rows are paired with the present ones.
+The window is PseuZO's EMA of Jacobians, kept for each layer. The seeds and do of the last K steps
+give J_l = <do z_l^T> / eps, measured at other inputs, whose rows are paired with the present ones.
 
-Source: PseuZO (NeurIPS 2025), Section 4.4, which has no formula for the pairing: that one is ours.
-Its local losses are left out.
+Source: PseuZO (NeurIPS 2025), Section 4.4. The paper has no formula for the pairing, so the one
+here is ours. Its local losses are left out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -43,9 +43,9 @@ SETTINGS = ("eps", "directions", "window", "momentum", "together", "noise", "see
 class Entry:
     """What a step leaves in the window.
 
-    seeds: [q] of its directions. changes: [q, n, B, D] fp32, the changes of the output by the noise
-    of each layer (together: of all, n = 1), or fp64. groups: [B] of its rows. shapes: of a row of
-    the layers that took noise, by their numbers.
+    seeds: [q], one per direction. changes: [q, n, B, D] fp32 or fp64, how the noise on each layer
+    changed the model's output (together: n = 1, the noise on all layers). groups: [B], one per row.
+    shapes: number of a layer that took noise -> shape of a row of its output.
     """
 
     seeds: tuple[int, ...]
@@ -55,10 +55,10 @@ class Entry:
 
 
 class _Hooks:
-    """What the layers of a model do in a pass; they do nothing while `shift` and `clean` are off.
+    """Hooks on the layers of a model; they do nothing while `shift` and `clean` are off.
 
     clean: each layer runs with autograd on a detached input, and passes a detached output on.
-    shift: a function of (number of the layer, output) that returns the output with noise.
+    shift: a function (number of the layer, output) -> the output with noise.
     """
 
     def __init__(self, layers: list[nn.Module]):
@@ -114,31 +114,32 @@ class NodePseuZO:
             nodes.backward(lambda: model(x), lambda o: nn.functional.cross_entropy(o, y))
             optimizer.step()
 
-    layers: types of modules, or a list of modules of the model, which none contains another of.
-    Each is differentiated alone and exactly, from its output to its weights: a block of a layer
-    with its activation knows its own derivative, and noise need only tell what follows. Layers
-    without a trained weight take no noise, and weights outside of all layers get no gradient. The
-    layer whose output is the model's gets the exact gradient.
+    layers: types of modules, or a list of modules of the model, none of which contains another.
+    Each layer is differentiated alone and exactly, from its output to its weights. If a block of a
+    layer with its activation is one of the layers, the activation is differentiated exactly too,
+    and noise only estimates what follows the block. Layers without a trained weight take no noise,
+    and weights outside of all layers get no gradient. The layer whose output is the model's gets
+    the exact gradient.
 
-    With z_k,l,i the noise of step k at layer l and row (example) i, and do_k,l,i the change of the
-    model's output that it made, the gradient at row b of a layer's output is
+    With z_k,l,i the noise of step k at layer l and row (example) i, and do_k,l,i the change that it
+    made in the model's output, the gradient at row b of a layer's output is
 
         G_l,b = sum_k lambda^age_k sum_i P_k,b,i <do_k,l,i, e_b> z_k,l,i / (eps sum_k lambda^age_k)
 
     over the last `window` steps. P pairs the rows. In the newest step each row is its own pair, so
     window=1 estimates the gradient without bias (to the first order in eps). In an older step P is
-    1 / n for the n rows of the same group as b (groups=None: for all rows), and 0 for others: the
-    mean Jacobian of rows like it. That one is of other inputs and of older weights, and trades bias
-    for a lot of variance. momentum: lambda.
-    directions: q draws of noise a step, averaged. together: the layers take noise in the same pass,
-    1 + q passes a step; otherwise each in one of its own, 1 + q n for n layers with noise, and the
-    noise of one is not in the estimate of another.
+    1 / n for the n rows in the same group as b (groups=None: for all rows), and 0 for others. Such
+    a step adds the mean Jacobian of those rows. It belongs to other inputs and older weights, which
+    adds some bias and takes away a lot of variance. momentum: lambda.
+    directions: q draws of noise per step, averaged. together: all layers take noise in the same
+    pass, so a step has 1 + q passes. Otherwise each layer has a pass of its own, 1 + q n for n
+    layers with noise, and the noise of one layer is not in the estimate of another.
     noise, seed: as in MeZO; layer l has the noise of stream l of the step's seeds, made again where
     it is needed.
-    The passes run with the model in eval mode. Memory beyond inference: the clean pass keeps each
-    layer's input, as backpropagation does; the window K q n outputs of the model.
-    An interrupt leaves .grad and the window undone or done; state_dict() continues to the bit.
-    Source: see the module.
+    The passes run with the model in eval mode. Beyond inference, the clean pass keeps each layer's
+    input in memory, as backpropagation does, and the window keeps K q n outputs of the model.
+    An interrupt leaves a step undone or done, and state_dict() continues to the bit. Source: see
+    the module.
     """
 
     def __init__(
@@ -183,8 +184,8 @@ class NodePseuZO:
 
         forward() -> o, [B, P, D] or [B, D], which runs the model; head(o) -> loss, a scalar or
         per-example losses, whose mean is taken. The layers' outputs have B rows, too. groups: [B]
-        integers, see the class. A loss that is not finite gives gradients that are not; the window
-        takes such changes as 0.
+        integers, see the class. If the loss is not finite, neither are the gradients. Changes that
+        are not finite enter the window as 0.
         """
         hooks = _Hooks(self.layers)
         return cleanly(partial(self._backward, hooks, forward, head, groups), hooks.remove)
@@ -242,7 +243,7 @@ class NodePseuZO:
     def _measured(
         self, hooks: _Hooks, forward: Callable[[], Tensor], o: Tensor, noisy: list[int], groups: Any
     ) -> Entry:
-        """The passes with noise."""
+        """Run the passes with noise."""
         seeds = tuple(direction_seed(self.seed, self.steps, j) for j in range(self.directions))
         together = [noisy] if self.together else [[i] for i in noisy]
         changes = []
@@ -277,7 +278,7 @@ class NodePseuZO:
     def _at_output(
         self, i: int, n: int, output: Tensor, e: Tensor, entries: tuple[Entry, ...]
     ) -> Tensor:
-        """G of layer i, of the shape of its output. n: its number among those with noise."""
+        """G of layer i, in the shape of its output. n: its index among the layers with noise."""
         e, groups = _wide(e).flatten(1), entries[-1].groups
         total = torch.zeros(output.shape, dtype=e.dtype, device=output.device)
         weights = [self.momentum**age for age in range(len(entries))]
@@ -307,7 +308,7 @@ class NodePseuZO:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings, the steps and the window: what the next gradient depends on, to the bit."""
+        """Return all that the next gradient depends on: the settings, the steps and the window."""
         steps, entries = self._held
         settings = {name: getattr(self, name) for name in SETTINGS}
         window = [{**vars(entry), "seeds": list(entry.seeds)} for entry in entries]
@@ -315,12 +316,12 @@ class NodePseuZO:
         return {"settings": settings, "layers": len(self.layers), **so_far}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue as the saved one would have. ValueError, and nothing changed, if it is of
-        another number of layers."""
+        """Continue as the saved one would have. ValueError, with nothing changed, if its number of
+        layers is another."""
         if state.get("layers") != len(self.layers):
             raise ValueError(
-                f"NodePseuZO.load_state_dict: the state is of {state.get('layers')} layers, and "
-                f"here are {len(self.layers)}"
+                f"NodePseuZO.load_state_dict: the state has {state.get('layers')} layers, and this "
+                f"NodePseuZO has {len(self.layers)}"
             )
         device = next(self.model.parameters()).device
         entries = tuple(
@@ -338,7 +339,7 @@ class NodePseuZO:
 
 
 def _exact(hooks: _Hooks, o: Tensor, e: Tensor) -> tuple[dict[int, Tensor], list[int]]:
-    """The gradient of the layer whose output is o, and the numbers of those that take noise."""
+    """The gradient of the layer whose output is o, and the numbers of the layers with noise."""
     exact, noisy = {}, []
     for i, output in hooks.outputs.items():
         if not any(p.requires_grad for p in hooks.layers[i].parameters()):
@@ -374,8 +375,8 @@ def _found(model: nn.Module, layers: Iterable[type | nn.Module]) -> list[nn.Modu
     for layer in found:
         if any(other is not layer and other in layer.modules() for other in found):
             raise ValueError(
-                f"NodePseuZO: a {type(layer).__name__} contains another of the layers; give one of "
-                "both"
+                f"NodePseuZO: a {type(layer).__name__} contains another of the layers; give only "
+                "one of the two"
             )
     if not any(p.requires_grad for layer in found for p in layer.parameters()):
         raise ValueError("NodePseuZO: none of the layers has a weight that requires grad")
@@ -383,5 +384,5 @@ def _found(model: nn.Module, layers: Iterable[type | nn.Module]) -> list[nn.Modu
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is that."""
+    """x in fp32, or in fp64 if that is its dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

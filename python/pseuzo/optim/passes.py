@@ -1,4 +1,4 @@
-"""The passes of a step: where they see perturbed weights, and CUDA graphs of them."""
+"""The passes of a step: how they see perturbed weights, and how CUDA graphs replay them."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def without_autograd() -> Iterator[None]:
 class Passes:
     """Runs passes of an optimizer's model at x and at x + scale * z(seed).
 
-    With a model the weights are never written; bare parameters stay shifted between the passes of a
-    step, until `restore` or an update. capture: record the passes as CUDA graphs.
+    With a model, passes never write the weights. Without one, parameters stay shifted between the
+    passes of a step, until `restore` or an update. capture: record the passes as CUDA graphs.
     """
 
     def __init__(self, optimizer: ZeroOrder, capture: bool):
         if capture:
             check_device(type(optimizer).__name__, optimizer.device)
         self._optimizer = optimizer
-        self._of_module: ModulePasses | None = None  # once a step with a model was made
+        self._of_module: ModulePasses | None = None  # set by the first step with a model
         self._in_place = InPlace(optimizer.noise, self._before_writing, self._after_writing)
         self._known: dict[str, list[int]] = {}  # from a loaded state: kind of pass -> streams
-        # The parameters that take noise, and what they were found from.
+        # The parameters that take noise, after the groups from which they were found.
         self._places: tuple[list, dict[Any, tuple[int, float]]] = [], {}
         self._graphs = Graphs(optimizer.device) if capture else None
         self._recorded_of: tuple | None = None  # the memory that the graphs read and write
         self._base: Base | None = None  # what passes see in place of the weights, and their kind
         self._kind = ""
         self._only: Set[Tensor] | None = None  # the weights that are perturbed, if not all
-        self._block = 0  # their number, as there may be passes of several blocks
+        self._block = 0  # the number of that block of weights
         self._of_blocks: dict[int, ModulePasses] = {}
 
     @property
@@ -60,10 +60,10 @@ class Passes:
         return self._in_place if self._of_module is None else self._of_module
 
     def run(self, kind: str, key: tuple, call: Callable[[], Any]) -> Any:
-        """call(), which makes the passes of a step, without autograd and dropout.
+        """Return call(), which makes the passes of a step, run without autograd and dropout.
 
-        kind: of the perturbed passes. key: what they are made of; CUDA graphs are recorded under
-        both.
+        kind: the name of this kind of perturbed pass. key: tells the passes of this kind apart;
+        CUDA graphs are recorded by kind and key.
         """
         optimizer, self._kind = self._optimizer, kind
         op = f"{type(optimizer).__name__}.step"
@@ -79,13 +79,13 @@ class Passes:
             settings = optimizer.noise, optimizer.masks
             passes = passes_of(optimizer.model, self._find_places(), *settings)
             if passes is not self._of_blocks.get(self._block):
-                passes.note_used(self.used())  # it begins with what this optimizer knows
+                passes.note_used(self.used())  # new passes begin with what this optimizer knows
                 self._of_blocks[self._block], self._recorded_of = passes, None
             self._of_module = passes
         graphs: AbstractContextManager[None] = nullcontext()
         if self._graphs is not None:
             memory = (self._of_module, self._perturbing.replaced)
-            if memory != self._recorded_of:  # what the graphs read or write is not there any more
+            if memory != self._recorded_of:  # the passes no longer use the memory of the graphs
                 self._recorded_of = memory
                 self._graphs.clear()
             graphs = self._graphs.step((kind, *key), self._perturbing.settled(kind))
@@ -93,9 +93,9 @@ class Passes:
             return call()
 
     def based_on(self, base: Base, call: Callable[[], Any]) -> Any:
-        """call(), whose passes see base[x] in place of each weight x that takes noise.
+        """Return call(), whose passes see base[x] in place of each weight x that takes noise.
 
-        It needs the model, and no CUDA graphs. The weights are never written.
+        This needs the model, and works without CUDA graphs only. The weights are never written.
         """
         self._base = base
         return cleanly(call, self._on_weights)
@@ -104,7 +104,7 @@ class Passes:
         self._base = None
 
     def limit(self, block: int, only: Iterable[Tensor]) -> None:
-        """Perturb `only` these weights from here on. block: their number; others may follow."""
+        """Perturb `only` these weights from here on. block: the number of this set of weights."""
         self._block, self._only = block, set(only)
 
     def release(self) -> None:
@@ -135,9 +135,9 @@ class Passes:
         return self._replayed(kind, perturbed_call)
 
     def derivative(self, seed: int, kind: str, call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-        """call() at x, and its derivative along z(seed), by forward-mode differentiation.
+        """Return call() at x, and its derivative along z(seed), by forward-mode differentiation.
 
-        It needs the model, and no CUDA graphs.
+        This needs the model, and works without CUDA graphs only.
         """
         op, passes = f"{type(self._optimizer).__name__}.step", self._of_module
         assert passes is not None  # the optimizer refuses bare parameters
@@ -163,7 +163,7 @@ class Passes:
         return value, tangent
 
     def _replayed(self, name: str, call: Callable[[], Any]) -> Any:
-        """Return call(), or replay the graph recorded for the pass of this name in such a step."""
+        """Return call(), or replay the graph that was recorded for the pass of this name."""
         return call() if self._graphs is None else self._graphs.run(name, call)
 
     def restore(self) -> None:
@@ -173,7 +173,7 @@ class Passes:
             self._in_place.restore()
 
     def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
-        """Return what an update must take back, see InPlace."""
+        """Return what an update must take back: see InPlace.pending."""
         return self._in_place.pending()
 
     def forget(self) -> None:
@@ -181,16 +181,16 @@ class Passes:
         self._in_place.forget()
 
     def unused(self, op: str, kind: str) -> Set[Tensor]:
-        """The weights that no pass of this kind has used: noise is all that they would get; and
-        those that passes leave alone, see limit.
+        """The weights that an update must skip: those that no pass of this kind has used, which
+        would get nothing but noise, and those that `limit` leaves out.
 
-        RuntimeError if it has used none of the model's.
+        RuntimeError if such passes used no trained weight of the model.
         """
         outside = set() if self._only is None else set(self._optimizer.streams) - self._only
         if self._of_module is None:
             return outside
         unused = self._of_module.unused(kind)
-        # A block may be of experts, say, that no row of a batch goes to.
+        # A block may hold, say, experts that no row of the batch is routed to.
         certain = self._only is None or self._optimizer.steps == 0
         if unused and certain and unused == self._of_module.params.keys():
             raise RuntimeError(
@@ -205,13 +205,13 @@ class Passes:
         if self._of_module is None:
             return self._known
         every = [passes.used() for passes in self._of_blocks.values()]
-        if self._only is not None:  # not every block may have had its turn since the state
+        if self._only is not None:  # some blocks may not have run since the state was loaded
             every.append(self._known)
         kinds = dict.fromkeys(kind for used in every for kind in used)
         return {k: sorted({s for used in every for s in used.get(k, ())}) for k in kinds}
 
     def load(self, used: Mapping[str, list[int]]) -> None:
-        """Forget the passes, and start from what `used` returned when the state was saved."""
+        """Forget the passes, and start from `used`, which `used()` returned for the saved state."""
         self._known = {kind: list(streams) for kind, streams in used.items()}
         self._of_module, self._only = None, None
         self._of_blocks.clear()
@@ -221,7 +221,7 @@ class Passes:
     def _find_places(self) -> dict[nn.Parameter, tuple[int, float]]:
         """The stream and noise scale of each parameter that may take noise.
 
-        It is the same dict while they are the same.
+        The same dict is returned until one of them changes.
         """
         found = [
             (group["noise_scale"], self._limited(groups.not_frozen(group["params"])))

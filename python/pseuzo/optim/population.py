@@ -1,18 +1,18 @@
 """Evolution strategies and FZOO: losses along q directions, compared with each other.
 
 A direction z_j moves the weights by its share w_j of the step times a score a_j,
-x <- x - lr sum_j w_j a_j z_j, where w_j = 1 / q. The score is made of the losses that the
-directions lead to, and needs no derivative: they may be numbers that a program computes.
+x <- x - lr sum_j w_j a_j z_j, where w_j = 1 / q. The scores are made from the losses that the
+directions lead to, without a derivative, so a loss may be any number that a program computes.
 
 With split_batch, direction j is measured on part j of the batch alone, so q directions cost two
-forward passes of the batch; w_j is then the share of the batch that is in part j, so that the mean
+forward passes of the batch. w_j is then the share of the batch that is in part j, so that the mean
 is right for parts of different sizes.
 
 Sources: Salimans et al., "Evolution strategies as a scalable alternative to reinforcement learning"
 (2017), for ranks and pairs; Tang et al., "Zeroth-order optimization meets human feedback: provable
-learning via ranking oracles" (ICLR 2024), for what ranks alone can do; Dang et al., "FZOO: fast
-zeroth-order optimizer for fine-tuning large language models towards Adam-scale speed" (2025) for
-the spread, as its code has it: x <- x - lr sum_j (l_j - l_0) / (q sigma) z_j, sigma^2 the mean of
+learning via ranking oracles" (ICLR 2024), for learning from ranks alone; Dang et al., "FZOO: fast
+zeroth-order optimizer for fine-tuning large language models towards Adam-scale speed" (2025), for
+the spread. Their code has x <- x - lr sum_j (l_j - l_0) / (q sigma) z_j, with sigma^2 the mean of
 (l_j - mean of l)^2.
 """
 
@@ -39,7 +39,7 @@ SKIP_REASON = (
 
 @dataclass(frozen=True)
 class Population(Slopes):
-    """Slopes along directions with shares [q] fp32 of the batch; None: all have the whole batch."""
+    """Slopes. shares: [q] fp32, each direction's share of the batch; None: each has all of it."""
 
     shares: Tensor | None
 
@@ -47,33 +47,34 @@ class Population(Slopes):
 class Evolution(ZeroOrder):
     """x <- x - lr mean_j a_j z_j, with scores a_j of q directions made by comparing their losses.
 
-    Let c_j be MeZO's slope along z_j, h_j = eps c_j, and v all values that are compared. weights
-    says what the score is:
+    Let c_j be MeZO's slope along z_j, h_j = eps c_j, and v the values that are compared. weights
+    chooses the score:
 
-    - "raw": a_j = c_j, as MeZO with q directions.
-    - "spread": a_j = h_j / std(v), as FZOO.
-    - "zscore": a_j = (h_j - mean_j h) / std(v); two-sided h_j / std(v), as a pair has mean 0.
+    - "raw": a_j = c_j, as in MeZO with q directions.
+    - "spread": a_j = h_j / std(v), as in FZOO.
+    - "zscore": a_j = (h_j - mean_j h) / std(v); two-sided h_j / std(v), because a pair has mean 0.
     - "rank": a_j = rank(v_j), or two-sided (rank(v_j+) - rank(v_j-)) / 2, by order alone. A rank is
-      centered, from -1/2 for the least to 1/2 for the largest: with n values it is
+      centered, from -1/2 for the least value to 1/2 for the largest: with n values it is
       (number below - number above) / (2 (n - 1)), so that ties have the mean of their ranks.
 
-    std divides by n, the number of values. v are the losses L(x + eps z_j), q of them, and
-    two-sided the 2 q losses on both sides. With split_batch, losses of different rows do not
-    compare. v are then the differences along each direction: h_j one-sided, h_j and -h_j two-sided
-    (std(v) is the root mean square of h_j, and a rank is that of |h_j| with the sign of h_j, as in
-    a signed-rank test).
+    std divides by n, the number of values. One-sided, v are the q losses L(x + eps z_j); two-sided,
+    the 2 q losses on both sides. With split_batch, losses on different rows cannot be compared, so
+    v are the differences along each direction: h_j one-sided, h_j and -h_j two-sided. Two-sided,
+    std(v) is then the root mean square of h_j, and a score is the rank of |h_j| with the sign of
+    h_j, as in a signed-rank test.
 
-    All but raw are free of eps and of the scale of the losses: lr is the size of a step. It moves
-    each weight by about lr / sqrt(q) (root mean square; rank: 0.29 times that), whatever the slopes
-    are; FZOO's scores are larger where all losses rise together. Where all of v are the same, as
-    happens with a metric on a small batch, there is nothing to compare: the step is skipped,
-    counted and warned of, as one whose loss is not finite.
+    All scores but raw do not depend on eps or on the scale of the losses, so lr is the size of a
+    step. It moves each weight by about lr / sqrt(q) (root mean square; rank: 0.29 times that),
+    whatever the slopes are; FZOO's scores are larger where all losses rise together. If all of v
+    are equal, as happens with a metric on a small batch, there is nothing to compare. The step is
+    then skipped, counted and warned about, like one whose loss is not finite.
 
     params, lr, eps, and further options: see MeZO. clip_examples clamps each example's part of h_j
-    (split_batch: against the median of its part), and v are then made of the clamped h_j.
-    directions: q, at least 2 if one-sided (but for raw), as one value cannot be compared.
-    two_sided: 2 q passes, else q + 1. split_batch: each pass is that of one part. maximize, an
-    option of torch, takes the closure's value for a reward. Nothing is kept between steps.
+    (split_batch: against the median of its part), and v are then made from the clamped h_j.
+    directions: q, at least 2 if one-sided (except for raw), because one value has no other to be
+    compared with. two_sided: 2 q passes, else q + 1. split_batch: a pass runs one part alone.
+    maximize, an option of torch, treats the closure's value as a reward. Nothing is kept between
+    steps.
     """
 
     own_settings = ("directions", "two_sided", "weights", "split_batch")
@@ -122,13 +123,14 @@ class Evolution(ZeroOrder):
         sizes: Sequence[float] | Tensor | None = None,
     ) -> Tensor | None:
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice
-        for each direction, if one-sided once and once more.
+        for each direction, or, if one-sided, once for each and once at x.
 
-        With split_batch, a list of q closures, of the loss of each part of the batch. sizes: [q],
-        how many examples the parts have; None: they are equal, or as many as losses are returned.
-        Returns the mean loss on the device (one-sided: that at x). Without a closure, applies the
-        last estimate; RuntimeError if there is none. A loss that is NaN or infinite skips the
-        update, is counted (`skipped_steps`) and warned of, and so are losses that are all the same.
+        With split_batch, closure is a list of q closures, one for the loss of each part of the
+        batch. sizes: [q], how many examples the parts have; None: the number of losses that each
+        closure returns. Returns the mean loss on the device (one-sided: that at x). Without a
+        closure, applies the last estimate; RuntimeError if there is none. If a loss is NaN or
+        infinite, or if all losses are equal, the update is skipped, counted (`skipped_steps`) and
+        warned about.
         """
         return super().step() if closure is None else super().step(closure, sizes)
 
@@ -137,7 +139,7 @@ class Evolution(ZeroOrder):
         closure: Callable[[], Any] | Sequence[Callable[[], Any]],
         sizes: Sequence[float] | Tensor | None = None,
     ) -> Population:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         name, q = type(self).__name__, self.directions
         if not self.split_batch:
             if not callable(closure) or sizes is not None:
@@ -186,7 +188,7 @@ class Evolution(ZeroOrder):
         """a_j [q] fp32, and whether the values that are compared differ, [] bool."""
         h = self.eps * measured.slopes
         if not self.two_sided:
-            values = h  # of one batch in the order of the losses, as they differ by L(x)
+            values = h  # the losses minus L(x), so their order and spread are the same
         elif self.split_batch:
             values = torch.cat([h, -h])
         else:
@@ -195,7 +197,7 @@ class Evolution(ZeroOrder):
                 middle = (plus + minus) / 2
                 plus, minus = middle + h, middle - h
             values = torch.cat([plus, minus])
-        # A spread may be a rounding's alone.
+        # A spread above 0 could come from rounding alone, so equality is tested instead.
         differ = values.max() > values.min()
         if self.weights == "rank":
             scores = centered_ranks(values)
@@ -220,9 +222,10 @@ class Evolution(ZeroOrder):
 class FZOO(Evolution):
     """x <- x - lr mean_j (L(x + eps z_j) - L(x)) / sigma z_j, sigma the spread of the losses.
 
-    Evolution with one-sided directions and weights "spread": q + 1 passes a step. sigma^2 is the
-    mean over j of (L(x + eps z_j) - their mean)^2. As published: noise="rademacher", 8 directions.
-    Source: Dang et al. 2025; without their batched passes of several perturbations at once.
+    This is Evolution with one-sided directions and weights "spread": q + 1 passes per step. sigma^2
+    is the mean over j of (L(x + eps z_j) - their mean)^2. As published: noise="rademacher", 8
+    directions. Source: Dang et al. 2025; their batched passes of several perturbations are left
+    out.
     """
 
     def __init__(
@@ -240,7 +243,7 @@ class FZOO(Evolution):
 
 
 def centered_ranks(values: Tensor) -> Tensor:
-    """[n] fp32 in -1/2 .. 1/2, of n >= 2 values: exact, so the same on every device."""
+    """Ranks of n >= 2 values, [n] fp32 in -1/2 .. 1/2: exact, so the same on every device."""
     below = (values[None, :] < values[:, None]).sum(1)
     above = (values[None, :] > values[:, None]).sum(1)
     return (below - above).float() / (2 * (len(values) - 1))

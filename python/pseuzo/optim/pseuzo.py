@@ -30,7 +30,7 @@ class Outputs(Measured):
     seed: of the perturbation. base, output: [B, P, D] or [B, D], the clean and the perturbed
     output; base None: output is their difference. e: dg/do, of the same shape. groups: see
     EmaWindow. finite: [] fp32, NaN where the step must be skipped. gradients: parameters of
-    exact_gradient groups -> dg/dx. momentum, eps: of the step.
+    exact_gradient groups -> dg/dx. momentum, eps: of this step.
     """
 
     seed: int
@@ -49,21 +49,23 @@ class PseuZO(ZeroOrder):
     changes do_k.
 
     A step: o0 = h(x); e = dg/do at o0, by autograd through the head alone; o1 = h(x + eps z); the
-    change o1 - o0 enters the window; every entry is projected on e; one fused update. momentum:
-    lambda, a number or a pseuzo.Schedule; while it is 0 the step is a two-sided MeZO step on the
-    loss. weighting: "sum", as in the published code, or "mean", as in the paper (Algorithm 2, its
-    weights lambda^age (1 - lambda) normalised): c_k is divided by the sum of lambda^age over the
-    entries, so that at lambda 1 the update is their plain mean; an entry that the window dropped,
-    because its own coefficient was not finite, does not count. two_sided: changes are
-    (h(x + eps z) - h(x - eps z)) / 2, for a third pass. window: K. clip_examples: r; the rows of e
-    are scaled so that no example's projected gradient <do_i, e_i> / eps of the newest entry exceeds
-    r times the batch's median size (no scaling where that is 0); older entries are projected on the
-    same e. In a MeZO step as in MeZO: the head must then return per-example losses.
-    The group option exact_gradient=True is for weights of the head that h does not use, as an
-    untied output layer: they take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, by the
-    autograd through the head that is done anyway. MeZO steps leave them alone. Without it PseuZO
-    leaves such weights as they are.
-    capture: see MeZO; forward and head are then the same objects at every step. Other arguments as
+    change o1 - o0 enters the window; every entry is projected on e; one fused update follows.
+    momentum: lambda, a number or a pseuzo.Schedule; while it is 0 the step is a two-sided MeZO step
+    on the loss. window: K. two_sided: changes are (h(x + eps z) - h(x - eps z)) / 2, for a third
+    pass.
+    weighting: "sum", as in the published code, or "mean", as in the paper (Algorithm 2, its weights
+    lambda^age (1 - lambda) normalised). "mean" divides c_k by the sum of lambda^age over the
+    entries, so that at lambda 1 the update is their plain mean. An entry that the window dropped,
+    because its own coefficient was not finite, does not count.
+    clip_examples: r; the rows of e are scaled so that no example's projected gradient
+    <do_i, e_i> / eps for the newest entry exceeds r times the batch's median size (no scaling where
+    that is 0); older entries are projected on the same e. A MeZO step clips as MeZO does, so the
+    head must then return per-example losses.
+    The group option exact_gradient=True is for weights of the head that h does not use, such as an
+    untied output layer. They take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, with
+    the gradient from the autograd through the head that is done anyway. MeZO steps leave them
+    alone. Without the option, PseuZO leaves such weights as they are.
+    capture: see MeZO; forward and head must be the same objects at every step. Other arguments: see
     MeZO. Source: PseuZO (NeurIPS 2025).
     """
 
@@ -103,9 +105,9 @@ class PseuZO(ZeroOrder):
 
         groups: [B] integers, see EmaWindow: rows of old batches are paired with rows of the same
         group (the label, for classification); None pairs row by row, as published. examples: [B]
-        integers, for clip_examples: rows of the same number belong to one example; None: each row
-        is one. A NaN or infinity in the loss or a coefficient skips the update, is counted
-        (`skipped_steps`) and warned of.
+        integers, for clip_examples: rows with the same number belong to one example; None: each row
+        is an example. If the loss or a coefficient is NaN or infinite, the update is skipped,
+        counted (`skipped_steps`) and warned about.
         """
         if forward is None and head is None:
             return super().step()
@@ -118,7 +120,7 @@ class PseuZO(ZeroOrder):
         groups: Tensor | list[int] | None = None,
         examples: Tensor | None = None,
     ) -> Outputs | Slopes:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(forward) or not callable(head):
             raise TypeError(
                 "PseuZO.step: needs forward() -> o and head(o) -> loss, or nothing after "
@@ -158,7 +160,7 @@ class PseuZO(ZeroOrder):
 
         loss, base, o1, e, gradients = self.passes.run("output", (forward, head, *exact), run)
         finite = loss
-        for gradient in gradients:  # one that is not finite skips the step, as a loss does
+        for gradient in gradients:  # the step is skipped if one is not finite, as for a loss
             ok = gradient.isfinite().all().to(loss.device)
             finite = torch.where(ok, finite, float("nan"))
         by_parameter = dict(zip(exact, gradients, strict=True))
@@ -219,7 +221,7 @@ def weight_of_window(proposal: Proposal, momentum: float) -> Tensor:
 
 
 def as_output(o: Any, like: Tensor | None = None) -> Tensor:
-    """o, if it is an output, and of the shape of `like`."""
+    """o, detached. Raises if it is not an output, or not of the shape of `like`."""
     if not isinstance(o, Tensor) or not o.dtype.is_floating_point:
         kind = o.dtype if isinstance(o, Tensor) else type(o).__name__
         raise TypeError(f"PseuZO.step: forward must return a floating-point tensor, got {kind}")

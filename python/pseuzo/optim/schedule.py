@@ -1,7 +1,7 @@
-"""Schedules of lambda, the momentum of PseuZO's window. A schedule maps the step (from 0) to lambda
-in 0 .. 1.
+"""Schedules of lambda, the momentum of PseuZO's window.
 
-lambda 0 means that the step is a plain two-sided MeZO step on the loss.
+A schedule maps the step (from 0) to lambda in 0 .. 1. At lambda 0 the step is a plain two-sided
+MeZO step on the loss.
 """
 
 import math
@@ -17,7 +17,7 @@ def _fraction(name: str, value: float) -> float:
 class Schedule:
     """Base class: override __call__, and clears where the window is to be emptied."""
 
-    steps: int | None = None  # what it was planned for, if it was
+    steps: int | None = None  # the length of the run that it was planned for, if it was
 
     def __call__(self, step: int) -> float:
         raise NotImplementedError
@@ -27,7 +27,7 @@ class Schedule:
         return False
 
     def plan(self) -> str | None:
-        """One line that says what will happen, or None where nothing would surprise."""
+        """One line that says which steps are PseuZO's, or None if all of them are."""
         if self.steps is None:
             return None
         active = sum(self(step) > 0 for step in range(self.steps))
@@ -47,7 +47,7 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """lambda from start at step 0 to end at step `steps`, and end from there on."""
+    """lambda goes from start at step 0 to end at step `steps`, and stays there."""
 
     steps: int
 
@@ -81,7 +81,7 @@ class Reciprocal(Schedule):
 
 
 class Cycles(Schedule):
-    """R cycles: `within` from its beginning in the first steps of each, lambda 0 (MeZO) in the
+    """R cycles. The first steps of each follow `within` from its start; lambda is 0 (MeZO) in the
     rest.
 
     cycles: R. length: the steps of a cycle. active: how many of them follow `within`. Steps after
@@ -109,8 +109,9 @@ class Cycles(Schedule):
         cycles: int = 1,
         pseuzo_epochs: int | None = None,
     ) -> "Cycles":
-        """For a run of that many steps: each cycle is of E // R epochs, of which the first
-        `pseuzo_epochs` are PseuZO's; None: all. make: gives `within` for their number of steps."""
+        """Make the schedule of a run with this many steps, E epochs. Each cycle has E // R epochs,
+        and the first `pseuzo_epochs` of them (None: all) are PseuZO's. make: number of PseuZO's
+        steps in a cycle -> `within`."""
         epochs = math.ceil(steps / steps_per_epoch)
         length, active = cycle_of(epochs, cycles, pseuzo_epochs)
         within = make(active * steps_per_epoch)
@@ -128,7 +129,7 @@ class Cycles(Schedule):
 
 
 def cycle_of(epochs: int, cycles: int, pseuzo_epochs: int | None) -> tuple[int, int]:
-    """The epochs of a cycle, and of PseuZO in it (None: all). ValueError if they do not fit."""
+    """How many epochs a cycle has, and how many are PseuZO's. ValueError if they do not fit."""
     if cycles > epochs:
         raise ValueError(f"cycles: the run has {epochs} epoch(s), too few for {cycles} cycles")
     length = epochs // cycles
@@ -145,12 +146,12 @@ class CyclicHyperbola(Schedule):
 
     At epoch t, with u = t % (E // R): lambda = 1 / (1 + 10 u) in the first epochs of each cycle,
     else 0. The window is emptied before each step with lambda = 1. In a default run (10000 steps,
-    64 an epoch) 1408 steps are PseuZO. Source: the code published with PseuZO (NeurIPS 2025).
+    64 per epoch) 1408 steps are PseuZO's. Source: the code published with PseuZO (NeurIPS 2025).
 
-    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. cycles: R, usually 2. pseuzo_epochs: of
-    each cycle, usually the first 11, or all if it is shorter. A run of one epoch is MeZO's as
-    published, unless cycles or pseuzo_epochs say otherwise. steps: the length of the run if its
-    last epoch is cut short.
+    epochs: E. steps_per_epoch: 1 makes "epochs" mean steps. cycles: R, by default 2. pseuzo_epochs:
+    how many epochs at the start of each cycle are PseuZO's, by default 11, or all if the cycle is
+    shorter. As published, all steps of a run of one epoch are MeZO's, unless cycles or
+    pseuzo_epochs is given. steps: the length of the run, if its last epoch is cut short.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class CyclicHyperbola(Schedule):
         cycles: int | None = None,
         pseuzo_epochs: int | None = None,
     ) -> "CyclicHyperbola":
-        """For a run of that many steps, as in 10000 steps of 64 an epoch."""
+        """Make the schedule of a run with this many steps, such as 10000 steps, 64 per epoch."""
         epochs = math.ceil(steps / steps_per_epoch)
         options = {"cycles": cycles, "pseuzo_epochs": pseuzo_epochs}
         return cls(epochs, steps_per_epoch, steps=steps, **options)
@@ -199,5 +200,5 @@ class CyclicHyperbola(Schedule):
 
 
 def as_schedule(momentum: float | Schedule) -> Schedule:
-    """A schedule as it is, a number as a constant."""
+    """Return a schedule as it is, and a number as a constant schedule."""
     return momentum if isinstance(momentum, Schedule) else Constant(momentum)

@@ -1,9 +1,9 @@
-"""Seeds of a step: functions of (run seed, step) alone. No global generator is read or written."""
+"""The seeds of a step depend on (run seed, step) alone; no global generator is read or written."""
 
 from pseuzo_kernels.reference import hash_seed
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
-MASK_DOMAIN = 0x6D61736B  # and the masks from both
+MASK_DOMAIN = 0x6D61736B  # keeps the bits of random masks apart from both
 
 
 def step_seed(run_seed: int, step: int, domain: int = 0) -> int:
@@ -12,7 +12,7 @@ def step_seed(run_seed: int, step: int, domain: int = 0) -> int:
 
 
 def mask_seed(run_seed: int, step: int, renewed: bool) -> int:
-    """The seed of a step's random masks. renewed: each step has its own."""
+    """The seed of a step's random masks. renewed: each step has its own masks."""
     return step_seed(run_seed, step if renewed else 0, MASK_DOMAIN)
 
 

@@ -1,7 +1,7 @@
-"""ZO-SGD-Sign: the sign of MeZO's estimate, element by element.
+"""ZO-SGD-Sign: each weight moves by the sign of MeZO's estimate.
 
 Source: Liu et al., "signSGD via zeroth-order oracle" (2019); Zhang et al., "Revisiting zeroth-order
-optimization for memory-efficient LLM fine-tuning: a benchmark" (2024), where it is ZO-SGD-Sign.
+optimization for memory-efficient LLM fine-tuning: a benchmark" (2024), which calls it ZO-SGD-Sign.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,11 +23,11 @@ from pseuzo_kernels import add_noise_
 class ZOSign(MeZO):
     """x <- (1 - lr * weight_decay) x - lr * sign(g), g the mean of c_j z_j over q directions.
 
-    c_j as in MeZO. A group's noise_scale multiplies its steps as it does its noise.
-    One direction of Rademacher noise: sign(c z) = sign(c) z, which is an update by a seed, as fast
-    as MeZO's, that a journal can record. Otherwise the estimate is made anew tensor by tensor,
-    which takes fp32 memory for the largest one, and cannot be recorded. Where g is exactly 0, x
-    only decays.
+    c_j is as in MeZO. A group's noise_scale multiplies its steps as well as its noise.
+    With one direction and Rademacher noise, sign(c z) = sign(c) z: the update is a multiple of
+    seeded noise, as fast as MeZO's, and a journal can record it. Otherwise g is made again for one
+    tensor after another, which takes fp32 memory for the largest tensor, and a journal is refused.
+    Where g is exactly 0, x only decays.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ZOSign(MeZO):
         super().__init__(params, lr, eps, **own, **options)
 
     @property
-    def recordable(self) -> bool:  # type: ignore[override]  # by the noise that a state brings
+    def recordable(self) -> bool:  # type: ignore[override]  # a loaded state may change the noise
         return self.noise == "rademacher" and self.directions == 1
 
     def coefficients(self, measured: Slopes) -> Direction:
@@ -57,7 +57,7 @@ class ZOSign(MeZO):
         op = "ZOSign.step"
         unused = self.passes.unused(op, direction.kind)
         rounding_seed = step_seed(self.seed, self.steps, ROUNDING_DOMAIN)
-        launches: list[Callable[[], Any]] = [self.passes.restore]  # of bare parameters
+        launches: list[Callable[[], Any]] = [self.passes.restore]  # bare parameters are shifted
         stochastic = self.rounding == "stochastic"
         moved, held, slot = [], {}, {}  # type: ignore[var-annotated]
         for group, params in trained(op, self.param_groups):
@@ -73,11 +73,11 @@ class ZOSign(MeZO):
                     sign = partial(self._signs, p, i, direction, held)
                     compute = partial(_stepped, x, sign, keep, step, skip, bits)
                     launches += writes([x], compute, slot)
-        launches.append(torch.clear_autocast_cache)  # its casts are of the weights before
+        launches.append(torch.clear_autocast_cache)  # it holds casts of the old weights
         return Update(launches, moved, unused, rounding_seed)
 
     def _signs(self, p: Tensor, chunk: int, direction: Direction, held: dict[str, Any]) -> Tensor:
-        """Those of the estimate in a chunk of p. held: keeps the estimate of one tensor."""
+        """The signs of the estimate for a chunk of p. held: keeps the signs for one tensor."""
         if held.get("of") is not p:
             held.clear()
             g = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
@@ -90,7 +90,7 @@ class ZOSign(MeZO):
         if self._last is None:
             return {}
         coefs, moved = self._last
-        return update_rms(coefs.abs().max().sign().view(1), moved)  # of a skipped step: 0
+        return update_rms(coefs.abs().max().sign().view(1), moved)  # 0 if the step was skipped
 
 
 def _stepped(x, sign, keep, step, skip, bits) -> tuple[Tensor]:

@@ -13,10 +13,11 @@ NOT_FINITE = (
 
 
 class Skips:
-    """Counts skipped steps on the device, and warns when the news reaches the host, without
-    waiting.
+    """Counts skipped steps on the device, and warns once the count reaches the host, without
+    waiting for it.
 
-    It warns of the first, and whenever there are ten times as many. reason: what it says of them.
+    It warns at the first skipped step, and whenever there are ten times as many as at the last
+    warning. reason: why steps were skipped, for the warning.
     """
 
     def __init__(self, count: int = 0, device: torch.device | None = None) -> None:
@@ -32,12 +33,12 @@ class Skips:
         return 0 if self.count is None else int(self.count)
 
     def after(self, found_inf: Tensor) -> Tensor:
-        """The count after a step with this flag, [1] int64; nothing is counted yet."""
+        """The count after a step with this flag, [1] int64. `count` itself stays as it is."""
         count = found_inf.long().view(1)
         return count if self.count is None else self.count + count.to(self.count.device)
 
     def tell(self) -> None:
-        """Warn of the skipped steps that the host knows of by now, and fetch the present count."""
+        """Warn about skipped steps that the host knows about, and fetch the present count."""
         self._warn()
         if self.count is None:
             return
@@ -57,6 +58,6 @@ class Skips:
             self._told = total
             warnings.warn(
                 f"{total} step(s) skipped so far: {self.reason}; the weights were left as they "
-                "are. Lower lr or eps, or use float32, if this goes on",
+                "are. Lower lr or eps, or use float32, if this continues",
                 stacklevel=6,
             )

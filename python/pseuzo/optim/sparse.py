@@ -1,4 +1,4 @@
-"""Sparse-MeZO: noise on a part of the weights, the small ones or random ones.
+"""Sparse-MeZO: only a part of the weights takes noise, the small ones or random ones.
 
 Source: Liu et al., "Sparse MeZO: less parameters for better performance in zeroth-order LLM
 fine-tuning" (2024), Algorithm 1; its masks are made in each pass from the weights, as here.
@@ -23,19 +23,19 @@ class SparseMeZO(MeZO):
     """x <- x - lr c m * z, c = (L(x + eps m * z) - L(x - eps m * z)) / (2 eps), m a mask of 0, 1.
 
     sparsity: the share of each tensor's weights that the mask leaves out, 0 <= sparsity < 1; the
-    paper takes 0.75. What it leaves out is left alone: no noise, no update, no decay, to the bit.
+    paper takes 0.75. Weights that it leaves out take no noise, no update and no decay: they stay as
+    they are, to the bit.
     mask "small": m_i = 1 where |x_i| <= h. The threshold h of a tensor is the (1 - sparsity)
     quantile of its |x| when the optimizer is made, and stays, as in the paper; it is part of the
-    state. The mask is made anew in every pass, from x: a weight that grows beyond h is left out
-    from then on, and the update sees the mask that the perturbations of its step saw. A tensor
-    whose threshold is 0, or whose |x| are all alike, has no small weights to tell (LoRA's B, which
-    starts as 0): all of it takes noise.
+    state. Every pass makes the mask anew, from x. So a weight that grows beyond h is left out from
+    then on, and the update sees the mask that the perturbations of its step saw. If the threshold
+    of a tensor is 0 (as for LoRA's B, which starts as 0), or all its |x| are equal, no weights can
+    be called small, and all of the tensor takes noise.
     mask "random": m is drawn from the run's seed, with a chance of 1 - sparsity for each weight
     (to 2^-16), and stays; renew_mask: each step draws its own.
-    No mask is ever stored. "small" needs the
-    model where parameters are fp32: bare ones are perturbed by writing them, which changes which
-    are small. Other arguments: see MeZO; there is no momentum, as past steps had other masks.
-    ValueError if the masks leave nothing.
+    No mask is ever stored. "small" needs the model where parameters are fp32, because bare ones are
+    perturbed by writing them, which changes which are small. Other arguments: see MeZO; there is no
+    momentum, because past steps had other masks. ValueError if the masks leave no weight to train.
     """
 
     own_settings = (*MeZO.own_settings, "sparsity", "mask", "renew_mask")
@@ -70,7 +70,7 @@ class SparseMeZO(MeZO):
             )
 
     @property
-    def masks(self) -> Masks:  # type: ignore[override]  # those of the step that is made
+    def masks(self) -> Masks:  # type: ignore[override]  # those of the present step
         if self.mask == "small":
             return Masks(self._limits)
         return Masks(self._limits, mask_seed(self.seed, self.steps, self.renew_mask))
@@ -106,20 +106,20 @@ class SparseMeZO(MeZO):
         masks = own["masks"]
         self.sparsity, self.mask = masks["sparsity"], masks["mask"]
         self.renew_mask = masks["renew_mask"]
-        # A new dict, as launches that were made have the limits of the old one.
+        # This must be a new dict, because existing launches hold the limits of the old one.
         self._limits = {p: masks["limits"][stream] for p, stream in self._streams.items()}
 
 
 @torch.no_grad()
 def threshold(p: Tensor, share: float) -> float:
-    """The largest |x| of the share of p that is smallest; -1 if that is less than half an element.
+    """The largest |x| among the smallest `share` of p; -1 if that share rounds to no element.
 
-    Infinity where that tells nothing: it is 0, or all |x| are alike.
+    Infinity where this would not separate any weights: it is 0, or all |x| are equal.
     """
     k = round(share * p.numel())
     if k == 0:
         return -1.0
-    # Among the |x| with the same upper bits as the k-th: to sort or copy all would take long.
+    # Only the |x| with the same upper bits as the k-th are copied and sorted: all would take long.
     parts = p.detach().view(-1).split(CHUNK)
     counts = torch.stack([torch.bincount(_upper_bits(x), minlength=1 << 15) for x in parts]).sum(0)
     below = counts.cumsum(0)
@@ -133,6 +133,6 @@ def threshold(p: Tensor, share: float) -> float:
 
 
 def _upper_bits(x: Tensor) -> Tensor:
-    """The bits of |x| above the lower 16 of fp32, as integers in the order of the |x|."""
+    """The upper 16 bits of |x|, as integers that have the order of the |x|."""
     sizes = x.abs()
     return sizes.view(torch.int32) >> 16 if x.dtype is torch.float32 else sizes.view(torch.int16)

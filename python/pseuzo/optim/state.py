@@ -9,15 +9,15 @@ from torch import Tensor
 
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
-KEY = "zero_order"  # of torch's state that holds ours
-# Values of what was not always written down.
+KEY = "zero_order"  # the key of torch's state under which ours is
+# The values of settings that older versions did not save.
 EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum"}
 
 
 def read_state(
     op: str, state_dict: Mapping[str, Any], expected: Iterable[str], sixteen_bits: bool
 ) -> dict[str, Any]:
-    """Our part of a state_dict. Raises ValueError if it is not that of such an optimizer.
+    """Our part of a state_dict. Raises ValueError if another kind of optimizer made it.
 
     sixteen_bits: whether any trained weight is bf16 or fp16.
     """
@@ -30,9 +30,9 @@ def read_state(
     version = own["rounding_version"]
     if version != ROUNDING_VERSION and own["rounding"] == "stochastic" and sixteen_bits:
         raise ValueError(
-            f"{op}: the state is of a run whose 16-bit weights were rounded stochastically by "
-            f"version {version} of the rule, this pseuzo has version {ROUNDING_VERSION}; resume it "
-            "with the pseuzo that wrote it"
+            f"{op}: the state is from a run whose 16-bit weights were rounded stochastically by "
+            f"version {version} of the rule, but this pseuzo has version {ROUNDING_VERSION}; "
+            "resume it with the pseuzo that wrote it"
         )
     return own
 

@@ -1,8 +1,8 @@
 """MeZO-SVRG: minibatch estimates, corrected by an estimate over all the data at an anchor.
 
 Source: Gautam et al., "Variance-reduced zeroth-order methods for fine-tuning language models"
-(2024), Algorithm 2. Their published code keeps the weights' own tensors as the anchor, so that the
-two minibatch estimates are one and the same; here the anchor is a copy.
+(2024), Algorithm 2. Their published code uses the weights' own tensors as the anchor, so its two
+minibatch estimates are always equal; here the anchor is a copy.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,29 +24,30 @@ Batches = Callable[[], Iterable[Callable[[], Any]]]  # () -> the loss of one bat
 
 @dataclass(frozen=True)
 class Anchored(Slopes):
-    """at_anchor: [q] fp32, the slopes of the same batch at the anchor. None: this step sets the
-    anchor, and its slopes are those of all the data."""
+    """at_anchor: [q] fp32, the slopes on the same batch at the anchor. None: this step sets the
+    anchor, and its slopes are measured on all the data."""
 
     at_anchor: Tensor | None
 
 
 class MeZOSVRG(ZeroOrder):
-    """x <- x - lr (g_B(x) - g_B(a) + g(a)), where a is the weights of some steps ago, the anchor.
+    """x <- x - lr (g_B(x) - g_B(a) + g(a)); the anchor a is the weights of some steps ago.
 
-    g_B(x) = mean_j c_j z_j is MeZO's estimate on the batch of the step, g_B(a) that of the same
-    batch along the same z_j at the anchor, and g(a) an estimate over all the data, of the step that
-    set the anchor. Every `anchor_every` steps, from the first on, a step sets a to x, measures g(a)
-    on batches(), which step() takes, and moves by x <- x - lr anchor_scale g(a). The update is a
-    sum of seeded noise, as MeZO's.
+    g_B(x) = mean_j c_j z_j is MeZO's estimate on the batch of the step. g_B(a) is the estimate on
+    the same batch along the same z_j at the anchor. g(a) is an estimate over all the data, made by
+    the step that set the anchor. Every `anchor_every` steps, from the first on, a step sets a to x,
+    measures g(a) on batches(), which step() takes, and moves by x <- x - lr anchor_scale g(a). The
+    update is a sum of seeded noise, like MeZO's.
 
-    anchor_every: q of the paper. anchor_scale: eta_1 / eta_2 of the paper, the rate of a step that
-    sets the anchor over that of the others. A batch of the anchor whose loss is not finite is left
-    out; if all are, the step is skipped, and the weights stay until the next one that sets the
-    anchor. A step also sets the anchor if a trained weight has none, as after it was unfrozen.
-    params: a module, or its parameters together with model=. Their copy at the anchor, in their
-    dtype, is kept in the state of the optimizer: it is all the memory beyond MeZO's. capture is
-    refused, as the passes differ from step to step. lr, eps, two_sided, directions and other
-    options: see MeZO.
+    anchor_every: q in the paper. anchor_scale: eta_1 / eta_2 in the paper, the rate of a step that
+    sets the anchor over the rate of other steps. A batch is left out of g(a) if its loss is not
+    finite. If no batch is left, the step is skipped, and the weights stay until the next step that
+    sets the anchor. A step also sets the anchor if a trained weight has no copy, for example after
+    it was unfrozen.
+    params: a module, or its parameters together with model=. The state of the optimizer holds their
+    copy at the anchor, in their dtype; no other memory is used beyond MeZO's. capture is refused,
+    because the passes differ from step to step. lr, eps, two_sided, directions and other options:
+    see MeZO.
     """
 
     needs_data = True
@@ -95,15 +96,16 @@ class MeZOSVRG(ZeroOrder):
     ) -> Tensor | None:
         """closure() -> the loss of the step's batch, see MeZO.step; called four times.
 
-        batches() -> closures of the loss of one batch after another of all the training data, or of
-        a large part of it. They have equal weight, and each is called before the next is asked for.
-        Where the step sets the anchor (`sets_anchor`), they are called in place of closure, twice
-        each; the loss that is returned is then their mean. Other steps need no batches.
+        batches() -> an iterable of closures, each for the loss of one batch; together the batches
+        are all the training data, or a large part of it. They have equal weight, and each closure
+        is called before the next is asked for. A step that sets the anchor (`sets_anchor`) calls
+        them in place of closure, twice each, and returns their mean loss. Other steps need no
+        batches.
         """
         return super().step() if closure is None else super().step(closure, batches)
 
     def measure(self, closure: Callable[[], Any], batches: Batches | None = None) -> Anchored:
-        """The passes of a step; see step."""
+        """Run the passes of a step; see step."""
         if not callable(closure):
             raise TypeError("MeZOSVRG.step: needs a closure that returns the loss")
         if self.sets_anchor:
@@ -170,7 +172,7 @@ class MeZOSVRG(ZeroOrder):
         if state is None:
             return
         self._full = state
-        for p in self.state.keys() - self._trained():  # frozen since: their copies grow old
+        for p in self.state.keys() - self._trained():  # frozen since then: their copies are old
             del self.state[p]
 
     def _trained(self) -> list[Tensor]:
@@ -193,7 +195,7 @@ class MeZOSVRG(ZeroOrder):
             setattr(self, name, settings[name])
         if settings["seeds"] is not None:
             self._full = settings["seeds"].to(self.device), settings["coefs"].to(self.device)
-        # An anchor is written in place, and torch takes over the tensors of the state as they are.
+        # An anchor is written in place, and torch keeps the loaded state's own tensors.
         for of_weight in self.state.values():
             of_weight["anchor"] = of_weight["anchor"].clone()
 

@@ -1,8 +1,8 @@
 """One update of the weights, x <- keep * x + sum_k c_k z(s_k), prepared group by group and then
 run.
 
-Everything that can be refused is refused while it is prepared, before a weight is written. Then
-every launch is made exactly once, also where `run` is interrupted and called again.
+Everything that can be refused is refused while the update is prepared, before a weight is written.
+Then every launch is made exactly once, even if `run` is interrupted and called again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -26,10 +26,10 @@ CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bound
 class Direction:
     """The update that a step makes: x <- keep x - lr sum_k coefs[k] z(seeds[k]).
 
-    seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: of the passes
-    that it was measured by. state: what the estimator keeps once the weights have moved, see
-    `ZeroOrder.keep`. stats: what `ZeroOrder.stats` becomes. gradients: parameters of exact_gradient
-    groups -> dg/dx. skip_reason: what the warning of skipped steps says.
+    seeds: [n] int64. coefs: [n] fp32, zero where found_inf ([1] fp32) is 1. kind: that of the
+    passes that measured it. state: what the estimator keeps once the weights have moved, see
+    `ZeroOrder.keep`. stats: the next `ZeroOrder.stats`. gradients: parameters of exact_gradient
+    groups -> dg/dx. skip_reason: why, for the warning about skipped steps.
     """
 
     seeds: Tensor
@@ -66,13 +66,13 @@ class Update:
         return bool(self._made)
 
     def after(self, launches: Sequence[Callable[[], Any]]) -> "Update":
-        """This update with launches that are made before its own."""
+        """Return this update with other launches before its own."""
         return Update([*launches, *self._launches], self.moved, self.unused, self.rounding_seed)
 
     def run(self) -> None:
         """Make the launches that were not made yet.
 
-        Python code between a launch and its count could be interrupted: `extend` and `map` have
+        Python code between a launch and its count could be interrupted. `extend` and `map` run
         none.
         """
         self._made.extend(map(call, self._launches[len(self._made) :]))
@@ -95,9 +95,9 @@ def prepare(
     groups.
 
     The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
-    the parameters in `unused`, as noise is all that they would get, and changes nothing but the
-    shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
-    masks: which elements the update is of; the others stay as they are, without decay.
+    the parameters in `unused`, because noise is all that they would get, and changes nothing but
+    the shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
+    masks: which elements the update changes; the others stay as they are, without decay.
     """
     seeds, coefs, found_inf = direction.seeds, direction.coefs, direction.found_inf
     shift, copies = pending if pending is not None else (None, {})
@@ -142,12 +142,12 @@ def prepare(
     launches += _descents(exact_groups, direction, streams, stochastic, rounding_seed)
     written = [p for params, _ in moved for p in params]
     launches.append(partial(torch.autograd.graph.increment_version, written))
-    launches.append(torch.clear_autocast_cache)  # its casts are of the weights before the update
+    launches.append(torch.clear_autocast_cache)  # it holds casts of the old weights
     return Update(launches, moved, unused, rounding_seed)
 
 
 def _take_back_if_skipped(members, seed, at, scales, noise, offset, skip, masks) -> None:
-    """A launch that was skipped took no shift back; after any other one, do nothing."""
+    """Take the shift back if the launch before was skipped; otherwise it did so itself."""
     only_if_skipped = torch.full_like(skip, float("nan")).masked_fill_(skip != 0, -offset)
     keeps = [1.0] * len(members)
     arguments = (seed, only_if_skipped, at, keeps, scales, noise, False, 0, None)
@@ -157,7 +157,7 @@ def _take_back_if_skipped(members, seed, at, scales, noise, offset, skip, masks)
 def _alike(
     params: list[Tensor], copies: Mapping[Tensor, Tensor]
 ) -> Iterator[tuple[torch.device, bool, list[Tensor]]]:
-    """params by their device, and by whether a copy of them holds x."""
+    """Split params by device, and by whether a copy of them holds x."""
     devices = {p.device for p in params}
     for device in devices:
         there = params if len(devices) == 1 else [p for p in params if p.device == device]
@@ -198,7 +198,7 @@ def _descents(
 def rounding_bits(
     p: Tensor, rounding_seed: int, stream: int, stochastic: bool
 ) -> torch.Generator | None:
-    """The generator of the bits that round a parameter stochastically; None: to nearest."""
+    """The generator of bits that round a parameter stochastically; None: it rounds to nearest."""
     if not stochastic or p.dtype is torch.float32:
         return None
     return torch.Generator(p.device).manual_seed(hash_seed(rounding_seed + stream))
@@ -212,16 +212,17 @@ def descended(
     skip: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor]:
-    """keep * x + step * gradient, or x where skip ([1] bool); what `writes` rounds to x's dtype.
+    """keep * x + step * gradient, or x where skip ([1] bool), for `writes` to write to x.
 
-    generator: of the bits that round it, see rounding_bits.
+    generator: see rounding_bits.
     """
     y = torch.where(skip, x.float(), keep * x.float() + step * gradient.float())
     return (rounded(y, x.dtype, generator),)
 
 
 def rounded(y: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """y, fp32, as it is, to be rounded to nearest; stochastically to dtype with a generator."""
+    """y rounded stochastically to dtype; without a generator y itself, fp32, which the copy to the
+    weight rounds to nearest."""
     if generator is None:
         return y
     dither = torch.empty(y.shape, dtype=torch.int64, device=y.device)
@@ -233,9 +234,9 @@ def writes(
 ) -> list[Callable[[], None]]:
     """Launches that write the results of compute() to the targets.
 
-    They are computed once, when the first launch is made, and kept in `slot` until another
-    computation with the same slot replaces them: a launch that is made again after an interrupt
-    writes the same numbers, and the memory is that of one computation.
+    The first launch computes them once. `slot` keeps them until another computation with the same
+    slot replaces them, so a launch that is made again after an interrupt writes the same numbers,
+    and only one computation's results are in memory.
     """
     key = object()
     return [partial(_write, i, x, key, compute, slot) for i, x in enumerate(targets)]
@@ -244,4 +245,4 @@ def writes(
 def _write(i, x, key, compute, slot) -> None:
     if slot.get("key") is not key:
         slot.update(key=key, values=compute())
-    x.copy_(slot["values"][i])  # the last line, so that nothing is between it and its count
+    x.copy_(slot["values"][i])  # this line is last, so that nothing comes between it and its count
