@@ -17,7 +17,7 @@ ops = torch.ops.pseuzo
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 2047, 2048, 2049, 5000)
 BIT_EXACT = ("hadamard", "hadamard-fp16", "rademacher")
-BAND = 35  # an odd number of elements, so that no x is aligned
+BAND = 35  # elements; the number is odd, so that no x is aligned
 DEFAULT_ISA = _C.cpu_isa() if _C else None
 
 
@@ -80,8 +80,8 @@ def wanted_list(noise: str, k: int, stochastic: bool) -> list[torch.Tensor]:
 
 @functools.cache
 def steps_in_a_row(noise: str) -> tuple[list[torch.Tensor], tuple]:
-    """Return x and the arguments of 5 steps with no, one or several seeds, each with its keeps and
-    scales."""
+    """Return x and the arguments of 5 steps. A step has no, one or several seeds, and its own keeps
+    and scales."""
     counts = [1, 3, 0, 1, 2]
     xs = [normals(n, dtype, seed=n) for n in (*SIZES, 9000) for dtype in DTYPES]
     size = len(counts) * len(xs)

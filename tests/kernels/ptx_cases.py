@@ -113,7 +113,7 @@ def test_skipped(K):
 
 
 def test_launches_are_made_again():
-    """A launch can be made again over other seeds and other numbers, as perturbed passes do."""
+    """A launch can be repeated with other seeds and other numbers, as perturbed passes do."""
     xs, scales, launches = [values(n, BF16) for n in SIZES], [0.0, 0.5, 2.0, -1.0], []
     outs = [torch.empty_like(x) for x in xs]
     seeds, coefs = torch.empty(1, dtype=torch.int64), torch.empty(1)
@@ -155,7 +155,7 @@ def test_rows(widths):
 
 @only_sm_90
 def test_masked():
-    """A whole program and a tail, with NaNs, which take no noise."""
+    """The sizes give a whole program and a tail. NaNs take no noise."""
     got = [values(n, BF16) for n in (8192 + 5, 2047)]
     want = [x.clone() for x in got]
     args = *seeds_coefs(1), [7, 3], [0.75] * 2, [1.0] * 2, "hadamard", False, 9, None, [0.6, 0.1]
@@ -167,7 +167,8 @@ def test_masked():
 
 
 def test_steps():
-    """Some steps have no seed, some tensors no noise, and sizes lie around a program's block."""
+    """Some steps have no seed and some tensors get no noise. The sizes are close to a program's
+    block."""
     counts, dtypes = [2, 0, 1], (BF16, FP16)
     seeds, coefs = seeds_coefs(3)
     xs = [values(n, dtype) for n in (1, 4095, 4097) for dtype in dtypes]
@@ -183,7 +184,7 @@ def test_steps():
 
 
 def test_adam():
-    """Three steps of two directions; tensors together, and one alone."""
+    """Three steps use two directions each. Tensors share a launch, or one is launched alone."""
     got = [values(n, BF16)[10:].clone() for n in (4117, 11, 2057)]
     want, (seeds, coefs) = [x.clone() for x in got], seeds_coefs(6)
     numbers = [0.9, 0.999, *adam.adam_factors(-0.01, 0.9, 0.999, 3), 1e-8]

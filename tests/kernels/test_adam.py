@@ -12,7 +12,7 @@ import pseuzo_kernels
 from pseuzo_kernels import adam, ops, reference
 
 SIZES = (0, 1, 129, 2048, 2049)
-# noise, steps in the window, directions a step
+# noise, steps in the window, directions per step
 CASES = (
     ("hadamard", 1, 1),
     ("hadamard", 4, 1),
@@ -59,7 +59,8 @@ class TestCpp:
         for x, op in ((got, ops.adam_list_), (want, adam.adam_list_)):
             numbers = [*BETAS, -1.0, 1.0, 1e-3]
             op([x], *terms(6), 2, [3], [1.0], [1.0], numbers, "normal", False, 0, None)
-        # what each backend's logarithm and cosine are off by, through a root of sums of squares
+        # The tolerance covers the error of each backend's logarithm and cosine, passed through
+        # a root of sums of squares.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
     def test_refusals(self):
@@ -79,7 +80,7 @@ def test_triton(noise, n, q):
 
     some = (2, 4, 7, 11)  # 129 and 2049 of fp32, 129 of bf16, 1 of fp16
     got = [tensors()[t].to(DEVICE) for t in some]
-    got[0] = torch.cat([got[0][:1], got[0]])[1:]  # not aligned to 16 bytes
+    got[0] = torch.cat([got[0][:1], got[0]])[1:]  # this tensor is not aligned to 16 bytes
     seeds, coefs, directions, *lists, numbers, noise, stochastic, rounding_seed = arguments(
         noise, n, q
     )
@@ -92,7 +93,8 @@ def test_triton(noise, n, q):
 
 @pytest.mark.parametrize("n, q", [(1, 1), (3, 2), (40, 1)])
 def test_is_adam(n, q):
-    """Adam as published, with moments in memory, in float64, from the noise that the op makes."""
+    """The update equals the published Adam, whose moments here are in float64 and in memory. They
+    are computed from the noise that the op makes."""
     lr, decay, eps, scale = 0.1, 0.2, 1e-3, 0.7
     x, (seeds, coefs) = normals(300), terms(n * q)
     m = v = torch.zeros(300, dtype=torch.float64)
@@ -106,13 +108,15 @@ def test_is_adam(n, q):
         got = x.clone()
         options = dict(lr=lr, beta2=0.99, eps=eps, directions=q, weight_decay=decay)
         update(got, seeds, coefs, streams=[5], noise_scale=scale, **options)
-        # coefs of 17 bits, 3 n roundings of moments; |m| / sqrt(v) is at most 1 / sqrt(0.1)
+        # Coefs have 17 bits, and moments are rounded 3 n times. |m| / sqrt(v) is at most
+        # 1 / sqrt(0.1).
         error = lr * 4 * (2**-17 + 3 * n * 2**-24)
         assert (got.double() - want).abs().max() <= error + 2**-23 * x.abs().max()
 
 
 def test_skips():
-    """A coefficient that is not finite, or the flag: nothing is written, and the flag is set."""
+    """If a coefficient is not finite or the flag is set, nothing is written and the flag ends up
+    set."""
     x = normals(100)
     for coef, flag in ((float("nan"), 0.0), (float("inf"), 0.0), (1.0, 2.0)):
         for update in (pseuzo_kernels.adam_update_, adam.adam_update_):

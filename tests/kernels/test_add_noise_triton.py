@@ -34,7 +34,7 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the in
 @pytest.mark.parametrize("K", [1, 5])
 def test_one_tensor(noise, dtype, stochastic, K):
     if stochastic and (dtype is torch.float32 or noise == "normal"):
-        pytest.skip("fp32 is not rounded; the dithers of a sum that differs say nothing")
+        pytest.skip("fp32 is not rounded, and sums of normal noise differ before they are rounded")
     seeds, coefs = seeds_coefs(K)
     for n in SIZES if K == 1 and noise == "hadamard" else (2049, 8192):
         band = torch.full((n + 64,), 7.0, dtype=dtype)
@@ -73,7 +73,7 @@ def _round_kernel(
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_value_is_rounded_as_the_reference_does(dtype):
-    """All upper halves of fp32, over other bits, in all 16 planes."""
+    """The test covers all upper halves of fp32, with varying lower bits, in all 16 planes."""
     upper = torch.arange(-(2**15), 2**15).int()
     x = ((upper << 16) | (upper * 40503 & 0xFFFF)).view(torch.float32)
     q, seed_hash = torch.arange(len(x)), reference.hash_seeds(torch.tensor(9))
@@ -118,9 +118,8 @@ def test_strided_seeds_and_coefs(K, noise):
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e38, float("inf"), float("nan")])
 def test_fp16_coefs_of_any_size(size):
-    """2^e has ends, and beyond them nothing is done. There may be more coefs than a program
-    prepares, and the largest need not be the first.
-    """
+    """The exponent of 2^e is bounded, and beyond the bounds the op is skipped. There may be more
+    coefs than a program prepares, and the largest need not be the first."""
     with warnings.catch_warnings():  # the interpreter's numpy warns of NaN
         warnings.simplefilter("ignore", RuntimeWarning)
         for K in (2, 129, 300):
@@ -129,7 +128,7 @@ def test_fp16_coefs_of_any_size(size):
             hashes, coefs_of_sums, _ = prepared(seeds, coefs, "hadamard-fp16")
             assert torch.equal(hashes, reference.hash_seeds(seeds))
             rounded, power = reference.fp16_coefs(coefs.cpu())
-            # the sign of 0 does not matter
+            # The sign of 0 does not matter.
             assert_same_bits(coefs_of_sums, torch.cat([rounded + 0.0, power.view(1)]))
         seeds, coefs = seeds_coefs(2)
         coefs *= size
@@ -144,7 +143,7 @@ def test_fp16_coefs_of_any_size(size):
 
 @pytest.mark.parametrize("noise, K", [("hadamard", 2), ("hadamard-fp16", 17)])
 def test_out_of_place_and_without_x(noise, K):
-    """Tensors share a launch, one is not aligned; with a scale of 0 no noise is made."""
+    """Tensors share a launch, and one is not aligned. With a scale of 0 no noise is made."""
     seeds, coefs = seeds_coefs(K)
     xs = [values(n, torch.float16).to(DEVICE) for n in (8192, 2049, 2100)]
     xs += [values(301, torch.float16).to(DEVICE)[1:] for _ in range(2)]
@@ -183,8 +182,8 @@ def test_out_of_place_and_without_x(noise, K):
 def test_skipped(noise, K, bad, found):
     """A coefficient that is not finite skips the op and sets found_inf; found_inf skips it, too.
 
-    The largest fp32 is not finite once it is rounded. In place nothing is written; out of place x
-    is copied. Tensors share a launch, or have one each.
+    The largest fp32 becomes infinite when it is rounded. In place nothing is written; out of place
+    x is copied. Tensors share a launch, or have one each.
     """
     seeds, coefs = seeds_coefs(K)
     coefs[K - 1] = torch.tensor(float(bad))
@@ -246,9 +245,8 @@ def test_freed_memory_is_refused():
 @pytest.mark.parametrize("noise", ["hadamard", "hadamard-fp16", "rademacher"])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_steps(noise, stochastic):
-    """Some steps have no seed, some tensors are left alone; sizes lie around a program's block,
-    4096.
-    """
+    """Some steps have no seed, and some tensors get no noise. The sizes are close to a program's
+    block, 4096."""
     counts = [2, 0, 1]
     seeds, coefs = seeds_coefs(3)
     sizes = (0, 1, 4095, 4097) if stochastic else (2049,)
@@ -265,9 +263,8 @@ def test_steps(noise, stochastic):
 
 
 def test_scales_that_fp32_does_not_hold():
-    """They count as scales, so keep applies. In a series of steps, only a scale of 0 leaves a
-    tensor unchanged.
-    """
+    """A scale that rounds to 0 in fp32 still counts as a scale, so keep applies. In a series of
+    steps, only a scale of exactly 0 leaves a tensor unchanged."""
     seeds, coefs = seeds_coefs(3)
     start = torch.cat([torch.tensor([-0.0, 0.0]), values(300, torch.float32)])
     for scale in (1e-60, 0.0):

@@ -22,7 +22,7 @@ def test_perturb_restore_update_are_add_noise(api, noise):
         torch.testing.assert_close(x, was + 0.1 * scale * z, rtol=0, atol=atol)
     api.restore_(xs, 5, 0.1, streams=[4, 9, 2, 0], noise=noise, noise_scale=[1.0, 2.0, 1.0, 0.0])
     for x, was in zip(xs, start, strict=True):
-        # two roundings of numbers below 8
+        # There are two roundings of numbers below 8.
         torch.testing.assert_close(x, was, rtol=0, atol=2.0**-21)
     assert torch.equal(xs[3], start[3])
     api.update_(xs[:2], [1, 2], [0.5, -2.0], lr=0.1, weight_decay=[0.3, 0.0], noise=noise)
@@ -30,8 +30,9 @@ def test_perturb_restore_update_are_add_noise(api, noise):
         z = 0.5 * reference.noise(x.shape, 1, i, noise=noise) - 2 * reference.noise(
             x.shape, 2, i, noise=noise
         )
-        # In half precision, coefs up to 0.2 are off by up to 2^-11 of 0.25, and two sums below 0.5
-        # by 2^-12 each. The transform adds this up over 16 inputs of up to 1.86.
+        # In half precision, coefs up to 0.2 have an error of up to 0.25 * 2^-11. Each of the two
+        # sums below 0.5 has an error of up to 2^-12. The transform adds these errors over 16 inputs
+        # of up to 1.86.
         more = 0.2978 * 16 * (2 * 1.86 * 2.0**-13 + 2 * 2.0**-12) if noise == "hadamard-fp16" else 0
         torch.testing.assert_close(
             x, (1 - 0.1 * (0.3, 0.0)[i]) * was - 0.1 * z, rtol=0, atol=2 * atol + more
@@ -40,7 +41,7 @@ def test_perturb_restore_update_are_add_noise(api, noise):
 
 @pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
 def test_a_scale_may_be_negative(api):
-    """MeZO goes from x + eps z to x - eps z by -2 eps."""
+    """MeZO moves from x + eps z to x - eps z with a scale of -2 eps."""
     start = torch.randn(5000)
     x, want = start.clone(), start.clone()
     api.perturb_(x, 5, -0.1)

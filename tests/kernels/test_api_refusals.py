@@ -26,7 +26,7 @@ def test_tensors_of_a_list_share_no_memory(api):
         with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
             api.add_noise(x[4:10], 1, 1.0, 0, out=out)
     assert (x == 1).all()
-    # side by side, in any order
+    # The tensors are adjacent, in any order.
     api.perturb_([x[:6], x[9:], x[6:9], torch.empty(0), x[3:3]], 1, 0.1)
     assert (x != 1).all()
     want = api.add_noise(x[:6], 1, 1.0, 0)
@@ -213,7 +213,7 @@ def test_tensor_too_large_for_the_counter():
         pk.add_noise_(x, 1, 1.0, 0)
 
 
-# A call of every public op that writes, on x.
+# Each entry calls one public op that writes to x.
 WRITES = {
     "add_noise_": lambda api, x, **k: api.add_noise_(x, [1, 2], COEFS, 0, keep=0.5, **k),
     "add_noise": lambda api, x, **k: x.copy_(api.add_noise(x, [1, 2], COEFS, 0, keep=0.5, **k)),
@@ -230,8 +230,8 @@ writes = pytest.mark.parametrize("name", WRITES)
 @apis
 @writes
 def test_stochastic_rounding_needs_its_seed(api, name):
-    """With equal seeds all calls draw equal bits, so the errors of 400 roundings add up to tens of
-    ulps."""
+    """With equal seeds all calls draw equal bits, so that the errors of 400 roundings would add up
+    to tens of ulps."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(300, dtype=dtype)
         op = name.split()[0]
@@ -276,7 +276,7 @@ def test_coefs_that_are_not_finite_are_skipped_and_counted(api, name, bad, monke
         monkeypatch.setitem(globals(), "COEFS", torch.tensor([0.5, 2.0 * factor]))
         x, alone = start.clone(), start.clone()
         WRITES[name](api, x, found_inf=found_inf.zero_())
-        WRITES[name](api, alone)  # without found_inf, too
+        WRITES[name](api, alone)  # the call also works without found_inf
         assert torch.equal(x.view(torch.int32), alone.view(torch.int32))
         assert (
             torch.equal(x.view(torch.int32), start.view(torch.int32))

@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 
 class Calls(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
+    """Counts the ops that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def test_calls_do_not_grow_with_the_window_or_the_run():
     ]
     assert counts[0] == counts[1] == counts[2] == counts[3]
     assert own(counts[0])["window_step"] == 1
-    assert own(counts[0])["add_noise_list_"] == 1, "the update is one call for the whole model"
+    assert own(counts[0])["add_noise_list_"] == 1, "the update is not one call for the whole model"
 
 
 @pytest.mark.parametrize("make, most", [(PseuZO, 120), (MeZO, 150), (ZOAdam, 160)])
@@ -65,5 +65,5 @@ def test_a_step_is_two_forwards_and_little_else(make, most):
         head(forward())
     beyond = {name: n - 2 * plain.counts[name] for name, n in step.items()}
     assert sum(beyond.values()) <= most, {name: n for name, n in beyond.items() if n > 0}
-    # On a CPU, where this costs nothing, the count of skipped steps is read before and after.
+    # On a CPU the count of skipped steps is read before and after the step, which costs nothing.
     assert beyond["aten._local_scalar_dense.default"] <= 2, "a step waits for the device"

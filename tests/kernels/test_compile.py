@@ -1,6 +1,6 @@
-"""Every Triton kernel compiled to machine code, without a GPU.
+"""Every Triton kernel compiles to machine code without a GPU.
 
-It must not spill, its accesses must be wide, and it must cost what we claim.
+The kernel must not spill, its accesses must be wide, and it must cost what we claim.
 """
 
 import json
@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-# Instructions per normal in the loop over seeds, for sm_90. Speed depends on them, so no change may
-# add any unnoticed. Hashing the seed where it is used costs more, and so does a thread with 2
-# counters instead of 4.
+# These are the instructions per normal in the loop over seeds, for sm_90. Speed depends on them, so
+# no change may add any unnoticed. It costs more to hash the seed where it is used, or to give a
+# thread 2 counters instead of 4.
 LIMITS = {"hadamard": 4.7, "hadamard-fp16": 3.3, "rademacher": 4.7, "normal": 10.8}
-# All instructions per normal at K = 14 if the result is rounded stochastically. With 8 bits of
-# dither it would be 6.12 and 6.82.
+# These are all instructions per normal at K = 14 if the result is rounded stochastically. With 8
+# bits of dither there would be 6.12 and 6.82.
 ROUNDED = {"bf16": 6.4, "fp16": 7.1}
 ALLOWANCES = {"hash": 0.45, "add_noise_steps_kernel": 0.3}
 
@@ -28,7 +28,7 @@ ALLOWANCES = {"hash": 0.45, "add_noise_steps_kernel": 0.3}
 def costs(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     folder, runs = tmp_path_factory.mktemp("sass"), []
-    for arch, *only in (("80", "--dtype", "fp32"), ("90",)):  # at the same time
+    for arch, *only in (("80", "--dtype", "fp32"), ("90",)):  # both run at the same time
         command = [
             sys.executable,
             ROOT / "bench/sass_cost.py",
@@ -55,15 +55,15 @@ def test_nothing_spills(costs):
 
 def test_whole_chunks_are_read_and_written_widely(costs):
     for c in costs:
-        # Rows may begin anywhere, unless they are whole planes. Without the asm, layouts are
-        # converted, which the asm avoids. Where many updates share an access, its width does not
-        # matter.
+        # Rows may begin anywhere, unless they are whole planes. Kernels without the inline asm
+        # convert layouts through shared memory. Where many updates share an access, its width does
+        # not matter.
         anywhere = "rows" in c["kernel"] and "planes" not in c["kernel"]
         if not anywhere and not any(word in c["kernel"] for word in ("steps", "no asm")):
             assert c["shared_accesses"] == 0, c
             wide = {"STG.128"} if "fp32" in c["kernel"] else {"STG.64"}
             assert {w for w in c["widths"] if w.startswith("STG")} == wide, c
-            # the table's entries and the addresses are the only narrower loads
+            # Only the table's entries and the addresses are loaded in narrower accesses.
             assert not {"LDG.U16", "LDG.S16", "LDG.U8"} & set(c["widths"]), c
             if "no x" not in c["kernel"]:
                 assert c["widths"][wide.pop().replace("STG", "LDG")] >= 16, c
@@ -89,12 +89,12 @@ def test_instructions_of_stochastic_rounding(costs):
 
 
 def test_registers(costs):
-    """With 128 registers a multiprocessor has four blocks.
+    """With 128 registers per thread a multiprocessor runs four blocks.
 
-    More are needed for more than 16 seeds in half precision, which hold both sums, and for
-    stochastic rounding to fp16, a long calculation on 8 planes at once. The steps of a replay,
-    which hold x beside the sums, may have 168, which leaves three blocks: Triton 3.9 takes 123,
-    Triton 3.6 takes 152.
+    Two kernels need more: more than 16 seeds in half precision hold both sums, and stochastic
+    rounding to fp16 is a long calculation on 8 planes at once. The steps of a replay hold x beside
+    the sums. They may use 168 registers, which leaves three blocks: Triton 3.9 takes 123, Triton
+    3.6 takes 152.
     """
     for c in costs:
         if not any(word in c["kernel"] for word in ("blocks", " fp16 stochastic")):

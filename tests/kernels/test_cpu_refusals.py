@@ -39,7 +39,7 @@ def test_reads_nothing_beyond_x(dtype):
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     mprotect = ctypes.CDLL(None, use_errno=True).mprotect
     for guard in (0, 11):
-        # no access
+        # The guard pages allow no access.
         assert mprotect(ctypes.c_void_p(base + guard * page), ctypes.c_size_t(page), 0) == 0
     size = dtype.itemsize
     for n in (1, 127, 2047, 2049, 5000):
@@ -50,7 +50,7 @@ def test_reads_nothing_beyond_x(dtype):
             ops.add_noise_rows(x.view(n, 1), index, *terms(2), 0, 1.0, "hadamard")
 
 
-# the last once it is rounded to 17 bits
+# The last one overflows when it is rounded to 17 bits.
 NOT_FINITE = (
     math.nan,
     math.inf,
@@ -63,7 +63,7 @@ NOT_FINITE = (
 def test_skipped(noise):
     """found_inf skips an op, and so does a coefficient that is not finite, which sets found_inf.
 
-    No byte changes, not even of NaN and -0; out of place all bytes are copied.
+    In place no byte changes, not even in NaN and -0. Out of place all bytes are copied.
     """
     specials = torch.tensor([math.nan, -math.nan, -0.0, 1e-45, math.inf])
     for dtype in DTYPES:

@@ -1,4 +1,5 @@
-"""All kinds of numbers in the C++ noise ops: roundings, half precision, special values, normals."""
+"""The C++ noise ops handle all kinds of numbers: roundings, half precision, special values,
+normals."""
 
 import functools
 import math
@@ -52,8 +53,8 @@ def test_known_answers():
         assert [bits & 0xFFFF for bits in x.view(torch.int16)[KNOWN_ELEMENTS].tolist()] == want
 
 
-# sizes of x' that are rounded: about the ends of the dtypes, next to the values that they hold,
-# below their spacing
+# These sizes of x' are rounded. They are near the largest and smallest values of the dtypes, next
+# to values that the dtypes hold, or below their spacing.
 ROUNDED = (
     1.0,
     1.25 + 2**-17,
@@ -88,7 +89,8 @@ def dither() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rounds_as_defined(dtype):
-    """One term of +-1 gives x' its size; another one of the same seed gives the bits beyond 17."""
+    """A term of +-1 gives x' its size, and another term with the same seed gives the bits beyond
+    17."""
     signs = reference.noise(2048, 5, 3, noise="rademacher")
     for size in map(float, torch.tensor(ROUNDED)):
         first = float(reference.round17(torch.tensor(size)))
@@ -138,9 +140,8 @@ def fp16_args(k: int, size: float) -> tuple:
 @pytest.mark.parametrize("size", (1.0, 1e-44, 1e-38, 1e38, float("inf"), float("nan")))
 @pytest.mark.parametrize("k", (2, 15, 16, 17, 33, 40))
 def test_fp16_sums(k, size):
-    """Coefs in blocks of 16 have any size: as small as the end of 2^e, so large that the op is
-    skipped.
-    """
+    """Coefs in blocks of 16 have any size, from the smallest 2^e to so large that the op is
+    skipped."""
     for dtype in DTYPES:
         x = normals(2300, dtype)
         ops.add_noise_list_([x], *fp16_args(k, size))
@@ -188,7 +189,7 @@ def test_subnormals_survive_flush_denormal():
 def test_scales_at_the_ends(noise):
     """A scale that fp32 cannot hold still counts as a scale, so keep applies.
 
-    Zeros get the sign of the noise's, and large scales overflow alike.
+    Zeros get the sign of the noise, and large scales overflow as in the reference.
     """
     for dtype in DTYPES:
         start = torch.cat(
@@ -227,7 +228,7 @@ def test_scales_at_the_ends(noise):
 
 @functools.cache
 def wanted_normal() -> torch.Tensor:
-    # 2^21 pairs: each of the 65536 radii and angles is missed with probability e^-32
+    # With 2^21 pairs, each of the 65536 radii and angles is missed with probability e^-32.
     z = torch.empty(1 << 22)
     seed, coef = torch.tensor([5]), torch.tensor([1.0])
     reference.add_noise_list_out([], seed, coef, [0], [1.0], [1.0], "normal", False, 0, out=[z])
@@ -241,12 +242,13 @@ def test_normal(isa):
     got, want = torch.empty(1 << 22), wanted_normal()
     seed, coef = torch.tensor([5]), torch.tensor([1.0])
     ops.add_noise_list_out([], seed, coef, [0], [1.0], [1.0], "normal", False, 0, None, out=[got])
-    # half of it is the reference's: its angle is rounded to fp32, 1.2e-7 near pi, before the cosine
+    # Half of the tolerance is for the reference, which rounds its angle to fp32 before the cosine:
+    # by up to 1.2e-7 near pi.
     atol = 4 * torch.finfo(torch.float32).eps * want.abs().clamp(min=1)
     assert ((got - want).abs() <= atol).all(), (
         f"off by {float(((got - want).abs() / atol).max())} of the tolerance"
     )
-    # no fma in it, so the instruction sets agree
+    # The computation uses no fma, so the instruction sets agree.
     assert_same_bits(got, first_normal.setdefault("z", got))
 
 
@@ -256,8 +258,8 @@ def test_normal_sums(dtype):
     args = (*terms(14), [6], [0.9], [1.3], "normal", False, 0)
     ops.add_noise_list_([got], *args, None)
     reference.add_noise_list_([want], *args)
-    # each of 14 terms is off by 4 ulp of at most 4.85 * |coef|; then sums and product round 16
-    # times, and x once
+    # Each of 14 terms has an error of 4 ulps of at most 4.85 * |coef|. Then the sums and the
+    # product are rounded 16 times, and x once.
     bound = 1.3 * 4.85 * float(terms(14)[1].abs().sum())
     atol = 20 * torch.finfo(torch.float32).eps * bound + torch.finfo(dtype).eps * (
         x.abs() + want.float().abs()

@@ -66,7 +66,7 @@ def test_under_torch_compile(backend):
     assert torch.equal(w, w2)
 
 
-# calls of f(x, i): what changes from call to call
+# Each entry names what changes from call to call of f(x, i).
 CHANGING = {
     "seed": lambda x, i: pk.perturb_([x], 2**62 + i, 1e-3),
     "negative seed": lambda x, i: pk.restore_(x, -i, 1e-3),
@@ -141,7 +141,7 @@ def test_an_unsigned_seed_beyond_int64_is_compiled_as_a_constant():
 
 
 @pytest.mark.skipif(
-    pk._C is None, reason="pseuzo_kernels._C is not built, which looks at the memory then"
+    pk._C is None, reason="pseuzo_kernels._C, which checks the memory, is not built"
 )
 def test_freed_memory_is_refused_in_a_compiled_graph():
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(
 
 
 def uniform(words: laws.Words) -> torch.Tensor:
-    """Uniform in -0.5 .. 0.5, from the 16 bits of each half of 8 words."""
+    """Return uniform numbers in -0.5 .. 0.5, from the 16 bits of each half of 8 words."""
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return (torch.stack(halves).float() - 32767.5) / 65536
 
@@ -34,7 +34,7 @@ def toy(monkeypatch):
 
 @pytest.fixture(params=["reference", "ops", "triton"])
 def backend(request):
-    """The four ops by name."""
+    """Return the four ops by name."""
     if request.param == "reference":
         return reference
     if request.param == "ops":
@@ -54,7 +54,7 @@ class TritonOps:
 
 
 def calls(backend, noise):
-    """name: (the tensors that the op writes, a call of it)."""
+    """Return by name the tensors that an op writes, and a function that calls it."""
     x, out, steps = (torch.ones(3000, dtype=torch.bfloat16) for _ in range(3))
     how = noise, True, 5
     rows = torch.ones(20, 300), torch.tensor([3, 19])
@@ -112,7 +112,7 @@ def test_the_kernels_themselves_refuse_an_unknown_law():
     if launch.is_compiled():
         pytest.skip("needs the interpreter")
     x = torch.ones(8)
-    with pytest.raises(Exception):  # noqa: B017  (of Triton's own, around an assertion)
+    with pytest.raises(Exception):  # noqa: B017  (Triton wraps an assertion in its own class)
         kernels.add_noise_kernel[(1,)](
             x,
             x,
@@ -152,7 +152,7 @@ def test_a_row_is_all_that_a_law_needs(backend, toy, op):
 def test_a_row_in_the_public_functions(toy):
     z = pk.noise((1 << 16,), 1, 2, noise=toy)
     assert_same_bits(z, reference.noise((1 << 16,), 1, 2, noise=toy))
-    # mean and variance of 65536 uniform numbers, to 5 standard deviations
+    # The mean and variance of 65536 uniform numbers are known to 5 standard deviations.
     assert abs(z.mean()) < 5 / 256 and abs(z.var() - 1) < 5 * 0.8**0.5 / 256
     assert z.abs().max() <= 3**0.5
     x = torch.ones(5000)
@@ -195,6 +195,7 @@ def test_a_row_says_what_it_is(name):
     q = torch.arange(1 << 14)
     b = law.column_noise(q, 3, reference.hash_seeds(torch.tensor(1)))
     assert b.shape == (16, 1 << 14) and b.dtype is torch.float32
-    # the transform of 16 terms multiplies the variance by 16; 2^18 numbers, 5 standard deviations
+    # The transform of 16 terms multiplies the variance by 16. With 2^18 numbers, the bounds are
+    # 5 standard deviations.
     variance = b.double().var() * law.scale**2 * (16 if law.transform else 1)
     assert abs(variance - 1) < 5 * 2**0.5 / 2**9 and abs(b.double().mean()) < 5 / 2**9

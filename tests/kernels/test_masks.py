@@ -24,7 +24,7 @@ def xs_of(sizes=SIZES) -> list[torch.Tensor]:
 
 
 def arguments(xs: list, kind: str, noise: str, k: int, stochastic: bool = True) -> tuple:
-    """What the ops take after xs."""
+    """Return the arguments of the ops that follow xs."""
     T, (limit, seed) = len(xs), KINDS[kind]
     numbers = [3 + t for t in range(T)], [0.9] * T, [(1.0, 0.5)[t % 2] for t in range(T)]
     limits = [limit * (1 + t % 2) for t in range(T)]
@@ -33,7 +33,7 @@ def arguments(xs: list, kind: str, noise: str, k: int, stochastic: bool = True) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elements_take_the_noise_of_the_op_or_stay(kind):
-    """The definition: the bits of the unmasked op, or those of x."""
+    """By definition, each element has the bits of the unmasked op or those of x."""
     xs = xs_of()
     args = arguments(xs, kind, "hadamard", 4)
     plain, masked = [x.clone() for x in xs], [x.clone() for x in xs]
@@ -42,7 +42,7 @@ def test_elements_take_the_noise_of_the_op_or_stay(kind):
     for x, new, got, stream, limit in zip(xs, plain, masked, args[2], args[-2], strict=True):
         takes = masks.takes_noise(x, stream, limit, args[-1])
         if kind == "small":
-            assert torch.equal(takes, x.float().abs() <= torch.tensor(limit)), "of NaN it is false"
+            assert torch.equal(takes, x.float().abs() <= torch.tensor(limit)), "NaN takes no noise"
         assert same_bytes(got[takes], new[takes]) and same_bytes(got[~takes], x[~takes])
         assert x.numel() < 2000 or 0.2 < takes.float().mean() < 0.8
 
@@ -52,7 +52,7 @@ def test_a_random_mask_has_its_share_and_depends_on_seed_and_stream():
     one, other = (masks.takes_noise(x, 3, 0.3, torch.tensor([s])) for s in (1, 2))
     third = masks.takes_noise(x, 4, 0.3, torch.tensor([1]))
     for a in (one, other, third):
-        assert abs(a.sum() - 0.3 * n) < 5 * (0.21 * n) ** 0.5  # standard deviations
+        assert abs(a.sum() - 0.3 * n) < 5 * (0.21 * n) ** 0.5  # 5 standard deviations
     for a, b in ((one, other), (one, third)):
         assert abs((a & b).sum() - 0.09 * n) < 5 * (0.0819 * n) ** 0.5
     assert masks.takes_noise(x, 3, 1.0, SEED).all()
@@ -78,14 +78,15 @@ def test_cpp(noise, kind):
         for x, a, b, band, c in zip(xs, got, out, bands, want, strict=True):
             assert_same_bits(a, c)
             assert_same_bits(b, c)
-            assert (band != 7).sum() <= x.numel(), "no element outside is written"
+            assert (band != 7).sum() <= x.numel(), "wrote outside x"
 
 
 @needs_native
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("stochastic", (False, True))
 def test_cpp_leaves_every_value_as_it_is(stochastic):
-    """Whatever a mask leaves out keeps its bits: NaNs with any payload, subnormals."""
+    """Elements that a mask excludes keep their bits, including NaNs with any payload and
+    subnormals."""
     for dtype in DTYPES:
         x = special_values(dtype).clone()
         args = [x], *terms(2), [0], [0.5], [1.0], "hadamard", stochastic, 7, None, [0.001], None
@@ -129,7 +130,7 @@ def test_triton(kind, noise, k, stochastic):
     launch.add_noise_list_triton_(got, *args)
     for a, b in zip(got, want, strict=True):
         assert_same_bits(a, b)
-    numbers = [column[1:2] for column in args[2:5]]  # of bf16 alone
+    numbers = [column[1:2] for column in args[2:5]]  # only those of the bf16 tensor
     own = *args[:2], *numbers, *args[5:9], args[9][1:2], args[10]
     launch.add_noise_list_out_triton(xs[1:2], *own, out=alone[1:2])
     assert_same_bits(alone[1], want[1])

@@ -39,12 +39,12 @@ def test_kernels_give_the_bits_of_the_reference(arch, tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-# What follows tests the emulator itself.
+# The tests below check the emulator itself.
 
 
 @pytest.mark.parametrize("dtype, small", [(np.float32, 2.0**-30), (np.float16, 2.0**-12)])
 def test_fused_multiply_add_rounds_once(dtype, small):
-    """The exact sum may lie nearer to the middle between two numbers than float64 can tell."""
+    """The exact sum may be closer to the midpoint of two numbers than float64 can distinguish."""
     draw = np.random.default_rng(0)
     x, y, z = (
         (draw.standard_normal(300) * 2.0 ** draw.integers(-6, 6, 300)).astype(dtype)
@@ -53,7 +53,7 @@ def test_fused_multiply_add_rounds_once(dtype, small):
     x[:99] = y[:99] = small
     x[:33] *= -1
     ulp = np.spacing(np.abs(z[66:99]))
-    x[66:99], y[66:99] = ulp, dtype(0.5) * (1 + np.finfo(dtype).eps)  # just beyond the middle
+    x[66:99], y[66:99] = ulp, dtype(0.5) * (1 + np.finfo(dtype).eps)  # just beyond the midpoint
     for a, b, c, result in zip(x, y, z, fused_multiply_add(x, y, z), strict=True):
         exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
         error = abs(exact - Fraction(float(result)))

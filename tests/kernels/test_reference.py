@@ -72,7 +72,7 @@ def test_add_noise_known_answers():
 
 
 def dither_of(n: int, stream: int, rounding_seed: int) -> torch.Tensor:
-    """The dither of each element, [n]."""
+    """Return the dither of each element, [n]."""
     q, elements = reference.columns_of_chunks(0, -(-n // reference.CHUNK), torch.device("cpu"))
     dither = reference.rounding_dither(q, stream, reference.hash_seeds(torch.tensor(rounding_seed)))
     return dither.flatten()[elements.flatten().argsort()][:n]
@@ -178,17 +178,17 @@ def test_fp16_coefs(coefs, want, power):
 
 
 def test_fp16_sums_are_rounded_once():
-    """fp32 holds what a fused multiply-add rounds.
+    """fp32 holds the exact result that a fused multiply-add rounds to fp16.
 
-    Patterns and coefs are multiples of 2^-9 and 2^-10, and sums lie below 32. So the reference's
-    sums are those of one rounding, which are made here from fp64.
+    Patterns and coefs are multiples of 2^-9 and 2^-10, and sums are below 32. So the reference
+    rounds each sum once, and this test computes the same sums from fp64.
     """
     every = torch.arange(1 << 16)
     b = laws.HADAMARD((every, every, every, every))
     assert (b * 512 == (b * 512).round()).all()
     h = np.float16(0)
     for _ in range(reference.FP16_BLOCK):
-        h = np.float16(np.float64(h) + float(b.max()))  # with c' = 1
+        h = np.float16(np.float64(h) + float(b.max()))  # the coefficient c' is 1
     assert 29 < h < 32
     coefs, power = reference.fp16_coefs(torch.randn(40, generator=torch.Generator().manual_seed(0)))
     q, hashes = torch.arange(256), reference.hash_seeds(torch.arange(40))
@@ -213,10 +213,10 @@ def test_fp16_sums_are_rounded_once():
 @pytest.mark.parametrize("spread", [0, 12])
 @pytest.mark.parametrize("K", [2, 14, 16, 17, 40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_fp16_sums_are_near_and_unbiased(K, spread):
-    """A step rounds h by 2^-10 |h| / sqrt(12) rms at most.
+    """A step rounds h by at most 2^-10 |h| / sqrt(12) rms.
 
-    The 16 steps of a block round it by the root of their squares' sum, below 2^-10 sqrt(16/12) of
-    the sum; a coefficient is off by delta. spread: of the coefs, in powers of two. The first
+    The errors of the 16 steps of a block add in squares, to less than 2^-10 sqrt(16/12) of the sum.
+    A coefficient has an error of delta. spread: the range of the coefs, in powers of two. The first
     pattern of a block has 128 values, in pairs of signs, so its errors average over 64 only.
     """
     g = torch.Generator().manual_seed(K)
@@ -237,10 +237,10 @@ def test_fp16_sums_are_near_and_unbiased(K, spread):
     bound = 2.0**-10 * math.sqrt(16 / 12)
     assert 1e-4 * size < rounding.square().mean().sqrt() < bound * size
     assert error.square().mean().sqrt() < (bound + 1.05 * delta.norm() / coefs.norm()) * size
-    deviation = 5 * rounding.std() / math.sqrt(n)  # of a mean of independent errors
+    deviation = 5 * rounding.std() / math.sqrt(n)  # the errors are independent
     assert abs(rounding.mean()) < deviation
     first = 5 * 2.0**-10 / math.sqrt(12 * 64)
-    # neither shrunk nor stretched
+    # The sum is neither shrunk nor stretched.
     assert abs((rounding * want).mean()) < (deviation + first * size) * size
 
 
@@ -249,7 +249,7 @@ def test_transform_is_orthogonal_and_linear():
     rounding."""
     h = reference.fwht16(torch.eye(16))
     assert torch.equal(h @ h.T, 16 * torch.eye(16)) and set(h.unique().tolist()) == {-1.0, 1.0}
-    # powers of two: rounding them to 17 bits changes nothing
+    # The coefs are powers of two, which rounding to 17 bits does not change.
     seeds, coefs = (
         [3, 4, 5],
         [0.5, -2.0, 0.25],
@@ -259,7 +259,7 @@ def test_transform_is_orthogonal_and_linear():
     want = sum(
         c * reference.noise((5000,), s, 1).double() for s, c in zip(seeds, coefs, strict=True)
     )
-    # sums of 48 terms below 8 in fp32
+    # The sums have 48 terms below 8 in fp32.
     torch.testing.assert_close(x.double(), want, rtol=0, atol=16 * 2.0**-24 * 8)
 
 
@@ -267,7 +267,7 @@ def test_transform_is_orthogonal_and_linear():
 def test_moments_and_distribution(noise):
     """Bounds are 5 standard errors of N samples.
 
-    The KS distance has its 1e-6 level, plus the known distance of hadamard, 4e-4.
+    The bound of the KS distance is that of level 1e-6, plus the known distance of hadamard, 4e-4.
     """
     z = reference.noise((N,), 2024, 5, noise=noise).double()
     kurtosis = {"hadamard": 3 - 0.0144, "normal": 3.0, "rademacher": 1.0}[noise]
@@ -303,8 +303,8 @@ def test_elements_do_not_depend_on_the_size():
     assert torch.equal(reference.noise((10,), 1, 2), reference.noise((100, 77), 1, 2).view(-1)[:10])
 
 
-# x' around the ends of the dtypes, near the values that they hold and far below their spacing, as
-# fp32 has them
+# These fp32 values of x' are near the largest and smallest values of the dtypes, near values that
+# the dtypes hold, or far below their spacing.
 NEAR = (
     0.0,
     1.0,
@@ -326,10 +326,10 @@ OFFSETS = (0, 2**-24, 2**-18, 2**-12, -(2**-13), 2**-9, 0.3e-3)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_exactly_unbiased(dtype):
-    """All 2^16 dithers of a value give that value on average, and each gives what is defined.
+    """The average over all 2^16 dithers of a value is that value, and each dither gives the defined
+    result.
 
-    The average is exact, except for what 2^-16 of the spacing cannot hold (for fp16, what is below
-    2^-40).
+    The average is exact, except for bits below 2^-16 of the spacing (for fp16, below 2^-40).
     """
     x = torch.tensor(
         [a + a * b for a in NEAR for b in OFFSETS] + [-0.3, -1e-6, -(2**-24) * (1 + 2**-16)]
@@ -347,7 +347,7 @@ def test_stochastic_rounding_is_exactly_unbiased(dtype):
                 error == 0 if value.abs() >= 2.0**-14 else error < spacing * 2.0**-16 or error == 0
             ), value
     exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 6e-8, 65504.0, INF, -INF]).to(dtype)
-    for value in exact:  # what the dtype holds stays
+    for value in exact:  # values that the dtype holds do not change
         same = reference.round_stochastically(
             value.float().expand(1 << 16).contiguous(), dither, dtype
         )
@@ -358,9 +358,8 @@ def test_stochastic_rounding_is_exactly_unbiased(dtype):
 
 
 def test_dither_is_uniform_and_partners_hardly_correlate():
-    """A chi-square test takes both bytes jointly; the correlation of roundings is exact, over all
-    pairs of bytes.
-    """
+    """A chi-square test takes both bytes jointly. The correlation of roundings is computed exactly,
+    over all pairs of bytes."""
     planes = dither_of(1 << 22, 1, 5).view(-1, 16, 128)
     for plane in (0, 3, 4, 9, 15):
         counts = torch.bincount(planes[:, plane].flatten() >> 4, minlength=4096)
@@ -380,9 +379,8 @@ def test_dither_is_uniform_and_partners_hardly_correlate():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_far_below_the_spacing_arrive(dtype):
-    """Updates of 1/2048 of a spacing are lost to nearest, and kept on average by stochastic
-    rounding.
-    """
+    """Rounding to nearest loses updates of 1/2048 of a spacing, and stochastic rounding keeps them
+    on average."""
     steps, n, ulp = 8, 1 << 20, torch.finfo(dtype).eps
     coef = ulp / 2048
     z = pk.noise((n,), 7, 0)
@@ -391,30 +389,31 @@ def test_updates_far_below_the_spacing_arrive(dtype):
         pk.add_noise_(near, 7, coef, 0)
         pk.add_noise_(stochastic, 7, coef, 0, rounding="stochastic", rounding_seed=t)
     arrived = float(((stochastic.double() - 1.25) * z).sum() / (steps * coef * (z * z).sum()))
-    # An element goes up or down by an ulp with chance p = |coef z| / ulp: a variance of p ulp^2 a
-    # step at most, whose regression on z has that of ulp sum |z|^3 / (steps coef n^2), and E|z|^3 =
-    # 1.6: a deviation of 0.02.
+    # An element moves up or down by an ulp with probability p = |coef z| / ulp, so its variance per
+    # step is at most p ulp^2. The regression on z then has a variance of ulp sum |z|^3 / (steps
+    # coef n^2). With E|z|^3 = 1.6, the standard deviation is 0.02.
     assert abs(arrived - 1) < 5 * math.sqrt(1.6 * 2048 / (steps * n))
     assert (near == 1.25).all()
 
 
 @pytest.mark.slow
 def test_small_updates_survive_in_bf16():
-    """400 updates of 1/40 of a spacing are lost to nearest, and kept by stochastic rounding."""
+    """Rounding to nearest loses 400 updates of 1/40 of a spacing, and stochastic rounding keeps
+    them."""
     steps, n = 400, 1 << 14
     ulp = 2.0**-7
     total = torch.zeros(n)
     near, stochastic = torch.ones(n, dtype=torch.bfloat16), torch.ones(n, dtype=torch.bfloat16)
     for t in range(steps):
         coef = ulp / 40
-        seed = t % 4  # the same directions come again, so that updates add up
+        seed = t % 4  # directions are repeated, so that updates add up
         reference.add_noise_(total, seed, coef, 0)
         reference.add_noise_(near, seed, coef, 0)
         reference.add_noise_(stochastic, seed, coef, 0, rounding="stochastic", rounding_seed=t)
     want = total.double()
     moved = lambda x: ((x.double() - 1) * want).sum() / (want * want).sum()  # noqa: E731
-    # the noise of rounding is independent of want: its regression on it is 0 within 5 standard
-    # errors
+    # The noise of rounding is independent of want, so its regression on want is 0 within 5 standard
+    # errors.
     error = 5 * math.sqrt(steps) * ulp / 2 / (want.std() * math.sqrt(n))
     assert abs(moved(stochastic) - 1) < error
     assert moved(near) < 0.2

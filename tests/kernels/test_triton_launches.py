@@ -28,7 +28,8 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow  # the in
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_list_in_one_launch(stochastic):
-    """Sizes and dtypes differ; a view is misaligned, a tensor is empty, one has a scale of 0."""
+    """Sizes and dtypes differ. One view is misaligned, one tensor is empty, one has a scale of
+    0."""
     seeds, coefs = seeds_coefs(3)
     xs = [
         values(n, dtype)
@@ -44,7 +45,7 @@ def test_list_in_one_launch(stochastic):
     ]
     got[6] = torch.ones(4099, dtype=torch.bfloat16, device=DEVICE)[1:]
     want = [x.clone() for x in xs]
-    for _ in range(2):  # the second time with the tables of the first
+    for _ in range(2):  # the second launch uses the tables of the first
         add_noise_list_triton_(got, seeds, coefs, streams, keeps, scales, "hadamard", stochastic, 5)
         reference.add_noise_list_(
             want, seeds.cpu(), coefs.cpu(), streams, keeps, scales, "hadamard", stochastic, 5
@@ -96,7 +97,7 @@ def test_tables_of_a_captured_graph(monkeypatch):
         tables.cache[key] is kept for key, kept in tables.captured.items()
     )
     tables.captured.clear()
-    with tables.tables_of_a_graph() as kept:  # the owner of the graph keeps them, too
+    with tables.tables_of_a_graph() as kept:  # the owner of the graph also keeps them
         assert launches(xs) == [0, 1]
     assert len(kept) == 2 and not tables.captured
 
@@ -116,7 +117,7 @@ def test_tables_are_forgotten_by_size(monkeypatch):
     plans.keep(("large",), Launches([], [large]))
     assert list(plans) == [(4,), ("large",)] and plans.n_bytes == 3 * tables.ENTRY_BYTES + 20
     plans.keep(("too large",), torch.zeros(1 << 20))
-    assert list(plans) == [("too large",)], "what is needed now is kept"
+    assert list(plans) == [("too large",)], "the newest entry was evicted"
 
 
 def test_tables_of_several_threads(monkeypatch):
@@ -182,7 +183,7 @@ class Compiled(NamedTuple):
         return launch
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="tests/bench/test_gpu.py has it with compiled kernels")
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/bench/test_gpu.py tests it on a GPU")
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_are_made_again(noise, dtype, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from window_formula import DTYPES, NATIVE, U32, WINDOWS, Formula, assert_near, draw, needs_native
 
-import pseuzo_kernels  # loads the C++ ops, if they were built
+import pseuzo_kernels  # this import loads the C++ ops, if they were built
 from pseuzo_kernels import reference, window
 
 
@@ -76,7 +76,8 @@ def test_mixed_output_dtypes_and_double(Window):
 @needs_native
 @pytest.mark.parametrize("grouped", [False, True])
 def test_matches_reference(grouped):
-    """One call of each op from one state: outputs, and all rows of the new entry that are read."""
+    """Both ops are called once on the same state. The test compares outputs, and all rows of the
+    new entry that are read."""
     generator = torch.Generator().manual_seed(5)
     capacity, rows_max, positions_max, width = 4, 9, 3, 700
     for used, slot, rows, positions in (
@@ -115,7 +116,7 @@ def test_matches_reference(grouped):
                 assert torch.equal(a, b)
         assert torch.equal(states[0][2][slot, :rows], states[1][2][slot, :rows])
         kept = states[1][3][slot] > 0
-        # two fp64 means, each rounded to fp32
+        # Two fp64 means are each rounded to fp32.
         torch.testing.assert_close(
             states[0][0][slot][kept], states[1][0][slot][kept], rtol=2 * U32, atol=0
         )
@@ -153,7 +154,7 @@ def test_not_finite(Window, grouped, where, bad):
 
 
 def test_two_dimensions_and_difference(Window):
-    """[B, D] is [B, 1, D]; o0 None takes o1 as the difference."""
+    """[B, D] is treated as [B, 1, D]. If o0 is None, o1 is the difference."""
     generator = torch.Generator().manual_seed(2)
     windows = [Window(2, momentum=0.5) for _ in range(3)]
     for step in range(4):
@@ -167,7 +168,7 @@ def test_two_dimensions_and_difference(Window):
 
 
 def test_views_and_autograd(Window):
-    """Outputs may be strided and require grad; nothing is recorded."""
+    """Outputs may be strided and require grad. Autograd records nothing."""
     generator = torch.Generator().manual_seed(2)
     o0, o1, grad = draw(generator, 4, 3, 8)
     want = Window().step(1, o0, o1, grad)[1]
@@ -177,7 +178,7 @@ def test_views_and_autograd(Window):
 
 
 def test_deterministic(Window):
-    """The bits are the same in another run, and with another number of threads."""
+    """The bits are the same in a second run and with another number of threads."""
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -192,7 +193,7 @@ def test_deterministic(Window):
             runs.append((torch.cat(coefs), got.state_dict()["values"]))
     finally:
         torch.set_num_threads(threads)
-    if Window is window.EmaWindow and NATIVE:  # torch's own einsum promises less
+    if Window is window.EmaWindow and NATIVE:  # torch's einsum does not promise this
         for coefs, values in runs[1:]:
             assert torch.equal(coefs, runs[0][0]) and torch.equal(values, runs[0][1])
     else:
@@ -227,7 +228,7 @@ def test_state_dict(Window, grouped, at):
         assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want, name
     if at:
         assert not torch.equal(state["values"], whole.state_dict()["values"]), (
-            "a state_dict is a copy"
+            "a state_dict shares memory with the window"
         )
 
 
@@ -278,7 +279,7 @@ def test_bad_input(Window):
         with pytest.raises(error, match=match):
             got.step(*arguments)
     assert len(got) == 0
-    got.step((1 << 64) - 1, o, 2 * o, o)  # as a signed number, -1
+    got.step((1 << 64) - 1, o, 2 * o, o)  # this is -1 as a signed number
     for match, arguments in (
         ("without groups", (1, o, o, o, [0, 1, 2])),
         ("width 4", (1, o[..., :3], o[..., :3], o[..., :3])),
@@ -292,7 +293,7 @@ def test_bad_input(Window):
 
 @needs_native
 def test_op_protects_memory():
-    """The C++ op itself refuses what would read or write outside a tensor."""
+    """The C++ op itself refuses arguments with which it would read or write outside a tensor."""
     o = torch.zeros(2, 1, 4)
     state = [
         torch.zeros(3, 2, 1, 4),

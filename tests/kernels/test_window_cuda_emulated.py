@@ -19,7 +19,7 @@ NVCC = shutil.which("nvcc")
 GXX = shutil.which("g++")
 U32 = 2.0**-24  # half an ulp of 1 in fp32
 BAND = 64  # elements on either side of a tensor
-ORDERS = (0, 1, 2)  # of threads and blocks: forward, backward, shuffled
+ORDERS = (0, 1, 2)  # orders of threads and blocks: forward, backward, shuffled
 
 WRAPPER = r"""
 #include "cuda_on_cpu.h"
@@ -114,7 +114,8 @@ def build(folder: Path, threads: int, blocks: int) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """small: many blocks, several rows per block; real: the block size of a GPU."""
+    """Build two libraries. small has many blocks and several rows per block; real has the block
+    size of a GPU."""
     if GXX is None:
         pytest.skip("needs g++")
     if cuda_include() is None:
@@ -133,7 +134,7 @@ class Bands:
         self.bands = []
 
     def copy(self, tensor: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """shift: elements, to spoil the alignment."""
+        """Copy a tensor. shift: the number of elements by which the copy is misaligned."""
         band = torch.full((tensor.numel() + 2 * BAND,), 77, dtype=tensor.dtype)
         at = BAND + shift
         inside = band[at : at + tensor.numel()]
@@ -193,7 +194,7 @@ def emulate(
     scratch[-1] = 0
     step.scratch = scratch.data_ptr()
     assert library.window_step(ctypes.byref(step), order) == 0, (
-        "threads of a block were at different barriers"
+        "threads of a block waited at different barriers"
     )
     assert scratch[-1] == 0, "the ticket was not given back"
     bands.check()
@@ -201,11 +202,12 @@ def emulate(
 
 
 def random_state(generator, capacity, rows_max, positions_max, width, n_groups):
-    """A ring with NaN in the rows that must not be read. n_groups None: row i is its own group."""
+    """Return a ring with NaN in the rows that must not be read. With n_groups None, row i is its
+    own group."""
     values = torch.randn(capacity, rows_max, positions_max, width, generator=generator)
     counts = torch.randint(0, 3, (capacity, rows_max), generator=generator, dtype=torch.int32)
     groups = torch.arange(rows_max).repeat(capacity, 1)
-    if n_groups is not None:  # each group once among the rows that count
+    if n_groups is not None:  # each group occurs once among the rows that count
         for k in range(capacity):
             groups[k] = torch.randperm(max(rows_max, n_groups), generator=generator)[:rows_max]
     values[counts == 0] = float("nan")
@@ -215,7 +217,7 @@ def random_state(generator, capacity, rows_max, positions_max, width, n_groups):
 
 
 def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3, shift=0):
-    """The emulated kernel agrees with the reference, with the same bits in all orders.
+    """Check that the emulated kernel agrees with the reference, with the same bits in all orders.
 
     inputs: o0, o1, grad, group, loss.
     """
@@ -223,21 +225,21 @@ def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3,
     rows = o1.shape[0]
     want_state = [t.clone() for t in state]
     want = reference.window_step(*want_state, *inputs, seed, slot, used, momentum, eps)
-    # sum_k of the sizes of the terms, which the error is relative to
+    # The error is relative to sum_k of the sizes of the terms.
     change = (o1.float() if o0 is None else o1.float() - o0.float()).abs()
     sizes = [state[0].abs(), *(t.clone() for t in state[1:])]
     size = reference.window_step(
         *sizes, None, change, grad.abs(), group, None, seed, slot, used, momentum, eps
     )[1]
-    # fp32 chains of one thread: at most 4 columns of each row in a dot; sum over rows; mean;
-    # product; result
+    # One thread rounds in fp32 when it adds at most 4 columns of each row for a dot product, sums
+    # over rows, takes the mean, multiplies, and adds to the result.
     tol = (4 * rows + 2 * rows + 4) * U32
 
     first = None
     for order in ORDERS:
         bands = Bands()
         got_state = [bands.copy(t, shift if i == 0 else 0) for i, t in enumerate(state)]
-        got_state[0][slot] = float("nan")  # what the slot held is not read
+        got_state[0][slot] = float("nan")  # the old content of the slot is not read
         got_inputs = [None if t is None else bands.copy(t, shift) for t in inputs]
         got = emulate(library, order, *got_state, *got_inputs, seed, slot, used, momentum, eps)
         bands.check()
@@ -265,7 +267,7 @@ def compare(library, state, slot, used, inputs, momentum=0.9, eps=2e-3, seed=-3,
             if a.dim() > 1:
                 torch.testing.assert_close(a[others], b[others], rtol=0, atol=0, equal_nan=True)
         kept = want_state[3][slot] > 0
-        # a mean over c rows: c - 1 additions and a division
+        # A mean over c rows takes c - 1 additions and a division.
         atol = float(change.max()) * rows * U32 if kept.any() else 0
         torch.testing.assert_close(
             got_state[0][slot][kept], want_state[0][slot][kept], rtol=2 * U32, atol=atol
@@ -357,7 +359,7 @@ def test_not_finite(libraries, n_groups, where, bad):
 
 
 def test_no_rows_or_no_positions(libraries):
-    """The step still makes an entry; all coefficients are zero."""
+    """The step still makes an entry, and all coefficients are zero."""
     generator = torch.Generator().manual_seed(2)
     for rows, positions in ((0, 2), (3, 0)):
         state = random_state(generator, 3, 4, 2, 8, None)
@@ -372,7 +374,7 @@ def test_no_rows_or_no_positions(libraries):
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_many_steps(libraries, grouped):
-    """EmaWindow with batches and lengths that differ, growth, wrap-around, and a bad step."""
+    """EmaWindow handles batches and lengths that differ, growth, wrap-around, and a bad step."""
 
     class Emulated(window.EmaWindow):
         _op = staticmethod(lambda *args: emulate(libraries["small"], 2, *args))
@@ -397,7 +399,7 @@ def test_many_steps(libraries, grouped):
         want_seeds, want_coefs = want.step(step, o0, o1, grad, group)
         _, sizes = size.step(step, None, (o1 - o0).abs(), grad.abs(), group)
         assert seeds.tolist() == want_seeds.tolist()
-        # as in compare; each kept mean adds its own rounding, at most that of 10 rows
+        # The bound is that of compare(), plus the rounding of each kept mean over at most 10 rows.
         tol = (6 * rows + 4 + 10) * U32
         assert ((coefs - want_coefs).abs() <= tol * sizes).all()
         assert got.skipped == want.skipped == (step >= 6)
@@ -406,7 +408,8 @@ def test_many_steps(libraries, grouped):
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_nvcc_compiles(tmp_path):
-    """It compiles for sm_80 and sm_90, without torch; unoptimized, as only legality is tested."""
+    """window.cu compiles for sm_80 and sm_90, without torch. The build is unoptimized, since the
+    test only asks whether the code is legal."""
     archs = [flag for n in (80, 90) for flag in ("-gencode", f"arch=compute_{n},code=sm_{n}")]
     flags = [
         "-std=c++17",

@@ -1,4 +1,5 @@
-"""EmaWindow on a GPU: its values, determinism, no waiting, and capture."""
+"""EmaWindow on a GPU has the right values, is deterministic, waits for nothing and can be
+captured."""
 
 import math
 
@@ -25,11 +26,11 @@ def test_gpu_matches_formula(grouped, dtype, width, capacity):
         on_gpu = None if groups is None else groups.cuda()
         seeds, coefs = got.step(step, o0.cuda(), o1.cuda(), grad.cuda(), on_gpu)
         want_seeds, want_coefs, _ = want.step(step, o0, o1, grad, groups)
-        # the sums of the sizes of all terms, also of those that cancel in a mean
+        # These are the sums of the sizes of all terms, including those that cancel in a mean.
         sizes = size.step(step, None, (o1.float() - o0.float()).abs(), grad.abs(), groups)[1]
         assert seeds.tolist() == want_seeds and coefs.is_cuda
-        # fp32 chains of one thread: 4 columns of each row in a dot, the sum over rows, an old mean
-        # of up to 33 rows, product, result
+        # One thread rounds in fp32 when it adds 4 columns of each row for a dot product, sums over
+        # rows, takes an old mean of up to 33 rows, multiplies, and adds to the result.
         tol = (5 * rows + 33 + 8) * U32
         assert ((coefs.cpu().double() - want_coefs).abs() <= tol * sizes).all()
 
@@ -71,7 +72,7 @@ def test_gpu_makes_no_sync():
 
 @pytest.mark.gpu
 def test_gpu_graph_replay():
-    """A captured step can be replayed, as the ticket is zero again each time."""
+    """A captured step can be replayed, since each step sets the ticket back to zero."""
     generator = torch.Generator().manual_seed(12)
     o0, o1, grad = (o.cuda() for o in draw(generator, 8, 2, 512))
     got = window.EmaWindow(1)

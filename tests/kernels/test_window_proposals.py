@@ -1,4 +1,4 @@
-"""EmaWindow.propose and commit are the halves of a step; the first changes nothing that is held."""
+"""EmaWindow.propose and commit are the halves of a step. propose changes no entry that is held."""
 
 import math
 
@@ -132,9 +132,9 @@ def test_an_op_that_fails_voids_the_proposal_before_it(Window, committed):
 
 
 def test_momentum_eps_and_a_new_start(Window):
-    """A proposal uses them like a window that was made or cleared with them.
+    """A proposal uses the given values like a window that was made or cleared with them.
 
-    The window keeps its own.
+    The window itself keeps its own values.
     """
     generator = torch.Generator().manual_seed(5)
     got, want = Window(3, momentum=1.0, eps=1.0), Window(3, momentum=0.5, eps=0.25)
@@ -148,7 +148,7 @@ def test_momentum_eps_and_a_new_start(Window):
         assert torch.equal(proposal.seeds, seeds) and torch.equal(proposal.coefs, coefs)
         assert len(got) == len(want)
     assert (got.momentum, got.eps) == (1.0, 1.0)
-    # a new start may change the width, and may come with groups
+    # A new start may change the width, and may introduce groups.
     proposal = got.propose(9, *draw(generator, 2, 1, 3), groups=[1, 1], restart=True)
     assert len(got) == 2
     got.commit(proposal)

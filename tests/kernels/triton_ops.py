@@ -32,9 +32,8 @@ def values(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_close_normal(got, want, K):
-    """The fast functions are off by 5e-5 a term at worst (near a radius of 0), and the result is
-    rounded.
-    """
+    """Compare with normal noise. The fast functions have an error of at most 5e-5 per term (near a
+    radius of 0), and the result is rounded."""
     want = want.cpu().float()
     torch.testing.assert_close(
         got.cpu().float(),

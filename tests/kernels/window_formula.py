@@ -26,7 +26,8 @@ class Formula:
         self.entries = []  # (seed, {group: mean [P, D]})
 
     def step(self, seed, o0, o1, grad, groups=None, loss=None):
-        """Seeds, coefs, and the sums of the sizes of the terms, to which errors are relative."""
+        """Return seeds, coefs, and the sums of the sizes of the terms, to which errors are
+        relative."""
         change = o1.float().numpy() if o0 is None else o1.float().numpy() - o0.float().numpy()
         change, grad = change.astype(np.float64), grad.double().numpy()
         if change.ndim == 2:
@@ -65,8 +66,8 @@ def draw(generator, rows, positions, width, dtype=torch.float32, g_dtype=torch.f
 
 
 def assert_near(coefs, want, sizes):
-    # Sums are in fp64. Two roundings to fp32 remain, each half an ulp on either side of the
-    # comparison: of a kept mean, relative to the size of its terms, and of the result.
+    # Sums are in fp64. Two roundings to fp32 remain on either side of the comparison, by half an
+    # ulp each: a kept mean is rounded relative to the size of its terms, and so is the result.
     if isinstance(want, torch.Tensor):
         want = want.double().cpu()
     assert ((coefs.double().cpu() - want).abs() <= 2 * U32 * (sizes + want.abs())).all(), (

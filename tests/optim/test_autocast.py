@@ -1,4 +1,4 @@
-"""Steps and autocast's cache of casts."""
+"""Steps neither use nor leave casts that autocast caches."""
 
 from contextlib import nullcontext
 
@@ -31,8 +31,8 @@ WHERE = (
 
 
 def steps_under_autocast(make, bare, where, cache):
-    """Slopes, losses and weights of some steps, and the losses of an evaluation after each, all to
-    the bit."""
+    """Return the slopes, losses and weights of some steps, and the losses of an evaluation after
+    each step."""
     net, ids = Tied(vocab=24, width=16), torch.arange(12).view(4, 3)
     opt = make(net.parameters() if bare else net)
 
@@ -55,7 +55,7 @@ def steps_under_autocast(make, bare, where, cache):
     found = []
     with autocast("the loop"):
         for _ in range(5):
-            if "before" in where:  # casts of weights that the step then changes
+            if "before" in where:  # this caches casts of weights that the step changes
                 loss_of(run()).backward()
             with autocast("a step"):
                 args = (run, loss_of) if isinstance(opt, PseuZO) else (lambda: loss_of(run()),)
@@ -71,19 +71,19 @@ def steps_under_autocast(make, bare, where, cache):
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "parameters"])
 @pytest.mark.parametrize("name", AUTOCAST_MAKERS)
 def test_no_step_uses_or_leaves_casts_that_autocast_caches(name, bare, where):
-    """To the bit those of an autocast that caches nothing, through a module that uses a weight
-    outside its module."""
+    """The steps have the bits of steps under an autocast that caches nothing. The model uses a
+    weight outside its module."""
     got, want = (
         steps_under_autocast(AUTOCAST_MAKERS[name], bare, where, cache) for cache in (True, False)
     )
     assert torch.equal(got[0], want[0])
     assert all(map(torch.equal, got[1], want[1]))
     plain = steps_under_autocast(AUTOCAST_MAKERS[name], bare, "nowhere", True)
-    assert not torch.equal(plain[0], want[0]), "it was in bf16"
+    assert not torch.equal(plain[0], want[0]), "the steps were not in bf16"
 
 
 def test_a_context_of_perturbed_weights_leaves_no_casts():
-    # with a weight that is not copied beforehand
+    # One weight is not copied before the pass.
     net, ids = (
         Tied().eval(),
         torch.arange(12).view(4, 3),

@@ -1,4 +1,5 @@
-"""DeepZero beside its formula: which weights, how far, and that each is put back."""
+"""DeepZero agrees with its formula: which weights it shifts, by how much, and that it restores
+each."""
 
 import copy
 from itertools import pairwise
@@ -19,7 +20,7 @@ SIZES = [48, 8, 40, 5]  # of small_model
 
 @torch.no_grad()
 def loss_at(model, x, y, *changes):
-    """The loss with changes (parameter, number of the weight, by how much)."""
+    """Return the loss after changes, each a parameter, the index of a weight, and an amount."""
     other = copy.deepcopy(model)
     params = list(other.parameters())
     for i, number, by in changes:
@@ -28,7 +29,7 @@ def loss_at(model, x, y, *changes):
 
 
 def drawn(seed, step, counts):
-    """The numbers of the weights of each parameter, as documented."""
+    """Return the indices of the drawn weights of each parameter, as documented."""
     seeds = [reference.hash_seed(step_seed(seed, step, DRAW_DOMAIN) + i) % 2**64 for i in range(4)]
     return [
         sorted(Random(s).sample(range(n), k)) for s, n, k in zip(seeds, SIZES, counts, strict=True)
@@ -69,15 +70,16 @@ def test_the_formula(two_sided, redraw):
         assert passes == (19 if two_sided else 10)
         assert float(got) == pytest.approx(clean, abs=1e-6)
         for p, w in zip(params, want, strict=True):
-            # Losses below 4 are rounded to 2.4e-7, two of them over eps 0.01, and so is the change
-            # of a weight below 1 to 6e-8 of it: a slope (below 4) is off by 5e-5 + 4 * 1.2e-5 at
-            # most, and lr * scale^2 is 0.2.
+            # Two losses below 4 are rounded by 2.4e-7 and divided by eps 0.01, and the change of a
+            # weight below 1 is rounded by 6e-8. So a slope (below 4) has an error of at most 5e-5 +
+            # 4 * 1.2e-5, and lr * scale^2 is 0.2.
             torch.testing.assert_close(p.detach().double(), w, rtol=1e-6, atol=2e-5)
 
 
 def test_all_coordinates_are_the_gradient():
-    """One-sided differences are off by eps / 2 times a second derivative, two-sided by its
-    square: the gradient of the mean over 4 rows of a smooth loss."""
+    """Differences in all coordinates give the gradient of a smooth loss, the mean over 4 rows. A
+    one-sided difference would have an error of eps / 2 times a second derivative. The error of a
+    two-sided one is of order eps^2."""
     model = small_model()
     x, y = data(0)
     head_for(y)(model(x)).backward()
@@ -87,7 +89,8 @@ def test_all_coordinates_are_the_gradient():
     opt.step(lambda: head_for(y)(model(x)))
     assert opt.counts == dict(enumerate(SIZES))
     for p, was in zip(model.parameters(), start, strict=True):
-        # Rounding: 2 * 2.4e-7 / 0.02; truncation: 1e-4 / 6 times a third derivative below 20.
+        # The rounding error is 2 * 2.4e-7 / 0.02. The truncation error is 1e-4 / 6 times a third
+        # derivative below 20.
         torch.testing.assert_close(was - p.detach(), p.grad, rtol=0, atol=4e-4)
 
 
@@ -146,7 +149,7 @@ def test_grasp_divides_the_coordinates_as_its_formula_says(bare):
     edges = torch.tensor([0, 48, 56, 96, 101])
     want = [int(((kept >= a) & (kept < b)).sum()) for a, b in pairwise(edges)]
     assert list(opt.counts.values()) == at_least_one(want)
-    assert opt.counts != dict(enumerate(at_least_one(shared(20, SIZES)))), "says something"
+    assert opt.counts != dict(enumerate(at_least_one(shared(20, SIZES)))), "no effect"
     opt.step(closure)
     assert passes == 1 + 2 * q + 1 + 20 + 21
 
@@ -155,7 +158,7 @@ def test_magnitude_counts_the_largest_weights():
     scores = [-torch.tensor([3.0, 1.0]), -torch.tensor([2.0]), -torch.tensor([0.5, 0.1])]
     assert counts_of_lowest(2, scores) == [1, 1, 0]
     assert counts_of_lowest(3, scores) == [2, 1, 0] and at_least_one([2, 1, 0]) == [1, 1, 1]
-    assert at_least_one([2, 0, 0]) == [2, 0, 0], "two weights for three layers"
+    assert at_least_one([2, 0, 0]) == [2, 0, 0], "two weights cannot be shared by three layers"
     model = small_model()
     nn.init.constant_(model[2].weight, 5.0)
     opt = DeepZero(model, coordinates=12, scores="magnitude")
@@ -165,8 +168,8 @@ def test_magnitude_counts_the_largest_weights():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_weights_take_the_difference_that_they_can_hold(dtype):
-    """eps is a third of an ulp of weights at 1, so nothing moves; a weight of 2^-4 moves by what
-    eps becomes there, and the slope of a linear loss is exact."""
+    """A weight of 1 does not move, since eps is a third of its ulp. A weight of 2^-4 moves by eps
+    rounded to its spacing, and the slope of a linear loss is exact."""
     eps = torch.finfo(dtype).eps / 3
     model = nn.Linear(2, 1, bias=False).to(dtype)
     with torch.no_grad():
@@ -174,7 +177,7 @@ def test_16_bit_weights_take_the_difference_that_they_can_hold(dtype):
     opt = DeepZero(model, 0.25, eps, rounding="nearest")
     loss = lambda: (model.weight.double() @ torch.tensor([3.0, 0.5]).double()).sum()  # noqa: E731
     opt.step(loss)
-    # The losses are fp32: at 3, 2.4e-7 of rounding over a change of 5 ulps.
+    # The losses are fp32. Near 3 they are rounded by 2.4e-7, and the change is 5 ulps.
     assert opt.stats["projected_grad"][0] == 0
     assert float(opt.stats["projected_grad"][1]) == pytest.approx(0.5, abs=4.8e-7 / eps)
     assert model.weight[0, 0] == 1.0

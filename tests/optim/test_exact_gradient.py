@@ -29,7 +29,7 @@ def headed_steps(model, opt, steps, poison=()):
 @pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize("maximize", [False, True])
 def test_exact_gradients_are_those_of_sgd(maximize):
-    """For the head; the body sees what it would see with the head frozen. A skipped step decays
+    """The head is trained as by SGD, and the body as if the head were frozen. A skipped step decays
     nothing."""
     model = Headed()
     opt = PseuZO(
@@ -66,13 +66,13 @@ def test_exact_gradients_round_stochastically_and_reproducibly():
         with torch.no_grad():
             model.out.weight.fill_(1.0)
         opt = PseuZO(exact_groups(model, lr=1e-3, weight_decay=0.5), 0.0, 1e-2, model=model, seed=3)
-        for t in range(64):  # decay of 5e-4 a step, a fifteenth of an ulp below 1
+        for t in range(64):  # a step decays by 5e-4, a fifteenth of the ulp below 1
             headed_steps(model, opt, [t])
         moved.append(model.out.weight.detach().float())
     assert torch.equal(*moved)
-    # lost altogether if rounded to nearest. The gradient sums to 0 over the classes; 40 weights, of
-    # which 64 roundings up or down with chances 1/8 and 7/8 have an sd of 2^-8 * sqrt(64 * 7 / 64)
-    # each
+    # Rounding to nearest would lose the decay altogether. The gradient sums to 0 over the classes.
+    # Each of 40 weights is rounded 64 times, up or down with probabilities 1/8 and 7/8, which has a
+    # standard deviation of 2^-8 * sqrt(64 * 7 / 64).
     assert abs(float(moved[0].mean()) - (1 - 5e-4) ** 64) < 4 * 2.0**-8 * math.sqrt(7 / 40)
     assert moved[0].mean() < 0.99
 
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step():
     before = copy.deepcopy(model)
     x, _ = data(0)
     with pytest.warns(UserWarning, match="skipped"):
-        # the slope of sqrt at 0 is infinite, and o does not see it
+        # The slope of sqrt at 0 is infinite, but the gradient of o is finite.
         opt.step(
             lambda: model.body(x),
             lambda o: model.out(o).square().mean() + (model.out.bias * 0).abs().sqrt().sum(),
@@ -95,7 +95,7 @@ def test_exact_gradient_in_other_steps_and_places(tmp_path):
     model = Headed()
     opt = PseuZO(exact_groups(model), 0.02, 1e-2, momentum=0.0, model=model)
     before = copy.deepcopy(model)
-    headed_steps(model, opt, range(2))  # MeZO steps
+    headed_steps(model, opt, range(2))  # these are MeZO steps
     assert equal(model.out, before.out) and not equal(model.body, before.body)
     with pytest.raises(ValueError, match="updates by exact_gradient are not sums of seeds"):
         Journal(tmp_path / "run.pzj", opt)

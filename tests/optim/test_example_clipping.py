@@ -1,4 +1,4 @@
-"""Steps on the losses of examples, and their clipping."""
+"""Steps can take a loss for each example, and clip the projected gradients of examples."""
 
 import copy
 from functools import partial
@@ -40,7 +40,7 @@ def test_losses_of_examples_are_their_mean():
         assert losses[0].shape == losses[1].shape == ()
         torch.testing.assert_close(*losses)
         for p, q in zip(*(m.parameters() for m in models), strict=True):
-            # losses are known to 2^-23, over eps
+            # The losses have a relative error of 2^-23, which is divided by eps.
             torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
@@ -48,8 +48,8 @@ def test_losses_of_examples_are_their_mean():
 @pytest.mark.parametrize(
     "values, want",
     [
-        ([1.0, -2.0, 9.0, 3.0, -40.0], 1 - 2 + 6 + 3 - 6),  # median of sizes 3
-        ([1.0, -2.0, 9.0, -40.0], 1 - 2 + 4 - 4),  # the lower one of 2 and 9
+        ([1.0, -2.0, 9.0, 3.0, -40.0], 1 - 2 + 6 + 3 - 6),  # the median of the sizes is 3
+        ([1.0, -2.0, 9.0, -40.0], 1 - 2 + 4 - 4),  # the median is the lower one of 2 and 9
         ([0.0, 0.0, 7.0], 7),  # a median of 0 clips nothing
         ([5.0], 5),
     ],
@@ -92,7 +92,7 @@ def test_clipping_needs_the_losses_of_the_examples():
         ValueError, match=r"clip_examples needs the loss of each example, \[B\], and got one number"
     ):
         opt.step(lambda: head_for(y)(model(x)))
-    pseuzo = PseuZO(model, 0.1, momentum=0.0, clip_examples=2.0)  # its MeZO steps too
+    pseuzo = PseuZO(model, 0.1, momentum=0.0, clip_examples=2.0)  # this also clips its MeZO steps
     with pytest.raises(ValueError, match="clip_examples needs the loss of each example"):
         pseuzo.step(lambda: model(x), head_for(y))
     pseuzo.step(lambda: model(x), lambda o: nn.functional.cross_entropy(o, y, reduction="none"))

@@ -51,8 +51,8 @@ def test_pseuzo_is_the_formula(bare, two_sided, groups):
     for p, q, start in zip(
         model.parameters(), want.parameters(), small_model().parameters(), strict=True
     ):
-        # o1 - o0 of outputs about 1 is known to 2^-23 / eps = 1.2e-5 of the change; six steps of
-        # it, coefficients about 1
+        # For outputs about 1, o1 - o0 has an error of 2^-23 / eps = 1.2e-5 of the change. There are
+        # six steps, with coefficients about 1.
         torch.testing.assert_close(
             p, q, rtol=0, atol=2e-5 * (1 + float((q - start).detach().abs().max()))
         )
@@ -82,14 +82,15 @@ def test_mezo_is_the_formula(bare, two_sided):
             for p, zi in zip(want.parameters(), z, strict=True):
                 p.copy_((1 - lr * decay) * p.double() - lr * g * zi.double())
     for p, q in zip(model.parameters(), want.parameters(), strict=True):
-        # as above: losses about 2 known to 2^-23, over eps
+        # Losses about 2 have a relative error of 2^-23, which is divided by eps.
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("momentum", [1.0, 0.5])
 @pytest.mark.filterwarnings("ignore:.*skipped")
 def test_the_weighted_mean_is_the_formula(momentum):
-    """Over the entries that are there: fewer at first, and not that of step 2, which is skipped."""
+    """The mean is over the entries in the window. There are fewer at first, and none for step 2,
+    which is skipped."""
     lr, eps, K, steps = 0.1, 1e-2, 3, 6
     model, want = small_model(), small_model()
     opt = PseuZO(model, lr, eps, K, momentum, seed=5, weighting="mean")
@@ -99,7 +100,8 @@ def test_the_weighted_mean_is_the_formula(momentum):
     for p, q, start in zip(
         model.parameters(), want.parameters(), small_model().parameters(), strict=True
     ):
-        # as above, for a rate five times as large and a mean in place of a sum of three
+        # The error is derived as in the tests above, for a rate five times as large and a mean in
+        # place of a sum of three.
         torch.testing.assert_close(
             p, q, rtol=0, atol=4e-5 * (1 + float((q - start).detach().abs().max()))
         )
@@ -118,8 +120,8 @@ def test_lambda_zero_is_a_two_sided_mezo_step():
 
 
 def test_groups_of_parameters():
-    """noise_scale, weight_decay and lr per group; scale 0 freezes; streams do not depend on how
-    groups are cut."""
+    """noise_scale, weight_decay and lr are per group. A scale of 0 freezes a group. Streams do not
+    depend on how parameters are grouped."""
     model, want = small_model(), small_model()
     params = list(model.parameters())
     opt = PseuZO(
@@ -146,8 +148,8 @@ def test_groups_of_parameters():
 
 @pytest.mark.parametrize("lr, decay", [((0.01, 0.03), (0.5, 0.0)), ((0.02, 0.02), (0.5, 0.0))])
 def test_lr_and_decay_by_group(lr, decay):
-    """Bare parameters and a module agree though their launches are cut differently; a skipped step
-    decays nothing."""
+    """Bare parameters and a module agree, although their launches hold different tensors. A skipped
+    step decays nothing."""
     models = [small_model(), small_model()]
     for model, exact in zip(models, (None, models[1]), strict=True):
         params = list(model.parameters())
@@ -196,7 +198,7 @@ def test_mezo_steps_after_pseuzo_steps_see_the_whole_perturbation(kind, options)
         f, h = CausalLMObjective(other, options)({**batch, "labels": labels})
         with torch.no_grad():
             losses.append(h(f()))
-    # the losses are known to about 1e-6, over 2 eps
+    # The losses have an error of about 1e-6, which is divided by 2 eps.
     torch.testing.assert_close(
         opt.stats["projected_grad"], (losses[0] - losses[1]).view(1) / 2e-2, rtol=1e-5, atol=2e-4
     )
@@ -215,7 +217,8 @@ def test_published_schedule():
 
 
 def test_cycles_repeat_a_schedule_and_leave_the_rest_to_mezo():
-    # 7 epochs of 10 steps, the last cut to 8: two cycles of 3, of which 2 are PseuZO's
+    # 7 epochs of 10 steps, of which the last has 8, make two cycles of 3 epochs. 2 epochs of each
+    # cycle are PseuZO's.
     cycles = Cycles.from_steps(lambda active: Linear(0.8, 0.0, active), 68, 10, 2, 2)
     one = [0.8 - 0.8 * t / 20 for t in range(20)] + [0.0] * 10
     assert [cycles(t) for t in range(68)] == pytest.approx(one * 2 + [0.0] * 8)
@@ -328,13 +331,14 @@ def test_directions_and_momentum_are_the_formula(bare, two_sided, momentum, wind
         assert opt.stats["window"] == (min(t + 1, window) if momentum else 0)
     assert opt.skipped_steps == 1
     for p, q_ in zip(model.parameters(), want.parameters(), strict=True):
-        # losses about 2 are known to 2^-23, over eps 2.4e-5 of a coefficient; 7 steps, lr 0.02,
-        # momentum's sum 2.4
+        # Losses about 2 have a relative error of 2^-23. Divided by eps, it is an error of 2.4e-5 of
+        # a coefficient. There are 7 steps, lr is 0.02, and momentum's weights add up to 2.4.
         torch.testing.assert_close(p, q_, rtol=0, atol=3e-5)
 
 
 def test_momentum_is_sgd_with_momentum_until_the_window_is_full():
-    """torch's own buffer, given c z as its gradient; then the oldest gradient leaves the sum."""
+    """The steps equal those of torch's SGD, given c z as its gradient. When the window is full, the
+    oldest gradient leaves the sum."""
     model, want = small_model(), small_model()
     opt = MeZO(model, 0.01, 1e-2, seed=1, momentum=0.9, window=4)
     sgd = torch.optim.SGD(want.parameters(), 0.01, momentum=0.9)
@@ -348,7 +352,8 @@ def test_momentum_is_sgd_with_momentum_until_the_window_is_full():
             float((p - q).detach().abs().max())
             for p, q in zip(model.parameters(), want.parameters(), strict=True)
         )
-        # six roundings of values below 2; then 0.01 * 0.9^4 c z of step 0 is missing
+        # Six roundings of values below 2 differ. From step 4 on, 0.01 * 0.9^4 c z of step 0 is
+        # missing.
         assert far < 1e-6 if t < 4 else far > 1e-4
 
 
@@ -371,8 +376,8 @@ def test_update_rms_is_that_of_the_update(name, dtype):
     ).float()
     rms = torch.cat([p.detach().flatten() for p in params]).float().square().mean().sqrt()
     ulp = 2.0 ** math.floor(math.log2(rms)) * torch.finfo(dtype).eps
-    # 3605 normals have an rms known to 1 / sqrt(2 * 3605) of itself; rounding to bf16 adds half an
-    # ulp to 20 or more
+    # The rms of 3605 normals has a relative error of 1 / sqrt(2 * 3605). Rounding to bf16 adds half
+    # an ulp to 20 ulps or more.
     assert float(ratios[key]) == pytest.approx(
         float(update.detach().square().mean().sqrt()) / ulp, rel=0.06
     )

@@ -1,4 +1,4 @@
-"""The forward gradient: its derivative is that of autograd, and what a pass leaves behind."""
+"""The derivative of the forward gradient is that of autograd, and a pass leaves nothing behind."""
 
 import copy
 import json
@@ -27,7 +27,8 @@ def closure_of(model, t):
 
 
 def slopes_by_autograd(params, loss, seeds):
-    """<dL/dx, z_j> in float64 of the fp32 gradient, and the sum of the sizes of its terms."""
+    """Return <dL/dx, z_j>, from the fp32 gradient in float64, and the sum of the sizes of its
+    terms."""
     gradients = torch.autograd.grad(loss, [p for _, p in params], allow_unused=True)
     found = []
     for seed in seeds:
@@ -44,12 +45,12 @@ def slopes_by_autograd(params, loss, seeds):
 @pytest.mark.parametrize("kind, attention", [("opt", "sdpa"), ("llama", "sdpa"), ("opt", "eager")])
 @pytest.mark.parametrize("options", [[17, 4], None], ids=["options", "language modelling"])
 def test_the_slope_is_autograds(kind, attention, mode, options):
-    """Of all weights, tied ones and rows of a head among them, and of adapters."""
+    """This holds for all weights, including tied ones and rows of a head, and for adapters."""
     model = causal_lm(kind)
     model.set_attn_implementation(attention)
     model = tune(model, mode, seed=0)
     for name, p in model.named_parameters():
-        if "lora_B" in name:  # at the start they are 0, and so is the gradient of the others
+        if "lora_B" in name:  # B starts at 0, where A's gradient is 0
             nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     model.train()
     forward, head = CausalLMObjective(model, options)(
@@ -66,7 +67,8 @@ def test_the_slope_is_autograds(kind, attention, mode, options):
     seeds = [direction_seed(5, 0, j) for j in range(2)]
     wanted = slopes_by_autograd(params, want, seeds)
     for got, (slope, size) in zip(opt.stats["projected_grad"], wanted, strict=True):
-        # Both are sums of products of about 30 layers' fp32 roundings, 2^-24 of each term.
+        # Both slopes are sums of products that pass through about 30 layers, each of which rounds
+        # by 2^-24 of a term.
         assert abs(float(got) - float(slope)) < 64 * 2**-24 * float(size)
         assert abs(float(slope)) > 1e-4 * float(size)
 
@@ -92,7 +94,8 @@ def test_the_steps_are_the_formula():
             for p, m in zip(want.parameters(), moves, strict=True):
                 p.copy_((1 - lr * decay) * p - lr * m)
     for p, w in zip(params, want.parameters(), strict=True):
-        # c about 2 known to 2^-20 after sums of 101 terms; five steps, lr 0.05, noise of size 6
+        # After sums of 101 terms, c is about 2 with a relative error of 2^-20. There are five
+        # steps, lr is 0.05, and the noise is at most 6.
         torch.testing.assert_close(p, w, rtol=0, atol=1e-5)
 
 
@@ -112,7 +115,7 @@ def test_it_resumes_and_replays_to_the_bit(dtype, tmp_path):
         torch.save(opt.state_dict(), tmp_path / "opt.pt")
         resumed = copy.deepcopy(model)
         steps(opt, model, range(3, 6))
-    again = ForwardGradient(resumed, 0.5)  # all of its settings come from the state
+    again = ForwardGradient(resumed, 0.5)  # the state replaces all of its settings
     again.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
     steps(again, resumed, range(3, 6))
     assert equal(model, resumed)
@@ -121,7 +124,7 @@ def test_it_resumes_and_replays_to_the_bit(dtype, tmp_path):
 
 
 def test_weights_used_outside_their_module_move():
-    """As in MeZO's passes; the weight of a module that no loss depends on stays."""
+    """They move as in MeZO's passes. The weight of a module on which no loss depends stays."""
 
     class Outside(nn.Module):
         def __init__(self):
@@ -241,7 +244,7 @@ def test_it_needs_the_model():
 
 
 class Made(TorchDispatchMode):
-    """The shapes of the matrices that ops make, and that are no views of the parameters."""
+    """Records the shapes of the matrices that ops make, unless they are views of the parameters."""
 
     def __init__(self, model):
         super().__init__()
@@ -257,7 +260,7 @@ class Made(TorchDispatchMode):
 
 
 def is_zero(x):
-    """Whether x has no storage, as tangents that are 0."""
+    """Return whether x has no storage, like tangents that are 0."""
     try:
         return x.untyped_storage().data_ptr() is None
     except RuntimeError:
@@ -281,7 +284,7 @@ def test_a_run_of_the_command_line_is_recorded(tmp_path):
     pseuzo(*train)
     results = json.loads((out / "results.json").read_text())
     assert results["method"] == "forward-gradient" and results["forwards"] == 12
-    assert results["eps"] is None  # as --config refuses it
+    assert results["eps"] is None  # since --config refuses it
     assert "\neps: null\n" in (out / "config.yaml").read_text()
     pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")
     assert_same_weights(out / "model", tmp_path / "replayed")

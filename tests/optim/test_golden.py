@@ -1,13 +1,13 @@
 """The bits of whole runs, recorded: a change that keeps the behaviour keeps these hashes, on every
 machine.
 
-The model is made so that its sums are exact: weights and activations are rounded to coarse grids in
-the forward, one after the other, so no order of summation, no instruction set, no number of threads
-and no fused multiply-add can change a bit of the losses and gradients. All else that a run does is
-exact or defined to the bit.
+The model is made so that its sums are exact: the forward rounds all weights and activations to
+coarse grids. So no order of summation, no instruction set, no number of threads and no fused
+multiply-add can change a bit of the losses and gradients. All other operations of a run are exact
+or defined to the bit.
 
-A hash that changes is a change of behaviour: either a fault, or one that the changelog names.
-`python tests/optim/test_golden.py` prints the present ones.
+If a hash changes, the behaviour has changed. Either this is a fault, or the changelog names it.
+`python tests/optim/test_golden.py` prints the present hashes.
 """
 
 import copy
@@ -23,13 +23,14 @@ from torch import nn
 from torch.nn import functional as F
 
 ROWS, PLACES, WIDTH, CLASSES = 8, 2, 32, 4  # powers of two, so that means are exact
-VOCABULARY, MIDDLE = 2100, 4096  # so large that these weights are not copied whole, before a pass
+VOCABULARY, MIDDLE = 2100, 4096  # these weights are too large to be copied before a pass
 LABELS = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0])
 STEPS = 5
 
 
 class Grid(torch.autograd.Function):
-    """x to the nearest multiple of `step`, at most `most` in size; the gradient passes as it is."""
+    """Rounds x to the nearest multiple of `step`, at most `most` in size. The gradient is
+    unchanged."""
 
     @staticmethod
     def forward(ctx, x, step, most):
@@ -42,11 +43,11 @@ class Grid(torch.autograd.Function):
 
 
 class Exact(nn.Module):
-    """An embedding, two layers, a scale, a bias, an output head; and a low-rank adapter, which
-    alone is trained then.
+    """A model of an embedding, two layers, a scale, a bias and an output head. It may have a
+    low-rank adapter, and then only the adapter is trained.
 
-    Weights have 5 bits (multiples of 1/16 up to 1), activations 4, a sum of 4096 terms 12 more: 21
-    of the 24 that fp32 holds.
+    Weights have 5 bits (multiples of 1/16 up to 1), activations have 4, and a sum of 4096 terms
+    adds 12. These are 21 of the 24 bits that fp32 holds.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, adapter: bool = False):
@@ -73,7 +74,7 @@ class Exact(nn.Module):
             self.adapter.requires_grad_(True)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[ROWS, PLACES, WIDTH]: multiples of 1/8 of at most 1."""
+        """Return [ROWS, PLACES, WIDTH], in multiples of 1/8 that are at most 1."""
         h = Grid.apply(self.embed(ids), 1 / 8, 1.0)
         up = Grid.apply(F.linear(h, Grid.apply(self.up, 1 / 16, 1.0)), 1 / 8, 1.0)
         out = F.linear(up, Grid.apply(self.down, 1 / 16, 1.0)) / 32
@@ -84,7 +85,7 @@ class Exact(nn.Module):
         return Grid.apply(out + Grid.apply(self.bias, 1 / 16, 1.0), 1 / 8, 1.0)
 
     def losses(self, o: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """[ROWS]: squared distances of the rounded logits from the labels' corners."""
+        """Return [ROWS], the squared distances of the rounded logits from the labels' corners."""
         logits = Grid.apply(F.linear(o, self.head), 1.0, 7.0)
         wanted = 4.0 * F.one_hot(labels, CLASSES)[:, None]
         return (logits - wanted).square().flatten(1).mean(1)
@@ -96,7 +97,7 @@ def batch(step: int) -> torch.Tensor:
 
 RATE, EPS = 2**-9, 2**-4
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-RUNS = {  # name: (method, dtype, what is given to it, its options)
+RUNS = {  # name: (method, dtype, parameters, options)
     "mezo": (MeZO, FP32, "module", dict(seed=1)),
     "mezo bf16": (MeZO, BF16, "module", dict(weight_decay=0.5, seed=1)),
     "mezo fp16": (MeZO, FP16, "module", dict(weight_decay=0.5, seed=1)),
@@ -177,7 +178,7 @@ def hash_of(name: str, folder, **more) -> str:
     ids, labels = batch(0), LABELS.clone()
     forward, head = lambda: model(ids), lambda o: model.losses(o, labels)
     closure = lambda: head(forward())  # noqa: E731
-    # put back to rounding only, and so without a journal
+    # Bare fp32 weights are restored only up to rounding, so this run has no journal.
     bare = opt.model is None and dtype is FP32
     with nullcontext() if bare else Journal(path, opt):
         for step in range(STEPS):
@@ -216,8 +217,8 @@ def test_recorded_passes_have_the_same_bits(name, tmp_path, tapes):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_sums_of_the_model_are_exact(adapter):
-    """Else the hashes would depend on their order: fp64 finds the same losses and gradients, at any
-    weights."""
+    """Otherwise the hashes would depend on the order of summation. In fp64 the losses and gradients
+    are the same, at any weights."""
     model = Exact(adapter=adapter)
     with torch.no_grad():
         for p in model.parameters():

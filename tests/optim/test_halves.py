@@ -1,4 +1,4 @@
-"""The two halves of a step."""
+"""The two halves of a step, estimate() and applying it, together equal step()."""
 
 import copy
 import warnings
@@ -16,18 +16,18 @@ from pseuzo import (
     (name, bare) for name in MAKERS for bare in (False, True) if not (bare and name in NEED_MODEL)
 ])  # fmt: skip
 def test_estimate_and_step_are_a_step(name, bare, dtype):
-    """Between the two the weights do not change, and an estimate that was not applied leaves no
-    trace."""
+    """The weights do not change between the two calls, and an estimate that was not applied leaves
+    no trace."""
     whole, halves = small_model().to(dtype), small_model().to(dtype)
     one, two = (MAKERS[name](m.parameters() if bare else m) for m in (whole, halves))
-    exact = not bare or dtype is torch.bfloat16  # bare fp32 is put back to rounding
+    exact = not bare or dtype is torch.bfloat16  # bare fp32 is restored up to rounding
     for t in range(5):
         before = copy.deepcopy(halves)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = one.step(*arguments(one, whole, t, poison=t == 3))
             if t % 2 == 0:
-                two.estimate(*arguments(two, halves, 50 + t))  # is replaced
+                two.estimate(*arguments(two, halves, 50 + t))  # the next estimate replaces it
             assert two.estimate(*arguments(two, halves, t, poison=t == 3)).isnan() == (t == 3)
             for p, was in zip(halves.parameters(), before.parameters(), strict=True):
                 torch.testing.assert_close(p, was, rtol=0, atol=0 if exact else 1e-6)

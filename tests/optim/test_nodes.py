@@ -1,4 +1,4 @@
-"""Node perturbation beside its formula, and beside autograd."""
+"""Node perturbation agrees with its formula, and on average with autograd."""
 
 import copy
 import itertools
@@ -14,7 +14,8 @@ from pseuzo_kernels import noise
 
 
 def network(blocks=False):
-    """A convolution, a linear layer and an output layer, of awkward sizes, in fp64."""
+    """Return a network of a convolution, a linear layer and an output layer, of awkward sizes, in
+    fp64."""
     torch.manual_seed(3)
     conv = nn.Conv2d(1, 3, 2)
     first = [nn.Sequential(conv, nn.Tanh())] if blocks else [conv, nn.Tanh()]
@@ -44,7 +45,7 @@ def autograd(model, x, y):
 
 
 def stages(model, blocks):
-    """The network cut behind each layer: a function of the input of each part."""
+    """Split the network after each layer. Return each part as a function of its input."""
     cuts = [1, 3, 5] if blocks else [1, 4, 6]
     edges = [0, *cuts]
     return [model[a:b] for a, b in itertools.pairwise(edges)]
@@ -62,7 +63,7 @@ def test_the_formula(blocks, together, grouped):
     parts, window, passes = stages(model, blocks), [], 0
 
     def run(x, shifts):
-        """The output of each part but for the noise, with noise at some of them."""
+        """Return the output of each part before its noise, with noise added to some outputs."""
         outputs = []
         for i, part in enumerate(parts):
             x = part(x)
@@ -107,14 +108,16 @@ def test_the_formula(blocks, together, grouped):
             for p, g in zip(
                 params, torch.autograd.grad(part(given), params, gradient), strict=True
             ):
-                # fp64, differences over eps: 1e-16 / 1e-3, and sums of some 20 numbers
+                # In fp64, differences are rounded by 1e-16 and divided by eps, 1e-3. Sums have some
+                # 20 terms.
                 torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-11)
     assert passes == nodes.forwards == 5 * (1 + q * (1 if together else 2))
     assert nodes.steps == 5 and not any(m._forward_hooks for m in model.modules())
 
 
 def test_the_mean_over_all_signs_is_the_gradient(monkeypatch):
-    """The noise of two hidden layers of two outputs, in the same pass: 2^4 patterns a row."""
+    """Two hidden layers with two outputs each get noise in the same pass, which makes 2^4 patterns
+    per row."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3))
     model = model.double()
@@ -129,7 +132,8 @@ def test_the_mean_over_all_signs_is_the_gradient(monkeypatch):
         monkeypatch.setattr("pseuzo.optim.nodes.noise", given)
         nodes.backward(lambda: model(x), head_for(y))
     for got, want in zip(gradients(model), autograd(model, x, y), strict=True):
-        # Even powers of eps cancel between opposite signs, so eps^2 = 1e-8 times third derivatives.
+        # Odd powers of eps cancel between opposite signs, so the error is eps^2 = 1e-8 times third
+        # derivatives.
         torch.testing.assert_close(got / len(patterns), want, rtol=0, atol=1e-7)
     assert max(float(g.abs().max()) for g in gradients(model)) > 1e-2
 
@@ -146,16 +150,17 @@ def test_the_estimate_is_unbiased():
         estimates.append(torch.cat([g.flatten() for g in gradients(model)]))
     mean, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / n**0.5
     want = torch.cat([g.flatten() for g in autograd(model, x, y)])
-    # One sided: eps 1e-3 times a second derivative below 1.
+    # The differences are one-sided, so their bias is eps = 1e-3 times a second derivative below 1.
     assert ((mean - want).abs() <= 5 * error + 1e-3).all()
-    # And it says something: the errors are well below the gradient.
+    # The test is significant, since the errors are well below the gradient.
     assert error.norm() < 0.35 * want.norm()
     exact = slice(-40, None)  # the output layer: 35 weights and 5 biases
     torch.testing.assert_close(estimates[0][exact], want[exact])
 
 
 def test_a_window_of_the_same_rows_has_less_variance():
-    """With the weights and the inputs the same, and each row a group, old steps are more draws."""
+    """If weights and inputs stay the same and each row is a group, old steps act as additional
+    draws."""
     model, (x, y) = network(), batch(0)
     want = torch.cat([g.flatten() for g in autograd(model, x, y)])[:-40]
     off = {}
@@ -166,7 +171,7 @@ def test_a_window_of_the_same_rows_has_less_variance():
             nodes.backward(lambda: model(x), head_for(y), torch.arange(6))
             found.append(torch.cat([g.flatten() for g in gradients(model)])[:-40])
         off[window] = float(torch.stack([(g - want).norm() for g in found[16:]]).mean())
-    # 1 / sqrt(16) = 0.25 of it on average; successive estimates share draws.
+    # The error falls to 1 / sqrt(16) = 0.25 on average. Successive estimates share draws.
     assert 0.1 < off[16] / off[1] < 0.5
 
 
@@ -235,7 +240,7 @@ def test_frozen_layers_and_layers_of_several_kinds():
     x, y = batch(0)
     nodes = NodePseuZO(model, [model[0], nn.Linear], together=False)
     nodes.backward(lambda: model(x), head_for(y))
-    assert nodes.forwards == 2, "the linear layer before the last takes noise, and no other"
+    assert nodes.forwards == 2, "not only the linear layer before the last takes noise"
     assert [p.grad is not None for p in model.parameters()] == [False] * 2 + [True] * 4
 
 

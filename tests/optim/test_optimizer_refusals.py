@@ -1,4 +1,4 @@
-"""Refusals, and that they leave everything unchanged."""
+"""Optimizers refuse bad arguments, and a refusal leaves everything unchanged."""
 
 import copy
 import pickle
@@ -50,8 +50,8 @@ def test_an_exception_in_a_pass_leaves_the_weights(method, bare, fail_at, dtype)
     with pytest.raises(Broken):
         step()
     for p, was in zip(model.parameters(), before, strict=True):
-        # in place, + eps z and - eps z are two roundings of values below 2; 16-bit weights are put
-        # back from a copy
+        # In place, adding and subtracting eps z rounds values below 2 twice. 16-bit weights are
+        # restored from a copy.
         atol = 2 * 2.0**-23 if bare and dtype is torch.float32 else 0
         torch.testing.assert_close(p, was, rtol=0, atol=atol)
 
@@ -216,7 +216,8 @@ ONE_PROCESS = "runs in one process, but this is one of 2 ranks"
 
 
 def test_several_ranks_are_refused(monkeypatch):
-    """At the constructor and at every step; nothing is changed. A group of one rank is none."""
+    """The constructor and every step refuse them, and change nothing. A group of one rank is
+    allowed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model, (x, y) = small_model(), data(0)

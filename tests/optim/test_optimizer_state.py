@@ -72,14 +72,14 @@ def test_load_state_dict_refuses_others():
     ],
 )
 def test_a_state_of_another_rounding_rule(make, dtype, rounding):
-    """Its 16-bit weights would continue by another rule; all others have the same bits under every
-    rule."""
+    """Its 16-bit weights would continue under another rule. All other weights have the same bits
+    under every rule."""
     opt = make(small_model().to(dtype), rounding=rounding)
     for written in (None, 99):
         state, before = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
         own = state["state"]["zero_order"]
         assert own.pop("rounding_version") == reference.ROUNDING_VERSION
-        # the first was not written
+        # Version 1 was not written to the state.
         own |= {"step": 7} if written is None else {"step": 7, "rounding_version": written}
         same = written is None and reference.ROUNDING_VERSION == 1
         if same or dtype is torch.float32 or rounding == "nearest":
@@ -132,7 +132,7 @@ def test_directions_and_momentum_resume_and_replay_to_the_bit(dtype, tmp_path):
         resumed = copy.deepcopy(model)
         for t in range(5, 9):
             opt.step(*arguments(opt, model, t))
-    again = MeZO(resumed, 0.5)  # all of its settings come from the state
+    again = MeZO(resumed, 0.5)  # the state replaces all of its settings
     again.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
     for t in range(5, 9):
         again.step(*arguments(again, resumed, t))
@@ -142,7 +142,7 @@ def test_directions_and_momentum_resume_and_replay_to_the_bit(dtype, tmp_path):
 
 
 class Experts(nn.Module):
-    """Which of two large layers runs depends on the data: x[0, 0] > 0 takes the second."""
+    """Runs one of two large layers, depending on the data: x[0, 0] > 0 selects the second."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ def test_a_resumed_run_knows_which_weights_were_used(name, tmp_path):
         step(opt, model, t)
         step(again, resumed, t)
         assert equal(model, resumed)
-    # a new optimizer knows nothing, though the model has run before
+    # A new optimizer knows nothing of the passes that the model has run before.
     fresh = MAKERS[name](model)
     before = model.second.weight.clone()
     step(fresh, model, 4)
@@ -198,8 +198,8 @@ def test_a_resumed_run_knows_which_weights_were_used(name, tmp_path):
 
 
 def test_a_second_optimizer_finds_weights_used_outside_their_module():
-    """What the first one's passes learned of the model does not keep the second from seeing what is
-    used."""
+    """The second optimizer sees which weights are used, although the passes of the first have
+    already learned this about the model."""
     model = Tied()
     ids = torch.randint(0, 300, (3, 5))
     for seed in range(2):

@@ -1,4 +1,5 @@
-"""Evolution strategies and FZOO against their formulas; ties, rewards and parts of the batch."""
+"""Evolution strategies and FZOO agree with their formulas, also with ties, rewards and batches in
+parts."""
 
 import copy
 import itertools
@@ -17,14 +18,15 @@ from pseuzo_kernels import reference
 
 
 def plain_ranks(values):
-    """The place in the sorted list, ties at the mean of their places, scaled to -1/2 .. 1/2."""
+    """Return the ranks of the values, scaled to -1/2 .. 1/2. Ties get the mean of their ranks."""
     ordered = sorted(values)
     places = {v: [i for i, w in enumerate(ordered) if w == v] for v in values}
     return [sum(places[v]) / len(places[v]) / (len(values) - 1) - 0.5 for v in values]
 
 
 def plain_scores(weights, pairs, eps, two_sided, split):
-    """pairs: (loss at x + eps z, loss at x - eps z or at x) of each direction."""
+    """Return the scores. pairs: for each direction, the loss at x + eps z, and at x - eps z or
+    x."""
     differences = [a - b for a, b in pairs]
     slopes = [d / (2 * eps if two_sided else eps) for d in differences]
     if weights == "raw":
@@ -55,7 +57,7 @@ def plain_scores(weights, pairs, eps, two_sided, split):
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_formula(weights, two_sided, split, bare):
-    """q is odd, and the parts have 3, 2 and 2 of 7 rows."""
+    """The number of directions, q, is odd. The parts have 3, 2 and 2 of 7 rows."""
     lr, eps, decay, q, cuts = 0.02, 1e-2, 0.3, 3, (0, 3, 5, 7)
     model, want = small_model(), small_model()
     opt = Evolution(
@@ -100,14 +102,16 @@ def test_the_formula(weights, two_sided, split, bare):
     for p, start, known in zip(
         model.parameters(), small_model().parameters(), want.parameters(), strict=True
     ):
-        # Losses about 2 are known to 2^-23. Over eps that is 2.4e-5 of a slope, and over spreads of
-        # 2e-3 and more 1.2e-4 of a score; four steps of lr 0.02, z below 4, shares that sum to 1.
+        # Losses about 2 have a relative error of 2^-23. Divided by eps, it is an error of 2.4e-5 of
+        # a slope. Divided by a spread of 2e-3 or more, it is 1.2e-4 of a score. There are four
+        # steps, lr is 0.02, z is below 4, and the shares sum to 1.
         torch.testing.assert_close(p, known, rtol=0, atol=4e-5)
         assert (p - start).abs().max() > 5e-3
 
 
 def test_fzoo_is_the_published_step():
-    """x - lr sum_j (l_j - l_0) / (q sigma) z_j, and the scale of the losses does not matter."""
+    """The step is x - lr sum_j (l_j - l_0) / (q sigma) z_j, and the scale of the losses does not
+    matter."""
     models = small_model(), small_model()
     x, y = data(0)
     for model, scale in zip(models, (1.0, 1024.0), strict=True):
@@ -149,7 +153,7 @@ def test_ties_have_the_mean_of_their_ranks():
 
 
 def steps_of(rewards, **options):
-    """The optimizer and its model after one step whose passes give these numbers."""
+    """Return the optimizer and its model after one step whose passes give these numbers."""
     model, results = small_model(), iter(rewards)
     opt = Evolution(model, 0.5, 0.1, weight_decay=0.1, **options)
     opt.step(lambda: (model(data(0)[0]), next(results))[1])
@@ -158,7 +162,7 @@ def steps_of(rewards, **options):
 
 
 def test_ranks_of_numbers_with_ties():
-    """Four values of two pairs, 1 1 and 1 0: the ranks of the ones are 1/6, that of 0 is -1/2."""
+    """The pairs 1 1 and 1 0 have four values. The rank of each 1 is 1/6, and that of 0 is -1/2."""
     opt, _ = steps_of([np.float32(1), True, 1, 0.0], directions=2)
     coefs = opt._last[0]
     torch.testing.assert_close(coefs, torch.tensor([0.0, (1 / 6 + 1 / 2) / 2 / 2]))
@@ -168,7 +172,7 @@ def test_ranks_of_numbers_with_ties():
 @pytest.mark.parametrize("value", [0.1, float("nan"), float("inf")])
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_rewards_that_are_the_same_or_not_finite_skip_the_step(weights, value, two_sided):
-    """The loss at x is another, so that FZOO's differences are not 0."""
+    """The loss at x differs from the others, so that FZOO's differences are not 0."""
     rewards = [value] * 6 if two_sided else [0.7, *[value] * 3]
     with pytest.warns(UserWarning, match=r"1 step.s. skipped so far: the losses that are compared"):
         opt, model = steps_of(rewards, directions=3, weights=weights, two_sided=two_sided)
@@ -184,7 +188,7 @@ def test_raw_scores_of_the_same_rewards_move_nothing_and_are_no_skip():
 
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_examples_are_clipped_before_losses_are_compared(two_sided):
-    """The losses are then those that the clipped slopes are differences of."""
+    """The compared losses are those whose differences are the clipped slopes."""
     outlier = torch.tensor([1.0, 2.0, 1.0, 90.0])
     at_x, slopes = torch.ones(4), (outlier, -outlier, torch.arange(4.0))
     sides = [(at_x + 0.1 * s, at_x - 0.1 * s) for s in slopes]
@@ -212,7 +216,8 @@ def test_parts_have_the_sizes_of_the_losses_that_they_return():
 
 
 def test_a_reward_without_a_derivative_trains():
-    """The accuracy, a Python number, is maximised by ranks alone; three seeds from chance."""
+    """Ranks alone maximise the accuracy, a Python number, with three seeds. Training starts at
+    chance."""
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     y = (x @ torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 0.3]) > 0).long()
     for seed in range(3):
@@ -233,7 +238,7 @@ def test_a_reward_without_a_derivative_trains():
 @pytest.mark.parametrize("make", [Evolution, FZOO])
 @pytest.mark.filterwarnings("ignore:.*skipped")
 def test_a_run_resumes_and_replays_to_the_bit(make, dtype, tmp_path):
-    """With parts; step 1 is skipped. All settings come from the state."""
+    """The batch is in parts, and step 1 is skipped. The state holds all settings."""
 
     def step(opt, model, t):
         x, y = data(t, rows=6)

@@ -1,4 +1,5 @@
-"""Sparse-MeZO beside its formula: which weights move, by what, and that others never do."""
+"""Sparse-MeZO agrees with its formula: which weights move, by how much, and that others never
+do."""
 
 import copy
 import math
@@ -21,13 +22,14 @@ def optimizer(params, **options):
 
 
 def plain_thresholds(model):
-    """By sorting: the k smallest |x| of each tensor are at most the threshold."""
+    """Find the thresholds by sorting: the k smallest |x| of each tensor are at most its
+    threshold."""
     sizes = [p.detach().abs().flatten().sort().values for p in model.parameters()]
     return [float(s[round((1 - SPARSITY) * len(s)) - 1]) for s in sizes]
 
 
 def masks_of(model, kind, thresholds, step):
-    """m of each tensor."""
+    """Return the mask m of each tensor."""
     params = list(model.parameters())
     if kind == "small":
         return [p.detach().abs() <= h for p, h in zip(params, thresholds, strict=True)]
@@ -68,25 +70,26 @@ def test_the_formula(kind, bare):
         opt.step(*arguments(opt, model, t))
         for p, q, mi, u in zip(want.parameters(), model.parameters(), m, update, strict=True):
             new = torch.where(mi, (1 - LR * DECAY) * p.double() - LR * u, p.double())
-            # slopes are known to 2e-5, as of losses about 2 over eps, |z| is below 4.5
+            # Slopes, from losses about 2 divided by eps, have an error of 2e-5. |z| is below 4.5.
             torch.testing.assert_close(q.double(), new, rtol=0, atol=1e-5)
-            assert torch.equal(q[~mi], p[~mi]), "what a mask leaves out is left alone, to the bit"
+            assert torch.equal(q[~mi], p[~mi]), "a weight outside the mask has changed"
             with torch.no_grad():
                 p.copy_(q)
         assert not equal(want, before)
     same = all(torch.equal(a, b) for a, b in zip(seen[0], seen[3], strict=True))
-    assert same == (kind == "random"), "masks of small weights follow the weights"
+    assert same == (kind == "random"), "only masks of small weights depend on the weights"
 
 
 def test_passes_see_the_mask_of_the_update_in_16_bits_rows_and_large_tensors():
-    """An embedding's rows, a copy for the whole pass, scratch of a large weight: m * z in each."""
+    """The noise is m * z in an embedding's rows, in a copy for the whole pass, and in the scratch
+    of a large weight."""
     torch.manual_seed(0)
     for kind in ("small", "renewed"):
         model = nn.Sequential(nn.Embedding(300, 260), nn.Linear(260, 270)).bfloat16()
         opt = optimizer(model, **KINDS[kind])
         before = copy.deepcopy(model)
         index, outputs = torch.arange(40), []
-        for _ in range(3):  # the watch is on, then off
+        for _ in range(3):  # the watch is on at first, then off
             outputs.clear()
             m = masks_of(model, kind, plain_thresholds(before), opt.steps)
             weights = [p.detach().clone() for p in model.parameters()]
@@ -103,7 +106,7 @@ def test_passes_see_the_mask_of_the_update_in_16_bits_rows_and_large_tensors():
                     p.copy_(torch.where(mi, x.float() + float(torch.tensor(EPS)) * z, x.float()))
             for a, p, mi in zip(weights, model.parameters(), m, strict=True):
                 assert torch.equal(a[~mi], p.detach()[~mi])
-            # coefficients are rounded to 17 bits: a few weights round to their neighbours
+            # Coefficients are rounded to 17 bits, so a few weights round to the neighbouring value.
             seen = other(index).detach()
             torch.testing.assert_close(outputs[0], seen, rtol=2**-6, atol=2**-6)
             assert float((outputs[0].float() - seen.float()).abs().mean()) < 2**-10
@@ -130,7 +133,8 @@ def test_a_state_continues_and_a_journal_replays_to_the_bit(kind, tmp_path):
             opt.step(*arguments(opt, model, t))
     assert replay(tmp_path / "run.pzj", base) == 5
     assert equal(base, model)
-    # thresholds of the middle are others: the state must bring those of the start
+    # The weights in the middle of the run give other thresholds, so the state must hold those of
+    # the start.
     resumed = SparseMeZO(middle, LR, EPS)
     resumed.load_state_dict(copy.deepcopy(state))
     assert (resumed.sparsity, resumed.mask) == (SPARSITY, options.get("mask", "small"))
@@ -161,7 +165,7 @@ def test_thresholds(monkeypatch):
     x = torch.tensor([3.0, -1.0, 2.0, -4.0])
     assert threshold(x, 0.5) == 2.0 and threshold(x, 1.0) == 4.0 and threshold(x, 0.1) == -1.0
     assert threshold(x.bfloat16(), 0.25) == 1.0 and threshold(x.half(), 0.25) == 1.0
-    # LoRA's B, a norm's weight: nothing tells small from large
+    # In LoRA's B or a norm's weight, no threshold separates small from large values.
     for degenerate in (torch.zeros(5), torch.ones(4), torch.tensor([0.0, 0.0, 1.0, 2.0])):
         assert threshold(degenerate, 0.5) == math.inf
     with pytest.raises(ValueError, match="a weight is NaN"):

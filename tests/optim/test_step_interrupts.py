@@ -1,9 +1,9 @@
 """An interrupt at any moment of a step: the weights are all old or all new, and with them the
 count, the journal and the window; no perturbed copy is left in the model, and the next step works.
 
-KeyboardInterrupt is raised at every line that a step runs in the package, one line a run, and at
-every call of an op. After each, the same step is made again, or the next one, and must end at the
-weights of a run that nothing disturbed.
+KeyboardInterrupt is raised at every line that a step runs in the package, one line per run, and at
+every call of an op. After each interrupt the same step is repeated, or the next one is made. It
+must end at the weights of an undisturbed run.
 """
 
 import collections
@@ -25,7 +25,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 
 class Model(nn.Module):
-    """A tied embedding, a norm, and enough groups of parameters for several launches."""
+    """Has a tied embedding, a norm, and enough groups of parameters for several launches."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,8 @@ class Case:
         self.model = Model().to(dtype).train()
         self.opt = MAKERS[name](self.model)
         self.journal = Journal(path, self.opt) if path else None
-        # The passes of a module are settled after two steps; bare parameters have nothing to learn.
+        # The passes of a module are settled after two steps. With bare parameters nothing is
+        # learned.
         self.warm = 1 if "bare" in name else 2
         for t in range(self.warm):
             self.step(t)
@@ -82,7 +83,7 @@ class Case:
         return [p.detach().clone() for p in self.model.parameters()]
 
     def window(self):
-        """What lasts of the estimator, as numbers."""
+        """Return the lasting state of the estimator, as numbers."""
         state = self.opt.own_state()
         keys = ("step", "window", "past", "deepzero", "adam")
         return copy.deepcopy({k: state[k] for k in keys if k in state})
@@ -180,8 +181,9 @@ def check(name, dtype, half, disturb, tmp_path, want):
     where = disturb.where
     moved = case.opt.steps == t + 1
     assert torch.is_grad_enabled() == grad, where
-    # Bare fp32 is put back through the op, to the rounding of x + eps z (6e-8 of weights below 3).
-    # The next losses differ by as much, so the projected gradients by that / eps.
+    # The op restores bare fp32 weights up to the rounding of x + eps z (6e-8 of weights below 3).
+    # The next losses differ by as much, and the projected gradients by this difference divided by
+    # eps.
     tolerance = 0.0 if exact else 1e-6
     for p, x in zip(case.model.parameters(), new if moved else old, strict=True):
         torch.testing.assert_close(p.detach(), x, rtol=0, atol=tolerance, msg=where)
@@ -208,7 +210,8 @@ def check(name, dtype, half, disturb, tmp_path, want):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Python's own handler: a process that is started in the background may ignore SIGINT."""
+    """Install Python's own handler, since a process that is started in the background may ignore
+    SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -216,7 +219,8 @@ def ctrl_c():
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """Waiting for the disk would take a third of the time, and proves nothing here."""
+    """Skip the waits for the disk, which would take a third of the time and do not matter to these
+    tests."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
@@ -226,7 +230,7 @@ WHOLE = [
     ("pseuzo, bare", torch.bfloat16, "step(...)"),
     ("mezo, bare", torch.float32, "step(...)"),
 ]
-# The two halves of a step run the same lines and ops, so not each of them is disturbed in each way.
+# The two halves of a step run the same lines and ops, so each half is disturbed only in some ways.
 CASES = [
     *((AtLine, *case) for case in WHOLE),
     (AtLine, "mezo momentum", torch.float32, "estimate"),

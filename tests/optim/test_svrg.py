@@ -1,4 +1,5 @@
-"""MeZO-SVRG: the formula in a plain loop, the anchor, its state, and what is refused."""
+"""MeZO-SVRG agrees with its formula in a plain loop. The anchor, its state and refusals are tested,
+too."""
 
 import copy
 
@@ -16,7 +17,8 @@ ALL = 3  # batches of the training data, numbered from 50
 
 
 def closures(model, t, dtype=torch.float32):
-    """What step() takes at step t: the loss of its batch, and those of all the data."""
+    """Return the arguments of step() at step t: the loss of its batch, and those of all the
+    data."""
 
     def loss(i):
         x, y = data(i)
@@ -26,7 +28,7 @@ def closures(model, t, dtype=torch.float32):
 
 
 def plain_slope(model, weights, seed, eps, scales, two_sided, batch):
-    """MeZO's c at these weights, which are put into a copy of the model."""
+    """Return MeZO's c at these weights, which are put into a copy of the model."""
     other = copy.deepcopy(model)
     x, y = data(batch)
     losses = []
@@ -81,10 +83,11 @@ def test_the_steps_are_the_formula(two_sided, q):
             move = sum(c * noise_scales[i] * reference.noise(w.shape, s, i) for s, c in terms)
             w.copy_((1 - lr * decay) * w - rate * move)
     for p, w in zip(params, weights, strict=True):
-        # losses about 2 known to 2^-23, over eps: 2.4e-5 of each of up to 2 q + q coefficients;
-        # eight steps, lr 0.05, noise of scale 2 and size up to 3
+        # Losses about 2 have a relative error of 2^-23. Divided by eps, it is 2.4e-5 of each of up
+        # to 2 q + q coefficients. There are eight steps, lr is 0.05, and the noise has scale 2 and
+        # is at most 3.
         torch.testing.assert_close(p.detach(), w, rtol=0, atol=2e-4)
-    # With the weights themselves for an anchor, all corrections would be 0.
+    # All corrections would be 0 if the anchor were the weights themselves.
     assert max(map(abs, corrections)) > 1e-2
 
 
@@ -99,7 +102,7 @@ def test_the_first_step_after_the_anchor_sees_the_old_weights():
     measured = opt.measure(closures(model, 1)[0])
     seed = direction_seed(1, 1, 0)
     want = plain_slope(model, before, seed, 1e-2, [1.0] * 4, True, 1)
-    # as above, over 2 eps
+    # The error of the losses, derived above, is divided by 2 eps.
     assert abs(float(measured.at_anchor) - float(want)) < 2e-5
     assert abs(float(measured.slopes) - float(measured.at_anchor)) > 1e-3
 
@@ -116,7 +119,7 @@ def test_it_resumes_and_replays_to_the_bit(dtype, tmp_path):
         resumed = copy.deepcopy(model)
         for t in range(5, 9):
             opt.step(*closures(model, t, dtype))
-    again = MeZOSVRG(resumed, 0.5)  # all of its settings come from the state
+    again = MeZOSVRG(resumed, 0.5)  # the state replaces all of its settings
     again.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
     assert not again.sets_anchor
     for t in range(5, 9):
@@ -142,7 +145,7 @@ def test_a_state_that_was_loaded_is_not_written():
 
 @pytest.mark.parametrize("call", range(4))
 def test_an_interrupted_pass_leaves_the_weights(call):
-    """Passes 2 and 3 are those at the anchor."""
+    """Passes 2 and 3 are at the anchor."""
     model, other = small_model(), small_model()
     opt, undisturbed = (MeZOSVRG(m, 0.05, 1e-2, anchor_every=4, seed=3) for m in (model, other))
     for t in range(2):
@@ -179,7 +182,7 @@ def test_batches_that_are_not_finite_do_not_count():
         opts[1].step(closure, lambda: [lambda: closure() * float("inf")] * 2)
     before = copy.deepcopy(models[1])
     opts[1].step(closures(models[1], 1)[0])
-    # g(a) is 0, and at the anchor itself the two estimates are the same
+    # The full gradient g(a) is 0, and at the anchor itself the two estimates are the same.
     assert equal(before, models[1])
 
 
@@ -197,13 +200,13 @@ def test_a_weight_without_an_anchor_gets_one():
     model[2].bias.requires_grad_(False)
     assert not opt.sets_anchor
     opt.step(*closures(model, 2))
-    opt.anchor_every = 1  # setting it again forgets the weight that is frozen by now
+    opt.anchor_every = 1  # the new anchor leaves out the weight that is now frozen
     opt.step(*closures(model, 3))
     assert frozen in opt.state and model[2].bias not in opt.state
 
 
 def test_it_is_mezo_where_every_step_sets_the_anchor():
-    """On the same batch: MeZO's update, to the bit."""
+    """If the anchor is measured on the same batch, the update is MeZO's, to the bit."""
     models = [small_model(), small_model()]
     svrg, mezo = MeZOSVRG(models[0], 0.02, 1e-2, anchor_every=1), MeZO(models[1], 0.02, 1e-2)
     for t in range(3):

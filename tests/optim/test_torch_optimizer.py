@@ -1,4 +1,4 @@
-"""PseuZO and MeZO as torch optimizers, in other people's loops."""
+"""PseuZO and MeZO work as torch optimizers in other people's loops."""
 
 import copy
 import warnings
@@ -65,7 +65,7 @@ def test_stochastic_rounding_by_default_and_reproducible():
             seed=1,
             **({} if rounding == "stochastic" else {"rounding": "nearest"}),
         )
-        # projected gradient 2^-14; an ulp of 1 is 2^-7
+        # the projected gradient is 2^-14, and an ulp of 1 is 2^-7
         losses = iter([2**-14 * 1e-2, -(2**-14) * 1e-2])
         x = torch.ones(1, 256, dtype=torch.bfloat16)
         opt.step(lambda losses=losses, model=model, x=x: (model(x), next(losses))[1])
@@ -83,8 +83,8 @@ def test_stochastic_rounding_by_default_and_reproducible():
             rounding_seed=step_seed(1, 0, ROUNDING_DOMAIN),
         )
         assert torch.equal(model.weight, want)
-    # the rounding error is at most an ulp an element, so the ratio is known to 5 * 2^7 / 256 *
-    # sqrt(|z| / 2^7) < 0.6
+    # The rounding error is at most an ulp per element, so the error of the ratio is at most 5 * 2^7
+    # / 256 * sqrt(|z| / 2^7) < 0.6.
     assert abs(moved["stochastic"] - 1) < 0.6 and moved["nearest"] == 0
 
 
@@ -102,8 +102,8 @@ def test_passes_run_without_dropout_and_modes_come_back():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [MeZO, PseuZO])
 def test_bare_16_bit_parameters_do_not_drift(make, dtype):
-    """100 steps of rate 0, some of them skipped, leave every bit; and a step equals that of the
-    whole module's."""
+    """100 steps with a rate of 0, some of them skipped, change no bit. A step equals that of the
+    whole module."""
     model, twin = small_model().to(dtype), small_model().to(dtype)
     opt = make(model.parameters(), 0.0, 1e-2, weight_decay=0.5)
     other = make(twin, 0.0, 1e-2, weight_decay=0.5)
@@ -133,7 +133,8 @@ def test_bare_16_bit_parameters_do_not_drift(make, dtype):
 
 
 def test_an_untied_head_takes_no_noise_from_pseuzo():
-    """h does not use it, so it could only get noise. MeZO, whose loss uses it, trains it."""
+    """PseuZO's h does not use the head, so the head could only get noise. MeZO, whose loss uses the
+    head, trains it."""
     for make, moves in ((PseuZO, False), (MeZO, True)):
         model = causal_lm("llama")
         before = model.lm_head.weight.clone()
@@ -221,18 +222,18 @@ def test_a_diverged_run_is_warned_of_ten_times_less_often_each_time():
         for _ in range(101):
             opt.step(lambda: x.sum() * float("nan"))
     assert [str(w.message).split()[0] for w in caught] == ["1", "10", "100"]
-    # shifted in place, to rounding
+    # Bare parameters are shifted in place, and restored up to rounding.
     assert opt.skipped_steps == 101 and torch.allclose(x, torch.ones(4), atol=1e-5)
 
 
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("method", [MeZO, PseuZO])
 def test_frozen_parameters_are_left_alone(method, bare, tmp_path):
-    """As by torch's optimizers, when all are given as a list; and the same weights are trained
-    again once they thaw."""
+    """Frozen parameters in a list are left alone, as by torch's optimizers. They are trained again
+    once they are unfrozen."""
     model = small_model()
     frozen = next(model.parameters()).requires_grad_(False)
-    other = nn.Parameter(torch.arange(3), requires_grad=False)  # quantised, say
+    other = nn.Parameter(torch.arange(3), requires_grad=False)  # such as quantised weights
     x, y = data(0)
     given = [*model.parameters(), other] if bare else list(model.parameters())
     opt = method(given, 0.1, 1e-2, weight_decay=0.1, **({} if bare else {"model": model}))
@@ -309,7 +310,7 @@ def test_accelerate_and_schedulers():
 @pytest.mark.parametrize("clip", [None, 2.0])
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_step_reads_a_value_back(name, clip, monkeypatch):
-    # on a CPU it looks at once; on a GPU when the news is there
+    # On a CPU the warning reads the count at once, on a GPU only when it has arrived.
     monkeypatch.setattr(Skips, "tell", lambda self: None)
     model = Headed()
     if name.startswith("pseuzo"):
@@ -335,8 +336,8 @@ def test_no_step_reads_a_value_back(name, clip, monkeypatch):
 
 
 def test_half_precision_sums_restore_bare_parameters_as_exactly():
-    """A shift by eps is taken back in the pass of the update: rounded to half precision it would
-    leave 1e-3 of it."""
+    """The pass of the update also takes back a shift by eps. If it rounded that shift to half
+    precision, it would leave 1e-3 of it."""
     drifts = {}
     for noise in ("hadamard", "hadamard-fp16"):
         model = causal_lm("opt").eval()
@@ -352,7 +353,7 @@ def test_half_precision_sums_restore_bare_parameters_as_exactly():
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_groups_may_change_in_mid_run(make):
-    """What was learned about them before is forgotten, as if the optimizer were made then."""
+    """A change discards what was learned about the groups before, as if the optimizer were new."""
     model = causal_lm("opt").eval()
     opt, weight = make(model), model.model.decoder.layers[0].fc1.weight
     run_steps(opt, model, 5)

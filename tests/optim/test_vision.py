@@ -1,4 +1,4 @@
-"""Networks for images learn scikit-learn's digits, from scratch, a few seconds each."""
+"""Networks for images learn scikit-learn's digits from scratch, in a few seconds each."""
 
 import pytest
 import torch

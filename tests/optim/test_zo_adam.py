@@ -1,4 +1,4 @@
-"""ZO-Adam against Adam in plain torch, its two kinds of moments, and what it keeps."""
+"""ZO-Adam agrees with Adam in plain torch, with both kinds of moments, and resumes."""
 
 import copy
 
@@ -19,10 +19,11 @@ def closure_for(model, t, rows=4):
 
 
 def plain_adam(model, steps, lr, eps, decay, q, two_sided, seed, scale, window):
-    """Adam as published over MeZO's estimates of the last steps, in float64 except for the losses.
+    """Apply the published Adam to MeZO's estimates of the last steps, in float64 except for the
+    losses.
 
-    Within the window these are Adam's moments with its correction of the bias. In a longer run the
-    weights are those of the steps in the window, over their sum.
+    Within the window the moments are Adam's, with its correction of the bias. In a longer run the
+    weights of the steps in the window are divided by their sum.
     """
     params = list(model.parameters())
     past = []
@@ -75,9 +76,10 @@ def test_the_formula(q, two_sided, moments, window, bare):
     for p, start, known in zip(
         model.parameters(), small_model().parameters(), want.parameters(), strict=True
     ):
-        # Losses about 2 are known to 2^-23, so slopes to 2.4e-5, or 2^-22 / eps one-sided, and bare
-        # weights to 2^-24 of themselves, which is as much again. Slopes are 0.1 and more, and a
-        # move is of degree 0 in them: five moves of lr, to 1e-3 of themselves.
+        # Losses about 2 have a relative error of 2^-23, so slopes have an error of 2.4e-5, or 2^-22
+        # / eps if one-sided. Rounding of bare weights by 2^-24 adds as much again. Slopes are at
+        # least 0.1, and a move does not depend on their scale. So each of five moves of lr has a
+        # relative error of 1e-3.
         torch.testing.assert_close(p, known, rtol=0, atol=5 * lr * 1e-3)
         assert (p - start).abs().max() > 0.02
 
@@ -85,7 +87,7 @@ def test_the_formula(q, two_sided, moments, window, bare):
 @pytest.mark.parametrize("q", [1, 2])
 @pytest.mark.filterwarnings("ignore:.*skipped")
 def test_state_is_a_window_of_all_steps_to_the_bit(q):
-    """Also past a skipped step, with groups of several rates, and with maximize."""
+    """This also holds after a skipped step, with groups of several rates, and with maximize."""
     models = small_model(), small_model()
     opts = []
     for model, own in zip(models, ({"moments": "state"}, {"window": 8}), strict=True):
@@ -109,12 +111,12 @@ def test_resumes_to_the_bit(own, dtype, tmp_path):
     opt = ZOAdam(model, 0.01, 1e-2, seed=2, betas=BETAS, **own)
     for t in range(4):
         opt.step(closure_for(model, t))
-    for from_file in (True, False):  # or from the state of an optimizer that goes on
+    for from_file in (True, False):  # or from the state of an optimizer that continues
         state, resumed = opt.state_dict(), copy.deepcopy(model)
         if from_file:
             torch.save(state, tmp_path / "opt.pt")
             state = torch.load(tmp_path / "opt.pt", weights_only=True)
-        again = ZOAdam(resumed, 0.01, 1e-2, seed=7)  # what it was made with is in the state
+        again = ZOAdam(resumed, 0.01, 1e-2, seed=7)  # the state replaces these settings
         again.load_state_dict(state)
         for t in range(opt.steps, opt.steps + 3):
             opt.step(closure_for(model, t))
@@ -125,14 +127,16 @@ def test_resumes_to_the_bit(own, dtype, tmp_path):
 
 @pytest.mark.parametrize("moments", ["seeds", "state"])
 def test_small_moves_of_16_bit_weights_arrive_on_average(moments):
-    """Each step moves all weights by lr, a thirtieth of their spacing: some by all of it."""
+    """Each step moves all weights by lr, a thirtieth of their spacing. So it moves few of them,
+    each by a whole spacing."""
     model = torch.nn.Linear(64, 64).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1.0)
     opt = ZOAdam(model, 2**-12, 1e-2, betas=(0.0, 0.0), adam_eps=1e-30, moments=moments)
     opt.step(lambda: model.weight.float().square().mean() * 100)
     moved = model.weight.detach().double() - 1
-    # 4096 draws of probability 1/32 (up, by 2^-7) or 1/16 (down, by 2^-8): 4 standard deviations.
+    # 4096 draws have probability 1/32 (up, by 2^-7) or 1/16 (down, by 2^-8). The bounds are 4
+    # standard deviations.
     assert moved.abs().mean() == pytest.approx(2**-12, rel=0.3)
     assert set(moved.unique().tolist()) == {-(2**-8), 0.0, 2**-7}
 

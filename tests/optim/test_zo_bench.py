@@ -1,4 +1,4 @@
-"""The methods of ZO-Bench, sign, conservative and block-wise, against plain loops of their own."""
+"""The methods of ZO-Bench, sign, conservative and block-wise, agree with plain loops."""
 
 import copy
 import warnings
@@ -28,7 +28,7 @@ def slope(model, z, t, two_sided=True):
 
 
 def run(opt, model, steps):
-    """The losses of the steps; a batch a step."""
+    """Return the losses of the steps, each on its own batch."""
     return [opt.step(*arguments(opt, model, t)) for t in steps]
 
 
@@ -51,7 +51,8 @@ def test_the_sign_is_the_formula(bare, law, directions):
         run(opt, model, [t])
         for p, q, *z in zip(want.parameters(), model.parameters(), *zs, strict=True):
             g = sum(c * zj.double() for c, zj in zip(slopes, z, strict=True))
-            # slopes are known to 2e-5, as of losses about 2 over eps; nearer to 0 a sign is not
+            # Slopes, from losses about 2 divided by eps, have an error of 2e-5. So the sign of a
+            # gradient near 0 is not certain.
             sure = g.abs() > 1e-3
             assert sure.float().mean() > 0.9
             new = (1 - LR * DECAY) * p.double() - LR * g.sign()
@@ -72,10 +73,10 @@ def test_the_sign_of_groups_of_skipped_steps_and_of_16_bits():
     z = noise_of(model, step_seed(SEED, 0))
     sign = opt.stats["projected_grad"].sign().detach()
     for i, (moved, zi) in enumerate(zip(up, z, strict=True)):
-        size = 2**-6 if i < 2 else -(2**-7)  # a step that bf16 holds to 2^-9 of a weight below 1
+        size = 2**-6 if i < 2 else -(2**-7)  # bf16 rounds weights below 1 by 2^-9
         assert float((moved - size * sign * zi.sign()).abs().max()) <= 2**-8
         assert float((moved / size * sign * zi.sign()).mean()) == pytest.approx(1, abs=0.1)
-    # one ulp of weights below 0.25 is 2^-9 at most
+    # An ulp of weights below 0.25 is at most 2^-9.
     assert float(opt.update_rms()["bfloat16"]) > 1
     before = copy.deepcopy(model)
     opt.step(*arguments(opt, model, 1, poison=True))
@@ -86,7 +87,7 @@ def test_the_sign_of_groups_of_skipped_steps_and_of_16_bits():
 @pytest.mark.parametrize("bare", [False, True], ids=["module", "bare parameters"])
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
 def test_conservative_takes_the_lowest_of_three_losses(bare, two_sided):
-    """A rate that is too high in some steps: each candidate is taken at least once."""
+    """The rate is too high in some steps, so that each candidate is taken at least once."""
     lr, taken = 4.0, []
     model = small_model()
     opt = ZOConservative(
@@ -109,7 +110,7 @@ def test_conservative_takes_the_lowest_of_three_losses(bare, two_sided):
         taken.append(best)
         for p, q, zi in zip(want.parameters(), model.parameters(), z, strict=True):
             new = (1 - lr * 0.01) * p.double() + lr * c * (best - 1) * zi.double()
-            # c is known to 2e-5, and z goes to 4
+            # The error of c is 2e-5, and |z| is at most 4.
             torch.testing.assert_close(q.double(), new, rtol=0, atol=2e-5 * 4 * lr)
     assert {0, 1} <= set(taken), taken
 
@@ -145,7 +146,7 @@ def test_conservative_and_losses_that_are_not_finite():
         return before
 
     assert not equal(step([]), model)
-    assert equal(step([4]), model) and opt.skipped_steps == 0, "a step up is worse than none"
+    assert equal(step([4]), model) and opt.skipped_steps == 0, "the step was not kept at x"
     assert equal(step([3]), model) and opt.skipped_steps == 1
     assert equal(step([1]), model) and opt.skipped_steps == 2
 
