@@ -7,7 +7,7 @@ OPTIONS = [17, 4, 900]
 
 
 def full_logits(model, batch):
-    """The model's own logits, with positions counted from the first token with attention."""
+    """Return the model's own logits, with positions counted from the first token with attention."""
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions
@@ -15,7 +15,8 @@ def full_logits(model, batch):
 
 
 def head_input(model, batch):
-    """The hidden states before the output head, which keep their gradient, and the full logits."""
+    """Return the hidden states before the output head, which keep their gradient, and all
+    logits."""
     seen = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, a: seen.append(a[0]))
     logits = full_logits(model, batch)
@@ -24,7 +25,7 @@ def head_input(model, batch):
     return seen[0], logits
 
 
-# Example 1 has three rows of options, 0 and 2 have two, not in order. The right ones: 2, 0 and 6.
+# Example 1 has three rows of options, 0 and 2 have two, in mixed order. Rows 2, 0 and 6 are right.
 RAGGED = {"examples": torch.tensor([1, 0, 0, 1, 1, 2, 2]), "answers": torch.tensor([2, 0, 6])}
 
 
@@ -40,8 +41,8 @@ def option_batch():
 
 
 def plain_option_losses(model, batch):
-    """The losses [B] in float64 and the scores [R], from the model's full logits, one row and token
-    at a time."""
+    """Return the losses [B] in float64 and the scores [R], from the model's full logits, one row
+    and token at a time."""
     logp = full_logits(model, batch).double().log_softmax(-1)
     scores = []
     for row, n in enumerate(OPTION_TOKENS):
@@ -56,7 +57,7 @@ def plain_option_losses(model, batch):
 
 
 def plain_option_losses_of(model, states, batch):
-    """The losses again, in float64, as a function of the head's input."""
+    """Return the same losses, in float64, as a function of the head's input."""
     logp = model.get_output_embeddings()(states).log_softmax(-1)
     token = logp[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     scores = torch.stack([token[row, -n:].mean() for row, n in enumerate(OPTION_TOKENS)])

@@ -1,4 +1,4 @@
-"""Padding changes nothing, and no forward waits to find out where it is."""
+"""Padding changes nothing, and no forward waits for the device to find the padding."""
 
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
-    """Rows of a padded batch against the same rows alone, by the model's own logits."""
+    """Rows of a padded batch have the model's own logits of the same rows alone."""
     model = causal_lm(kind).eval()
     batch = batch_of()
     objective = CausalLMObjective(model, OPTIONS)
@@ -30,14 +30,14 @@ def test_padding_changes_nothing(kind):
             model(ids[mask != 0][None]).logits[0, -1, OPTIONS]
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-    # The logits are about 1. Other shapes round differently, and rotary angles of other positions
-    # by 2^-24 of up to 64.
+    # The logits are about 1. Other shapes round differently, and so do the rotary angles of other
+    # positions, by 2^-24 of up to 64.
     torch.testing.assert_close(scores, torch.stack(alone), rtol=0, atol=1e-5)
 
 
 def attentive_lm(dtype):
-    """A model whose states change by far more than their rounding if a token sees others than it
-    should."""
+    """Return a model whose states change by far more than their rounding if a token attends to
+    wrong tokens."""
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=256,
@@ -60,7 +60,8 @@ def attentive_lm(dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_padding_changes_nothing_in_half_precision(dtype, device, length):
-    """Clean and perturbed. On a GPU the kernel that attends depends on the mask and the length."""
+    """The test runs clean and perturbed passes. On a GPU the attention kernel depends on the mask
+    and the length."""
     model = attentive_lm(dtype).to(device)
     objective = CausalLMObjective(model, OPTIONS)
     ids = torch.randint(3, 1000, (3, length), device=device)
@@ -85,12 +86,12 @@ def test_padding_changes_nothing_in_half_precision(dtype, device, length):
         # This is 8 ulps of bf16 between 2 and 4, where the largest states are.
         torch.testing.assert_close(got, alone, rtol=0, atol=0.125)
         assert ((unmasked - alone)[:2].abs().amax((1, 2)) > 4 * 0.125).all(), (
-            "a mask that is ignored would show"
+            "the test would not notice a mask that is ignored"
         )
 
 
 def attention_with_nan(q, k, v, attn_mask=None, is_causal=False, scale=None, **kwargs):
-    """Some backends make NaN of a query that sees no key."""
+    """Attend like backends that return NaN for a query that sees no key."""
     assert attn_mask is not None and not is_causal and not kwargs.get("dropout_p")
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(
@@ -135,7 +136,7 @@ def test_without_padding_the_mask_may_be_left_out(kind, mode):
 @pytest.mark.parametrize("mode", ["full", "lora", "prefix"])
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_no_forward_waits(kind, mode):
-    """Transformers alone reads the mask, or without one the positions."""
+    """Without our objective, Transformers reads the mask, or the positions if there is no mask."""
     model = tune(causal_lm(kind), mode).eval()
     objective = CausalLMObjective(model, OPTIONS, verify=False)
     batch = batch_of() | {"labels": torch.tensor([0, 2, 1, 2])}
@@ -154,9 +155,9 @@ def test_no_forward_waits(kind, mode):
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "mistral"])
 def test_attention_is_told_of_padding(kind, monkeypatch):
-    """Without a mask torch attends causally by itself, where no window is shorter. With one a mask
-    is made, padding or not, as nobody reads it. A forward that fails leaves nothing behind in
-    Transformers."""
+    """Without a mask torch attends causally by itself, unless a window is shorter. With a mask, an
+    attention mask is made whether or not there is padding, since nothing reads the mask. A forward
+    that fails leaves nothing behind in Transformers."""
     model = causal_lm(kind).eval()
     objective = CausalLMObjective(model, OPTIONS)
     masks = []
@@ -170,12 +171,12 @@ def test_attention_is_told_of_padding(kind, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     with torch.no_grad(), Waits() as waits:
         model(**batch_of(length=6))
-    assert waits.seen, "Transformers need not be told"
+    assert waits.seen, "Transformers reads no mask by itself"
     for length in (6, 12):
         ids = batch_of(length=length)["input_ids"]
         batch = {"input_ids": ids, "labels": torch.tensor([0, 2, 1, 2])}
         for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
-            objective(batch | mask)  # verified
+            objective(batch | mask)  # the first batch is verified
             masks.clear()
             with torch.no_grad():
                 got = objective(batch | mask)[0]()
@@ -190,7 +191,7 @@ def test_attention_is_told_of_padding(kind, monkeypatch):
         )
     with torch.no_grad(), Waits() as waits:
         model(**batch_of(length=6))
-    assert waits.seen, "it is not told any more"
+    assert waits.seen, "Transformers is still told of the padding"
     monkeypatch.setitem(
         AttentionMaskInterface._global_mapping, "sdpa", lambda **kwargs: masks.append("theirs")
     )
@@ -216,7 +217,7 @@ def test_a_model_inside_of_the_model_keeps_its_padding():
 
 
 def test_rows_of_several_texts():
-    """Their positions show this, which a mask would hide."""
+    """Their positions show that a row holds several texts, which a mask would hide."""
     model = causal_lm("llama").eval()
     ids = batch_of()["input_ids"]
     batch = {
@@ -227,4 +228,4 @@ def test_rows_of_several_texts():
     with torch.no_grad():
         o = CausalLMObjective(model, OPTIONS)(batch)[0]()
         second = model.model(ids[:, 6:]).last_hidden_state[:, -1:]
-    torch.testing.assert_close(o, second, rtol=0, atol=1e-5)  # as in test_padding_changes_nothing
+    torch.testing.assert_close(o, second, rtol=0, atol=1e-5)  # see test_padding_changes_nothing

@@ -1,5 +1,5 @@
-"""Masked language models and classifiers: their loss is the model's own, and they are loaded, tuned
-and saved as such."""
+"""For masked language models and classifiers the loss is the model's own, and they are loaded,
+tuned and saved as their kind."""
 
 import copy
 
@@ -30,7 +30,7 @@ LABELS = torch.tensor([0, 2, 1, 2])
 
 
 def batch_of(kind, side="right"):
-    """Rows of different lengths, whose mask token is the last but one."""
+    """Return rows of different lengths, whose mask token is the last but one."""
     g = torch.Generator().manual_seed(0)
     rows = [torch.randint(5, 128, (n,), generator=g) for n in LENGTHS]
     batch = {"input_ids": torch.ones(4, 12, dtype=torch.long)}
@@ -45,7 +45,7 @@ def batch_of(kind, side="right"):
 
 
 def stock_logits(model, kind):
-    """The model's own logits of the classes, from a forward of the whole batch."""
+    """Return the model's own logits of the classes, from a forward of the whole batch."""
     batch = batch_of(kind)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     if kind == "masked":
@@ -65,7 +65,7 @@ def test_the_loss_is_the_models_own(name, kind):
     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     for side in ("right", "left"):
         batch = batch_of(kind, side)
-        # logits about 1, by products of another shape
+        # The logits are about 1, and products of another shape round differently.
         torch.testing.assert_close(objective.scores(batch), want, rtol=0, atol=1e-6)
         forward, head = objective(batch)
         torch.testing.assert_close(head(forward()), loss, rtol=0, atol=1e-6)
@@ -115,13 +115,13 @@ def test_steps_are_the_formula(name, kind):
         opt = make(groups, lr=lr, eps=eps, seed=5, model=model)
         args = (forward, head, LABELS)
         opt.step(*args if make is PseuZO else [lambda f=forward, h=head: h(f())])
-        # perturbed_copy numbers streams by all weights that train: those of MeZO
+        # perturbed_copy numbers streams by all weights that train, as MeZO does.
         for i, (n, p) in enumerate(model.named_parameters()):
             if n not in trained:
                 assert torch.equal(p, before[n])
                 continue
             step = lr * slope * reference.noise(p.shape, seed, i)
-            # the slope to a few roundings of losses about 1, over eps; |z| < 6
+            # The slope has the error of a few roundings of losses about 1, divided by eps. |z| < 6.
             torch.testing.assert_close(p, before[n] - step, rtol=0, atol=lr * 6 * 4e-6 / eps)
 
 
@@ -143,7 +143,7 @@ def test_kinds_are_what_the_checkpoint_says(tmp_path):
         model, tokenizer = load_model(folder, device="cpu")
         assert kind_of(model) == kind and tokenizer.padding_side == side
         assert kind_of(load_model(folder, device="cpu", kind=kind)[0]) == kind
-    assert max_positions(load_model(classifier, device="cpu")[0]) == 62  # 64, padding is number 1
+    assert max_positions(load_model(classifier, device="cpu")[0]) == 62  # 64, less 2 for padding
     for folder, kind, labels, sentence in (
         (masked, "causal", None, "is no causal language model but a BertForMaskedLM"),
         (causal, "masked", None, "is no masked language model but a OPTForCausalLM"),
@@ -194,7 +194,7 @@ def test_modes_train_and_load_again(name, kind, mode, tmp_path):
     batch["input_ids"] %= 60
     forward, head = CausalLMObjective(model, options)(batch)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for _ in range(2):  # after the first, LoRA's A matters
+    for _ in range(2):  # LoRA's A has an effect from the second step on
         MeZO(model, lr=1e-1, eps=1e-2).step(lambda: head(forward()))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and moved <= {n for n, p in model.named_parameters() if p.requires_grad}
@@ -218,11 +218,11 @@ def test_what_cannot_be():
     del batch["positions"]
     with pytest.raises(ValueError, match="must have positions"):
         CausalLMObjective(masked, OPTIONS["masked"])(batch)
-    # what the padding is changes the numbers of every token
+    # FNet mixes all tokens, so the padding changes the numbers of every token.
     mixing = tiny_encoder("fnet", "classifier", num_labels=3)
     with pytest.raises(ValueError, match="padding on either side changes the numbers of FNet"):
         CausalLMObjective(mixing, OPTIONS["classifier"])(batch_of("classifier"))
-    # its logits are a mean over those of the tokens
+    # The logits of this classifier are a mean over those of the tokens.
     pooling = tiny_encoder("eurobert", "classifier", num_labels=3)
     with pytest.raises(RuntimeError, match="more than once, or does more to its logits"):
         CausalLMObjective(pooling, OPTIONS["classifier"])(batch_of("classifier"))

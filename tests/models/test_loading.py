@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers that load, and those that are refused in one sentence."""
+"""Models, adapters and tokenizers load, or are refused in one sentence."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_load_model():
 
 
 def folder_of(tmp_path, **changes):
-    """The demo's model, with other entries in its config."""
+    """Return a folder with the demo's model and other entries in its config."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -60,8 +60,8 @@ def test_padding_defaults_to_the_end_of_text(tmp_path):
 
 
 def test_a_generation_config_is_saved_as_it_was_loaded(tmp_path):
-    """Transformers keeps sampling values without do_sample in a config that nobody changed, and
-    refuses them in others."""
+    """Transformers keeps sampling values without do_sample in an unchanged config, and refuses them
+    in a changed one."""
     folder = folder_of(tmp_path)
     sampling = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
@@ -123,11 +123,11 @@ def test_adapters_are_saved_and_loaded(kind, mode, tmp_path):
     want = model.eval()(**batch_of()).logits
     assert torch.equal(again(**batch_of()).logits, want)
     assert not torch.equal(base.eval()(**batch_of()).logits, want)
-    forward, head = parts(again)  # it can be trained on
+    forward, head = parts(again)  # its training can continue
     MeZO(again, lr=0.1).step(lambda: head(forward()))
     assert not torch.equal(again(**batch_of()).logits, want)
     places = [p.data_ptr() for p in again.parameters()]
-    # as the Trainer resumes
+    # This is how the Trainer resumes.
     again.load_adapter(str(tmp_path / "adapter"), "default", is_trainable=True)
     assert (
         torch.equal(again(**batch_of()).logits, want)
@@ -220,7 +220,7 @@ def widen_tokenizer(folder):
     (widen_tokenizer, "has 2548 tokens, its model only 2048 embeddings"),
 ], ids=lambda x: x if isinstance(x, str) else x.__name__)  # fmt: skip
 def test_folders_that_do_not_load(tmp_path, do, sentence):
-    parent = tmp_path / "404, gated, offline"  # words that the hub's library says of other faults
+    parent = tmp_path / "404, gated, offline"  # words from other errors of the hub's library
     parent.mkdir()
     folder = folder_of(parent)
     do(folder)

@@ -1,5 +1,5 @@
-"""The promise of CausalLMObjective for every type of model and of adapter: the loss is the model's
-own, for a row alone and in a padded batch, or one sentence refuses the model. The tables of
+"""CausalLMObjective keeps its promise for every type of model and of adapter. The loss is the
+model's own, for a row alone and in a padded batch, or one sentence refuses the model. The tables of
 docs/methods.md say which types are refused."""
 
 import re
@@ -119,9 +119,9 @@ def marked(names, quick):
 def test_the_loss_is_the_models_own(model_type):
     said = table("Model types").get(model_type)
     if said == UNTESTED:
-        pytest.skip("no tiny one is made of it here")
+        pytest.skip("these tests have no tiny model of this type")
     if said is None:  # Transformers has more types from version to version
-        pytest.skip("a type that docs/methods.md does not know; add it")
+        pytest.skip("docs/methods.md does not have this type; add it")
     assert support(tiny(model_type)) == said
 
 
@@ -143,14 +143,14 @@ def test_the_loss_is_the_adapted_models_own(name):
 
 
 def check_perturbed(model: torch.nn.Module, more: dict[str, torch.Tensor]) -> None:
-    """Passes at x + eps z of the adapter are those of a model that has these weights."""
+    """Check that passes at x + eps z of the adapter are those of a model that has these weights."""
     batch = {"input_ids": IDS[1][None], "labels": torch.tensor([1])} | {
         k: x.expand(1) for k, x in more.items()
     }
     want, plain = (
         CausalLMObjective(m, TOKENS).scores(batch) for m in (perturbed_copy(model, 7, 0.5), model)
     )
-    assert (want - plain).abs().max() > 1e-4, "it does something"
+    assert (want - plain).abs().max() > 1e-4, "the adapter has no effect"
     objective = CausalLMObjective(model, TOKENS)
     for _ in range(3):  # the first pass learns which weights are used where
         with perturbed(model, 7, 0.5):
@@ -269,8 +269,8 @@ def test_where_padding_may_be_is_seen_in_half_precision(model_type, padding, dty
 
 
 def test_moved_padding():
-    """Rows start at the first column, with all that belongs to their tokens. A row that is only
-    padding does not change."""
+    """Rows are moved to the first column, with all inputs that belong to their tokens. A row of
+    padding alone does not change."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
     ids = torch.arange(16).view(4, 4)
     plan = {
@@ -306,7 +306,7 @@ def test_moved_padding():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "rwkv"])
 def test_a_plan_that_is_padded_to_a_shape_has_the_same_loss(model_type):
-    """Recorded passes pad every batch to one of a few shapes, also one that has no padding."""
+    """Recorded passes pad every batch to one of a few shapes, even a batch without padding."""
     objective = CausalLMObjective(tiny(model_type))
     batch = {"input_ids": IDS[1][None], "labels": labels_of(IDS[1])[None]}
     plan = objective.checked(padded(objective.plan(batch), 16, 4))
@@ -329,7 +329,7 @@ def test_a_model_is_verified_once_where_that_is_asked_for():
     other = tiny("rwkv")
     objective = CausalLMObjective(other, verify=False)
     loss_of(objective, batch_padded("left"))
-    assert objective.padding is None, "nothing was looked at"
+    assert objective.padding is None, "the padding was looked at"
 
 
 CHOICES = Task(name="c", kind="choice", prompt="{{ q }}", options="options", answer="answer")
@@ -365,7 +365,7 @@ def test_the_trainer_and_an_evaluation_have_the_models_own_loss(tmp_path, tokeni
         labels = torch.tensor([[-100] * len(row.prompt) + row.answer])
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * len(row.answer)
-    want = pytest.approx(total / count, rel=4e-6, abs=1e-5)  # as CLOSE
+    want = pytest.approx(total / count, rel=4e-6, abs=1e-5)  # the tolerances are CLOSE's
     assert len({len(row.tokens) for row in rows}) > 1 and count > 3
     assert evaluate(model, data, batch_size=3)["loss"] == want
     args = PseuZOTrainingArguments(

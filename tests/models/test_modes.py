@@ -1,4 +1,4 @@
-"""The table of tuning modes, and what derives from it."""
+"""The table of tuning modes defines all that the package knows of a mode."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_row_says_which_dtype_is_trained(mode):
 
 
 def test_options_of_modes():
-    """An option of another mode does nothing; one that no mode has is a mistake."""
+    """An option of another mode has no effect. An option that no mode has is an error."""
     names = trained(tune(causal_lm("opt"), "head", lora_r=0, prefix_tokens=0))
     assert names == {"lm_head.weight"}
     with pytest.raises(TypeError, match="no mode has an option lora_rank"):

@@ -39,13 +39,14 @@ def test_options_loss_and_gradient(kind, side):
     o.requires_grad_()
     loss = head(o)
     loss.backward()
-    # Logits about 1 by a product of another shape: a few roundings of 2^-24, through a softmax.
+    # Logits about 1 come from a product of another shape, so a few roundings of 2^-24 differ and
+    # pass through a softmax.
     torch.testing.assert_close(loss, want, rtol=0, atol=1e-6)
     torch.testing.assert_close(o.grad[:, 0], states.grad[torch.arange(4), last], rtol=0, atol=1e-6)
     elsewhere = states.grad.clone()
     elsewhere[torch.arange(4), last] = 0
     assert (elsewhere == 0).all(), (
-        "the gradient is zero where there is no loss: nothing else need be kept"
+        "a position without a loss has a gradient, so its states are needed"
     )
 
 
@@ -56,7 +57,7 @@ def test_language_modelling_loss_and_gradient(kind):
     labels = batch["input_ids"].clone()
     for row, first in enumerate((3, 9, 11, 7)):  # 9, 3, 1 and 5 answer tokens
         labels[row, :first] = -100
-    labels[3, 9] = -100  # a gap
+    labels[3, 9] = -100  # one answer token has no loss
     forward, head = CausalLMObjective(model)({**batch, "labels": labels})
     want = F.cross_entropy(full_logits(model, batch)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     with torch.no_grad():
@@ -90,7 +91,8 @@ def test_loss_over_options(kind):
     o.requires_grad_()
     loss = head(o)
     loss.backward()
-    # the logits are cast to fp32: losses about 1, means of at most 5 log-likelihoods of about 7
+    # The logits are cast to fp32. Losses are about 1, from means of at most 5 log-likelihoods of
+    # about 7.
     torch.testing.assert_close(loss.double(), want.mean(), rtol=0, atol=4e-6)
     each = objective(batch, reduction="none")[1](o)
     torch.testing.assert_close(each.double(), want, rtol=0, atol=4e-6)
@@ -123,12 +125,13 @@ def test_options_of_one_token_are_label_words():
         "answers": torch.arange(4) * 3 + classes,
     }
     forward_options, head_options = CausalLMObjective(model)(batch, reduction="none")
-    # fp32 rounding of log-likelihoods of about 7
+    # Log-likelihoods of about 7 are rounded to fp32.
     torch.testing.assert_close(head_options(forward_options()), head(forward()), rtol=0, atol=2e-6)
 
 
 def test_losses_of_examples():
-    """Their mean is the loss; for answers of several tokens each example counts with its tokens."""
+    """Their mean is the loss. With answers of several tokens, each example is weighted by its
+    tokens."""
     model = causal_lm("opt").eval()
     labels = batch_of()["input_ids"].clone()
     for row, first in enumerate((3, 9, 11, 7)):
@@ -179,7 +182,7 @@ def test_a_step_of_pseuzo_runs_the_head_on_loss_positions_once():
     model = causal_lm("opt")
     objective = CausalLMObjective(model, OPTIONS)
     batch = {**batch_of(), "labels": torch.tensor([0, 2, 1, 2])}
-    forward, head = objective(batch)  # verifies, once
+    forward, head = objective(batch)  # the first call verifies
     rows = []
     handle = model.lm_head.register_forward_hook(lambda m, a, out: rows.append(out.shape[1]))
     logits, before = [], copy.deepcopy(model.state_dict())
@@ -221,7 +224,7 @@ def test_bad_options(options, sentence):
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_a_batch_without_a_label_that_carries_a_loss_is_a_skipped_step(kind):
-    """The loss is NaN, as Transformers' own is. Such rows among others do not count."""
+    """The loss is NaN, like Transformers' own. Such rows among others do not count."""
     model = causal_lm(kind).eval()
     start = [p.detach().clone() for p in model.parameters()]
     masked = {**batch_of(), "labels": torch.full((4, 12), -100)}
@@ -247,7 +250,7 @@ def test_a_batch_without_a_label_that_carries_a_loss_is_a_skipped_step(kind):
     some["labels"][2, -3:] = some["input_ids"][2, -3:]
     alone = {name: x[2:3] for name, x in some.items()}
     losses = [h(f()) for f, h in (objective(some), objective(alone))]
-    # as in test_padding_changes_nothing
+    # see test_padding_changes_nothing
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(losses[0], model(**alone).loss, rtol=0, atol=1e-5)
     assert loss_positions(torch.full((2, 1), 5))[0].tolist() == [[-1], [-1]]

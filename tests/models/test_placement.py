@@ -1,5 +1,5 @@
-"""Where the noise goes: patterns, presets and groups for several architectures; and the probe, on
-losses whose answer is known."""
+"""Patterns, presets and groups choose the weights that get noise, for several architectures. The
+probe is tested on losses whose answer is known."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def test_presets_know_the_architectures(kind):
     model = make(kind)
     got = names(model, place(model, ["attention-out"]))
     assert sorted(re.split(r"\.1\.", name)[1] for name in got) == sorted(ATTENTION_OUT[kind])
-    assert len(got) == 2  # and the first of the two layers has none
+    assert len(got) == 2  # the first of the two layers gets no noise
     every = [n for n, _ in model.named_parameters()]
     assert names(model, place(model, ["all"])) == every
     assert names(model, place(model, ["last-half"])) == [n for n in every if ".1." in n]
@@ -146,7 +146,7 @@ def test_presets_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="the layers of Linear are not known"):
         place(nn.Linear(3, 4), ["last-half"])
     assert names(model, place(model, ["last-half"])) == ["1.weight", "1.bias"]
-    # one pattern, not its letters
+    # A string is one pattern, not a list of letters.
     assert names(model, place(model, "0.*")) == [
         "0.weight",
         "0.bias",
@@ -175,11 +175,11 @@ def test_param_groups_spare_norms_and_biases_and_train():
     opt.step(lambda: head(forward()))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == set(names(model, placement))
-    torch.optim.SGD(groups, lr=1e-3)  # torch's own take them too
+    torch.optim.SGD(groups, lr=1e-3)  # torch's own optimizers also take these groups
 
 
 class Quadratic(nn.Module):
-    """L(x) = sum over groups of (g . x + x^T diag(h) x / 2): |g|^2 and tr H are what was put in."""
+    """L(x) = sum over groups of (g . x + x^T diag(h) x / 2), so |g|^2 and tr H are known."""
 
     def __init__(self, sizes, slopes, curvatures):
         super().__init__()
@@ -196,8 +196,8 @@ class Quadratic(nn.Module):
 
 
 def test_probe_on_a_quadratic():
-    """The mean over directions of (z.g)^2 is |g|^2 with sd sqrt(2) |g|^2, that of z^T H z is tr H;
-    with noise scales too. Standard errors hold what they promise."""
+    """The mean over directions of (z.g)^2 is |g|^2, with a standard deviation of sqrt(2) |g|^2, and
+    that of z^T H z is tr H. This also holds with noise scales. Standard errors are right."""
     model = Quadratic((500, 3000), (2.0, 1.0), (5.0, 40.0))
     before = [p.clone() for p in model.parameters()]
     calls = []
@@ -231,7 +231,7 @@ def test_probe_on_a_quadratic():
         math.isnan(row.fisher) and row.cost == (row.curvature, row.curvature_error)
         for row in rows.values()
     )
-    assert choose(rows.values()) == ["a", "scaled"]  # .80 and .54 against .025 and .11
+    assert choose(rows.values()) == ["a", "scaled"]  # .80 and .54, others .025 and .11
     lr, eps, how = equal_change(1e-3, 1e-2, rows["both"], rows["a"])
     assert lr == pytest.approx(1e-3 * 9, rel=0.02) and eps == pytest.approx(1e-2 * 3, rel=0.01)
     assert "the curvature along the noise is 0.111 of that" in how
@@ -258,7 +258,8 @@ def test_probe_on_logistic_regression():
     trace = float(hessian.reshape(120, 120).trace())
     (row,) = probe(model, {"weight": [weight]}, [losses], eps=1e-2, directions=400)
     assert abs(row.slope2 - float(g.square().sum())) < 4 * row.slope2_error
-    # eps^2 z^T H z is about 1e-3 of a loss of 1, known to 1e-7; the fourth order is eps^2 of it.
+    # eps^2 z^T H z is about 1e-3, and the loss of 1 has an error of 1e-7. The fourth order is
+    # smaller by eps^2.
     assert abs(row.curvature - trace) < 4 * row.curvature_error + 2e-3 * trace
     assert (
         abs(row.fisher - fisher) < 4 * row.fisher_error + 2e-3 * fisher
@@ -279,7 +280,7 @@ def test_small_groups_are_probed_with_longer_noise():
     a, b, c = model.x
     probe(model, {"a": [a], "b": [b], "c": [c]}, [closure], eps=1e-2, directions=1)
     lengths = [max(s) for s in seen[1::2]]
-    assert lengths[0] == pytest.approx(0.1, rel=0.5)  # at most ten times; sqrt(8064 / 16) = 22
+    assert lengths[0] == pytest.approx(0.1, rel=0.5)  # at most 10 eps; sqrt(8064 / 16) = 22
     assert lengths[1] == pytest.approx(0.1, rel=0.5)
     assert lengths[2] == pytest.approx(1e-2, rel=0.1)
 
@@ -336,8 +337,8 @@ def test_probe_refuses():
 
 @pytest.mark.slow
 def test_probe_on_the_demo_model_sees_what_its_documentation_says():
-    """The value and output projections have a far better ratio than the embedding, of which most is
-    noise. Training continues afterwards as if nothing had been probed."""
+    """The value and output projections have a far better ratio than the embedding, whose slope is
+    mostly noise. Training continues afterwards as if nothing had been probed."""
     from pseuzo.demo import run
     from transformers import AutoModelForCausalLM
 
@@ -347,7 +348,7 @@ def test_probe_on_the_demo_model_sees_what_its_documentation_says():
     objective = CausalLMObjective(model, demo.train.options)
     batches = list(islice(run.batches(demo.train, 16, 0), 12))
     split = [objective(batch, reduction="none") for batch in batches]
-    closures = [lambda f=f, h=h: h(f()) for f, h in split]  # the losses of the examples
+    closures = [lambda f=f, h=h: h(f()) for f, h in split]  # losses of examples
     groups = {"all": place(model, ["all"]), "attention-out": place(model, ["attention-out"])}
     groups["embedding"] = groups_of(model)["embedding"]
     everywhere, attention, embedding = probe(
@@ -358,7 +359,7 @@ def test_probe_on_the_demo_model_sees_what_its_documentation_says():
     assert choose([attention, embedding]) == ["attention-out"]
     lr, eps, how = equal_change(4e-4, 1e-3, everywhere, attention)
     assert "the curvature along the noise is" in how
-    assert 3e-3 < lr < 5e-2 and 3e-3 < eps < 1.2e-2  # tuned by hand in the demo: 3.5e-3 and 5.2e-3
+    assert 3e-3 < lr < 5e-2 and 3e-3 < eps < 1.2e-2  # the demo has 3.5e-3 and 5.2e-3
     for m in (model, twin):
         opt = PseuZO(m, 1e-4, 1e-3)
         for _ in range(2):

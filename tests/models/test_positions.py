@@ -1,4 +1,5 @@
-"""Where the loss of a batch is, and which parts of a batch the model gets."""
+"""The positions of a batch with a loss are found, and the model gets the right parts of the
+batch."""
 
 import pickle
 
@@ -40,7 +41,7 @@ def test_the_model_gets_its_inputs_alone():
 
 
 def test_a_planned_batch_makes_nothing_wait():
-    """The objective itself waits for nothing. What a model does in its forward may."""
+    """The objective itself waits for nothing, although the forward of a model may."""
     batch = option_batch()
     positions, targets = loss_positions(batch["labels"])
     batch |= {
@@ -59,12 +60,12 @@ def test_a_planned_batch_makes_nothing_wait():
             assert waits.seen == []
     with Waits() as waits:
         CausalLMObjective(causal_lm("gpt2"), verify=False)(option_batch())
-    assert waits.seen, "the counter counts"
+    assert waits.seen, "the counter saw no wait"
 
 
 @pytest.mark.parametrize("collated", [False, True])
 def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
-    """It has no loss, as in a row alone, although its label says that it has one."""
+    """The token has no loss, as in a row alone, although its label says that it has one."""
     model = causal_lm("llama").eval()
     batch = batch_of()
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -76,7 +77,7 @@ def test_the_first_token_of_a_padded_text_is_not_predicted(collated):
         want = sum(model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in alone)
         want /= sum(ids.shape[1] - 1 for ids in alone)
         forward, head = CausalLMObjective(model)(with_positions(dict)(batch) if collated else batch)
-        # sums of fp32 in another order
+        # The fp32 sums have another order.
         torch.testing.assert_close(head(forward()), want, rtol=1e-5, atol=0)
 
 
@@ -95,14 +96,14 @@ def test_a_collator_with_positions():
             strict=True,
         ):
             assert torch.equal(got, want)
-        # it begins at 2
+        # The attention of this row begins at 2.
         assert (batch["labels"] != labels[[2, 0]]).nonzero().tolist() == [
             [0, 1],
             [0, 2],
         ]
         with Waits() as waits:
             objective(batch)
-        assert kind is dict or waits.seen == []  # the first one is verified
+        assert kind is dict or waits.seen == []  # the first batch is verified
     unpadded = {k: v[:1] for k, v in plain.items()}
     assert set(with_positions(lambda rows: rows)(dict(unpadded))) == {
         "input_ids",

@@ -1,7 +1,7 @@
-"""Quantised base models: adapters, prefixes and heads are trained on them, and the codes of their
+"""Adapters, prefixes and heads are trained on quantised base models, and the codes of the models'
 weights never change.
 
-A test is skipped where the library that a model is quantised by is not installed.
+A test is skipped if the library that quantises its model is not installed.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ KINDS = ("bitsandbytes 8-bit", "bitsandbytes 4-bit", "torchao", "torchao, activa
 
 
 def config_of(kind: str, head: bool = False):
-    """head: quantise the output head as well, which is left out by default."""
+    """Return the config of a kind. head: quantise the output head as well, which is left out by
+    default."""
     pytest.importorskip(kind.split()[0].strip(","))
     if kind.startswith("bitsandbytes"):
         skip = {"llm_int8_skip_modules": []} if head else {}
@@ -46,7 +47,7 @@ def config_of(kind: str, head: bool = False):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """folder(kind): a tiny Llama, quantised and saved by Transformers."""
+    """Return folder(kind), which quantises a tiny Llama and saves it with Transformers."""
     root = tmp_path_factory.mktemp("models")
     causal_lm("llama").save_pretrained(root / "base")
 
@@ -149,7 +150,7 @@ def test_what_steps_cannot_change_is_refused(tmp_path, folder, kind):
         match=r"14 weights of LlamaForCausalLM are quantised, model\.layers\.0.* use mode lora",
     ):
         tune(model, "full")
-    with pytest.raises(ValueError, match="purely quantized models"):  # in the stock Trainer's words
+    with pytest.raises(ValueError, match="purely quantized models"):  # from the stock Trainer
         trainer(model, tmp_path)
     if "activations" in kind:
         with pytest.raises(ValueError, match="method fo-adam: no gradient reaches the weights"):
@@ -253,7 +254,7 @@ def test_weights_of_a_gguf_file_are_numbers_again_and_take_every_mode(tmp_path, 
             tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
         ).eval()
         assert not quantised(model)
-        # 8-bit codes hold each weight to half of 1/127 of its block's largest.
+        # 8-bit codes round each weight by up to half of 1/127 of the largest in its block.
         assert (logits(model) - logits(source)).abs().max() < 0.05 * logits(source).abs().max()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         model = tune(model, mode)

@@ -1,4 +1,5 @@
-"""A model is split at its output head: which module that is, and what the model does after it."""
+"""A model is split at its output head. The tests check the choice of that module, and what the
+model does after it."""
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_head_that_does_more_is_refused():
 def test_an_odd_head_is_refused_once_a_label_carries_a_loss():
     model, labels = causal_lm("opt"), torch.full((4, 12), -100)
     objective = CausalLMObjective(model)
-    objective({**batch_of(), "labels": labels})  # nothing to compare
+    objective({**batch_of(), "labels": labels})  # no row has a loss to compare
     model.lm_head.register_forward_hook(
         lambda module, args, out: out + torch.arange(VOCAB) if out.shape[1] > 1 else None
     )

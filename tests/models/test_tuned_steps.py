@@ -24,7 +24,7 @@ def test_a_perturbed_pass_is_one_with_perturbed_weights(kind, mode):
     for options in (OPTIONS, None):
         forward, head = parts(model, options)
         clean = head(forward())
-        for sign in (1, -1, 1):  # under the watch, and without it
+        for sign in (1, -1, 1):  # with the watch, and without it
             want, want_head = parts(others[sign], options)
             with perturbed(model, 7, 0.1, sign=sign):
                 o = forward()
@@ -36,7 +36,7 @@ def test_a_perturbed_pass_is_one_with_perturbed_weights(kind, mode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["lora", "prefix", "prompt"])
-# its window counts padding, too
+# Mistral's window also counts padding.
 @pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "mistral"])
 def test_padding_does_not_matter(kind, mode):
     model = tuned(kind, mode)
@@ -47,7 +47,7 @@ def test_padding_does_not_matter(kind, mode):
             k: v[row : row + 1, row:] if v.dim() > 1 else v[row : row + 1] for k, v in batch.items()
         }
         assert alone["attention_mask"].all()
-        # normed states up to 4, from products of another shape
+        # Normalised states of up to 4 come from products of another shape.
         torch.testing.assert_close(
             CausalLMObjective(model, OPTIONS)(alone)[0]()[0], o[row], rtol=0, atol=4e-6
         )
@@ -91,10 +91,10 @@ def test_steps_are_the_formula_and_keep_to_their_weights(kind, mode):
         )
         for i, (name, p) in enumerate(model.named_parameters()):
             if not p.requires_grad:
-                assert torch.equal(p, want[name]), f"{name} is not of the mode"
+                assert torch.equal(p, want[name]), f"{name} is not trained in this mode"
                 continue
             step = lr * g * reference.noise(p.shape, seed, i)
-            # g is known to a few roundings of losses about 1, over eps; |z| < 6
+            # g has the error of a few roundings of losses about 1, divided by eps. |z| < 6.
             torch.testing.assert_close(p, want[name] - step, rtol=0, atol=lr * 6 * 4e-6 / eps)
             assert step.abs().max() > 1e-4
 
@@ -126,7 +126,7 @@ def test_training_lowers_the_loss(make, kind, mode, lr):
 @pytest.mark.parametrize("mode", ["lora", "prefix"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_adapters_of_16_bit_models(mode, dtype):
-    """Adapters are fp32, and what they do to a 16-bit model is exact too."""
+    """Adapters are fp32, and their effect on a 16-bit model is exact as well."""
     model = tune(causal_lm("llama").to(dtype), mode).eval()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     forward, _ = parts(model)

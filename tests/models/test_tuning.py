@@ -1,4 +1,4 @@
-"""Tuning modes: which weights they train, and that a prefix starts as its tokens."""
+"""Tuning modes train the right weights, and a prefix starts as its tokens."""
 
 import copy
 
@@ -20,7 +20,7 @@ from tuned_models import TOKENS, parts, trained
 
 
 def with_tokens(batch):
-    """The batch with TOKENS before each row."""
+    """Return the batch with TOKENS before each row."""
     before = torch.tensor([TOKENS]).expand(len(batch["input_ids"]), -1)
     return {
         "input_ids": torch.cat([before, batch["input_ids"]], 1),
@@ -39,7 +39,8 @@ def test_a_prefix_is_what_its_tokens_are_to_the_model(kind, dtype):
     prefixed = tune(model, "prefix", prefix_from=TOKENS)
     got = prefixed(**batch, use_cache=False).logits
     there = batch["attention_mask"].bool()
-    # logits about 1, through two layers whose products are of another shape: a few roundings each
+    # Logits are about 1. They pass through two layers, whose products have another shape and so
+    # differ by a few roundings each.
     torch.testing.assert_close(got[there], want[there], rtol=0, atol=16 * torch.finfo(dtype).eps)
     assert (got - plain)[there].abs().max() > 64 * torch.finfo(dtype).eps
     assert trained(prefixed) == {"prompt_encoder.default.embedding.weight"}
@@ -151,13 +152,13 @@ def test_head_mode(kind, tied, tmp_path, caplog):
         got, want = again(**batch_of()).logits, model(**batch_of()).logits
     assert torch.equal(got, want)
     with pytest.raises(RuntimeError, match="used no weight of the model that is trained"):
-        # h ends before the head: only its exact gradient can train it
+        # h ends before the head, so only the head's exact gradient can train it.
         PseuZO(model).step(forward, loss_of)
 
 
 def test_other_models():
-    """If peft cannot find the attention heads in a config, the activations show them. A model that
-    has none is refused."""
+    """If peft cannot find the attention heads in a config, the activations show them. A model
+    without attention heads is refused."""
     sizes = dict(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4)
     with pytest.raises(
         ValueError, match=r"MambaForCausalLM cannot be given a prefix \(it keeps no past"
@@ -177,7 +178,7 @@ def test_a_prefix_or_prompt_that_does_not_work_is_refused():
     class Swaps(type(causal_lm("llama"))):
         def forward(self, *args, past_key_values=None, **kwargs):
             for layer in past_key_values.layers if past_key_values is not None else ():
-                layer.keys = layer.keys.flip(1)  # the heads
+                layer.keys = layer.keys.flip(1)  # this reorders the heads
             return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
     class Fails(type(causal_lm("llama"))):

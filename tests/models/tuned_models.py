@@ -1,4 +1,4 @@
-"""Tuned models that the tests of this folder share."""
+"""Makes tuned models for the tests of this folder."""
 
 from importlib import resources
 from pathlib import Path
@@ -25,8 +25,8 @@ TOKENS = [5, 17, 900, 44, 1021]
 
 
 def tuned(kind, mode, tied=None, **options):
-    """Return a tuned model whose adapters have moved from their start, at which half of LoRA's
-    weights have no effect."""
+    """Return a tuned model whose adapters have moved from their start, since half of LoRA's weights
+    have no effect there."""
     model = tune(causal_lm(kind, tied), mode, **options).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():

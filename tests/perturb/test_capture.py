@@ -1,7 +1,6 @@
-"""Recorded passes: the bits of passes that are run. Without a GPU, a tape of ops stands in for the
-CUDA graph: like one it knows no Python, only the numbers and the memory that each op had when it
-was recorded.
-"""
+"""Recorded passes have the bits of passes that are run. Without a GPU, a tape of ops replaces the
+CUDA graph. Like a graph it contains no Python, only the numbers and the memory that each op had
+when it was recorded."""
 
 import copy
 import warnings
@@ -39,7 +38,7 @@ def test_recorded_passes_give_the_same_bits(make, tapes):
     want = run_steps(make(model), model, 10, (12, 9), lrs)
     assert not tapes
     got = run_steps(make(twin, capture=True), twin, 10, (12, 9), lrs)
-    # a clean and a perturbed one; a perturbed one for both signs
+    # PseuZO has a clean and a perturbed pass, MeZO one perturbed pass that serves both signs.
     passes = {PseuZO: 2, MeZO: 1, ZOConservative: 3}[type(make(model))]
     assert len(tapes) >= 2 * passes, "not everything was recorded"
     assert torch.equal(got, want)
@@ -63,9 +62,8 @@ def test_exact_gradient_of_an_untied_head(tapes):
 
 @pytest.mark.parametrize("keep_view, recorded", [(False, 1), (True, 0)])
 def test_a_weight_used_outside_its_module(keep_view, recorded, tapes):
-    """It is copied for the whole pass once the watch has seen it, and then all is recorded. A view
-    that was kept needs the watch in every pass.
-    """
+    """The weight is copied for the whole pass once the watch has seen it, and then all passes are
+    recorded. A view that was kept needs the watch in every pass."""
     model, twin = Tied(keep_view=keep_view).eval(), Tied(keep_view=keep_view).eval()
     ids = torch.randint(0, 300, (4, 5))
     losses = []
@@ -77,10 +75,9 @@ def test_a_weight_used_outside_its_module(keep_view, recorded, tapes):
 
 
 def test_passes_whose_outputs_are_compared_are_recorded_together(tapes):
-    """A recorded pass may choose other kernels: beside one that is run, what they differ by would
-    pass for a change of the output. Here the perturbed pass needs the watch, and so is never
-    recorded.
-    """
+    """A recorded pass may choose other kernels than one that is run. If only one of two compared
+    passes were recorded, this difference would look like a change of the output. Here the perturbed
+    pass needs the watch, so it is never recorded, and neither is the clean one."""
     model, twin = Tied(keep_view=True).eval(), Tied(keep_view=True).eval()
     ids = torch.randint(0, 300, (4, 5))
     losses = []
@@ -92,9 +89,8 @@ def test_passes_whose_outputs_are_compared_are_recorded_together(tapes):
 
 
 def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
-    """With lambda 0 the tied head runs too, the largest weight: scratch grows, and what was
-    recorded before is void.
-    """
+    """With lambda 0 the tied head, the largest weight, also runs. The scratch grows, and graphs
+    recorded before are invalid."""
     model = causal_lm("qwen2").eval()
     twin = copy.deepcopy(model)
     ids = batch_of()["input_ids"]
@@ -106,14 +102,15 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
         then = known_passes(twin).replaced
 
         def checked() -> None:
-            assert known_passes(twin).replaced == then, "it writes to memory that was freed"
+            assert known_passes(twin).replaced == then, "the graph writes to freed memory"
             replays.append(then)
             replay()
 
         return outputs, checked
 
     monkeypatch.setattr(capture, "_record", recorded)
-    # else all weights of so small a model have memory of their own, or are made together
+    # Without these values, the weights of so small a model have memory of their own or are made
+    # together.
     monkeypatch.setattr(scratch, "SMALL", 200)
     monkeypatch.setattr(scratch, "TOGETHER", 0)
 
@@ -127,13 +124,12 @@ def test_graphs_do_not_outlive_the_scratch_that_they_write(tapes, monkeypatch):
         forward, head = CausalLMObjective(m)({"input_ids": ids, "labels": labels})
         results.append(torch.stack([opt.step(forward, head) for _ in range(18)]))
     assert torch.equal(*results)
-    assert len(set(replays)) == 2, "graphs of before and of after the scratch grew"
+    assert len(set(replays)) == 2, "not all graphs were replayed"
 
 
 def test_other_weights_are_recorded_anew(tapes):
-    """A resumed run, and a weight that was replaced: graphs of what was there before would read
-    freed memory.
-    """
+    """A run is resumed, or a weight is replaced. Graphs that were recorded before would read freed
+    memory."""
     model = causal_lm("opt").eval()
     twin = copy.deepcopy(model)
     plain, captured = PseuZO(model, 1e-3, 1e-2, 3), PseuZO(twin, 1e-3, 1e-2, 3, capture=True)
@@ -151,7 +147,7 @@ def test_other_weights_are_recorded_anew(tapes):
 
 
 def test_a_state_that_is_loaded_forgets_which_weights_were_used(tapes):
-    """Replayed passes would not tell it again."""
+    """Passes that are replayed would not show again which weights are used."""
     model = causal_lm("opt").eval()
     twin = copy.deepcopy(model)
     results = []
@@ -200,9 +196,8 @@ def test_refusals(tapes, monkeypatch):
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
-    """torch 2.11 stays on the stream of a graph if its end fails, and the end fails after an error
-    in between.
-    """
+    """torch 2.11 stays on the stream of a graph if ending the capture fails. It fails after an
+    error during the capture."""
     before, other = (SimpleNamespace(device=torch.device("cuda")) for _ in range(2))
     current = [before]
 
@@ -227,7 +222,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     for _ in range(capture.WARM_UP):
         with graphs.step("key", ready=True):
             graphs.run("pass", lambda: torch.ones(1))
-    calls = iter((torch.ones(1), None))  # a pass that works, and then fails while it is recorded
+    calls = iter((torch.ones(1), None))  # the pass works, then fails while it is recorded
     with (
         pytest.raises(RuntimeError, match=r"cannot hold.*'NoneType'.*leave capture off"),
         graphs.step("key", True),
@@ -247,7 +242,7 @@ def test_functions_that_are_new_each_time_are_warned_of(tapes, monkeypatch):
             opt.step(lambda f=forward, h=head: h(f()))
     assert not tapes
     assert sum("every step brings new functions" in str(w.message) for w in caught) == 1
-    assert len(opt.passes._graphs._steps) <= capture.MAX_GRAPHS, "a long run would keep every batch"
+    assert len(opt.passes._graphs._steps) <= capture.MAX_GRAPHS, "it keeps every batch"
 
 
 def test_needs_a_gpu():
@@ -288,7 +283,8 @@ def test_a_padded_plan_has_the_same_loss(kind, masked):
 @pytest.mark.slow
 @pytest.mark.parametrize("method, train_on", [("pseuzo", "options"), ("mezo", "label-words")])
 def test_trainer(method, train_on, tapes, monkeypatch, tmp_path):
-    """Batches of many lengths come in few shapes, and their functions are recorded and replayed."""
+    """Batches of many lengths are padded to few shapes, whose functions are recorded and
+    replayed."""
     task = load_task("demo")
     examples = task.load(None, train=50, dev=20, test=20, seed=0)["train"]
 
@@ -312,7 +308,7 @@ def test_trainer(method, train_on, tapes, monkeypatch, tmp_path):
         return list(model.parameters())
 
     recorded = train("recorded")
-    assert 1 <= len(tapes) <= 6, "as many graphs as batches"
+    assert 1 <= len(tapes) <= 6, "nearly every batch has its own graph"
     monkeypatch.setattr(capture, "WARM_UP", 1000)
     assert all(torch.equal(p, q) for p, q in zip(recorded, train("run"), strict=True))
 

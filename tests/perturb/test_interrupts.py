@@ -36,8 +36,8 @@ class Inner(nn.Module):
 class Nested(nn.Module):
     """Has an embedding of which rows are looked up, blocks within blocks, and a tied weight.
 
-    outside: the head uses the embedding's weight without a module of its own. alone: modules run
-    outside of the blocks that they ran in before.
+    outside: the head uses the embedding's weight outside the embedding. alone: modules run outside
+    the blocks in which they ran before.
     """
 
     def __init__(self, outside: bool = False):
@@ -62,9 +62,8 @@ IDS = torch.tensor([[3, 1, 7], [0, 11, 3]])
 
 
 class Lines:
-    """Records the lines of pseuzo that run inside, and raises KeyboardInterrupt at line number `at`
-    of them.
-    """
+    """Records the lines of pseuzo that run inside this context, and raises KeyboardInterrupt at the
+    line with index `at`."""
 
     def __init__(self, at: int | None = None):
         self.at, self.ran = at, []
@@ -101,7 +100,7 @@ def assert_as_before(model: nn.Module, was: list[tuple[str, int]], twin: nn.Modu
             module._forward_hooks_always_called,
         )
         assert not any(hooks), "a hook is left"
-        assert module.training == other.training, "a training mode was not put back"
+        assert module.training == other.training, "a training mode was not restored"
     assert torch.is_autocast_cache_enabled()
     assert not _get_current_dispatch_mode_stack() and not _get_current_function_mode_stack()
 
@@ -112,7 +111,7 @@ def by_function(model: nn.Module, seed: int) -> torch.Tensor:
 
 
 def by_passes(model: nn.Module, seed: int) -> torch.Tensor:
-    """As an optimizer does it: some weights only, with other scales."""
+    """Run a perturbed pass like an optimizer, with scales and on some weights only."""
     streams = {p: (2 * i, 1 + i % 3) for i, p in enumerate(model.parameters()) if i != 2}
     passes = passes_of(model, streams, "rademacher")
     with frozen_mode(model), no_cached_casts():
@@ -122,7 +121,7 @@ def by_passes(model: nn.Module, seed: int) -> torch.Tensor:
 
 
 def first_and_last(lines: list[tuple[str, int]]) -> list[int]:
-    """Where each line runs for the first time, and for the last time."""
+    """Return the indices at which each line runs for the first time and for the last time."""
     first = {line: i for i, line in reversed(list(enumerate(lines)))}
     last = {line: i for i, line in enumerate(lines)}
     return sorted({*first.values(), *last.values()})
@@ -135,10 +134,10 @@ def check(
     alone: bool,
     whole: bool,
 ) -> None:
-    """Interrupt one pass, after `warm` others, at every line that it runs, or at the first and the
-    last run of each.
+    """Interrupt one pass, after `warm` others, at every line that it runs, or only at the first and
+    the last run of each line.
 
-    alone: in that pass, modules run outside of the blocks that they ran in before.
+    alone: in that pass, modules run outside the blocks in which they ran before.
     """
     twin = Nested(outside)
     want = [run(twin, seed) for seed in range(warm)]
@@ -149,7 +148,7 @@ def check(
     lines, model = undisturbed.ran, None
     assert len(lines) > 300
     for at in range(len(lines)) if whole else first_and_last(lines):
-        # what a pass learned would make the next one another
+        # Otherwise the next pass would differ by what this one learned.
         if model is None or not warm or alone:
             model = Nested(outside)
             for seed in range(warm):
@@ -157,7 +156,7 @@ def check(
         model.alone, was = alone, places(model)
         with pytest.raises(KeyboardInterrupt), Lines(at) as interrupted:
             run(model, warm)
-        assert interrupted.ran == lines[: at + 1], "another pass than the undisturbed one"
+        assert interrupted.ran == lines[: at + 1], "the pass ran other lines"
         assert_as_before(model, was, twin)
         for seed in range(warm, warm + 3 if whole else warm + 1):
             assert torch.equal(run(model, seed), want[seed]), lines[at]
@@ -165,7 +164,7 @@ def check(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Most weights of so small a model are large."""
+    """Make most weights of so small a model count as large."""
     monkeypatch.setattr(scratch, "SMALL", 8)
 
 
@@ -184,7 +183,7 @@ def test_interrupts_at_each_line(run, outside, way):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "run, outside, way",  # the pairs that the test above leaves out, so that all are tested
+    "run, outside, way",  # the pairs that the test above omits
     [(by_passes, False, "watched"), (by_function, True, "settled"), (by_function, True, "alone")],
 )
 def test_interrupts_at_each_run_of_each_line(run, outside, way):
@@ -196,5 +195,5 @@ def test_a_block_that_ends_late_leaves_the_cache_of_casts_on():
     outer.__enter__()
     inner.__enter__()
     outer.__exit__(None, None, None)
-    inner.__exit__(None, None, None)  # an interrupt can delay it so: its traceback keeps it alive
+    inner.__exit__(None, None, None)  # an interrupt's traceback can delay this exit
     assert torch.is_autocast_cache_enabled()

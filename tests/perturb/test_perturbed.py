@@ -37,9 +37,8 @@ def test_equals_a_model_with_perturbed_weights(kind, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("keep_view", [False, True], ids=["attribute", "kept view"])
 def test_weights_used_outside_their_module(keep_view):
-    """From the first pass on: the watch substitutes at once, and keeps doing so where a swap would
-    not be seen.
-    """
+    """The weights are perturbed from the first pass on. The watch substitutes them at once, and in
+    every later pass if a swapped weight would not be seen."""
     model = Tied(keep_view=keep_view).eval()
     ids = torch.randint(0, 300, (3, 5))
     before = snapshot(model)
@@ -182,7 +181,8 @@ def test_moved_weights_and_copies_of_the_model():
 
 @torch.no_grad()
 def test_passes_last_as_long_as_their_model():
-    """What was learned lies beside the model, which is freed, copied and pickled as usual."""
+    """The passes' knowledge is kept outside the model, which is freed, copied and pickled as
+    usual."""
     model = Tied().eval()
     ids = torch.randint(0, 300, (3, 5))
     attributes = set(vars(model))
@@ -230,9 +230,8 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_weights_that_were_put_in_a_module_run_as_they_are(settled):
-    """By functional_call, by assigning a parameter, or by tying it to another late: they are not
-    the trained ones.
-    """
+    """functional_call, assigning a parameter, or tying it to another later puts in weights that are
+    not the trained ones."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(300, 300, bias=False), nn.ReLU(), nn.Linear(300, 300, bias=False)

@@ -1,4 +1,4 @@
-"""Where perturbed weights are made: blocks of modules, the scratch they share, and what is kept."""
+"""Perturbed weights are made in scratch that is shared by blocks of modules, and some are kept."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Layer(nn.Module):
-    """Two large weights and a third that runs twice."""
+    """Has two large weights and a third that runs twice."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,8 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """Layers one after another; the last one's b also runs outside of it, before it."""
+    """Runs layers one after another. The b of the last layer also runs outside this layer, before
+    it."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +42,7 @@ class Layers(nn.Module):
 
 
 def calls_of_a_pass(model, seed, x) -> tuple[torch.Tensor, list[int]]:
-    """The output of a perturbed pass, and how many weights each launch made."""
+    """Return the output of a perturbed pass, and how many weights each launch made."""
     made = []
 
     class Calls(TorchDispatchMode):
@@ -59,9 +60,8 @@ def calls_of_a_pass(model, seed, x) -> tuple[torch.Tensor, list[int]]:
     "together, blocks", [(0, [1] * 14), (3 * 90112, [3, 3] + [1] * 6), (1 << 24, [10])], ids=str
 )
 def test_weights_of_a_block_are_made_together(together, blocks, monkeypatch):
-    """As many as fit, and none that also runs outside of the block. (The nine biases are copied for
-    a whole pass.)
-    """
+    """As many weights as fit are made together, without those that also run outside the block. (The
+    nine biases are copied for a whole pass.)"""
     monkeypatch.setattr(scratch, "TOGETHER", together)
     model = Layers()
     before, x = snapshot(model), torch.randn(2, 300)
@@ -70,7 +70,7 @@ def test_weights_of_a_block_are_made_together(together, blocks, monkeypatch):
         got, made = calls_of_a_pass(model, seed, x)
         assert torch.equal(got, perturbed_copy(model, seed, 0.1)(x))
         launches.append(made)
-    assert launches[0] == launches[1] == [9] + [1] * 14  # while it is watched
+    assert launches[0] == launches[1] == [9] + [1] * 14  # these passes are watched
     assert launches[2] == launches[3] == [9, *blocks]
     model.layers[1].error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt), perturbed(model, 5, 0.1):
@@ -97,7 +97,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("together", [3 * 90112, 1 << 24], ids=["layers", "all"])
 def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch):
-    """Modules that run outside of the block that they ran inside of until then; and back again."""
+    """Modules run outside the block in which they ran until then, and later inside it again."""
     monkeypatch.setattr(scratch, "TOGETHER", together)
     model = nn.Sequential(Layer(), Layer(), nn.Linear(300, 700))
     if tied:
@@ -125,7 +125,7 @@ def test_another_way_through_a_model_that_is_settled(together, tied, monkeypatch
         assert torch.equal(got, way(perturbed_copy(model, seed, 0.1))), seed
         assert_untouched(model, before)
     assert not any(p.numel() > 1 << 16 for p in known_passes(model).whole_pass), (
-        "memory of weights that ran elsewhere"
+        "the memory of weights that ran elsewhere is still held"
     )
     _, made = calls_of_a_pass(model, 9, x)
     assert made[0] == 7 and sum(made[1:]) == 9, made
@@ -241,7 +241,7 @@ def test_a_block_that_fails_and_is_caught(monkeypatch):
 
 
 def test_nothing_is_prepared_anew_in_a_settled_pass(monkeypatch):
-    """This includes an embedding that is asked for more rows than it has: it is copied."""
+    """This includes an embedding that is asked for more rows than it has, which is copied."""
     monkeypatch.setattr(scratch, "SMALL", 200)
     made, repeated = [], perturbation.RepeatedPerturb
     monkeypatch.setattr(

@@ -5,10 +5,11 @@ launch on tensors in host memory runs the kernel's PTX on them, through the same
 GPU. It must be called before any kernel is launched, in a process in which TRITON_INTERPRET is not
 set.
 
-All programs of a launch run in lockstep; programs that branch to different places part and go on
-alone. What is not emulated: timing, caches, the order of threads (every program's threads move as
-one), launches that overlap, and the errors of the approximate units: lg2, sqrt, sin and cos are
-rounded correctly here. An instruction that is not known here raises NotImplementedError.
+All programs of a launch run in lockstep. Programs that branch to different places are split and run
+separately from there. The emulator does not model timing, caches, the order of threads (all threads
+of a program move together) or launches that overlap. Nor does it model the errors of the
+approximate units: it rounds lg2, sqrt, sin and cos correctly. An instruction that it does not know
+raises NotImplementedError.
 """
 
 from ptx_emulator.arithmetic import fused_multiply_add

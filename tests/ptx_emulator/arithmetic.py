@@ -10,9 +10,10 @@ HALVES = {"f16x2": "f16", "bf16x2": "bf16"}
 
 
 def dtype_of(kind: str) -> np.dtype:
-    """The numpy type of a PTX type.
+    """Return the numpy type of a PTX type.
 
-    f16 and f32 are floats, u8 to u64 and s8 to s64 integers; b8 to b64 and bf16 are bits, unsigned.
+    f16 and f32 are floats, u8 to u64 and s8 to s64 are integers, b8 to b64 and bf16 are unsigned
+    bits.
     """
     if kind == "pred":
         return np.dtype(bool)
@@ -25,10 +26,10 @@ def bits_type(dtype: np.dtype) -> np.dtype:
 
 
 def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z of fp32 or fp16, rounded once.
+    """Return x * y + z of fp32 or fp16, rounded once.
 
-    The product is exact in float64. The sum is rounded there to odd, so that what was lost still
-    tells on which side of a tie it was.
+    The product is exact in float64. The sum is rounded to odd in float64, so that its last bit
+    still shows on which side of a tie it was.
     """
     product, z64 = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
     total = product + z64
@@ -40,26 +41,27 @@ def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarra
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bf16 of each fp32."""
+    """Return the bits of the nearest bf16 of each fp32."""
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
 
 def from_float(x: np.ndarray, kind: str) -> np.ndarray:
-    """The bits of f16 or bf16 of each fp32."""
+    """Return the bits of each fp32 as f16 or bf16."""
     return to_bf16(x) if kind == "bf16" else x.astype(np.float16).view(np.uint16)
 
 
 def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """x rounded towards zero and saturated; NaN becomes 0."""
+    """Round x towards zero and saturate it. NaN becomes 0."""
     limits = np.iinfo(dtype)
     whole = np.clip(np.nan_to_num(np.trunc(x.astype(np.float64)), nan=0.0), limits.min, limits.max)
     return whole.astype(np.int64).astype(dtype)
 
 
 def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt.b32: each byte of the result is one of the eight of a and b, or its sign."""
+    """Permute bytes as prmt.b32: each byte of the result is one of the eight of a and b, or its
+    sign."""
     both, out = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros_like(a)
     for j in range(4):
         choice = selector >> np.uint32(4 * j) & np.uint32(15)
@@ -80,21 +82,21 @@ def three_input_logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -
 
 
 def shifted(op: np.ufunc, x: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """A shift by the width or more leaves nothing, or copies of the sign."""
+    """Shift x by n bits. A shift by the width or more leaves 0, or copies of the sign."""
     width = 8 * x.itemsize
     out = op(x, np.minimum(n, width - 1).astype(x.dtype))
     return out if x.dtype.kind == "i" else np.where(n < width, out, x.dtype.type(0))
 
 
 def bit_field(x: np.ndarray, at: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """n bits of a 32-bit number from bit `at` on."""
+    """Return n bits of a 32-bit number, from bit `at` on."""
     return (
         x.astype(np.uint64) >> at & (np.uint64(1) << n.astype(np.uint64)) - np.uint64(1)
     ).astype(x.dtype)
 
 
 def divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x / y: of integers of at most 32 bits rounded towards zero, of fp32 to nearest."""
+    """Return x / y. Integers, of at most 32 bits, are rounded towards zero, fp32 to nearest."""
     if x.dtype.kind == "f":
         return x / y
     return np.trunc(x.astype(np.float64) / y).astype(x.dtype)
@@ -141,7 +143,7 @@ def partial_last(function: Callable, last: Any) -> Callable:
 
 
 def of_halves(function: Callable) -> Callable:
-    """function of the two fp16 numbers in each word."""
+    """Return a function that applies this one to the two fp16 numbers in each word."""
 
     def both(*words: np.ndarray) -> np.ndarray:
         pairs = [word.view(np.float16) for word in words]
@@ -151,10 +153,10 @@ def of_halves(function: Callable) -> Callable:
 
 
 def comparison(how: str) -> Callable:
-    """A comparison of numbers by its PTX name.
+    """Return a comparison of numbers by its PTX name.
 
-    "num" asks whether both are numbers, "nan" whether one is NaN. A "u" at the end of the others
-    makes them true if one is NaN.
+    "num" asks whether both are numbers, "nan" whether one is NaN. A "u" at the end of any other
+    name makes the comparison true if one is NaN.
     """
     if how in ("num", "nan"):
         return lambda x, y: (np.isnan(x) | np.isnan(y)) == (how == "nan")
@@ -192,7 +194,7 @@ def conversion(opcode: str, to: str, of: str) -> tuple[Callable, list[str]]:
 
 
 def arithmetic(opcode: str, base: str, parts: list[str]) -> tuple[Callable, list[str]]:
-    """What an instruction computes, and the types of its operands."""
+    """Return the function that an instruction computes, and the types of its operands."""
     kind = parts[-1]
     if base == "mov":
         return (lambda x: x), [kind]
@@ -224,7 +226,7 @@ def arithmetic(opcode: str, base: str, parts: list[str]) -> tuple[Callable, list
     function = ARITHMETIC[base]
     if kind in HALVES:
         return of_halves(function), ["b32"] * count
-    if "wide" in parts:  # of the two factors
+    if "wide" in parts:  # the type is that of the two factors
         wide = f"{kind[0]}{2 * int(kind[1:])}"
         widen = dtype_of(wide).type
         return (lambda x, y, *z: function(x.astype(widen), y.astype(widen), *z)), [kind] * 2 + [

@@ -1,4 +1,4 @@
-"""Instructions of PTX as functions of threads."""
+"""Turns instructions of PTX into functions of threads."""
 
 import re
 from collections.abc import Callable
@@ -22,10 +22,10 @@ def inside(vector: str) -> list[str]:
 
 
 class Operands:
-    """Operands as functions of threads.
+    """Turns operands into functions of threads.
 
-    scopes: declared registers by name; a block of inline asm has its own. The value is the
-    register's unique name and the type of its bits.
+    scopes: the declared registers by name, with their unique name and the type of their bits. A
+    block of inline asm has its own scope.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,8 @@ class Operands:
         return self.register(register)[0]
 
     def read(self, operand: str, kind: str) -> Callable[[Threads], np.ndarray]:
-        """Reads a register or a constant as numbers of a type; bf16 as the fp32 with its bits."""
+        """Read a register or a constant as numbers of a type. bf16 is read as the fp32 with its
+        bits."""
         if kind == "bf16":
             bits = self.read(operand, "b16")
             return lambda threads: (bits(threads).astype(np.uint32) << np.uint32(16)).view(
@@ -65,12 +66,12 @@ class Operands:
         name, held = found
         if held.itemsize == dtype.itemsize:
             return lambda threads: threads.registers[name].view(dtype)
-        # its lower bits
+        # A narrower type reads the register's lower bits.
         return lambda threads: threads.registers[name].astype(bits_type(dtype)).view(dtype)
 
     @staticmethod
     def constant(operand: str, dtype: np.dtype) -> np.generic:
-        # the beginning of shared memory; what is said
+        # Shared memory begins at 0. The message of an assert is not needed.
         if operand == "global_smem" or operand.startswith("assert"):
             return dtype.type(0)
         if operand in ("true", "false"):
@@ -81,9 +82,9 @@ class Operands:
         return np.array(value, bits_type(dtype)).view(dtype)[()]
 
     def write(self, operand: str) -> Callable[[Threads, np.ndarray, np.ndarray | None], None]:
-        """Writes the bits of the values to a register, for the threads in the mask.
+        """Write the bits of the values to a register, for the threads in the mask.
 
-        Integers are widened by their sign.
+        Integers are extended by their sign.
         """
         if operand == "_":
             return lambda threads, values, mask: None
@@ -110,7 +111,7 @@ class Operands:
 
 
 class Decoder(Operands):
-    """Turns instructions into functions of threads. message: that of a failed assert."""
+    """Turns instructions into functions of threads. message: the message of a failed assert."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class Decoder(Operands):
             return None
         if base == "bra":
             return Jump(operands[0])
-        # threads are in lockstep; arguments of a call
+        # Threads are in lockstep, so a barrier does nothing. Arguments of a call are not needed.
         if base in ("bar", "cvta") or opcode.startswith("st.param"):
             return lambda threads, mask: None
         if base == "call" and operands[0] == "__assertfail":
@@ -145,7 +146,7 @@ class Decoder(Operands):
         raise AssertionError(self.message)
 
     def function(self, function: Callable, operands: list[str], kinds: list[str]) -> Step:
-        """operands[0] <- function(*operands[1:]), where operands[1:] have these kinds."""
+        """Return operands[0] <- function(*operands[1:]), where operands[1:] have these kinds."""
         write = self.write(operands[0])
         reads = [
             self.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=True)
@@ -157,7 +158,7 @@ class Decoder(Operands):
         return step
 
     def decode_mov_of_parts(self, kind: str, operands: list[str]) -> Step:
-        """Copies a register to several narrower ones, the lowest first, or the other way round."""
+        """Copy a register to several narrower ones, the lowest bits first, or several to one."""
         whole, parts = (
             (operands[0], inside(operands[1]))
             if "{" in operands[1]
@@ -221,7 +222,7 @@ class Decoder(Operands):
         return store
 
     def decode_ldmatrix(self, opcode: str, parts: list[str], operands: list[str]) -> Step:
-        """Loads four matrices of 8 rows of 16 bytes.
+        """Load four matrices of 8 rows of 16 bytes.
 
         Thread 8 m + r of a warp has the address of row r of matrix m; thread 4 r + c gets word c of
         that row.

@@ -1,4 +1,4 @@
-"""What Triton calls instead of a GPU's driver."""
+"""Replaces the functions by which Triton calls a GPU's driver."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ptx_emulator.program import Program, parse, run
 
 
 class Launcher:
-    """What Triton calls to launch a kernel."""
+    """Launches a kernel when Triton calls it."""
 
     def __init__(self, source: Any, metadata: Any):
         self.types, self.threads = list(source.signature.values()), WARP * metadata.num_warps
@@ -22,7 +22,7 @@ class Launcher:
         ]
         assert y == z == 1
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given]
-        # pointers to scratch that these kernels do not use
+        # These are pointers to scratch, which these kernels do not use.
         values += [0] * (len(program.parameters) - len(values))
         arguments = [
             np.array(value, dtype)
@@ -50,7 +50,8 @@ class Utilities:
 
 
 def install(arch: int) -> None:
-    """From here on Triton compiles for this compute capability (90: 9.0), and launches run here."""
+    """Make Triton compile for this compute capability (90: 9.0), and run launches in the
+    emulator."""
     import triton
     from triton import backends
     from triton.backends.compiler import GPUTarget
@@ -58,13 +59,13 @@ def install(arch: int) -> None:
     nvidia = backends.backends["nvidia"]
 
     class OnlyPtx(nvidia.compiler):
-        """Stops at PTX, which is what is launched."""
+        """Stops after PTX, which the emulator launches."""
 
         def __init__(self, target: GPUTarget):
             super().__init__(target)
             self.binary_ext = "ptx"
 
-        def hash(self) -> str:  # what is compiled is cached apart
+        def hash(self) -> str:  # this compiler has its own cache
             return f"{super().hash()} only ptx"
 
         def add_stages(self, stages: dict, options: Any, language: Any) -> None:

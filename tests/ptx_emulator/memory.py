@@ -1,4 +1,4 @@
-"""The memory that a kernel may touch, and the threads that run it."""
+"""Defines the memory that a kernel may touch, and the threads that run it."""
 
 import ctypes
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ MEMORY = np.frombuffer(
     (ctypes.c_uint8 * ((1 << 47) - 2 * FIRST_ADDRESS)).from_address(FIRST_ADDRESS), np.uint8
 )
 
-_allowed: list[tuple[int, int]] | None = None  # addresses, from and to; None: all of the process
+_allowed: list[tuple[int, int]] | None = None  # first and last addresses; None allows all memory
 
 
 def extent(x: torch.Tensor) -> tuple[int, int]:
@@ -23,8 +23,8 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
 
 @contextmanager
 def memory_of(*tensors: torch.Tensor) -> Iterator[None]:
-    """Inside, an access outside these tensors and the tensors that a launch is given raises an
-    error."""
+    """Raise an error inside this context for accesses outside these tensors and a launch's
+    arguments."""
     global _allowed
     before, _allowed = _allowed, [extent(x) for x in tensors]
     try:
@@ -35,7 +35,7 @@ def memory_of(*tensors: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def also_allowed(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, these tensors may be touched beside those of memory_of."""
+    """Inside this context, also allow accesses to these tensors."""
     global _allowed
     before = _allowed
     if _allowed is not None:
@@ -47,7 +47,7 @@ def also_allowed(tensors: list[torch.Tensor]) -> Iterator[None]:
 
 
 class Threads:
-    """The threads of some programs of a launch, with their registers and shared memory."""
+    """Holds the registers and the shared memory of the threads of some programs of a launch."""
 
     def __init__(self, ids: np.ndarray, per_program: int, shared: int):
         self.programs, self.per_program = len(ids), per_program
@@ -62,7 +62,8 @@ class Threads:
         return self.programs * self.per_program
 
     def part(self, programs: np.ndarray) -> "Threads":
-        """The threads of some programs, which a mask selects, with copies of all that they hold."""
+        """Return the threads of the programs that a mask selects, with copies of all that they
+        hold."""
         part = object.__new__(Threads)
         part.programs, part.per_program = int(programs.sum()), self.per_program
         threads = np.repeat(programs, self.per_program)
@@ -79,9 +80,9 @@ def elements(
     dtype: np.dtype,
     count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A memory as elements of a type, and the indices of those at the addresses.
+    """Return a memory as elements of a type, and the indices of the elements at the addresses.
 
-    The indices are [threads that are there, count].
+    The indices are [threads in the mask, count].
     """
     addresses, size = addresses[there], dtype.itemsize * count
     if (addresses % size).any():

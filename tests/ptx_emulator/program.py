@@ -1,4 +1,4 @@
-"""A kernel's PTX as a program, and how a launch of it runs."""
+"""Parses a kernel's PTX into a program, and runs launches of it."""
 
 import re
 from typing import NamedTuple
@@ -16,7 +16,8 @@ kernels_run: set[str] = set()
 class Program(NamedTuple):
     """A kernel.
 
-    code has for each instruction its guard (a register and whether it is negated) and what it does.
+    code holds, for each instruction, its guard (a register and whether it is negated) and its
+    function.
     """
 
     name: str
@@ -27,12 +28,13 @@ class Program(NamedTuple):
 
 
 def split(text: str) -> list[str]:
-    """The operands; commas inside of brackets do not separate them."""
+    """Split at commas into operands. Commas inside brackets do not separate operands."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", text)]
 
 
 def parse(ptx: str, shared: int) -> Program:
-    """The kernel of a PTX module. shared: bytes of shared memory that a launch gives a program."""
+    """Parse the kernel of a PTX module. shared: bytes of shared memory that a launch gives a
+    program."""
     name, parameters, body = re.search(
         r"\.visible \.entry (\w+)\((.*?)\)[^{]*\n\{\n(.*?)\n(?:\t// -- End|\$L__func_end|\})",
         ptx,
@@ -46,7 +48,7 @@ def parse(ptx: str, shared: int) -> Program:
         {},
         [],
     )
-    # a brace where a statement may begin opens or closes a scope; any other is part of an operand
+    # A brace where a statement may begin opens or closes a scope. Any other is part of an operand.
     for token in re.findall(r"\s*(\$[\w$]+:|[{}](?=\s*[\w.@$%{}]|\s*$)|[^;]+;)", body):
         if token.endswith(":"):
             labels[token[:-1]] = len(code)
@@ -56,7 +58,7 @@ def parse(ptx: str, shared: int) -> Program:
             decoder.scopes.pop()
         elif token.startswith(".reg"):
             decoder.declare(token[4:-1])
-        elif token.startswith(".param"):  # of a call
+        elif token.startswith(".param"):  # declares an argument of a call
             continue
         else:
             guard, opcode, operands = re.fullmatch(
@@ -69,7 +71,7 @@ def parse(ptx: str, shared: int) -> Program:
 
 
 def run(program: Program, arguments: list[np.generic], programs: int, per_program: int) -> None:
-    """Runs a launch of that many programs."""
+    """Run a launch of that many programs."""
     kernels_run.add(program.name)
     everyone = Threads(np.arange(programs), per_program, program.shared)
     for number, value in enumerate(arguments):
@@ -87,7 +89,7 @@ def run(program: Program, arguments: list[np.generic], programs: int, per_progra
                 if step is not None and not isinstance(step, Jump):
                     step(threads, mask)
                     continue
-                # a branch, or the end of a program
+                # This is a branch or the end of a program.
                 goes = np.ones(threads.count, bool) if mask is None else mask
                 goes = goes.reshape(threads.programs, -1)
                 if (goes.any(1) != goes.all(1)).any():
