@@ -27,7 +27,7 @@ def test_deepzero_trains(tmp_path):
     [
         (
             ["--journal", "run.pzj"],
-            "a journal replays sums of seeded noise, and this moves single weights",
+            "a journal replays sums of seeded noise, but deepzero moves single weights",
         ),
         (["--coordinates", 0], "0 is not in the range x>=1"),
     ],

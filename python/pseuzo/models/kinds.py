@@ -4,8 +4,8 @@
     masked      the token at the mask after the prompt: BERT, RoBERTa, as a ...ForMaskedLM
     classifier  the logits of a classification head: any ...ForSequenceClassification
 
-This module imports neither torch nor Transformers: the command line lists the kinds before it
-imports either.
+This module imports neither torch nor Transformers, because the command line lists the kinds before
+it imports either.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ _ENDS = {"ForMaskedLM": "masked", "ForSequenceClassification": "classifier"}
 
 
 def kind_named(architectures: Iterable[str] | None) -> str:
-    """The kind of the first class that says one, of the names in a config; else causal."""
+    """The kind of the first architecture in a config that names one; causal if none does."""
     found = (kind for name in architectures or () for end, kind in _ENDS.items() if end in name)
     return next(found, "causal")
 
 
 def kind_of(model: "nn.Module") -> str:
-    """The kind of a model, by the name of its class; of one with an adapter, that of its base."""
+    """The kind of a model, by the name of its class, or of its base's if it has an adapter."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return kind_named([type(base).__name__])
 
@@ -33,7 +33,7 @@ def kind_of(model: "nn.Module") -> str:
 def max_positions(model: "nn.Module") -> int | None:
     """How many tokens a row may have; None where the config does not say.
 
-    RoBERTa and its relatives count positions from behind that of the padding.
+    RoBERTa and its relatives give the first token the position after the padding's.
     """
     config = model.config
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -45,7 +45,7 @@ def max_positions(model: "nn.Module") -> int | None:
 
 
 def auto_class(name: str, config: Any, kind: str) -> Any:
-    """The class of Transformers that loads a model of this kind. ValueError if it is of another."""
+    """The class of Transformers that loads a model of this kind. ValueError if its kind differs."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -73,8 +73,8 @@ def auto_class(name: str, config: Any, kind: str) -> Any:
 
 
 def name_classes(name: str, config: Any, labels: Sequence[str] | None) -> None:
-    """Give the config the classes of a new head. ValueError if the head that there is has another
-    number of them, or if a new one needs them."""
+    """Give the config the classes of a new head. ValueError if the model has a head with another
+    number of classes, or if a new head is needed and labels are missing."""
     has_head = kind_named(config.architectures) == "classifier"
     if has_head and labels is not None and len(labels) != config.num_labels:
         raise ValueError(

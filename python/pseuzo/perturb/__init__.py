@@ -1,4 +1,4 @@
-"""How forwards see x + scale * z: exactly, through a module, or in place, for bare parameters."""
+"""How forwards see x + scale * z: exactly through a module, or in place for bare parameters."""
 
 from pseuzo.perturb.module import perturbed
 

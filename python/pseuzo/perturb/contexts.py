@@ -18,7 +18,7 @@ from pseuzo.interrupts import undoing
 
 @contextmanager
 def no_cached_casts() -> Iterator[None]:
-    """Keep autocast from caching casts of weights, and from using casts of before the block.
+    """Keep autocast from caching casts of weights, and from using casts made before the block.
 
     Its cache holds the casts of fp32 weights until the outermost autocast block ends, whatever is
     written to the weights in between.
@@ -33,7 +33,7 @@ def no_cached_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
     with undoing(put_back):
-        torch.set_autocast_cache_enabled(False)  # an autocast block made inside takes this over
+        torch.set_autocast_cache_enabled(False)  # autocast blocks made inside inherit this
         torch.clear_autocast_cache()
         yield
 
@@ -50,7 +50,7 @@ def outside_inference_mode() -> AbstractContextManager[None]:
 
 @contextmanager
 def frozen_mode(model: nn.Module | None) -> Iterator[None]:
-    """Turn dropout off and freeze batch statistics; every module's own mode is put back."""
+    """Turn dropout off and freeze batch statistics; put every module's own mode back after it."""
     modules = [] if model is None else [model]
     seen = set(modules)
     for module in modules:  # model.modules() takes several times as long

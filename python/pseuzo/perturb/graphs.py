@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pseuzo_kernels.ops import tables_of_a_graph
 
-# Steps of a kind that run before it is recorded: they compile kernels and allocate what is kept.
+# This many steps of a kind run before one is recorded: they compile kernels and allocate memory.
 WARM_UP = 2
-# Kinds of step that are kept, the ones used last: a graph is small, but a run may see many shapes.
+# This many kinds of step are kept, the ones used last: a graph is small, but shapes may be many.
 MAX_GRAPHS = 64
 
 
@@ -39,7 +39,7 @@ def _record(call: Callable[[], Any], stream: Any, pool: Any) -> Recorded:
     """Record call(). Nothing is computed until the replay."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(stream.device)
     try:
-        # "relaxed", as some kernels are loaded when they are first launched, which may be here.
+        # The mode is "relaxed" because some kernels are loaded at their first launch, maybe here.
         with (
             tables_of_a_graph() as tables,
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
@@ -52,12 +52,12 @@ def _record(call: Callable[[], Any], stream: Any, pool: Any) -> Recorded:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, tables: object) -> None:
-    """tables: the launch tables that the graph reads, which are freed with it."""
+    """Replay a graph. tables: the launch tables that it reads, which live as long as it does."""
     graph.replay()
 
 
 class Graphs:
-    """Runs the passes of steps: as they are at first, recorded in one step, and as graphs after it.
+    """Runs the passes of steps: first as they are, then once to record them, then as graphs.
 
     All graphs share one pool of memory, which one pass leaves to the next. They must therefore not
     run at the same time, and outputs are returned as copies.
@@ -67,7 +67,7 @@ class Graphs:
         self.device = device
         # By the key of a kind of step: how often it ran, or the graphs of its passes by name.
         self._steps: OrderedDict[Hashable, int | dict[str, Recorded]] = OrderedDict()
-        self._graphs: dict[str, Recorded] | None = None  # of the step that runs
+        self._graphs: dict[str, Recorded] | None = None  # those of the step that runs
         self._recording = False
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -96,7 +96,7 @@ class Graphs:
             self._recording, self._graphs = False, None
 
     def run(self, name: str, call: Callable[[], Any]) -> Any:
-        """Return call(), a tensor or a tuple of tensors, or what the graph of it computes.
+        """Return call(), a tensor or a tuple of tensors, or what its graph computes.
 
         name: passes of one step that do the same have the same name, and share a graph.
         """
@@ -129,8 +129,8 @@ class Graphs:
         return outputs
 
     def _on_its_stream(self, call: Callable[[], Any]) -> Any:
-        """Return call(), run on the stream that records, as it makes the workspaces of libraries
-        and the launch tables of the ops, which belong to a stream.
+        """Return call(), run on the stream that records. Workspaces of libraries and launch tables
+        of the ops belong to a stream, and this call makes them there.
         """
         if self.device.type != "cuda":
             return call()
@@ -155,7 +155,7 @@ class Graphs:
             if self._lost == MAX_GRAPHS:
                 warnings.warn(
                     "capture: every step brings new functions, so nothing is recorded; give the "
-                    "same ones each time, which read their batch from tensors that you write "
-                    "(tensor.copy_(...)) before the step",
+                    "same ones each time, and let them read their batch from tensors that you "
+                    "write (tensor.copy_(...)) before the step",
                     stacklevel=2,
                 )

@@ -2,8 +2,8 @@
 
 The interface is `pseuzo.perturb.interface.Perturbing`. The parameters stay shifted until
 `restore()`, or until an update takes the shift back in the same pass over the weights. fp32 is
-restored through the noise op, to its rounding. bf16 and fp16 are restored from a copy of x, to the
-bit, as their rounding errors would add up to the size of the updates.
+restored through the noise op, up to rounding. bf16 and fp16 are restored from a copy of x, to the
+bit, because their rounding errors would add up to the size of the updates.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,14 +47,14 @@ class InPlace:
     def __init__(
         self, noise: str, on_first: Callable[[], None], on_change: Callable[[], None]
     ) -> None:
-        # Sums in half precision would not restore x; they are of the same z.
+        # Sums in half precision would not restore x. "hadamard" has the same z with fp32 sums.
         self.noise = noise.removesuffix("-fp16")
         self._on_first, self._on_change = on_first, on_change
         self._masks: Masks | None = None
         self._fp32: list[Part] = []
         self._half: list[Part] = []
         self._shifts: list[Shift] = []  # of each part of _fp32
-        # An fp32 shift that is being made: the launches that were made, and what they lead to.
+        # While an fp32 shift is made: the launches so far, and the shifts that they lead to.
         self._moving: tuple[list[None], list[Shift]] | None = None
         self._copies: dict[Tensor, Tensor] = {}  # of bf16 and fp16 parameters: x while _copied
         self._copied = False
@@ -68,8 +68,8 @@ class InPlace:
     ) -> None:
         """Say which parameters are shifted from now on: (noise scale, parameters) by group.
 
-        What an interrupted clean-up left shifted is put back first. masks: of fp32 parameters they
-        must be random, as a shift changes which elements are small.
+        Parameters that an interrupted clean-up left shifted are restored first. masks: they must be
+        random for fp32 parameters, because a shift changes which elements are small.
         """
         self.restore()
         self._masks = masks
@@ -98,22 +98,22 @@ class InPlace:
         self._move(Shift(seed, scale))
 
     def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
-        """A pass that sees what was aimed at: every pass does."""
+        """A context for a pass. It does nothing: the parameters themselves are shifted."""
         assert base is None, "optimizers that need another base refuse bare parameters"
         return nullcontext()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put x back. Idempotent, and exact for what an interrupted shift left."""
+        """Put x back. Idempotent; it also puts back the parts that an interrupted shift reached."""
         if self._aim.offset:
             self._move(Shift(self._aim.seed, 0.0))
 
     def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
-        """What an update must take back: the shift of fp32 parameters, and the copies of others."""
+        """What an update must undo: the shift of fp32 parameters, and the copies of the others."""
         return (self._aim, self._copies) if self._aim.offset else None
 
     def forget(self) -> None:
-        """The parameters hold x: an update took the shift back. Idempotent."""
+        """Note that the parameters hold x, because an update took the shift back. Idempotent."""
         self._shifts, self._moving = [Shift(0, 0.0)] * len(self._fp32), None
         self._copied, self._aim = False, Shift(self._aim.seed, 0.0)
 
@@ -121,11 +121,11 @@ class InPlace:
         return True
 
     def unused(self, kind: str) -> set[Tensor]:
-        """Which parameters a pass used is not known: none counts as unused."""
+        """No parameter counts as unused, because it is not known which ones a pass used."""
         return set()
 
     def _move(self, to: Shift) -> None:
-        """Shift every part to `to`; what an interrupt left half-made is known, part by part."""
+        """Shift every part to `to`, and record which parts an interrupted shift reached."""
         if to.offset:  # so that restore() has something to do from now on
             self._aim = to
         self._settle()
@@ -135,14 +135,14 @@ class InPlace:
             for part, old in zip(self._fp32, self._shifts, strict=True)
         ]
         self._moving = made, [to] * len(launches)
-        # 16-bit parameters are shifted from copies, which can be repeated and need no account.
+        # 16-bit parameters are shifted from copies: that can be repeated, so it is not recorded.
         launches += [launch for part in self._half for launch in self._half_launches(part, to)]
         uninterrupted(made.extend, map(call, launches))
         self._settle()
         torch.autograd.graph.increment_version(
             [p for part in (*self._fp32, *self._half) for p in part.params]
         )
-        # A pass that turns autocast's cache on itself leaves casts of the weights as they were.
+        # A pass that turns autocast's cache on itself leaves casts of the old weights.
         torch.clear_autocast_cache()
         self._on_change()
         self._aim = to
@@ -185,7 +185,7 @@ class InPlace:
 
 
 def filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers. A kernel fills in each: a copy of pageable memory would wait."""
+    """A tensor of a few numbers. Kernels fill them in, as a copy from the host would wait."""
     parts = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

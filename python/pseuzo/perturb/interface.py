@@ -1,4 +1,4 @@
-"""What both ways to perturb offer: exactly, through a module, or in place."""
+"""The interface of both ways to perturb: exactly, through a module, and in place."""
 
 from collections.abc import Set
 from contextlib import AbstractContextManager
@@ -12,8 +12,8 @@ from pseuzo.perturb.perturbation import Base
 class Perturbing(Protocol):
     """Forwards see x + scale * noise_scale * z(seed) in place of each weight x.
 
-    `ModulePasses` never writes the weights, `InPlace` writes them and puts them back. A pass has a
-    kind, a name for passes that take the same way through the model.
+    `ModulePasses` never writes the weights; `InPlace` writes them and puts them back. Every pass
+    has a kind: passes of one kind take the same way through the model.
     """
 
     @property
@@ -23,7 +23,7 @@ class Perturbing(Protocol):
     def aim(self, seed: int, scale: float | Tensor) -> None:
         """Set what the passes from here on see. A recorded pass reads it when it is replayed.
 
-        scale: a number, or a [] tensor, for which `InPlace` waits.
+        scale: a number, or a [] tensor; `InPlace` waits for the device to read a tensor.
         """
 
     def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:

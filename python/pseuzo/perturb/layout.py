@@ -1,4 +1,4 @@
-"""Where a model has its weights, and which of them are made together."""
+"""Where a model has its weights, and which perturbed weights are made together."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -24,7 +24,8 @@ class Plan(NamedTuple):
 
 
 class Layout:
-    """The weights of a model by the modules that have them; passes that learn more renew the plan.
+    """The weights of a model, by the modules that have them. The plan is renewed when passes learn
+    more.
 
     The model owns its passes, so the references to its modules are weak.
     """
@@ -86,7 +87,7 @@ class Layout:
         """The weights that are made when a module runs, by module.
 
         While passes are watched, each module is a block of its own. Settled passes know which
-        modules run inside which, and a block is as large as may be made in one launch.
+        modules run inside which, so a block may hold as much as one launch can make.
         """
         settled = kind in self.learned.settled
         key = kind if settled else ""
@@ -94,7 +95,7 @@ class Layout:
             blocks: Blocks = {}
             if settled:
                 model = self._model()
-                assert model is not None  # a pass of it runs
+                assert model is not None  # the model runs this pass
                 self._gather(model, kind, blocks)
             else:
                 blocks.update({module: self._own_block(module) for module in self.plan().owned})
@@ -102,7 +103,7 @@ class Layout:
         return self._blocks[key]
 
     def runs_alone(self, module: ref[nn.Module], kind: str) -> None:
-        """Make module a block of its own, as it ran outside of its block in a settled pass."""
+        """Make module a block of its own, because it ran outside of its block in a settled pass."""
         self.learned.within[kind][module].clear()
         self._blocks.pop(kind, None)
 
@@ -110,7 +111,7 @@ class Layout:
         return Block(self.plan().owned[module], table=module in self._embeddings)
 
     def _gather(self, module: nn.Module, kind: str, blocks: Blocks) -> None:
-        """Add the blocks of module and all inside it. An embedding is always a block of its own."""
+        """Add the blocks of module and its submodules. An embedding is always its own block."""
         owned, reached = self.plan().owned, self.learned.reached[kind]
         within = self.learned.within[kind]
         owners = [r for r in map(ref, module.modules()) if r in owned]

@@ -1,4 +1,4 @@
-"""Which elements of the weights take noise, and the ops that make it there alone."""
+"""Which elements of the weights take noise, and the ops that add noise to those alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pseuzo_kernels import ops
 
 @dataclass(frozen=True)
 class Masks:
-    """A limit for each weight, and the seed of random masks; None: of small elements.
+    """A limit for each weight, and the seed of random masks. None: the masks are of small elements.
 
     See pseuzo_kernels.masks, which makes the masks again wherever they are used.
     """
@@ -21,7 +21,7 @@ class Masks:
     seed: int | None = None
 
     def alike(self, other: "Masks | None") -> bool:
-        """Whether the same launches serve for both, with another seed."""
+        """Whether the same launches work for both; only the seed may differ."""
         if other is None or (self.seed is None) != (other.seed is None):
             return False
         return self.limits is other.limits or self.limits == other.limits
@@ -29,9 +29,9 @@ class Masks:
     def of(
         self, params: Sequence[Tensor], seed: Tensor | None = None
     ) -> tuple[list[float], Tensor | None]:
-        """The last arguments of the masked ops, for params of one device.
+        """The last arguments of the masked ops, for params on one device.
 
-        seed: the tensor that holds the seed; None: a new one does.
+        seed: the tensor that holds the seed; None: a new tensor is made.
         """
         if seed is None and self.seed is not None:
             seed = torch.full((1,), self.seed, dtype=torch.int64, device=params[0].device)
@@ -42,7 +42,7 @@ Mask = tuple[()] | tuple[list[float], Tensor | None]
 
 
 def mask_of(masks: Masks | None, params: Sequence[Tensor], seed: Tensor | None = None) -> Mask:
-    """What the ops below take at the end: nothing without masks."""
+    """The last arguments of the ops below; without masks there are none."""
     return () if masks is None else masks.of(params, seed)
 
 

@@ -32,8 +32,8 @@ class ModulePasses:
     """Perturbed passes of one model, kept from step to step with what they learned of the model.
 
     params: the weights to perturb -> (stream, noise scale); others run as they are. masks: which of
-    their elements take noise; None: all. Passes last as
-    long as their model, so all their references to its modules are weak.
+    their elements take noise; None: all. Passes last as long as their model, so all their
+    references to its modules are weak.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ModulePasses:
         noise: str,
         masks: Masks | None = None,
     ) -> bool:
-        """Do these passes serve for params, noise and masks? See Perturbation.matches."""
+        """Whether these passes are right for params, noise and masks; see Perturbation.matches."""
         return self._perturbation.matches(params, noise, masks)
 
     @property
@@ -95,21 +95,21 @@ class ModulePasses:
         """A context in which forwards of the model see what aim() set.
 
         kind: a name for passes that take the same way through the model. What the watch learns is
-        kept by kind. A way that is first taken after the watch has turned itself off, because of
-        other data, is not watched. base: see Perturbation.
+        kept by kind. If other data takes another way after the watch has turned itself off, that
+        way is not watched. base: see Perturbation.
         """
         return self._pass.run(kind, base)
 
     def along(self, seed: int, kind: str = "any") -> AbstractContextManager[None]:
-        """A context in which what forwards of the model return has a tangent: its derivative at x
-        along noise_scale * z(seed).
+        """A context in which the outputs of the model's forwards have a tangent: their derivative
+        at x along noise_scale * z(seed).
 
-        To be read by torch.autograd.forward_ad.unpack_dual, inside. kind: see passing().
+        Read it inside, with torch.autograd.forward_ad.unpack_dual. kind: see passing().
         """
         return self._tangents.run(seed, kind)
 
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
-        """Rows of a weight as the pass that runs sees them. No others are made."""
+        """Rows of a weight as the running pass sees them. No others are made."""
         return self._pass.rows(param, index)
 
     def settled(self, kind: str) -> bool:
@@ -117,11 +117,11 @@ class ModulePasses:
         return kind in self._learned.settled
 
     def unused(self, kind: str) -> Set[Tensor]:
-        """The weights that no pass of this kind has used: changed outputs do not depend on them."""
+        """The weights that no pass of this kind has used, so outputs do not depend on them."""
         return self.params.keys() - self._learned.reached.get(kind, set())
 
     def used(self) -> dict[str, list[int]]:
-        """The streams of the weights that each kind of pass has used, to be saved in a state."""
+        """The streams of the weights that each kind of pass has used, for a state to save."""
         return self._learned.used(self._perturbation.streams)
 
     def release(self) -> None:
@@ -143,8 +143,7 @@ def passes_of(
     noise: str,
     masks: Masks | None = None,
 ) -> ModulePasses:
-    """The passes of a model, made anew if the ones it has are of other weights, scales, noise or
-    masks."""
+    """The passes of a model, made anew if the weights, scales, noise or masks have changed."""
     passes = _passes.get(model)
     if passes is not None and passes.active:
         raise RuntimeError(
@@ -161,8 +160,8 @@ def known_passes(model: nn.Module) -> ModulePasses | None:
 
 
 def take_up(model: nn.Module, passes: ModulePasses) -> None:
-    """Make these the passes of the model again, if it has others by now."""
-    if (now := _passes.get(model)) is None or not now.active:  # else passes_of refuses
+    """Make these the passes of the model again, in case it has others by now."""
+    if (now := _passes.get(model)) is None or not now.active:  # otherwise passes_of will refuse
         _passes[model] = passes
 
 
@@ -174,7 +173,7 @@ def forget_passes(model: nn.Module) -> None:
 def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
     """Rows of a weight as forwards of the model see them now, perturbed in a perturbed pass.
 
-    No other rows are made. Gradients, if recorded, flow to a weight that is not perturbed.
+    No other rows are made. Gradients, if recorded, flow to the weight only if it is not perturbed.
     """
     passes = _passes.get(model)
     if passes is not None and passes.active and weight in passes.params:
@@ -189,9 +188,10 @@ def perturbed(
     """Inside, forwards of model see x + sign * eps * z(seed) in place of every weight x that
     requires grad.
 
-    The weights themselves are not touched, whatever happens inside; but read or save them outside,
-    as inside the small ones of the model are perturbed copies. The stream of a weight is its
-    position in model.parameters(). Gradients do not flow to the weights inside. sign is 1 or -1.
+    The weights themselves are not touched, whatever happens inside. Read or save them outside,
+    because inside the model holds perturbed copies of its small weights. The stream of a weight is
+    its position in model.parameters(). Gradients do not flow to the weights inside. sign is 1 or
+    -1.
     """
     if not math.isfinite(eps):
         raise ValueError(f"perturbed: eps must be finite, got {eps}")

@@ -32,7 +32,7 @@ class Launch:
         if perturbation.base is None:
             self._usual()
             return
-        # Not kept for the next time, as the model's passes may outlive the base.
+        # The launch is not kept, because the model's passes may outlive the base.
         xs = [perturbation.base[p] for p in self._params]
         seeds, (streams, scales) = perturbation.aim_on(xs[0].device), self._at
         arguments = (*seeds, streams, [1.0] * len(xs), scales, perturbation.noise)
@@ -45,8 +45,8 @@ class Perturbation:
 
     params: weight -> (stream, noise scale). The seed and the scale are tensors that aim() writes in
     place, so that a recorded pass reads them when it is replayed. masks: which elements take noise;
-    their seed is written likewise. base: weight -> a tensor that the
-    running pass perturbs in its place; None: the weights themselves.
+    aim() writes their seed in the same way. base: weight -> a tensor that the running pass perturbs
+    in its place; None: the weights themselves.
     """
 
     base: Base | None = None
@@ -63,7 +63,7 @@ class Perturbation:
         self.params = {p: place for p, place in params.items() if place[1] != 0}
         self.streams = {p: stream for p, (stream, _) in self.params.items()}
         # The weights as the ops take them: without autograd, in the same memory.
-        with outside_inference_mode():  # they are used outside of that mode, too
+        with outside_inference_mode():  # because they are used outside of that mode, too
             self.real = {p: p.detach() for p in self.params}
         self.devices = {p.device for p in self.params}
         for device in self.devices:
@@ -82,8 +82,8 @@ class Perturbation:
         noise: str,
         masks: Masks | None = None,
     ) -> bool:
-        """Is this the perturbation of params? It is not if one was moved, replaced or rescaled, or
-        has another mask. Masks of another seed become those of the passes from here on."""
+        """Whether this is the perturbation of params: not if one was moved, replaced or rescaled,
+        or has another mask. If only the seed of the masks differs, passes use it from here on."""
         if masks is not self.masks:
             if masks is None or not masks.alike(self.masks):
                 return False
@@ -114,7 +114,7 @@ class Perturbation:
         return self._aims[device]
 
     def mask_of(self, params: list[nn.Parameter]) -> Mask:
-        """The masks of params of one device, as the ops take them."""
+        """The masks of params on one device, as the ops take them."""
         random = self.masks is not None and self.masks.seed is not None
         seed = self._mask_seed_on(params[0].device) if random else None
         return mask_of(self.masks, params, seed)

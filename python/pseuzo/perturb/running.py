@@ -1,4 +1,4 @@
-"""The pass that runs: its hooks put perturbed weights in the places of the model's own."""
+"""The running pass: its hooks put perturbed weights in the places of the model's own."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from pseuzo.perturb.watch import Watch
 
 
 class Hooks:
-    """Hooks that a pass puts on and takes off, which costs less than to register them each time."""
+    """Hooks that a pass puts on and takes off; registering them each time would cost more."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[ref[nn.Module], str, int, object]] = []
@@ -86,16 +86,16 @@ Originals = list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]
 
 
 def put_back(originals: Originals) -> None:
-    """Put back what the places had, the first record of a place last."""
+    """Put back what the places had. The first record of a place is put back last, so it wins."""
     for parameters, name, original in reversed(originals):
         parameters[name] = original
 
 
 class RunningPass:
-    """The pass that runs, one after another of one model.
+    """Runs the passes of one model, one after another.
 
-    Whatever it changes it records first, so that undo() takes all of it back, however far the pass
-    or an earlier undo() came before it was interrupted.
+    A pass records everything before it changes it, so that undo() takes all of it back, however far
+    the pass or an earlier undo() came before it was interrupted.
     """
 
     def __init__(self, layout: Layout, scratch: Scratch) -> None:
@@ -103,21 +103,21 @@ class RunningPass:
         self.active = False
         self._kind = ""
         self._blocks: Blocks = {}
-        self._copies: dict[nn.Parameter, Tensor] = {}  # made in this pass, for the rest of it
+        self._copies: dict[nn.Parameter, Tensor] = {}  # made in this pass, for its rest
         self._hooks = Hooks()
         self._watch: Watch | None = None
-        self._originals: Originals = []  # what each place had that this pass wrote to
+        self._originals: Originals = []  # what each place had before this pass wrote to it
         # The modules that run on perturbed weights: where their originals begin, and their mode.
         self._inside: list[tuple[ref[nn.Module], int, TorchFunctionMode | None]] = []
         self._strays: list[Place] = []  # of modules that ran outside of their block, with copies
         self._calls: list[ref[nn.Module]] = []  # the modules that run, while passes are watched
-        # The hooks of settled passes by kind, with the blocks and the number of reached weights
-        # that they were made for.
+        # The hooks of settled passes by kind, after the blocks and the number of reached weights
+        # for which they were made.
         self._hooks_of: dict[str, tuple[Blocks, int, Hooks]] = {}
 
     @contextmanager
     def run(self, kind: str, base: Base | None = None) -> Iterator[None]:
-        """A pass of this kind. What an interrupted pass may have left is undone first."""
+        """Run a pass of this kind, after undoing what an interrupted pass may have left."""
         self.undo()
         with undoing(self.undo), no_cached_casts():
             self._layout.perturbation.base = base
@@ -241,14 +241,14 @@ class RunningPass:
         for copies in made.copies:
             copies.make()
         self._inside.append((ref(module), first, None))
-        self._originals += block.places  # they are bare, so that their originals are the weights
+        self._originals += block.places  # these are bare, so their originals are the weights
         for (parameters, name, _), x in made.places:
             parameters[name] = x
 
     def _enter_alone(self, module: nn.Module, args: tuple) -> None:
         """Copy the weights of a module that runs outside of its block, for the rest of this pass.
 
-        It will be a block of its own in the passes to come.
+        The module is a block of its own in later passes.
         """
         places = bare(self._layout.plan().owned[ref(module)])
         if places:
@@ -259,7 +259,7 @@ class RunningPass:
             self._layout.runs_alone(ref(module), self._kind)
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> object:
-        """Put the weights back, and copy outputs that are views of scratch, which is used again."""
+        """Put the weights back, and copy outputs that are views of scratch, as it is reused."""
         if self._inside and self._inside[-1][0] == ref(module):
             _, first, mode = self._inside[-1]
             if mode is not None:

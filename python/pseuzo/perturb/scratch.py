@@ -1,14 +1,14 @@
 """Where perturbed weights are made: scratch that modules share, one after another, and copies that
 last a whole pass.
 
-Another way to hold weights, such as weights that lie on the host and are fetched before their
-module runs, replaces `Scratch`. This is all that a pass asks of it:
+To hold weights in another way, for example on the host until their module runs, replace `Scratch`.
+A pass uses only this of it:
 
     take(depth, block) -> Made    memory for the weights of a block that runs inside `depth` others.
                                   Each of Made.copies has make(), which fills the memory. It stays
                                   valid until the block's module returns; the next block at this
                                   depth may get the same memory.
-    holds(x) -> bool              is x in that memory? Outputs of a module that are get copied.
+    holds(x) -> bool              whether x is in that memory; such outputs of a module are copied.
     replaced -> int               counts how often memory was freed: CUDA graphs that were recorded
                                   before must not run any more.
 """
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo.perturb.perturbation import Launch, Perturbation
 
-# Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, of
-# which a model has few elements in all.
+# Weights of up to this many elements are copied for a whole pass: biases, norms and adapters, which
+# are a small part of a model.
 SMALL = 1 << 16
 # The most elements of one block that are made in one launch, as a launch costs the host more than
 # making a small weight costs a GPU. This is 32 MB of scratch in half precision, which stays in a
 # GPU's cache (H100: 50 MB). A model that is not much larger gets less: a 16th of its size, or 8 MB.
 TOGETHER, SMALL_TOGETHER, PART = 1 << 24, 1 << 22, 16
-ALIGN = 2048  # elements between tensors in scratch: each begins where the kernels can read widely
+ALIGN = 2048  # tensors in scratch begin at multiples of this, where the kernels can read widely
 
 
 class Place(NamedTuple):
-    """Where a module has a weight. To hold the module itself would keep the model alive."""
+    """Where a module has a weight. A reference to the module itself would keep the model alive."""
 
     parameters: dict[str, Any]  # the module's own dict, in which a pass puts perturbed weights
     name: str
@@ -65,7 +65,7 @@ def alike(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 class Block:
     """Weights that are made when one module runs.
 
-    table: they are an embedding's, of which rows are made as they are looked up.
+    table: they are those of an embedding, whose rows are made as they are looked up.
     """
 
     def __init__(self, places: list[Place], table: bool = False) -> None:
@@ -74,10 +74,10 @@ class Block:
         self.alike = alike(place.param for place in places)
 
     def bare(self) -> "Block":
-        """The block of those places that have the weight itself now.
+        """A block of those places that have the weight itself now.
 
-        Anything else there is perturbed already, as a module may run within itself, or was put
-        there by the user.
+        Anything else there is perturbed already, because a module may run within itself, or the
+        user put it there.
         """
         places = bare(self.places)
         return self if len(places) == len(self.places) else Block(places, self.table)
@@ -110,7 +110,7 @@ class Scratch:
 
     def __init__(self, perturbation: Perturbation, together: int) -> None:
         self._perturbation = perturbation
-        # The least size of a buffer has room for most blocks, as growing makes graphs void.
+        # The least size of a buffer has room for most blocks, because growing it voids graphs.
         self._least: dict[tuple, int] = {}
         for p in perturbation.params:
             if p.numel() > SMALL:
@@ -150,7 +150,7 @@ class Scratch:
                 # The memory is freed before the larger one is made.
                 self._made.clear()
                 del buffer, self._buffers[key]
-                if device.type == "cuda":  # other streams than that of its making may still read it
+                if device.type == "cuda":  # streams other than the one it was made on may read it
                     torch.cuda.synchronize(device)
             size = max(sum(sizes), self._least[dtype, device])
             buffer = torch.empty(size, dtype=dtype, device=device)
@@ -175,7 +175,7 @@ class Scratch:
 
 
 class WholePassCopies:
-    """Memory of the copies that last a whole pass: one for each weight that needed one so far."""
+    """Memory for the copies that last a whole pass, one for each weight that has needed one."""
 
     def __init__(self, perturbation: Perturbation) -> None:
         self._perturbation = perturbation
@@ -196,7 +196,7 @@ class WholePassCopies:
         return self._memory[param]
 
     def copies_of(self, params: Iterable[nn.Parameter]) -> list[Copies]:
-        """The copies of params, those of one dtype and device in one launch."""
+        """The copies of params; one launch makes those of one dtype and device."""
         copies = []
         for part in alike(params):
             outs = [self.memory(p) for p in part]
@@ -204,7 +204,7 @@ class WholePassCopies:
         return copies
 
     def single(self, param: nn.Parameter) -> Copies:
-        """The copy of one weight, for one that is made when it is first used in a pass."""
+        """The copy of one weight by itself, which is made when a pass first uses the weight."""
         if param not in self._single:
             (self._single[param],) = self.copies_of([param])
         return self._single[param]

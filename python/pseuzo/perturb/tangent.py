@@ -1,10 +1,10 @@
 """Passes at the weights themselves that carry their derivative along z(seed), by forward-mode
 automatic differentiation.
 
-Every weight that takes noise is replaced by a dual tensor for the pass: the weight, in its own
-memory, and z, made for this pass in the weight's dtype. So the tangents take the memory of the
-trained weights, and activations take twice theirs. Fused attention kernels have no forward-mode
-derivative, so that torch's own attention runs its plain kernels within a pass.
+A pass replaces every weight that takes noise by a dual tensor: the weight, in its own memory, and
+z, made for this pass in the weight's dtype. So the tangents take as much memory as the trained
+weights, and activations take twice their own. Fused attention kernels have no forward-mode
+derivative, so torch's own attention runs its plain kernels within a pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from pseuzo.perturb.layout import Layout
 from pseuzo.perturb.running import Hooks, Originals, put_back
 from pseuzo_kernels import noise
 
-FUSED = (  # torch's fused attention kernels: is one allowed, and how to say so
+FUSED = (  # torch's fused attention kernels: whether one is allowed, and how to change that
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
@@ -46,15 +46,15 @@ class _Reaches(TorchDispatchMode):
             if isinstance(x, Tensor) and x.layout is torch.strided and x.numel():
                 try:
                     storage = x.untyped_storage().data_ptr()
-                except RuntimeError:  # tangents that are 0 have no storage
+                except RuntimeError:  # a tangent of 0 has no storage
                     continue
                 self._note(storage, x.storage_offset())
         return func(*args, **(kwargs or {}))
 
 
 class _FrozenLayers(TorchFunctionMode):
-    """Spares linear layers whose weights have no tangent what torch does for it: a product with a
-    matrix of zeros, made for that."""
+    """Skips a matrix product in linear layers whose weights have no tangent. Torch would make zeros
+    for the tangent and multiply with them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and not kwargs and not any(map(_has_tangent, args[1:])):
@@ -69,10 +69,10 @@ def _has_tangent(x: Tensor | None) -> bool:
 
 
 class TangentPass:
-    """The pass that runs with dual weights, one after another of one model.
+    """Runs the passes of one model with dual weights, one after another.
 
-    As in RunningPass, what is changed is recorded before, so that undo() may run at any time, also
-    twice.
+    As in RunningPass, everything is recorded before it is changed, so that undo() may run at any
+    time, also twice.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -87,10 +87,9 @@ class TangentPass:
 
     @contextmanager
     def run(self, seed: int, kind: str) -> Iterator[None]:
-        """A pass in which outputs have a tangent, their derivative along noise_scale * z(seed).
+        """Run a pass whose outputs have a tangent, their derivative along noise_scale * z(seed).
 
-        kind: see ModulePasses.passing. A pass that meets no weight that is new to its kind is the
-        last one that is watched.
+        kind: see ModulePasses.passing. Passes of a kind are watched until one meets no new weight.
         """
         self.undo()
         learned = self._layout.learned
@@ -114,7 +113,7 @@ class TangentPass:
         duals = self._duals(seed)
         self._originals += [(parameters, name, parameters[name]) for parameters, name, _ in places]
         for parameters, name, param in places:
-            if parameters[name] is param:  # else the user put something there
+            if parameters[name] is param:  # otherwise the user put something else there
                 parameters[name] = duals[param]
         unsure = [m for m, there in layout.places.items() if {p.param for p in there} - reached]
         self._hooks.before(unsure, self._note_module)
@@ -129,7 +128,7 @@ class TangentPass:
         self._level_is_open = True
         try:
             forward_ad.enter_dual_level()
-        except RuntimeError as error:  # the level that is open is the caller's
+        except RuntimeError as error:  # the caller has a level open
             self._level_is_open = False
             raise RuntimeError(
                 "a step by forward-mode derivatives cannot be made inside another one "
@@ -164,7 +163,7 @@ class TangentPass:
         if self._level_is_open:
             try:
                 forward_ad.exit_dual_level()
-            except RuntimeError:  # an interrupt came before it was opened, or after it was closed
+            except RuntimeError:  # an interrupt came before the level was open, or after its end
                 pass
         self._level_is_open = False
         for enable, was_on in self._kernels:

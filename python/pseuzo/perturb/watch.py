@@ -1,4 +1,4 @@
-"""What passes teach of a model, and the watch that finds weights used outside their module."""
+"""What passes learn about a model, and the watch that finds weights used outside their module."""
 
 from collections.abc import Callable, Mapping
 from weakref import ref
@@ -14,12 +14,12 @@ Modules = dict[ref[nn.Module], set[ref[nn.Module]]]
 
 
 class Learned:
-    """What passes taught of a model, by kind of pass."""
+    """What passes learned about a model, by kind of pass."""
 
     def __init__(self) -> None:
         self.reached: dict[str, set[nn.Parameter]] = {}  # the weights that passes used so far
         self.within: dict[str, Modules] = {}  # the modules that ran around every call of a module
-        # Kinds of which a watched pass taught nothing new: they run without the watch.
+        # Kinds of pass that a watched pass learned nothing new about; they run without the watch.
         self.settled: set[str] = set()
         self.outside: set[nn.Parameter] = set()  # weights used outside their module
 
@@ -39,8 +39,8 @@ class Learned:
 class Watch(TorchDispatchMode):
     """Sees every op of a pass and gives it perturbed copies in place of (views of) real weights.
 
-    copy_of: gives the copy of a weight. weight_at: the weight whose copy lies in a storage. reached
-    and outside: sets of weights that are added to. met: did a real weight reach an op?
+    copy_of: weight -> its copy. weight_at: storage -> the weight whose copy lies in it. reached and
+    outside: sets to which weights are added. met: whether a real weight reached an op.
     """
 
     def __init__(

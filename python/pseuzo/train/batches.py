@@ -1,6 +1,7 @@
 """The batches of a method that measures all of the training data, or a large part of it, at once.
 
-This module imports no torch: the table of methods counts the batches before it is imported.
+This module does not import torch, because the table of methods counts batches before torch is
+imported.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,11 +9,10 @@ from random import Random
 
 
 def even_batches(n: int, size: int, most: int | None, seed: int) -> Iterator[Sequence[int]]:
-    """The rows 0 .. n - 1 in batches of at most `size`, each row once.
+    """Yield the rows 0 .. n - 1 in batches of at most `size`, each row once.
 
-    The sizes differ by one at most, so that the mean over batches of the means over their rows is
-    nearly that over all rows. most: no more than so many batches, of rows drawn by seed; None: all
-    rows, in order.
+    The sizes differ by one at most, so that the mean of the batches' means is nearly the mean over
+    all rows. most: the most batches to make, with rows drawn by seed; None: all rows, in order.
     """
     parts = count_batches(n, size, most)
     rows: Sequence[int] = range(n)

@@ -26,7 +26,7 @@ class Setup:
     groups: list[dict[str, Any]]  # with params, lr, weight_decay and noise_scale
     lr: float
     eps: float
-    planned_steps: Callable[[], int]  # of the run
+    planned_steps: Callable[[], int]  # how many steps the run will have
     steps_per_epoch: Callable[[], int]
 
 
@@ -151,7 +151,7 @@ def pseuzo(setup: Setup) -> Optimizer:
     if not groups:
         raise ValueError(
             "method pseuzo: its perturbed passes end before the output head, and noise_on or the "
-            "mode leaves nothing else to train; use mezo, or train the head by fo-sgd or fo-adam"
+            "mode leaves nothing else to train; use mezo, or train the head with fo-sgd or fo-adam"
         )
     if args.head == "exact":
         if not head:
@@ -173,10 +173,10 @@ def pseuzo(setup: Setup) -> Optimizer:
 
 
 def _scaled_by_rate(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turn noise scales into rates, for first-order optimizers.
+    """Turn noise scales into learning rates, for first-order optimizers.
 
-    Noise of scale s moves weights by -lr s^2 g on average, g their gradient. The product of rate
-    and weight decay stays as it is, because decay does not depend on the scale.
+    Noise of scale s moves weights with gradient g by -lr s^2 g on average. The product of rate and
+    weight decay stays as it is, because decay does not depend on the scale.
     """
     for group in groups:
         group["lr"] *= group["noise_scale"] ** 2

@@ -1,8 +1,8 @@
 """What the steps of each method cost, in forward passes; a backward pass counts as two.
 
-A function takes the options of a run by keyword, with the method's own defaults filled in, and
-returns the passes of a step, on average; one called *_total takes the number of steps too, and
-returns the passes of all of them. This module imports neither torch nor Transformers.
+Each function takes the options of a run by keyword, with the method's own defaults filled in, and
+returns the average number of passes per step. A function called *_total also takes the number of
+steps, and returns the passes of all of them. This module imports neither torch nor Transformers.
 """
 
 import math
@@ -18,7 +18,7 @@ def mezo_passes(directions: int = 1, two_sided: bool | None = None, **unused: An
 def fzoo_passes(
     directions: int = 1, two_sided: bool | None = None, split_batch: bool = False, **unused: Any
 ) -> int:
-    q = 1 if split_batch else directions  # the parts of a batch are a batch
+    q = 1 if split_batch else directions  # passes of all parts together cost one of the batch
     return 2 * q if two_sided else 1 + q
 
 
@@ -53,7 +53,7 @@ def deepzero_total(steps: int, scores: str = "grasp", directions: int = 16, **op
 
 
 def forward_gradient_passes(directions: int = 1, **unused: Any) -> int:
-    return 3 * directions  # the derivative costs two products of matrices for each one of the pass
+    return 3 * directions  # the derivative costs two more matrix products for each one of a pass
 
 
 def conservative_passes(two_sided: bool | None = None, **unused: Any) -> int:

@@ -2,9 +2,9 @@
 
 METHODS has one row per method. The choices and the help of the command line, the defaults of the
 arguments and the number of forward passes derive from it. To add a method, write its estimator (a
-file of pseuzo.optim), a function below that builds it, one of `costs` if its passes are counted in
-a new way, and a row. This module imports neither torch nor Transformers: the command line lists the
-methods before it imports either.
+file in pseuzo.optim), a function in `builders` that builds it, a function in `costs` if its passes
+are counted in a new way, and a row. This module imports neither torch nor Transformers, because the
+command line lists the methods before it imports either.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Method:
     build: Callable[[Setup], Optimizer]
     # The options of a run by keyword -> forward passes per step; a backward pass counts as two.
     passes: Callable[..., float]
-    options: tuple[str, ...]  # which options it takes, of those that not every method takes
+    options: tuple[str, ...]  # the options that it takes, beside those of all methods
     rate: str = "lr"  # the field of a tuning mode that has the default learning rate
     momentum: float = 0.0  # the default of the option
     directions: int = 1  # the default of the option
-    # The options of a run, and batch_size, by keyword -> why they do not go together, or None.
+    # The options of a run, and batch_size, by keyword -> why they exclude each other, or None.
     refusal: Callable[..., str | None] = lambda **options: None
     zeroth_order: bool = True
-    # (steps, and the options by keyword) -> passes of the first steps, where steps differ.
+    # (steps, options by keyword) -> passes of the first steps; needed where steps differ in passes.
     total: Callable[..., int] | None = None
 
 
@@ -70,18 +70,18 @@ def _sign_refusal(journal: str | None, noise: str, directions: int, **unused: An
     if not journal or (noise == "rademacher" and directions == 1):
         return None
     return (
-        "a journal records sums of seeds, and the signs of an estimate are one only with "
-        "noise rademacher and directions 1"
+        "a journal records sums of seeded noise, and the signs of an estimate are such a sum only "
+        "with noise rademacher and directions 1"
     )
 
 
 # Options that every zeroth-order method takes, and no first-order method.
 PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
-EAGER = tuple(name for name in PERTURBING if name != "capture")  # where no graph is recorded
+EAGER = tuple(name for name in PERTURBING if name != "capture")  # for methods without CUDA graphs
 
 METHODS = {
     "pseuzo": Method(
-        help="PseuZO: the difference of two outputs times the exact gradient there, and a window.",
+        help="PseuZO: the difference of two outputs times the exact gradient there, in a window.",
         build=builders.pseuzo,
         passes=costs.pseuzo_passes,
         options=(
@@ -104,7 +104,7 @@ METHODS = {
         momentum=0.9,
     ),
     "zo-adam": Method(
-        help="Adam of MeZO's gradient estimates, with moments from the seeds of the last steps.",
+        help="Adam on MeZO's gradient estimates, with moments from the seeds of the last steps.",
         build=builders.zo_adam,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "moments"),
@@ -141,7 +141,7 @@ METHODS = {
         ),
     ),
     "mezo-svrg": Method(
-        help="MeZO-SVRG: estimates corrected by one over all the data, at an anchor.",
+        help="MeZO-SVRG: estimates corrected by an estimate over all the data at an anchor.",
         build=builders.svrg,
         passes=costs.svrg_passes,
         total=costs.svrg_total,
@@ -159,7 +159,7 @@ METHODS = {
         rate="sgd_lr",
         directions=16,
         refusal=lambda journal, **unused: (
-            journal and "a journal replays sums of seeded noise, and this moves single weights"
+            journal and "a journal replays sums of seeded noise, but deepzero moves single weights"
         ),
     ),
     "forward-gradient": Method(
@@ -177,13 +177,13 @@ METHODS = {
         refusal=_sign_refusal,
     ),
     "zo-conservative": Method(
-        help="MeZO's step, none or the opposite one, whichever has the lowest loss on the batch.",
+        help="MeZO's step, no step or the opposite one: the one with the lowest loss on the batch.",
         build=builders.zo_bench,
         passes=costs.conservative_passes,
         options=(*PERTURBING, "objective"),
     ),
     "zo-blocks": Method(
-        help="MeZO on one block of the weights a step, in a cycle over the blocks.",
+        help="MeZO on one block of the weights per step, in a cycle over the blocks.",
         build=builders.zo_bench,
         passes=costs.mezo_passes,
         options=(*EAGER, "directions", "objective", "blocks"),
@@ -221,8 +221,8 @@ def with_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forwards_per_step(method: str, options: Mapping[str, Any] | None = None) -> float:
-    """Forward passes per step of a run with these options, on average if steps differ; a backward
-    pass counts as two. options: those of the run, train_size and batch_size."""
+    """Forward passes per step of a run with these options, on average if steps differ. A backward
+    pass counts as two. options: those of the run, with train_size and batch_size."""
     return METHODS[method].passes(**with_defaults(method, options or {}))
 
 
@@ -235,5 +235,5 @@ def forwards_of_steps(method: str, steps: int, options: Mapping[str, Any]) -> in
 
 
 def default_rate(method: str, mode: str) -> float:
-    """The learning rate of a method in a tuning mode where none is given."""
+    """The learning rate of a method in a tuning mode, if none is given."""
     return getattr(MODES[mode], METHODS[method].rate)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pseuzo.train.methods import METHODS, methods_with
 
-# These two are written here again, because pseuzo_kernels, which defines them, imports torch.
+# These two are repeated here, because pseuzo_kernels, which defines them, imports torch.
 NOISES = ("hadamard", "hadamard-fp16", "rademacher", "normal")
 ROUNDINGS = ("stochastic", "nearest")
 SCHEDULES = ("constant", "linear", "reciprocal", "cyclic-hyperbola")
@@ -24,7 +24,7 @@ MOMENTS = ("seeds", "state")
 MASKS = ("small", "random")
 SCORES = ("grasp", "magnitude", "random")
 WEIGHTS = ("raw", "spread", "zscore", "rank")
-# One for the methods that are not named.
+# The default of directions: 1 for every method that is not named.
 DIRECTIONS = ", ".join(
     ["1", *(f"{name} {m.directions}" for name, m in METHODS.items() if m.directions != 1)]
 )
@@ -33,15 +33,15 @@ MOMENTA = "; ".join(f"{name} {METHODS[name].momentum:g}" for name in methods_wit
 
 @dataclass(frozen=True)
 class Flag:
-    """What the command line needs to know about an option beside its default, type and help."""
+    """What the command line needs to know about an option besides its default, type and help."""
 
-    name: str = ""  # "--lr" where it is not made from the field's name
-    hidden: bool = False  # the command line decides it itself
+    name: str = ""  # such as "--lr", where it is not made from the field's name
+    hidden: bool = False  # the command line sets it itself
     metavar: str | None = None
     positive: bool = False
     least: float | None = None
     most: float | None = None
-    # Another option, and its values under which this one does something.
+    # Another option, and its values with which this one has an effect.
     only_with: Mapping[str, tuple[str, ...]] | None = None
     # The probe of noise_on uses this option under every method, wherever noise_on is not all.
     probes: bool = False
@@ -74,8 +74,8 @@ class ZeroOrderOptions:
     )
     moments: str = _option(
         "seeds",
-        "What zo-adam makes its moments of: the seeds of the window, in no memory, or two fp32 "
-        "numbers a weight that hold all steps (state).",
+        "Where zo-adam's moments come from: the seeds of the window, which take no memory, or two "
+        "fp32 numbers per weight that include all steps (state).",
         MOMENTS,
     )
     momentum: Annotated[float | None, Flag(least=0, most=1)] = _option(
@@ -83,32 +83,32 @@ class ZeroOrderOptions:
     )
     schedule: str = _option(
         "constant",
-        "Schedule of lambda under pseuzo; cyclic-hyperbola is the published one.",
+        "Schedule of pseuzo's lambda; cyclic-hyperbola is the published one.",
         SCHEDULES,
     )
     cycles: Annotated[int | None, Flag(least=1)] = _option(
         None,
-        "Equal cycles of whole epochs that the schedule is repeated in. Default: 1; "
+        "Number of cycles of whole epochs, each of which repeats the schedule. Default: 1; "
         "cyclic-hyperbola 2.",
     )
     pseuzo_epochs: Annotated[int | None, Flag(least=1)] = _option(
         None,
-        "Epochs at the beginning of each cycle that follow the schedule; lambda is 0, which is "
-        "MeZO, in the rest of it. Default: all; cyclic-hyperbola 11.",
+        "Number of epochs at the start of each cycle that follow the schedule; in the rest, "
+        "lambda is 0, which is MeZO. Default: all; cyclic-hyperbola 11.",
     )
     weighting: str = _option(
         "sum",
-        "Of the window under pseuzo: the sum of lambda^age times each entry, as in the published "
-        "code, or their weighted mean, as in the paper.",
+        "What pseuzo makes of its window: the sum of lambda^age times each entry, as in the "
+        "published code, or their weighted mean, as in the paper.",
         WEIGHTINGS,
     )
     directions: Annotated[int | None, Flag(least=1)] = _option(
         None,
-        "Number of perturbations per step (q), of deepzero those of its first step. Default: "
+        "Number of perturbations per step (q); deepzero uses them in its first step. Default: "
         f"{DIRECTIONS}.",
     )
     blocks: Annotated[int, Flag(least=1)] = _option(
-        4, "Blocks that zo-blocks cuts the weights into; each step trains one of them."
+        4, "Number of blocks that zo-blocks cuts the weights into; each step trains one of them."
     )
     two_sided: Annotated[bool | None, Flag("--two-sided/--one-sided")] = _option(
         None,
@@ -116,8 +116,8 @@ class ZeroOrderOptions:
     )
     weights: str = _option(
         "rank",
-        "What evolution weights a direction by: its slope (raw), the slope over the spread of the "
-        "losses, their z-score, or their rank.",
+        "How evolution weights a direction: by its slope (raw), by the slope over the spread of "
+        "the losses, or by their z-score or rank.",
         WEIGHTS,
     )
     split_batch: bool = _option(
@@ -127,8 +127,8 @@ class ZeroOrderOptions:
     )
     noise: Annotated[str, Flag(probes=True)] = _option(
         "hadamard",
-        "Distribution of the noise; hadamard-fp16 sums over the window in half precision, faster "
-        "on a GPU.",
+        "Distribution of the noise; hadamard-fp16 sums over the window in half precision, which is "
+        "faster on a GPU.",
         NOISES,
     )
     coordinates: Annotated[int, Flag(least=1)] = _option(
@@ -150,8 +150,8 @@ class ZeroOrderOptions:
         default_factory=lambda: ["all"],
         metadata={
             "help": "Where the noise goes: names or globs of parameters, attention-out, last-half, "
-            "all; or auto, chosen by a short probe. fo-*: what is trained, at SCALE^2 times the "
-            "learning rate, as noise of that scale does on average."
+            "all; or auto, chosen by a short probe. fo-*: which weights are trained, at SCALE^2 "
+            "times the learning rate, because noise of that scale moves weights by as much."
         },
     )
     scale_lr: Annotated[bool, Flag(hidden=True)] = _option(
@@ -172,7 +172,8 @@ class ZeroOrderOptions:
     )
     head: str = _option(
         "frozen",
-        "An untied output head under pseuzo: frozen, or trained by its exact gradient.",
+        "What pseuzo does with an untied output head: it stays frozen, or is trained by its exact "
+        "gradient.",
         HEADS,
     )
     head_lr: Annotated[float | None, Flag(positive=True, only_with={"head": ("exact",)})] = _option(
@@ -221,7 +222,7 @@ class Option:
     help: str
     choices: tuple[str, ...]
     flag: Flag
-    # Other options, and their values under which this one does something; {}: it always does.
+    # Other options, and their values with which this one has an effect; {}: it always has one.
     applies_to: Mapping[str, tuple[str, ...]]
 
     @property
@@ -229,7 +230,7 @@ class Option:
         return self.flag.name or "--" + self.name.replace("_", "-")
 
     def check(self, value: Any) -> None:
-        """Raise ValueError if a value is not one of the choices, or not in the range."""
+        """Raise ValueError if value is not one of the choices, or out of range."""
         flag = self.flag
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}")

@@ -1,31 +1,31 @@
-"""A batch cut into parts of whole examples."""
+"""Cuts a batch into parts of whole examples."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Tensors of a batch with options that have an example, not an option, a row.
+# In a batch with options, these tensors have a row for each example, and others for each option.
 OF_EXAMPLES = ("rows", "answers", "option_rows")
 
 
 def rows_in(batch: dict[str, Any]) -> int:
-    """How many rows the model gets."""
+    """How many rows of a batch the model gets."""
     tensors = (batch.get("input_ids"), *batch.values())
     return next(len(x) for x in tensors if isinstance(x, Tensor) and x.dim())
 
 
 def examples_in(batch: dict[str, Any]) -> int:
-    """How many examples a batch has: its rows, or those whose options they are."""
+    """How many examples a batch has. Its rows are examples, or the options of examples."""
     return len(batch["answers"]) if "examples" in batch else rows_in(batch)
 
 
 def cut(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """The batch in `parts` batches of whole examples, whose numbers differ by one at most.
+    """Cut a batch into `parts` batches of whole examples, whose numbers differ by one at most.
 
-    All are padded as the batch is. Where its rows are options of examples, this waits for the
-    device to know which they are. ValueError for fewer examples than parts, or for a tensor that
-    has not a row for each of the model's.
+    All keep the padding of the batch. Where its rows are options of examples, this waits for the
+    device, to see which rows belong to which example. ValueError if there are fewer examples than
+    parts, or if a tensor has another number of rows than the model gets.
     """
     n = examples_in(batch)
     if n < parts:
@@ -44,7 +44,7 @@ def _rows(name: str, x: Any, rows: Any, n: int) -> Any:
         return x
     if len(x) != n:
         raise ValueError(
-            f"split_batch cuts a batch by its rows, {n}, and {name} has shape {tuple(x.shape)}"
+            f"split_batch cuts a batch by its {n} rows, but {name} has shape {tuple(x.shape)}"
         )
     return x[rows]
 
@@ -53,7 +53,7 @@ def _options(batch: dict[str, Any], first: int, end: int) -> dict[str, Any]:
     """The examples first .. end - 1, with the rows of all their options."""
     of_examples = {k: batch[k][first:end] for k in OF_EXAMPLES if k in batch}
     rows = (batch["examples"] >= first) & (batch["examples"] < end)
-    numbers = rows.cumsum(0) - 1  # of the rows in the part
+    numbers = rows.cumsum(0) - 1  # row of the batch -> row of the part
     others = {k: x for k, x in batch.items() if k not in of_examples}
     part = {k: _rows(k, x, rows, len(rows)) for k, x in others.items()} | of_examples
     part["examples"] = part["examples"] - first

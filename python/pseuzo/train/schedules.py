@@ -1,4 +1,4 @@
-"""The schedule of lambda of a run, from its options."""
+"""Makes the schedule of lambda from the options of a run."""
 
 from pseuzo.optim.schedule import (
     Constant,
