@@ -1,4 +1,4 @@
-"""Fixtures of the tests beside this file."""
+"""Fixtures for the tests of the command line."""
 
 import gc
 import json
@@ -13,7 +13,8 @@ from tiny_models import causal_lm
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Replaces the training of a run; holds the settings that it would have had."""
+    """Replace the training of a run. The fixture holds the settings that the training would have
+    had."""
     seen = {}
 
     def train(given):
@@ -54,8 +55,8 @@ labels: {0: FIRST, 1: SECOND}
 
 @pytest.fixture(scope="module")
 def quick():
-    """Draws no curves, which other tests do, and keeps imported modules out of garbage collection:
-    this saves a second per run."""
+    """Draw no curves, which other tests do, and keep imported modules out of garbage collection.
+    This saves a second per run."""
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "plot_runs", lambda *args: None)
@@ -65,7 +66,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """folder(kind, tied): a tiny random model with its tokenizer, saved."""
+    """Return folder(kind, tied), which saves a tiny random model with its tokenizer."""
     root = tmp_path_factory.mktemp("models")
 
     def saved(kind: str, tied: bool = True) -> Path:
@@ -80,8 +81,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """task(words): a file of a task with these label words; rows of different lengths, so that
-    batches are padded."""
+    """Return task(words), which writes a task with these label words. Rows have different lengths,
+    so that batches are padded."""
     root = tmp_path_factory.mktemp("task")
     texts = [
         " ".join(VOCABULARY[(7 * i + 3 * j * j) % 60] for j in range(5 + i % 9)) for i in range(60)

@@ -1,4 +1,4 @@
-"""compare and plot: what they refuse and print."""
+"""compare and plot refuse bad arguments, and print their results."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_compare_reads_values_and_gives_each_method_its_options(tmp_path, compar
     assert (mezo["window"], pseuzo["window"], adam["window"]) == (14, 5, 14)
     assert (mezo["eps"], pseuzo["eps"], adam["eps"]) == (1e-2, 1e-2, None)
     assert pseuzo["groups"] == "none" and pseuzo["lr"] == adam["lr"] == "auto"
-    assert yaml.safe_load(yaml.safe_dump(compared)) == compared, "plain values only"
+    assert yaml.safe_load(yaml.safe_dump(compared)) == compared, "not all values are plain"
     assert "--directions is for mezo" in refused(
         "compare",
         *BASE,

@@ -1,4 +1,4 @@
-"""--config files, and settings that are written and read again."""
+"""--config files are read, and settings are written and read again."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the command line refuses with exit code 2, and info."""
+"""The command line refuses mistakes with exit code 2, and `info` checks the ops."""
 
 import functools
 import re
@@ -88,7 +88,7 @@ def test_info():
 ALL_BITS = ["hadamard", "hadamard-fp16", "rademacher"]
 
 
-BROKEN = {  # the op that is wrong, what it does instead, and the lines that tell
+BROKEN = {  # the broken op, its replacement, and the lines that report it
     "noise": ("noise", lambda op, *args, **k: op(*args, **k) * (1 + 1e-5), ["normal"]),
     "window": (
         "EmaWindow",

@@ -1,4 +1,4 @@
-"""Which errors become one sentence, and which do not."""
+"""Errors of the user become one sentence, and our own errors keep their traceback."""
 
 import errno
 import json
@@ -92,7 +92,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
-    """This includes its trials for a rate, which save nothing themselves."""
+    """Trials for a rate are not made either, although they save nothing themselves."""
     load = runs.load_model
 
     def unsavable(*args, **kwargs):
@@ -216,7 +216,7 @@ def test_interruptions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_sequences_longer_than_the_model(command, tmp_path):
-    """They are refused if asked for; the default is as many as the model has."""
+    """Such lengths are refused if they are asked for. The default is the model's own length."""
     sizes = [
         *"--train-size 4 --dev-size 4 --test-size 4 --device cpu".split(),
         *"--max-length 129".split(),

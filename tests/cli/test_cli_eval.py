@@ -1,4 +1,4 @@
-"""eval takes the rows of the run in whose folder the model is."""
+"""eval takes its rows from the run whose folder holds the model."""
 
 import pytest
 from cli_refusals import BASE, refused

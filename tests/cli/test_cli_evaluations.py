@@ -1,4 +1,4 @@
-"""eval of models, of runs and of shots."""
+"""eval evaluates models and runs, also with shots."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_eval_of_weights_that_are_not_finite(tmp_path):
         tmp_path / "eval.json",
     ]
     *_, said, line = pseuzo("eval", *args).strip().splitlines()
-    figures = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    figures = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert figures["test"] == {"accuracy": 0.0, "loss": None, "examples": 8}
     assert json.loads((tmp_path / "eval.json").read_text()) == figures
     assert "the loss on the test rows is nan, as the model's logits are not finite" in said
@@ -149,11 +149,11 @@ def test_eval_of_a_run_takes_its_rows(tmp_path, monkeypatch):
     text = pseuzo(*common, out / "model", "--data-seed", 0, "--test-size", 11)
     assert "--train-size 24 --dev-size 4\n" in text and last_json(text)["test"]["examples"] == 11
     assert last_json(text)["test"]["loss"] != pytest.approx(results["test"]["loss"], rel=1e-3)
-    # as they would be anyway
+    # These sizes and this seed are the ones that eval would take in any case.
     assert "rows as in" not in pseuzo(*common, out / "model", *sizes, "--seed", 5)
-    # of another task
+    # The task is another one.
     assert "rows as in" not in pseuzo(*common, out / "model", "--task", "demo", "--test-size", 8)
-    monkeypatch.chdir(out)  # a name is no model in this folder
+    monkeypatch.chdir(out)  # "demo" names the built-in model, not a folder here
     assert "rows as in" not in pseuzo(*common, "demo", "--test-size", 8)
     (out / "model").rename(tmp_path / "model")
     assert "rows as in" not in pseuzo(*common, tmp_path / "model", "--test-size", 8)
@@ -181,7 +181,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, kind):
         f"open({str(ran)!r}, 'w').close()\nfrom transformers import OPTConfig as Config, "
         "OPTForCausalLM as Model\n"
     )
-    known = kind == "opt"  # then Transformers' own code is used
+    known = kind == "opt"  # Transformers' own code is used for this kind
     text = pseuzo(
         "eval", *SMALL[2:4], "--model", folder, "--test-size", 8, "--quiet", code=0 if known else 2
     )

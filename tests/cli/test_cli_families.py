@@ -1,4 +1,4 @@
-"""Whole runs of the command line on tiny models of every family: what moves and what is saved."""
+"""Whole runs of the command line on tiny models of every family move and save the right weights."""
 
 import json
 import math
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
     [
         (True, ["pseuzo"], "all"),
         (False, ["pseuzo"], "none"),  # --head frozen
-        # the loss depends on no others
+        # The loss depends on no other weights.
         (
             False,
             ["pseuzo", "--head", "exact", "--head-lr", "0.02"],
@@ -136,8 +136,8 @@ def test_an_adapter_loads_in_any_directory(tmp_path, monkeypatch, folder, task, 
 
 
 def test_checkpoints_are_models_with_their_tokenizer(tmp_path, folder, task):
-    """And with the config of the model as it was: the tokenizer's special tokens are not written
-    into it."""
+    """The config of the model is unchanged: the tokenizer's special tokens are not written into
+    it."""
     base, out = folder("gpt2"), tmp_path / "run"
     train(base, task(), out, "--save-every", 3)
     model, tokens = load_model(out / "checkpoint-3", device="cpu")
@@ -165,7 +165,7 @@ def test_options_and_label_words_are_the_same_loss(tmp_path, folder, task, kind,
     # are rounded to six places.
     assert found["options"] == pytest.approx(found["label-words"], abs=64 * EPS32 + 1e-6)
     assert abs(found["options"] - math.log(2)) > 1e-3, (
-        "the words are not alike, so that it says something"
+        "the losses of the words are too similar to test this"
     )
     assert_same_weights(tmp_path / "auto" / "model", tmp_path / "label-words" / "model")
     start = weights(folder(kind, False))

@@ -1,4 +1,4 @@
-"""Who owns a folder, and what a failed try leaves in it."""
+"""A folder has one owner, and a failed try adds nothing to it."""
 
 import json
 import subprocess
@@ -80,7 +80,7 @@ def test_a_folder_at_work_is_left_alone(tmp_path, command):
             assert "is in use by another pseuzo process" in refused(
                 command, *args[command], *more, "--output", out
             )
-        if command == "train":  # of a comparison that was killed, and left its run at work
+        if command == "train":  # a killed comparison left its run at work
             with pytest.raises(ValueError, match="is in use by another pseuzo process"):
                 compare._train({}, out)
         assert contents(out) == before
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
         *args, out / "checkpoint-3"
     )
     (tmp_path / "checkpoint-3").mkdir()
-    # but of another one
+    # This folder is a checkpoint of another run.
     assert "that is no checkpoint of a run in" in refused(*args, tmp_path / "checkpoint-3")
     assert not out.exists()
 
@@ -171,7 +171,7 @@ def test_a_try_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeyp
 
 
 def test_the_step_that_is_kept_is_said(tmp_path, settings):
-    # 10 steps are made, of those 2 less than asked for kept
+    # The run makes 10 steps, and keeps the weights of an earlier one.
     args = [
         "train",
         *BASE,

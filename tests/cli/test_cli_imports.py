@@ -1,4 +1,4 @@
-"""Ctrl-C while libraries are imported, and what the package imports."""
+"""Ctrl-C works while libraries are imported, and the package imports only what is needed."""
 
 import os
 import subprocess
@@ -41,8 +41,8 @@ MODULE, SCRIPT = ["-m", "pseuzo"], ["-c", "from pseuzo.__main__ import main; mai
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
 def test_ctrl_c_during_the_imports(tmp_path, start, module):
-    """At any time the command ends with 130 and one line: also before there is a command line, and
-    where an import mistakes it for a missing module."""
+    """At any time the command ends with 130 and one line. This also holds before the command line
+    is imported, and if an import mistakes the interrupt for a missing module."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     (tmp_path / "config.yaml").write_text("model: demo\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))

@@ -1,5 +1,5 @@
-"""Runs of the command line that were killed, interrupted or finished: what --resume makes of them,
-with the same bits."""
+"""--resume continues killed, interrupted and finished runs of the command line with the same
+bits."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
     assert last_checkpoint(out).endswith("checkpoint-4")
     decided = (out / "noise_on.json").read_text()
     run([*args, "--resume"])
-    assert (out / "noise_on.json").read_text() == decided, "it is not decided again"
+    assert (out / "noise_on.json").read_text() == decided, "the weights were chosen a second time"
     assert_same_weights(whole / "model", out / "model")
 
 
@@ -135,7 +135,7 @@ def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
     pseuzo(*args)
     before, recorded = weights(out / "model"), journal.read_bytes()
     results = json.loads((out / "results.json").read_text())
-    assert results["lr"] == 2e-4, "the rate it began with"
+    assert results["lr"] == 2e-4, "the rate is not the one at the start"
     (out / "results.json").unlink()  # killed while the test rows were evaluated
     pseuzo(*args, "--resume")
     assert all(torch.equal(p, before[n]) for n, p in weights(out / "model").items())

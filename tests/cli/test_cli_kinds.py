@@ -1,4 +1,4 @@
-"""Masked language models and classifiers on the command line: trained, replayed, evaluated."""
+"""The command line trains, replays and evaluates masked language models and classifiers."""
 
 import json
 
@@ -63,7 +63,8 @@ def test_train_replay_eval(here, kind, method, mode):
         assert_same_weights(here / "again", here / "run" / "model")
         start, end = weights(here / "run" / "start"), weights(here / "run" / "model")
         still = {name for name in start if torch.equal(start[name], end[name])}
-        # PseuZO's noise ends before the head; the weight of a masked model's is the embedding's.
+        # PseuZO's noise ends before the head. The weight of a masked model's head is the
+        # embedding's.
         head = {"auto": {"cls.predictions.bias"}, "classifier": {"classifier.weight"}}[kind]
         assert (head <= still) == (method == "pseuzo")
 

@@ -8,7 +8,7 @@ from pseuzo.models.modes import MODES, mode_options
 from pseuzo.train.options import OPTIONS
 
 PARAMETERS = {p.name: p for p in train.params}
-# Defaults that depend on the tuning mode on the command line.
+# On the command line, these defaults depend on the tuning mode.
 DEFAULTS = train_defaults()
 BY_MODE = {"learning_rate", "eps"}
 

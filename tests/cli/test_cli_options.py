@@ -97,8 +97,8 @@ def test_lr_is_scaled_to_where_a_first_order_run_trains_if_it_is_not_given(tmp_p
 
 
 def test_a_config_of_another_method_leaves_its_options_behind(tmp_path, settings):
-    """Examples hold PseuZO's own options; --method mezo on the command line is the baseline to
-    them."""
+    """The example files hold PseuZO's own options, and --method mezo on the command line runs the
+    baseline."""
     file = EXAMPLES / "opt-1.3b-sst2.yaml"
     text = pseuzo("train", "--config", file, "--method", "mezo", "--output", tmp_path / "run")
     assert "--groups is for pseuzo, not for mezo: that of --config is left out" in text
@@ -191,7 +191,7 @@ def test_a_missing_integration_is_refused_before_anything_is_made(
 def test_journal(tmp_path, settings):
     journal, out = tmp_path / "run.pzj", tmp_path / "run"
     args = ("train", *BASE, "--output", out, "--journal")
-    assert "--until" not in pseuzo(*args, journal, "--steps", 10), "it is not there"
+    assert "--until" not in pseuzo(*args, journal, "--steps", 10), "--until was not needed"
     journal.touch()
     text = pseuzo(*args, journal, "--steps", 10)
     assert "model/ is step 8" in text and "--until 8" in text
@@ -205,7 +205,7 @@ def test_journal(tmp_path, settings):
         "the run writes results.json itself" in refused(*args, out / "results.json")
         and not out.exists()
     )
-    pseuzo(*args, out / "inside.pzj")  # its folder will be made
+    pseuzo(*args, out / "inside.pzj")  # the run makes this folder
     out.mkdir()
     (out / "config.yaml").touch()
     pseuzo(*args, journal, "--resume")

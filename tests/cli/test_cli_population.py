@@ -17,7 +17,7 @@ def test_evolution_trains_on_a_metric_in_parts(tmp_path):
     given = "--method evolution --objective metric --split-batch --directions 3 --steps 3"
     results = trained(tmp_path / "run", *given.split(), "--eps", 0.05, "--log-every", 1)
     assert (results["method"], results["lr"], results["forwards"]) == ("evolution", 1e-5, 6)
-    # The mean accuracy at two points, of six rows in three parts of two.
+    # A loss is the mean accuracy at two points, over six rows in three parts of two.
     losses = [row["loss"] for row in results["history"] if "loss" in row]
     assert len(losses) == 3 and all(abs(12 * x - round(12 * x)) < 1e-3 for x in losses)
 

@@ -123,8 +123,8 @@ for backend, args in json.loads(sys.argv[1]):
     reason="_C is not built: PSEUZO_BUILD=cpu pip install --no-build-isolation -e .",
 )
 def test_a_run_is_replayed_by_another_backend(tmp_path, folder, task):
-    """C++ is compared with plain torch, both ways, and with Triton in its interpreter, which is
-    slow and so gets few weights."""
+    """C++ is compared with plain torch in both directions, and with Triton in its interpreter. The
+    interpreter is slow, so it gets few weights."""
     base, rademacher = folder("llama"), ["--noise", "rademacher"]
     few = [
         x
@@ -179,8 +179,8 @@ def test_a_run_is_replayed_by_another_backend(tmp_path, folder, task):
         assert not same(
             weights(tmp_path / name / "model"), {n: p.bfloat16() for n, p in weights(base).items()}
         )
-    # Normal noise is not the same to the bit: |z| < 8, so 4 ulps of it are at most 2e-6, and a sum
-    # of K terms rounds K + 2 times.
+    # Normal noise does not have the same bits. |z| < 8, so 4 ulps of z are at most 2e-6, and a sum
+    # of K terms is rounded K + 2 times.
     records = list(read_journal(journal("normal"))[1])
     noise = sum(record.groups[0][0] * float(record.coefs.abs().sum()) for record in records)
     got, want = weights(replayed("normal")), weights(tmp_path / "normal" / "model")

@@ -1,4 +1,4 @@
-"""Runs of the command line: the files that they write, and their replay."""
+"""Runs of the command line write the right files, and can be replayed."""
 
 import json
 import subprocess
@@ -169,7 +169,7 @@ def test_a_step_that_is_skipped_does_not_spoil_the_curves(tmp_path):
     assert "NaN" not in text and "Infinity" not in text
     results = json.loads(text)
     assert results["skipped_steps"] > 0 and results["test"]["accuracy"] == 0, (
-        "what is not finite is not right"
+        "scores that are not finite were counted as right"
     )
     losses = [row["loss"] for row in results["history"] if "loss" in row]
     assert losses[0] is not None and len(losses) == 6
@@ -195,7 +195,7 @@ def test_prefix_adapters_are_evaluated_at_the_length_that_is_left(tmp_path):
     )
     scored = last_json(pseuzo("eval", "--model", tmp_path / "run" / "model", *common))
     assert scored["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"], (
-        "the same rows"
+        "the rows differ"
     )
 
 
@@ -221,8 +221,8 @@ def test_plot_overlays_runs(tmp_path):
 
 @pytest.fixture
 def few_processes(monkeypatch):
-    """Lets only the first run of a comparison have a process of its own. The others run in this
-    process, where everything is imported. Holds the commands that were run."""
+    """Let only the first run of a comparison have a process of its own. The others run in this
+    process, where everything is imported. The fixture holds the commands that were run."""
     commands = []
 
     def run(command, **options):
@@ -267,7 +267,7 @@ def test_compare_runs_methods_for_equal_forwards(tmp_path, few_processes):
 
 
 def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
-    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()  # of 8 steps an epoch
+    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()  # an epoch has 8 steps
     words = "pseuzo_epochs is 2, but a cycle has 1 epoch(s): the run has 3, in 2 cycle(s)"
     assert words in pseuzo("train", *SMALL, *args, "--output", tmp_path / "run", code=2)
     assert list((tmp_path / "run").iterdir()) == []
@@ -280,7 +280,8 @@ def test_lr_auto_searches_and_says_what_it_found(tmp_path):
     trials = {float(rate): loss for rate, loss in found["trials"].items()}
     assert len(trials) >= 3 and text.count("dev loss") == len(trials)
     largest = max(rate for rate, loss in trials.items() if loss < 1.05 * found["start"])
-    # what a long run survives
+    # A long run diverges at rates that a short trial survives, so the choice is at least 4 times
+    # lower.
     best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get)
     assert found["chosen"]["lr"] == best == json.loads((out / "results.json").read_text())["lr"]
 

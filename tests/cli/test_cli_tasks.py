@@ -1,4 +1,4 @@
-"""Tasks on the command line."""
+"""The command line trains on built-in and user's tasks, and evaluates them."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
         tmp_path / "run",
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["test"]["examples"] == 24  # two fifths at most
+    assert results["test"]["examples"] == 24  # at most two fifths of the rows
     assert results["cut_prompts"] == {"train": 20, "dev": 10, "test": 24}
     assert (
         "20 of 20 prompts of the train split were too long for 128 tokens and lost their beginning"
@@ -94,7 +94,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tmp_path):
 
 
 def test_generation_is_trained_and_scored_by_f1(tmp_path):
-    """A task in the public schema of SQuAD, trained on the answers' tokens and on F1 itself."""
+    """A task in the public schema of SQuAD is trained on the answers' tokens and on F1 itself."""
     rows = [
         {
             "context": f"The {c} is {n}.",

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import SMALL, assert_same_weights, pseuzo
 
-RUNS = {  # what is given, and the forward passes of three steps
+RUNS = {  # arguments, and the forward passes of three steps
     "zo-sign": (["--noise", "rademacher", "--lr", "1e-4"], 6),
     "zo-conservative": (["--lr", "1e-3"], 15),
     "zo-blocks": (["--blocks", "2", "--one-sided", "--lr", "1e-3"], 6),

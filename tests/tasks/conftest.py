@@ -17,6 +17,6 @@ def demo_model():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """What datasets writes when it reads Parquet goes to the test's own folder."""
+    """Let datasets write its cache, when it reads Parquet, to the test's own folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

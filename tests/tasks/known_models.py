@@ -1,4 +1,4 @@
-"""A model whose every probability is known, for figures worked out by hand."""
+"""Makes a model whose every probability is known, for figures worked out by hand."""
 
 import itertools
 import math
@@ -33,8 +33,8 @@ class Pairs(PreTrainedModel, GenerationMixin):
 
 
 def model_of(tokenizer, *texts, logits=10.0):
-    """A model in which the next token of a text has this logit, or one for each text, and all
-    other tokens have 0."""
+    """Return a model in which the next token of each text has this logit, or its own logit if
+    several are given. All other tokens have 0."""
     model = Pairs(
         OPTConfig(vocab_size=VOCAB, pad_token_id=1, bos_token_id=2, eos_token_id=2)
     ).train()
@@ -48,5 +48,6 @@ def model_of(tokenizer, *texts, logits=10.0):
 
 
 def logp(*logits, total=None):
-    """Log-probability of the first of these logits among all VOCAB, the rest of which are 0."""
+    """Return the log-probability of the first of these logits among all VOCAB, of which the rest
+    are 0."""
     return logits[0] - math.log(sum(map(math.exp, logits)) + VOCAB - len(logits))

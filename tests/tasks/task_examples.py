@@ -15,7 +15,7 @@ TASK = Task(
     label="label",
     labels={0: "bad", 1: "good"},
 )
-# What a task file of this kind needs.
+# A task file of each kind needs these entries.
 GOOD = {
     "kind": "classification",
     "prompt": "{{ sentence }}",

@@ -1,4 +1,4 @@
-"""Prompts in a tokenizer's chat template."""
+"""Prompts can be put in a tokenizer's chat template."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 
 def with_chat(template):
-    """The demo's tokenizer, whose texts begin with </s>, with this template and its turn tokens."""
+    """Return the demo's tokenizer, whose texts begin with </s>, with this template and its turn
+    tokens."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]}
@@ -26,7 +27,7 @@ TURNS = (
 )
 
 
-# It writes nothing before a turn that is yet to come, and a space before the answer.
+# This template writes nothing before the coming turn, and a space before the answer.
 SPACED = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<|user|> {{ m.content }} <|end|>"
@@ -45,7 +46,7 @@ CHAT = Task(**(vars(CODE) | {"chat": True, "labels": {"code": "code", "prose": "
 
 @pytest.mark.parametrize("template", [TURNS, SPACED], ids=["turns", "spaced"])
 def test_chat(template):
-    """Prompts are what the tokenizer makes of the conversation, with one BOS; answers are the
+    """A prompt is the tokenizer's text of the conversation, with one BOS, and the answer is the
     assistant's tokens after it."""
     tokenizer = with_chat(template)
 
@@ -87,7 +88,7 @@ def test_chat(template):
     (row,), (prompt,) = data.token_rows(0, "answer"), data.token_rows(0, "prompt")
     assert prompt.tokens == row.prompt == asked("Who is it?")
     assert row.tokens == asked("Who is it?", "the king")[: len(row.tokens)], (
-        "it learns to end its turn"
+        "the answer does not end the turn"
     )
     end = "<|end|>" if template == TURNS else tokenizer.eos_token
     assert tokenizer.convert_ids_to_tokens(row.answer)[-1] == end and data.end_tokens() == {
@@ -119,7 +120,8 @@ def test_a_chat_template_without_bounds_is_refused(template, monkeypatch):
 
 
 def test_a_chat_template_that_writes_before_an_answer():
-    """A model that may think is asked with an empty thought, and the answer after it is scored."""
+    """A thinking model is asked with an empty thought, and the answer after the thought is
+    scored."""
     tokenizer = with_chat(THINKING)
     data = TaskData(examples_of(CHAT), CHAT, tokenizer, max_length=100)
     (row,) = data.token_rows(0, "label-words")
@@ -144,7 +146,7 @@ def test_what_is_too_long_in_a_chat_is_cut_from_the_users_text(length):
         and cut[0].lost > 0 == whole[0].lost
     )
     longest = max(len(row.tokens) for row in cut)
-    assert length - 2 <= longest <= length, "a character less is a token less, or none"
+    assert length - 2 <= longest <= length, "a character less should remove at most a token"
     (question,) = {tokenizer.decode(row.prompt) for row in cut}
     assert question.startswith("</s><|user|>\n") and question.endswith(
         "ten \n# kind:<|end|>\n<|assistant|>\n"

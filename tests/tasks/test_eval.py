@@ -1,4 +1,4 @@
-"""Evaluation against figures worked out by hand, with a model whose every probability is known."""
+"""Evaluation gives the figures worked out by hand, for a model whose every probability is known."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def tokenizer():
 
 
 CHOICE = Task(name="c", kind="choice", prompt="{{ q }}", options="options", answer="answer")
-# The second one has several tokens.
+# The second option has several tokens.
 OPTIONS = (" x", " return value of it")
 
 
@@ -36,7 +36,7 @@ def test_accuracy_of_options_is_by_mean_log_likelihood(tokenizer):
         model.lm_head.weight[ids[1], ids[0]] = 1.0
     short = logp(4.0, 1.0)
     total = logp(1.0, 4.0) + (n - 1) * logp(7.0)
-    assert total < short < total / n, "by the sum it would be the short one"
+    assert total < short < total / n, "the sum should choose the short option"
     examples = [
         Example("a =", tuple(o.strip() for o in OPTIONS), answer, (OPTIONS[answer].strip(),))
         for answer in (0, 1, 1)
@@ -84,7 +84,7 @@ def test_scores_that_are_not_finite_are_never_right(tokenizer):
             assert evaluate(model, data)["accuracy"] == 0.75
             both.append(data)
         with torch.no_grad():
-            model.embed.weight[ids[0], ids[0]] = broken  # so are all logits after " ="
+            model.embed.weight[ids[0], ids[0]] = broken  # this breaks all logits after " ="
         for data in both:
             assert evaluate(model, data)["accuracy"] == 0.25
             assert float(nondiff_loss(model, data, [0, 1, 2])) == 1.0
@@ -120,7 +120,7 @@ def test_the_demo_task(tokenizer, batch_size):
     if batch_size == 64:
         everything = TaskData(examples, task, tokenizer, max_length=126)
         right = 0
-        for i, example in enumerate(examples):  # the model's own logits, a prompt at a time
+        for i, example in enumerate(examples):  # these are the model's own logits, prompt by prompt
             ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"][:, -126:]
             with torch.no_grad():
                 logits = model(ids).logits[0, -1, everything.options]
@@ -141,13 +141,13 @@ FREE = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_
 
 
 def test_generation_f1_and_exact_match(tokenizer):
-    # The model writes this after "=", ":" and "("; it ends the first two with a line break, and
-    # never ends the third.
+    # The model writes these texts after "=", ":" and "(". It ends the first two with a line break,
+    # and never ends the third.
     model = model_of(tokenizer, " = The result value\nis", " : a string\nis", " ( loop if loop")
     prompts = [
         Example("what follows =", (), None, golds)
         for golds in (
-            ("result value",),  # all of it, but for case and the article
+            ("result value",),  # this is all of it, except for case and the article
             ("value", "other"),  # precision 1/2 of "result value", recall 1: 2/3
             ("none",),
             ("the wrong thing", "result value of it"),  # precision 1, recall 1/2
@@ -214,7 +214,8 @@ def test_loss_of_a_generation_is_that_of_training(tokenizer):
 
 @pytest.mark.slow
 def test_a_perturbed_model_is_seen_perturbed(tokenizer):
-    """nondiff_loss in a perturbed pass is that of a model with those weights, and changes none."""
+    """nondiff_loss in a perturbed pass is that of a model with the perturbed weights, and changes
+    no weight."""
     from pseuzo_kernels import perturb_
 
     task = load_task("demo")
@@ -243,5 +244,5 @@ def test_a_perturbed_model_is_seen_perturbed(tokenizer):
                 perturb_(list(other.parameters()), seed, 3e-2)
             assert got == float(nondiff_loss(other, data, rows))
             values.append(got)
-        assert set(values) != {clean}, "a test that could tell"
+        assert set(values) != {clean}, "the losses are all equal"
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

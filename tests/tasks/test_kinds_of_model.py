@@ -1,4 +1,4 @@
-"""Tasks asked of masked language models and of classifiers."""
+"""Masked language models and classifiers can be trained and evaluated on tasks."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def data_for(kind, max_length=32, task=TASK, tokenizer=None, **options):
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_rows_are_the_tokenizers(kind):
-    """[CLS] prompt [MASK] [SEP], as the tokenizer itself makes them of the text."""
+    """The rows are [CLS] prompt [MASK] [SEP], as the tokenizer itself makes them from the text."""
     data, tokenizer = data_for(kind), encoder_tokenizer()
     assert data.train_on == "label-words"
     words = tokenizer.convert_tokens_to_ids(["w2", "w3", "w4"])

@@ -1,4 +1,4 @@
-"""The order in which examples are drawn: every row once an epoch, the classes spread evenly."""
+"""Each epoch draws every row once, with the classes spread evenly."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_the_sampler(counts):
             assert share.tolist() in ([8, 8], [4, 4])
     if counts == (500, 500):
         firsts = {classes[batch[0]] for batch in batches}
-        assert firsts == {0, 1}, "in random order within a batch"
+        assert firsts == {0, 1}, "the order within a batch is not random"
 
 
 def test_the_sampler_in_a_data_loader(tokenizer):

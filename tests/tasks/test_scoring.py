@@ -1,4 +1,5 @@
-"""What is scored of an option, and by what its score is calibrated, against figures by hand."""
+"""The right tokens of an option are scored and calibrated, compared with figures worked out by
+hand."""
 
 import math
 from dataclasses import replace
@@ -27,8 +28,9 @@ def test_the_rest_of_a_sentence_is_scored_after_each_option(tokenizer):
         assert row.tokens == begin + whole
         assert tokenizer.decode(row.answer) == " it."
         assert tokenizer.decode(row.prompt[len(begin) :]) == f"They use the {option}"
-    assert data.token_rows(0, "answer")[0] == rows[1]  # the right one is trained on
-    # of two tokens, the first has logit 2 after "of" and 5 after "name"; all others are 0
+    assert data.token_rows(0, "answer")[0] == rows[1]  # training uses the right option
+    # Of the two tokens of the answer, the first has logit 2 after "of" and 5 after "name". All
+    # other logits are 0.
     model = model_of(tokenizer, " of it", " name it", logits=(2.0, 5.0))
     assert len(rows[0].answer) == 2
     figures = evaluate(model, data)
@@ -39,7 +41,7 @@ def test_the_rest_of_a_sentence_is_scored_after_each_option(tokenizer):
     figures = evaluate(model, other)
     assert figures["accuracy"] == 0
     assert figures["loss"] == pytest.approx(-(logp(2.0) + logp(0.0)) / 2, abs=1e-5)
-    # a shot is the whole sentence, and a long one loses its beginning
+    # A shot is the whole sentence, and a long prompt loses its beginning.
     shot = TaskData([example], data.task, tokenizer, max_length=60, shots=[example])
     text = tokenizer.decode(shot.token_rows(0, "options")[0].tokens[len(begin) :])
     assert text == "They use the name it.\n\nThey use the value of it."
@@ -69,8 +71,8 @@ WORDS = Task(
 @pytest.mark.parametrize("train_on", ["label-words", "options"])
 @pytest.mark.parametrize("above", [False, True])
 def test_calibrated_label_words(tokenizer, train_on, above):
-    """After the prompt x has logit 4 and y 2. After the domain's prompt x has a little more, or a
-    little less, than that difference of 2: the calibrated choice is y, or x."""
+    """After the prompt, x has logit 4 and y has 2. After the domain's prompt, x has a little more
+    or less than this difference of 2. So the calibrated choice is y or x."""
     of_domain = 2.1 if above else 1.9
     model = model_of(tokenizer, " = x", " = y", " : x", logits=(4.0, 2.0, of_domain))
     examples = WORDS.examples([{"q": "a =", "a": 1}, {"q": "c =", "a": 0}])
@@ -84,8 +86,8 @@ def test_calibrated_label_words(tokenizer, train_on, above):
 
 @pytest.mark.parametrize("of_domain", [3.9, 4.1])
 def test_calibrated_options(tokenizer, of_domain):
-    """An option of one token with logit 4, and one of n, whose first has logit 1. What differs
-    after the domain's prompt is the logit of the short one alone."""
+    """One option is a token with logit 4. The other has n tokens, whose first has logit 1. After
+    the domain's prompt only the logit of the short option differs."""
     texts = {"prompt": "{{ q }}", "options": "options", "answer": "answer", "sfc": "{{ d }}"}
     task = Task(name="c", kind="choice", **texts)
     options = ("x", "return value of it")
@@ -103,7 +105,7 @@ def test_calibrated_options(tokenizer, of_domain):
     rows = [{"q": "a =", "d": "b :", "options": options, "answer": i} for i in (0, 1)]
     for i, example in enumerate(task.examples(rows)):
         data = TaskData([example], task, tokenizer, max_length=60)
-        assert evaluate(model, data)["accuracy"] == i, "by itself it is the long one"
+        assert evaluate(model, data)["accuracy"] == i, "without calibration"
         calibrated = 0 if short > long else 1
         assert evaluate(model, data, sfc=True)["accuracy"] == float(i == calibrated)
 

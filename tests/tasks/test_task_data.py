@@ -1,4 +1,4 @@
-"""Examples become token rows and batches: what is cut, what is scored, what is refused."""
+"""Examples become token rows and batches. They are cut and scored correctly, or refused."""
 
 import pytest
 import torch
@@ -75,11 +75,11 @@ def test_batches_of_answers(tokenizer):
     )
     batch = data.collate([data[0]])
     (answer,) = decoded(tokenizer, batch["labels"], batch["labels"] != -100)
-    assert answer == " the king\n", "it learns to stop"
+    assert answer == " the king\n", "the answer does not end with a line break"
 
 
 def test_a_batch_without_padding_has_no_mask(tokenizer, demo_model):
-    """Its loss has the same bits as with a mask that leaves nothing out."""
+    """The loss of the batch has the same bits as with a mask of ones."""
     for task, keys in (
         (CODE, {"labels"}),
         (LONG, {"labels", "examples", "answers", "option_rows"}),
@@ -100,7 +100,8 @@ def test_a_batch_without_padding_has_no_mask(tokenizer, demo_model):
 
 
 def test_label_words_and_options_of_one_token_are_the_same_loss(tokenizer, demo_model):
-    """Also where prompts are cut. In float64 but for the logits, which are cast to fp32."""
+    """This also holds if prompts are cut. Losses are in float64, except that logits are cast to
+    fp32."""
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).double().eval()
     for max_length in (100, 12):
         losses = []
@@ -114,7 +115,7 @@ def test_label_words_and_options_of_one_token_are_the_same_loss(tokenizer, demo_
             losses.append(head(forward()))
         # Log-likelihoods are about 3, in fp32.
         torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=2e-6)
-    assert losses[0].std() > 1e-3, "a test that could tell"
+    assert losses[0].std() > 1e-3, "the losses are all equal"
 
 
 def test_prompts_are_cut_on_the_left(tokenizer):
@@ -123,10 +124,10 @@ def test_prompts_are_cut_on_the_left(tokenizer):
     for long, short in zip(whole[3]["tokens"], cut[3]["tokens"], strict=True):
         option = long.answer
         assert len(short.tokens) == 14 and short.answer == option
-        # The token before every text stays, and the end of the prompt.
+        # The token before every text and the end of the prompt are kept.
         assert short.tokens == [2, *long.tokens[-13:]]
     words = TaskData(examples_of(CODE), CODE, tokenizer, max_length=8)
-    assert len(words[3]["tokens"][0].tokens) == 7, "room for the word, as in a row of an option"
+    assert len(words[3]["tokens"][0].tokens) == 7, "the word has no room"
     assert tokenizer.decode(words[3]["tokens"][0].tokens).endswith("# kind:")
     free = Task(
         name="g", kind="generation", prompt="{{ q }}\nAnswer:", answers="a", max_new_tokens=6
@@ -199,7 +200,7 @@ def test_an_answer_that_merges_with_the_prompt(tokenizer):
         separator="",
     )
     data = TaskData(task.examples([{"text": "x re", "label": 1}]), task, tokenizer, max_length=20)
-    assert data.train_on == "options", "the prompts of the two words are not the same tokens"
+    assert data.train_on == "options", "label words need prompts with the same tokens"
     rows = data[0]["tokens"]
     assert [tokenizer.decode(row.tokens) for row in rows] == ["</s>x return", "</s>x result"]
     assert [tokenizer.decode(row.answer) for row in rows] == [" return", " result"]
@@ -231,7 +232,7 @@ def test_task_data_refuses(tokenizer):
 
 def test_a_prompt_without_any_token_before_the_answer():
     gpt2_like = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    gpt2_like.backend_tokenizer.post_processor = None  # puts nothing before a text
+    gpt2_like.backend_tokenizer.post_processor = None  # puts no token before a text
     free = Task(name="g", kind="generation", prompt="{{ q }}", answers="a")
     assert (
         TaskData([Example("x", (), None, ("y",))], free, gpt2_like, max_length=9)[0]["tokens"][
@@ -244,7 +245,8 @@ def test_a_prompt_without_any_token_before_the_answer():
 
 
 def test_an_answer_without_a_token_is_refused():
-    """Otherwise the last token of the prompt would be scored in its place, or nothing."""
+    """Otherwise the last token of the prompt, or nothing, would be scored in place of the
+    answer."""
     from tokenizers import normalizers
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
@@ -261,7 +263,8 @@ def test_an_answer_without_a_token_is_refused():
 
 
 def test_answers_that_are_too_long_are_known_before_a_run(tokenizer):
-    """It is not refused in the middle of the run, when the loss of the dev rows is computed."""
+    """A long answer is refused before the run, not in the middle, when the loss of dev rows is
+    computed."""
     free = Task(name="g", kind="generation", prompt="{{ q }}", answers="a", max_new_tokens=5)
     data = TaskData(
         free.examples([{"q": "x", "a": "y"}, {"q": "x", "a": "long " * 50}]),

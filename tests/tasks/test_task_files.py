@@ -1,4 +1,4 @@
-"""Task files of one's own: what they may say, what they get wrong, rows that do not fit them."""
+"""A user's task file is read, or its mistakes and the rows that do not fit it are named."""
 
 import json
 
@@ -184,8 +184,8 @@ def test_rows_that_do_not_fit(row, sentence, tmp_path):
 
 
 def test_the_place_of_a_row_that_does_not_fit(tmp_path):
-    """It is the row's file and line, also after empty lines and in the second of two files; where
-    rows have no lines, its number."""
+    """The place is the row's file and line, also after empty lines and in the second of two files.
+    If rows have no lines, the place is the row's number."""
     from datasets import Dataset
 
     task, good, bad = (
@@ -280,7 +280,7 @@ def test_half_a_character_is_refused_with_its_row(tmp_path):
         {"sentence": "bad \ud83d" if i == 2 else "bad \U0001f600", "label": i % 2} for i in range(4)
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "\\ud83d\\ude00" in (tmp_path / "x.jsonl").read_text(), "the others are whole"
+    assert "\\ud83d\\ude00" in (tmp_path / "x.jsonl").read_text(), "the other rows were changed"
     with pytest.raises(
         ValueError,
         match=r"task mine, line 3 of .*x.jsonl: after 'bad ' comes '\\ud83d', half of a ",

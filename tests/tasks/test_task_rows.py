@@ -1,4 +1,4 @@
-"""Rows become examples: built-in prompts, the draw by seed, the layouts of data, the hub."""
+"""Rows become examples, by built-in prompts, draws by seed, and layouts of files and of the hub."""
 
 import json
 import warnings
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("name", PUBLIC)
 def test_builtin_prompts(name, suffix, tmp_path):
-    """Rows come through files laid out as the hub's are, test rows from the validation split."""
+    """Rows come from files with the hub's layout, and test rows from the validation split."""
     rows = [row for row, *_ in PUBLIC[name]]
     folder = tmp_path / name
     write(folder / f"train-00000-of-00001{suffix}", rows * 2)
@@ -194,7 +194,7 @@ def test_the_hubs_layout(tmp_path):
         parts = TASK.load(tmp_path / folder, train=12, dev=12, test=12)
         assert [min(numbers(parts[part])) for part in PARTS] == [0, 100, 200]
         assert [len(parts[part]) for part in PARTS] == [12, 12, 12]
-    for name in ("one", "two"):  # data sets of several configurations have a folder for each
+    for name in ("one", "two"):  # each configuration has its folder
         write(tmp_path / "many" / name / "train-00000-of-00001.parquet", numbered(12))
     with pytest.raises(
         ValueError,

@@ -1,4 +1,4 @@
-"""Templates over rows: sandboxed, bounded, and no null or list becomes text."""
+"""Templates over rows are sandboxed and bounded, and write no null or list as text."""
 
 from decimal import Decimal
 
@@ -31,7 +31,7 @@ def test_templates_are_sandboxed(tmp_path):
         task.example({"words": ["x"], "label": 0})
 
 
-# The ways in which a null could get into a text.
+# These are the ways in which a null could get into a text.
 REACH = [
     "{{ b }}",
     "{{ a ~ b }}",
@@ -101,7 +101,7 @@ def test_every_kind_of_null(null):
             match=r"(prompt|answers) cannot be filled in from the row: a value .* \(null\)",
         ):
             task.example(row)
-    # A null is no label, not even where a label looks like one.
+    # A null is not a label, even if a label looks like one.
     for labels in ({0: "None", "None": "x"}, {"nan": "a", "<NA>": "b", "NaT": "c"}):
         label = Task(name="n", kind="classification", prompt="x", label="a", labels=labels)
         with pytest.raises(
@@ -179,7 +179,7 @@ def test_lists_where_a_text_is_wanted(prompt, tmp_path):
         Task(name="n", kind="generation", prompt=prompt, answers="a").example(NULLS)
 
 
-# They would take minutes or gigabytes, or end in a traceback of the compiler.
+# These templates would take minutes or gigabytes, or end in a traceback of the compiler.
 HOSTILE = {
     "loops in loops": "{% for a in range(99999) %}"
     "{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -249,7 +249,7 @@ def test_hostile_templates(what):
 
 
 def test_work_is_for_each_row_and_template():
-    """Long prompts and loops of usual size are far from the limits."""
+    """Long prompts and loops of usual sizes are far below the limits."""
     words = [f"word{i}" for i in range(2000)]
     prompt = (
         "{% for w in words %}{{ loop.index }}: {{ w | upper }}, {% endfor %}"

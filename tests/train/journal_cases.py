@@ -40,7 +40,7 @@ MAKERS = {
 
 
 def without_head(model):
-    """PseuZO of all weights but those of the output head."""
+    """Return PseuZO of all weights except those of the output head."""
     body = [p for n, p in model.named_parameters() if n != "lm_head.weight"]
     return PseuZO(body, 1e-3, 1e-2, 3, model=model)
 

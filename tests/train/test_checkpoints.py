@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cut short or missing, and which weights are kept at the end."""
+"""Checkpoints may be damaged, cut short or missing, and the right weights are kept at the end."""
 
 import os
 import shutil
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 def trainer_of(folder: Path, **changes) -> PseuZOTrainer:
-    """The module is so small that a checkpoint takes milliseconds.
+    """Return a trainer of a module so small that a checkpoint takes milliseconds.
 
-    Its loss on the dev row falls at every step.
+    The loss on the dev row falls at every step.
     """
     torch.manual_seed(0)
     model, x = torch.nn.Linear(5, 1), torch.randn(8, 5)
@@ -65,7 +65,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run with checkpoints 2, 4 and 6, and its final weights."""
+    """Return the folder of a run with checkpoints 2, 4 and 6, and its final weights."""
     folder = tmp_path_factory.mktemp("run")
     trainer = trainer_of(folder)
     trainer.train()
@@ -182,7 +182,7 @@ def test_no_checkpoint_is_removed_before_the_next_one_is_sealed(tmp_path, monkey
 
 
 class Spoil(TrainerCallback):
-    """Does something to a run's folder when step 4 is saved, and makes later steps worse."""
+    """Calls a function with a run's folder when step 4 is saved, and makes later steps worse."""
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -239,7 +239,7 @@ def test_best_checkpoint_that_is_gone_is_not_said_to_be_kept(tmp_path, spoil, wh
         f"checkpoint-4, the best checkpoint, cannot be loaded: {why}; the weights are those of the "
         "last step, 6" in said
     )
-    # The run is over: when it is resumed again, it says the same.
+    # The run is complete, so a second resume prints the same.
     again = trainer_of(tmp_path, **BEST)
     again.train(resume_from_checkpoint=True)
     assert again.kept_step is None and same(weights(again), last[5])
@@ -255,7 +255,7 @@ def test_best_checkpoint_of_a_run_that_was_moved(tmp_path):
     again = trainer_of(tmp_path / "b", **BEST)
     again.train(resume_from_checkpoint=True)
     assert again.kept_step == 4 and same(weights(again), weights(trainer))
-    # a run that continues and saves nothing more does not forget it either
+    # A run that continues and saves nothing more does not forget it either.
     (tmp_path / "b").rename(tmp_path / "c")
     longer = trainer_of(
         tmp_path / "c", **BEST | dict(max_steps=7, eval_steps=10, save_strategy="best")

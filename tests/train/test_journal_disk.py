@@ -12,7 +12,7 @@ from tiny_models import causal_lm
 
 
 def test_records_reach_the_disk_for_less_than_a_hundredth_of_the_time(tmp_path, monkeypatch):
-    """A fake clock, by which a sync takes 0.03 s, every tenth one 0.3 s, and a step 0.07 s."""
+    """By a fake clock, a step takes 0.07 s and a sync 0.03 s, but every tenth sync takes 0.3 s."""
     now, syncs = [0.0], []
 
     def fsync(number):
@@ -74,7 +74,7 @@ class Full:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_path, late):
-    """late: how many records wait for the next step; on a GPU one does."""
+    """late: how many records wait for the next step. On a GPU one does."""
     path, model = tmp_path / "run.pzj", causal_lm("opt")
     base, opt = copy.deepcopy(model), MAKERS["pseuzo"](model)
     opened = Journal(path, opt)
@@ -86,7 +86,7 @@ def test_a_record_that_could_not_be_written_is_written_before_the_next_step(tmp_
     with pytest.raises(OSError, match="No space left"):
         train(opt, model, [2])
     assert opt.steps == 3 and path.stat().st_size == size, (
-        "the step is made, and half a record is taken back"
+        "half a record was not removed from the file"
     )
     opened._file.left = 10
     unchanged_after(lambda: train(opt, model, [3]), model, OSError, "No space left")

@@ -1,4 +1,4 @@
-"""The bytes of a journal: what each part holds, and what damage to it does."""
+"""Each part of a journal holds the right bytes, and damage to any part is noticed."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def test_a_header_that_cannot_be_read(header, sentence, tmp_path):
 )
 @pytest.mark.parametrize("written", [None, 99])
 def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
-    """Another rule would give other bits to stochastic 16-bit updates, and to nothing else."""
+    """Another rule would change the bits of stochastic 16-bit updates, and no others."""
     model = causal_lm("opt").to(dtype)
     base, twin = copy.deepcopy(model), copy.deepcopy(model)
     make = lambda m: MeZO(m, 1e-3, 1e-2, rounding=rounding)  # noqa: E731
@@ -83,7 +83,7 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
     with open(tmp_path / "run.pzj", "rb") as file:
         header, rest = journal_file.read_header(file), file.read()
     assert header.pop("rounding_version") == reference.ROUNDING_VERSION
-    # journals of the first rule do not name it
+    # Journals of the first rule do not name their rule.
     header |= {} if written is None else {"rounding_version": written}
     old = journal_file.MAGIC + journal_file.framed(json.dumps(header).encode()) + rest
     path.write_bytes(old)
@@ -109,8 +109,8 @@ def test_a_journal_of_another_rounding_rule(dtype, rounding, written, tmp_path):
 
 
 def test_a_damaged_length_is_no_torn_tail(tmp_path):
-    """A bit is flipped in each byte of a length and its checksums: in the header, in a record in
-    the middle, and in the last one."""
+    """A bit is flipped in each byte of a length and its checksums, in the header, in a record in
+    the middle, and in the last record."""
     path, base, _, _ = journal_of(tmp_path)
     whole, starts = path.read_bytes(), [8]
     while starts[-1] < len(whole):

@@ -1,4 +1,5 @@
-"""An interrupt at any line of the journal: the call made again records each step exactly once."""
+"""After an interrupt at any line of the journal, the repeated call records each step exactly
+once."""
 
 import os
 import sys
@@ -44,7 +45,7 @@ def opened(path, late):
 
 
 def record(journal, step):
-    journal._sync_at = 0.0  # a sync belongs to it
+    journal._sync_at = 0.0  # the interrupted call includes a sync
     skipped = torch.tensor([float(step == 1)])
     journal.record(step, 7 * step, set(), torch.tensor([step]), torch.tensor([0.5]), skipped)
 
@@ -103,7 +104,7 @@ def test_an_interrupt_as_the_journal_goes_back_with_the_optimizer(back, late, tm
                 path.write_bytes(path.read_bytes()[: empty(path)])
                 journal._written = empty(path), 4
             came = make(journal, range(back, 3), interrupt=("prepare", back), line=line)
-            came |= line == 0  # which is the undisturbed one
+            came |= line == 0  # line 0 interrupts nothing
         want = path.read_bytes() if line == 0 else want
         assert path.read_bytes() == want, f"interrupted before line {line}"
         line += 1

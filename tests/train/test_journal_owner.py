@@ -35,8 +35,8 @@ def test_one_optimizer_and_one_file_have_one_journal(tmp_path):
             Journal(path, other)
         assert opt.journal is first and other.journal is None
         assert path.read_bytes() == whole and not (tmp_path / "second.pzj").exists()
-        assert replay(path, copy.deepcopy(base)) == 4, "readers are let in"
-        inherited = os.dup(first._file.fileno())  # as a forked data loader has it
+        assert replay(path, copy.deepcopy(base)) == 4, "the lock keeps readers out"
+        inherited = os.dup(first._file.fileno())  # like a forked data loader
     with Journal(path, other) as second:
         first.close()
         assert other.journal is second and opt.journal is None
@@ -109,7 +109,7 @@ def test_a_journal_of_another_run_is_not_continued(tmp_path):
             Journal(path, another)
     with pytest.raises(JournalError, match=sentence):
         Journal(path, opt, run="mine")
-    # the state of the other, at the same step, is loaded while the journal is open
+    # The state of the other run, at the same step, is loaded while the journal is open.
     with Journal(path, opt):
         opt.load_state_dict(other.state_dict())
         unchanged_after(lambda: train(opt, opt.model, [4]), opt.model, JournalError, sentence)
@@ -128,7 +128,7 @@ def test_the_identifier_is_in_the_header_and_in_the_state(tmp_path):
         "mine",
         1,
     )
-    del state["state"]["zero_order"]["journal"]  # states without identifiers are loaded, too
+    del state["state"]["zero_order"]["journal"]  # states without identifiers can also be loaded
     opt.load_state_dict(state)
     assert opt.journal_run is None
 
@@ -153,7 +153,7 @@ def test_a_file_that_was_replaced_before_it_was_locked(tmp_path, monkeypatch):
         and len(list(read_journal(path)[1])) == 1
         and not (tmp_path / "aside").stat().st_size
     )
-    # a file system whose file numbers change
+    # On some file systems, file numbers change.
     monkeypatch.setattr(os.path, "samestat", lambda *files: False)
     with pytest.raises(JournalError, match="choose a file on another disk"):
         journal_file.hold(path)

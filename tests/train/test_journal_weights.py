@@ -1,4 +1,4 @@
-"""Weights that anything but the optimizer writes are noticed."""
+"""The journal notices writes to the weights by anything other than the optimizer."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_a_weight_that_somebody_else_wrote_is_noticed(write, steps, tmp_path):
     )
     assert opt.steps == steps and path.stat().st_size == size
     opened.close()
-    if steps:  # opening the journal again does not forget it
+    if steps:  # a journal that is opened again remembers the write
         with pytest.raises(
             JournalError, match=r"load a checkpoint|of another model or of other settings"
         ):
@@ -69,7 +69,7 @@ def test_no_other_weights_get_the_addresses_of_the_watched_ones(tmp_path):
     model.half().float()
     assert {storage.data_ptr() for storage in opened._weights._storages} == places
     opened.close()
-    assert not opened._weights._storages, "their memory is free again"
+    assert not opened._weights._storages, "the journal keeps the memory of the weights"
 
 
 @pytest.mark.parametrize("between", ["steps", "estimate and step"])

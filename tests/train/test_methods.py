@@ -1,4 +1,4 @@
-"""METHODS: a new method is an estimator and a row, and everything else derives from it."""
+"""A new method is an estimator and a row of METHODS, and everything else derives from the row."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from pseuzo.models.modes import MODES
 from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, forwards_per_step
 from pseuzo.train.options import OPTIONS, ZeroOrderOptions
 
-# The file of the estimator, its builder and its row, as a source tree would have them.
+# This is the file of the estimator, its builder and its row, as in a source tree.
 NEW = """
 import json
 import sys
@@ -52,9 +52,9 @@ for command in json.loads(sys.argv[1]):
 
 
 def with_new(*commands):
-    """The exit code and the output of each command of a package that has the new method.
+    """Return the exit code and the output of each command of a package that has the new method.
 
-    They share a process of its own: the command line reads METHODS when it is imported.
+    The commands share a new process, since the command line reads METHODS when it is imported.
     """
     commands = json.dumps([[str(arg) for arg in command] for command in commands])
     done = subprocess.run([sys.executable, "-c", NEW, commands], capture_output=True, text=True)

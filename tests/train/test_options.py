@@ -38,7 +38,7 @@ def test_where_options_apply():
 
 
 def test_choices_are_those_of_the_kernels():
-    """They are written twice, as the kernels' package imports torch."""
+    """The choices are written twice, since the kernels' package imports torch."""
     assert sorted(NOISES) == sorted(pseuzo_kernels.NOISES)
     assert sorted(ROUNDINGS) == sorted(pseuzo_kernels.ROUNDINGS)
 

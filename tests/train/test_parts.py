@@ -1,4 +1,5 @@
-"""A batch in parts of whole examples: their losses, by their sizes, are the loss of the batch."""
+"""A batch is split into parts of whole examples. The mean of their losses, weighted by size, is the
+loss of the batch."""
 
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ def of_labels():
 
 
 def of_answers():
-    """Rows with a loss at 1, 2, 3 or 4 tokens."""
+    """Return rows with a loss at 1, 2, 3 or 4 tokens."""
     batch = batch_of(7)
     last = torch.arange(12)[None] >= 11 - torch.arange(7)[:, None] % 4
     labels = torch.where(last, batch["input_ids"], -100)
@@ -27,7 +28,7 @@ def of_answers():
 
 
 def of_options(examples=(2, 3, 1, 2, 2, 3, 2)):
-    """Seven examples with 1 to 3 options each, whose rows are mixed."""
+    """Return seven examples with 1 to 3 options each, whose rows are mixed."""
     batch, counts = batch_of(15), torch.tensor(examples)
     order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
     of = torch.repeat_interleave(torch.arange(7), counts)[order]

@@ -35,7 +35,7 @@ def test_replay_gives_the_bits_of_the_run(method, dtype, kind, tmp_path, monkeyp
     bars = []
     assert replay(tmp_path / "run.pzj", half, until=4) == 4
     assert replay(tmp_path / "run.pzj", whole) == 8
-    # Replay again on another backend, the reference in place of C++, and in other batches.
+    # The second replay uses another backend, the reference in place of C++, and other batches.
     monkeypatch.setattr(replaying, "add_noise_steps_", reference.add_noise_steps_)
     monkeypatch.setattr(replaying, "STEPS_AT_ONCE", 3)
     assert replay(tmp_path / "run.pzj", base, progress=bars.append) == 8 and len(bars) == 8
@@ -53,7 +53,7 @@ def test_a_group_whose_update_overflows_is_left_alone_in_the_replay_too(order, t
     model = causal_lm("opt")
     base, before = copy.deepcopy(model), copy.deepcopy(model)
     params = list(model.parameters())
-    # times a slope of 1e11
+    # The rates are multiplied by a slope of 1e11.
     groups = [
         {"params": params[:3], "lr": 1e-12},
         {"params": params[3:], "lr": 1e30},
@@ -71,7 +71,7 @@ def test_a_group_whose_update_overflows_is_left_alone_in_the_replay_too(order, t
 
 @pytest.mark.parametrize("where", ["a frozen layer", "an untied head"])
 def test_other_frozen_weights_are_another_base(where, tmp_path):
-    """Updates do not depend on them, but the outputs of the model do."""
+    """Updates do not depend on frozen weights, but the outputs of the model do."""
     model = causal_lm("llama")
     if where == "a frozen layer":
         frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)

@@ -98,7 +98,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["model"] and (
         model / "weights"
     ).read_text() == "old"
-    foreign = tmp_path / ".model.saving" / "thesis.txt"  # what pseuzo did not write is not removed
+    foreign = tmp_path / ".model.saving" / "thesis.txt"  # pseuzo removes only its own files
     foreign.parent.mkdir()
     foreign.touch()
     with pytest.raises(ValueError, match=r"thesis\.txt is in the way"):

@@ -1,4 +1,4 @@
-"""PseuZOTrainer against plain loops over the same batches."""
+"""PseuZOTrainer trains like plain loops over the same batches."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_trains_and_evaluates_any_dataset_with_labels(tmp_path, method):
     with torch.no_grad():
         model.eval()
         texts = [row["input_ids"][None, row["attention_mask"] == 1] for row in rows.rows]
-        # each row alone
+        # Each row is evaluated alone.
         sums = [model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in texts]
         whole = float(sum(sums) / sum(ids.shape[1] - 1 for ids in texts))
     assert len(losses) == 2 and losses[-1] < losses[0]
@@ -104,7 +104,7 @@ def test_trains_and_evaluates_any_dataset_with_labels(tmp_path, method):
 
 
 def test_non_differentiable_objective(tmp_path, demo):
-    """mezo then descends 1 - accuracy over the batch, a step function, nearly flat for a small
+    """mezo descends 1 - accuracy over the batch. This is a step function, nearly flat for a small
     eps."""
     data, _ = demo
     args = arguments(
@@ -113,7 +113,7 @@ def test_non_differentiable_objective(tmp_path, demo):
     trainer = PseuZOTrainer(fresh(), args, train_dataset=data["train"])
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    # the mean of two shares of 7, or of the last batch's fewer
+    # The loss is the mean of two shares of 7 rows, or of fewer rows in the last batch.
     sevenths = [row["loss"] * 14 for row in rows]
     assert all(abs(x - round(x)) < 1e-3 for x in sevenths[:2])
 
@@ -138,7 +138,7 @@ def test_untied_head_is_frozen_or_descends_its_exact_gradient(tmp_path, head):
     PseuZOTrainer(model, args, train_dataset=rows).train()
     now = dict(model.named_parameters())
     want = start["lm_head.weight"] - (0.25 * gradient if head == "exact" else 0)
-    # Weight decay is for the noised weights. The fp32 products are summed in another order.
+    # Only weights that get noise decay. The fp32 products are summed in another order.
     torch.testing.assert_close(now["lm_head.weight"], want, rtol=0, atol=1e-6)
     assert not torch.equal(now["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
 
@@ -182,7 +182,7 @@ def test_own_objective_on_any_module(tmp_path, make, more):
 
 
 def test_metrics_and_predictions_with_an_objective_of_ones_own(tmp_path):
-    """The loss is the objective's, the predictions are what the model's forward gives."""
+    """The loss is the objective's, and the predictions are the outputs of the model's forward."""
     model, rows, objective, _ = of_a_regression()
     batch = torch.utils.data.default_collate(rows)
     args = arguments(tmp_path, method="mezo", label_names=["y"], per_device_eval_batch_size=8)

@@ -1,8 +1,8 @@
-"""PseuZOTrainer beside Transformers' own Trainer, with the same arguments, data and weights: they
-see and report the same.
+"""With the same arguments, data and weights, PseuZOTrainer and Transformers' own Trainer see and
+report the same.
 
-The learning rate is so small that no weight moves, so that all figures of all steps are of the same
-weights.
+The learning rate is so small that no weight moves, so that the figures of all steps belong to the
+same weights.
 """
 
 from functools import partial
@@ -35,7 +35,8 @@ CLOCK = ("runtime", "per_second", "preparation_time")
 
 
 def rows(n: int = 10, **more) -> list[dict]:
-    """Rows of 6 to 10 tokens, padded on the right; the labels of the first tokens carry no loss."""
+    """Return rows of 6 to 10 tokens, padded on the right. Labels of the first tokens carry no
+    loss."""
     g = torch.Generator().manual_seed(1)
     made = []
     for i in range(n):
@@ -76,7 +77,7 @@ def accuracy(prediction) -> dict:
 
 
 class Summed:
-    """compute_metrics of batch_eval_metrics."""
+    """A compute_metrics that is called for each batch, as with batch_eval_metrics."""
 
     def __init__(self):
         self.total = 0.0
@@ -113,7 +114,7 @@ class StopsAt(TrainerCallback):
 EVAL = dict(eval_strategy="steps", eval_steps=2)
 SAVE = dict(save_strategy="steps", save_steps=2)
 BEST = dict(load_best_model_at_end=True, metric_for_best_model="loss")
-# arguments; what the trainer is given besides; the rows
+# name: (arguments, other parameters of the trainer, rows)
 CASES = {
     "plain": (EVAL, {}, rows()),
     "epochs": (
@@ -248,9 +249,9 @@ def assert_alike(got: dict, want: dict, rel: float) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_stock_trainer(tmp_path, case):
-    """Losses of the same weights agree to 1e-5, as fp32 sums have another order. Those of MeZO's
-    perturbed passes, whose mean differs from that at the weights by order eps^2 times the
-    curvature, to 1e-3."""
+    """Losses of the same weights agree to 1e-5, since fp32 sums have another order. Losses of
+    MeZO's perturbed passes agree to 1e-3, since their mean differs from the loss at the weights by
+    eps^2 times the curvature."""
     stock, outcome, events, batches, saved, predicted, metrics = run(
         tmp_path / "stock", Trainer, TrainingArguments, case
     )
@@ -319,7 +320,8 @@ def test_first_order_steps_are_the_stock_trainers(tmp_path, more):
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     start = dict(causal_lm("llama").named_parameters())
     for name, p in weights[0].items():
-        # The fp32 sums have another order: some roundings of the largest step, and of the weight.
+        # The fp32 sums have another order, so some roundings of the largest step and of the weight
+        # differ.
         tolerance = 1e-4 * float((p - start[name]).abs().max()) + 2**-22 * float(p.abs().max())
         torch.testing.assert_close(weights[1][name], p, rtol=0, atol=tolerance)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -331,8 +333,8 @@ def padded_left() -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_metrics_change_no_evaluation(tmp_path, kind):
-    """Rows padded on the left have the positions of training, whether logits are asked for or
-    not."""
+    """Rows padded on the left have the same positions as in training, with or without logits in the
+    output."""
     found = []
     for given in ({}, {"compute_metrics": lambda prediction: {"n": len(prediction.predictions)}}):
         args = PseuZOTrainingArguments(

@@ -1,4 +1,5 @@
-"""First-order methods: clipped examples, scales of noise_on, mixed precision, the probe."""
+"""First-order methods clip examples, use the scales of noise_on, run in mixed precision, and
+probe."""
 
 import json
 import math
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def tokens_to_predict() -> dict[str, torch.Tensor]:
-    """Rows with 1 to 9 tokens that carry a loss: gradients of different sizes."""
+    """Return rows with 1 to 9 tokens that carry a loss, so that gradients have different sizes."""
     batch = batch_of(rows=5)
     labels = torch.full_like(batch["input_ids"], -100)
     for row, count in enumerate((1, 1, 2, 3, 9)):
@@ -29,7 +30,7 @@ def tokens_to_predict() -> dict[str, torch.Tensor]:
 
 
 def options_to_choose_from() -> dict[str, torch.Tensor]:
-    """Three examples of two or three options, in any order.
+    """Return three examples of two or three options, in any order.
 
     The options of the first have one token, those of the others have more.
     """
@@ -48,7 +49,7 @@ def label_words() -> dict[str, torch.Tensor]:
 WORDS = [17, 4]
 
 
-CLIPPED = {  # a batch, a model (llama's head is untied), what is trained, R
+CLIPPED = {  # batch, model (llama's head is untied), trained weights, R
     "tokens": (tokens_to_predict, "llama", "all", 1.5),
     "tokens, the head alone": (tokens_to_predict, "llama", "lm_head.weight", 1.5),
     "options": (options_to_choose_from, "qwen2", "all", 1.2),
@@ -59,7 +60,7 @@ CLIPPED = {  # a batch, a model (llama's head is untied), what is trained, R
 def by_hand(
     model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each example by the model's own logits, and what its head was given."""
+    """Return the loss of each example by the model's own logits, and the input of the head."""
     given = []
     hook = model.lm_head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -92,7 +93,7 @@ def test_clipped_first_order_step_is_the_weighted_sum_of_the_examples_gradients(
         [torch.autograd.grad(loss, o, retain_graph=True)[0].norm() for loss in losses]
     )
     weights = (ratio * sizes.median() / sizes).clamp(max=1)  # torch's median is the lower one
-    assert (weights < 0.95).any() and (weights == 1).any(), "an example is scaled, and one is not"
+    assert (weights < 0.95).any() and (weights == 1).any(), "all examples are scaled alike"
     names = [n for n, _ in exact.named_parameters() if trained in ("all", n)]
     params = [dict(exact.named_parameters())[n] for n in names]
     gradients = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
@@ -114,15 +115,15 @@ def test_clipped_first_order_step_is_the_weighted_sum_of_the_examples_gradients(
     now = dict(model.named_parameters())
     for name, of_examples in zip(names, zip(*gradients, strict=True), strict=True):
         want = sum(w * g for w, g in zip(weights, of_examples, strict=True)) / len(losses)
-        # In fp32 the gradient is exact to some 100 roundings of its largest element, and the weight
-        # that it is subtracted from to one.
+        # In fp32 the gradient has the error of some 100 roundings of its largest element, and the
+        # weight from which it is subtracted is rounded once.
         tolerance = 1e-5 * float(want.abs().max()) + 2**-24 * float(before[name].abs().max())
         torch.testing.assert_close(
             (before[name] - now[name]).double(), want, rtol=0, atol=tolerance
         )
         assert (want - sum(of_examples) / len(losses)).abs().max() > 10 * tolerance
     assert {n for n in now if not torch.equal(now[n], before[n])} == set(names)
-    logged = trainer.state.log_history[0]["loss"]  # with four digits
+    logged = trainer.state.log_history[0]["loss"]  # logged with four digits
     assert (
         abs(logged - losses.mean().item())
         < 1e-4
@@ -148,7 +149,7 @@ def test_clipping_leaves_evaluation_alone(tmp_path):
     "factors", [[0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 )
 def test_nothing_is_clipped_where_the_median_is_zero_or_all_are_alike(tmp_path, factors):
-    """A loss of the user's own works as well, if there is one for each example."""
+    """A user's own loss works as well, if it returns a loss for each example."""
 
     def objective_of(model, each=True):
         def objective(batch, reduction="mean"):
@@ -193,7 +194,7 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
     """All numbers are powers of two, so that SGD's rates and products are exact."""
     model, twin, rows = causal_lm("llama"), causal_lm("llama"), Rows(4)
     scales = place(twin, ["all", "attention-out=2", "embedding=0.5", "head=0"])
-    batch = torch.utils.data.default_collate(rows.rows)  # of all of them: in this order
+    batch = torch.utils.data.default_collate(rows.rows)  # all rows, in this order
     forward, head = CausalLMObjective(twin)(batch)
     head(forward()).backward()
     decay = 0.0 if method == "fo-sgd" else 0.5
@@ -212,7 +213,7 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
     rates = {p: g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
     decays = {g["lr"] * g["weight_decay"] for g in trainer.optimizer.param_groups}
     assert max(decays) == 0.25 * decay and decays <= {0.0, 0.25 * decay}, (
-        "of one rate, as under zeroth-order methods"
+        "the groups should have one rate, as under zeroth-order methods"
     )
     assert (
         set(rates.values()) == {0.25, 1.0, 0.0625}
@@ -227,7 +228,7 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
 
 @pytest.mark.slow
 def test_first_order_run_where_a_probe_says(tmp_path):
-    """The trainer takes what a run of the command line found, as a resumed run must."""
+    """The trainer takes the weights that a run of the command line found, as a resumed run must."""
     out = tmp_path / "run"
     args = [
         *SMALL,
@@ -243,11 +244,12 @@ def test_first_order_run_where_a_probe_says(tmp_path):
     chosen = place(model, decided["noise_on"])
     now = load_file(out / "model" / "model.safetensors")
     for name, p in model.named_parameters():
-        # added to all keys, it changes nothing: its gradient is rounding noise
+        # The bias of the keys adds the same to all keys, which changes nothing, so its gradient is
+        # rounding noise.
         if not name.endswith("k_proj.bias"):
             assert torch.equal(now[name], p) == (p not in chosen), name
     figures = json.loads((out / "results.json").read_text())
-    assert figures["lr"] == decided["lr"] != 1e-3, "scaled to where it trains"
+    assert figures["lr"] == decided["lr"] != 1e-3, "the rate was not scaled to the chosen weights"
 
 
 @pytest.mark.slow
@@ -264,7 +266,7 @@ def test_probe_of_a_first_order_run_is_made_once_and_draws_nothing(tmp_path, dem
     state = torch.random.get_rng_state()
     optimizer = first.create_optimizer()
     assert torch.equal(torch.random.get_rng_state(), state), (
-        "dropout is as in a run that need not probe"
+        "the probe changed the random numbers of dropout"
     )
     decided = json.loads((tmp_path / "noise_on.json").read_text())
     assert {g["lr"] for g in optimizer.param_groups} == {decided["lr"]}

@@ -1,4 +1,4 @@
-"""What a run logs, when it logs it, and what callbacks see."""
+"""A run logs the right figures at the right time, and callbacks see them."""
 
 import itertools
 import json
@@ -167,7 +167,7 @@ def test_callbacks_best_model_and_tensorboard(tmp_path, demo):
         if "eval_accuracy" in row
     }
     assert history[trainer.state.best_global_step] == max(history.values())
-    assert trainer.evaluate()["eval_accuracy"] == max(history.values())  # its weights were loaded
+    assert trainer.evaluate()["eval_accuracy"] == max(history.values())  # the best were loaded
     assert any((tmp_path / "runs").rglob("events*")) or any(tmp_path.rglob("events*"))
 
 
@@ -182,9 +182,9 @@ def test_callbacks_best_model_and_tensorboard(tmp_path, demo):
     ids=str,
 )
 def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
-    """Row 1 is alone in its batch, rows 4 and 5 are with others.
+    """Row 1 is alone in its batch, and rows 4 and 5 share batches with others.
 
-    Weights, journal and state are as for any skipped step, and the mean of the evaluation is that
+    Weights, journal and state change as in any skipped step, and the mean of the evaluation is that
     of the stock Trainer.
     """
     rows = Rows(8).rows
@@ -193,7 +193,7 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
     zeroth = not more["method"].startswith("fo")
     journal = {"journal": str(tmp_path / "run.pzj")} if zeroth else {}
 
-    def batches(number):  # 0: 1 alone; 1: 4 among others
+    def batches(number):  # 0: row 1 is alone; 1: row 4 is not
         return [rows[1]] if number == 0 else rows[2:5] if number == 1 else rows[5:8]
 
     model = causal_lm("llama")
@@ -236,7 +236,7 @@ def test_rows_without_a_loss_are_counted_and_said(tmp_path, more, caplog):
     )
     losses = [row["loss"] for row in logged[1:]]
     assert all(math.isfinite(x) for x in (*losses, result.training_loss))
-    # there is no mean before the first step
+    # There is no mean before the first step.
     assert result.training_loss == pytest.approx(sum(losses) / 3, abs=1e-5)
     if zeroth:
         assert [row["skipped_steps"] for row in logged] == [1, 1, 1]

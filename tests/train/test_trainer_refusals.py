@@ -1,4 +1,4 @@
-"""What the trainer and its arguments refuse."""
+"""The trainer and its arguments refuse settings that would have no effect or fail later."""
 
 import os
 import re
@@ -104,7 +104,7 @@ def test_arguments_without_effect_are_refused(tmp_path, methods, names, instead)
         setattr(late, name, UNUSED_VALUES[name])
         with pytest.raises(ValueError, match=f"^{name}="):
             PseuZOTrainer(causal_lm("opt"), late, train_dataset=Rows())
-    # torch_compile sets it, for all that follows
+    # torch_compile would set it for the rest of the process.
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
     arguments(tmp_path, method=method, max_grad_norm=0.0)
 

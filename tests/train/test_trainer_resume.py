@@ -71,7 +71,7 @@ def test_a_probe_for_other_settings_is_refused(tmp_path, demo):
         other.create_optimizer()
 
 
-# The arguments that a resume changes, and those of the checkpoint that count.
+# The first are the arguments that a resume changes, the second those that the checkpoint decides.
 RESUMED = {
     "pseuzo": (
         dict(eps=1e-2, seed=4, learning_rate=1e-3, weight_decay=0.5, noise="rademacher", window=9),
@@ -94,7 +94,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, caplog):
-    """It takes those of the checkpoint, as the stock Trainer does silently."""
+    """The run takes the checkpoint's arguments, as the stock Trainer does silently."""
     changed, goes_on = RESUMED[method]
     settings = dict(method=method, max_steps=4, save_strategy="steps", save_steps=2)
     whole = causal_lm("opt")
@@ -109,7 +109,7 @@ def test_a_resume_with_other_arguments_says_what_it_takes(tmp_path, method, capl
         assert f"resumed with {name} {value} of the checkpoint, not {asked}" in caplog.text
     assert ("the order of the batches is that of seed 4" in caplog.text) == ("seed" in goes_on)
     assert caplog.text.count("resumed with") == len(goes_on) + ("weight_decay" in changed)
-    if method == "mezo":  # an epoch is one batch, whose mean does not depend on the order of rows
+    if method == "mezo":  # an epoch is one batch, so the order does not matter
         for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=name)
     other = arguments(

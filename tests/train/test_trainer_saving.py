@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def spoil_generation_config(model, trainer):
     model.generation_config.temperature = (
-        0.9  # without do_sample; loaded like that, Transformers would let it pass
+        0.9  # without do_sample, which Transformers accepts when it loads a model
     )
 
 
@@ -111,7 +111,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 ):
     model = causal_lm("opt")
     weights = 4 * sum(p.numel() for p in model.parameters())  # the head is the embedding
-    # two moments of Adam's
+    # Adam keeps two moments.
     for method, needed in {
         "mezo": weights,
         "fo-adam": 3 * weights,

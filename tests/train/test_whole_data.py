@@ -1,4 +1,4 @@
-"""A method that measures all of the training data: its batches, its count of passes, its runs."""
+"""A method that measures all of the training data has the right batches, passes and runs."""
 
 import json
 import random
@@ -29,14 +29,15 @@ def test_every_row_is_in_one_batch(n, size, most, sizes):
     assert len(set(rows)) == len(rows) and set(rows) <= set(range(n))
     if sum(sizes) < n:
         others = [{*chain(*even_batches(n, size, most, seed))} for seed in range(8)]
-        assert set().union(*others) == set(range(n)), "the rows depend on the seed"
+        assert set().union(*others) == set(range(n)), "the seeds together do not draw all rows"
     else:
         assert rows == list(range(n))
 
 
 def test_passes():
     options = {"train_size": 50, "batch_size": 8, "anchor_every": 4}
-    # 7 batches of all rows at steps 0, 4 and 8, of two passes each, and 4 passes at the others
+    # Steps 0, 4 and 8 measure 7 batches of all rows, with two passes each. Other steps have 4
+    # passes.
     assert forwards_of_steps("mezo-svrg", 9, options) == 3 * 14 + 6 * 4
     assert forwards_per_step("mezo-svrg", options) == (14 + 3 * 4) / 4
     more = options | {"anchor_batches": 2, "directions": 3, "two_sided": False}
@@ -44,9 +45,10 @@ def test_passes():
 
 
 def test_the_anchor_is_measured_on_every_row(tmp_path):
-    """The mean of the batches' losses is that of all rows, and the seeds of torch stay."""
+    """The mean of the batches' losses is that of all rows, and torch's random state does not
+    change."""
     model, rows = causal_lm("opt"), Rows(10)
-    for row in rows.rows:  # as many tokens in each, for the mean over tokens
+    for row in rows.rows:  # equal lengths, for the mean over tokens
         row["labels"] = torch.cat([torch.full((9,), -100), row["labels"][-1:].clamp(min=1)])
     args = arguments(tmp_path, method="mezo-svrg", per_device_train_batch_size=5, max_steps=1)
     trainer = PseuZOTrainer(model, args, train_dataset=rows)
@@ -81,7 +83,7 @@ def test_options_of_an_anchor_are_mezo_svrgs(option, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumes_to_the_bit(tmp_path):
-    """From within a cycle, so that the anchor comes from the checkpoint."""
+    """The run resumes within a cycle, so that the anchor comes from the checkpoint."""
     settings = dict(method="mezo-svrg", per_device_train_batch_size=4, max_steps=8, anchor_every=4)
     settings |= dict(anchor_batches=2, save_strategy="steps", save_steps=6)
     models = [causal_lm("opt"), causal_lm("opt")]
@@ -98,7 +100,7 @@ def test_a_run_of_the_command_line_is_recorded(tmp_path):
     train = ["train", *SMALL, *SVRG, *"--steps 4 --eval-every 0 --keep last".split()]
     pseuzo(*train, "--output", out, "--journal", journal)
     results = json.loads((out / "results.json").read_text())
-    # 8 batches of 6 of the 48 rows at steps 0 and 3, and 4 passes at the others
+    # Steps 0 and 3 measure 8 batches of 6 of the 48 rows. The other steps have 4 passes.
     assert results["method"] == "mezo-svrg" and results["forwards"] == 2 * 16 + 2 * 4
     pseuzo("replay", "--base", "demo", "--journal", journal, "--output", tmp_path / "replayed")
     assert_same_weights(out / "model", tmp_path / "replayed")

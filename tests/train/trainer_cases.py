@@ -36,7 +36,7 @@ def arguments(folder, **changes) -> PseuZOTrainingArguments:
 
 
 def loop(data: TaskData, args: PseuZOTrainingArguments, make, step) -> dict[str, torch.Tensor]:
-    """The plain loop: batches of the sampler, epoch by epoch."""
+    """Train in a plain loop over the sampler's batches, epoch by epoch."""
     model = fresh()
     objective = CausalLMObjective(model, data.options)
     optimizer = make(model)
@@ -75,7 +75,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Regression(torch.nn.Module):
-    """This is no Transformers model."""
+    """A module that is not a Transformers model."""
 
     def __init__(self):
         super().__init__()
