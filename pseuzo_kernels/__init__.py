@@ -2,10 +2,10 @@
 
 perturb_, restore_, update_, add_noise_, add_noise and noise compute, for tensors x of a model,
 x <- keep * x + sum_k coefs[k] z(seeds[k], stream). adam_update_ makes Adam's moments again from
-seeds. EmaWindow takes output changes and returns
-coefficients. `reference` has all of them in plain torch and defines what is correct. CUDA tensors
-go to Triton and CUDA C++, CPU tensors to C++, and others, or all in a build without C++, to the
-reference. `laws` is the table of noise laws; `ops` has the unchecked ops for optimizers.
+seeds. EmaWindow takes output changes and returns coefficients. `reference` has all of them in plain
+torch and defines what is correct. CUDA tensors go to Triton and CUDA C++, CPU tensors to C++, and
+others, or all in a build without C++, to the reference. `laws` is the table of noise laws; `ops`
+has the unchecked ops for optimizers.
 """
 
 from pseuzo_kernels import reference
@@ -26,7 +26,7 @@ try:  # the schemas above must exist before the library registers its implementa
 except ImportError:
     _C = None
 if _C is not None and _C.build_info().get("rounding_version") != reference.ROUNDING_VERSION:
-    raise ImportError(  # it would round by another rule, unseen
+    raise ImportError(  # the library would silently round by another rule
         "pseuzo_kernels._C was built from other sources than these; build it again: "
         "PSEUZO_BUILD=cpu pip install --no-build-isolation -e . (PSEUZO_BUILD=cuda for a GPU)"
     )

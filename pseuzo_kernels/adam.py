@@ -1,25 +1,25 @@
 """Adam's update without its state: the moments are made again from seeds, in plain torch.
 
 The gradient of a past step is seeded noise, g_j = noise_scale * sum_i c_ji z(s_ji) over the q
-directions of step j, so the seeds and the coefficients of the last n steps say both moments:
+directions of step j, so the seeds and the coefficients of the last n steps give both moments:
 
     m <- beta1 * m + g_j,  v <- beta2 * v + g_j^2     over the steps, the oldest first, from 0
     x <- keep * x + (first * m) / (sqrt(second * v) + eps)
 
 with first = -lr / sum_j beta1^j and second = 1 / sum_j beta2^j over the n steps that there are.
-These are Adam's moments with its correction of their bias, where (1 - beta) / (1 - beta^n) is
-1 / sum_j beta^j. In a longer run the steps that have left the window have no weight, and dividing
-by the sum of the others is what keeps m and v means of g and g^2: dividing by 1 - beta^t of all t
-steps would make v too small, by 1 - beta2^n.
+These are Adam's moments with its correction of the bias, where (1 - beta) / (1 - beta^n) is
+1 / sum_j beta^j. In a longer run, steps that have left the window have no weight. Dividing by the
+sum of the other weights keeps m and v means of g and g^2. Dividing by 1 - beta^t for all t steps
+would make v too small, by a factor of 1 - beta2^n.
 
 Every operation above is one operation in fp32, rounded to nearest, in the order that is written
-(products before sums; no fused multiply-add; square root and quotient correctly rounded), and g_j
-is what `reference.noise_sum` makes, so all backends agree to the bit where they agree on the noise.
-The square of a sum is no sum of squares, so "hadamard" is transformed once a step of the window, in
-place of once. "hadamard-fp16" is "hadamard" here: there is no sum over steps in half precision.
+(products before sums; no fused multiply-add; square root and quotient correctly rounded), and
+`reference.noise_sum` makes g_j. So all backends agree to the bit where they agree on the noise. The
+square of a sum is not a sum of squares, so "hadamard" is transformed once for each step of the
+window. "hadamard-fp16" is "hadamard" here: there is no sum over steps in half precision.
 
 Sources: Kingma and Ba, "Adam" (2015), Algorithm 1; moments from seeds over a finite window: Cai,
-Chen and Zhu, "AdaMeZO" (2026), which has no correction of the bias, and eps under the root.
+Chen and Zhu, "AdaMeZO" (2026), which does not correct the bias and has eps under the root.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
 
 
 def adam_factors(step: float, beta1: float, beta2: float, n: int) -> tuple[float, float]:
-    """first and second of a window of n steps; step: -lr, or lr to maximize."""
+    """first and second for a window of n steps. step: -lr, or lr to maximize."""
     weights1, weights2 = ((1 - beta**n) / (1 - beta) for beta in (beta1, beta2))
     return step / weights1, 1 / weights2
 
 
 def check_adam(op: str, beta1: float, beta2: float, eps: float, eps_name: str = "eps") -> None:
-    """ValueError if these cannot be Adam's."""
+    """Raise ValueError if one of Adam's numbers is out of its range."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= check_finite(op, name, beta) < 1:
             raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {beta}")
@@ -52,14 +52,14 @@ def check_adam(op: str, beta1: float, beta2: float, eps: float, eps_name: str = 
 
 
 def after(m: Tensor, v: Tensor, g: Tensor, beta1: Any, beta2: Any) -> tuple[Tensor, Tensor]:
-    """The moments, fp32, after a step of gradient g."""
+    """The moments, fp32, after a step with gradient g."""
     return m * beta1 + g, v * beta2 + g * g
 
 
 def move(m: Tensor, v: Tensor, first: Any, second: Any, eps: Any) -> Tensor:
     """(first * m) / (sqrt(second * v) + eps), fp32."""
-    # fp32's own root may come from a library that is off by an ulp. This is the nearest fp32, as
-    # the root of an fp32 number lies further from the middle of two than fp64 is off.
+    # A library's root in fp32 may be off by an ulp. This root is the nearest fp32: the root of an
+    # fp32 number is further from the middle between two fp32 numbers than the error of fp64.
     return (m * first) / ((v * second).double().sqrt().float() + eps)
 
 
@@ -76,8 +76,8 @@ def adam_moves(
 ) -> Tensor:
     """(first * m) / (sqrt(second * v) + eps) for whole columns, [16, n] fp32; see the module.
 
-    q [n] and hashes [K] are int64, coefs [K] fp32, `directions` of them a step, the oldest step
-    first. numbers: beta1, beta2, first, second and eps, which are rounded to fp32.
+    q [n] and hashes [K] are int64, coefs [K] fp32, with `directions` of them per step, the oldest
+    step first. numbers: beta1, beta2, first, second and eps, which are rounded to fp32.
     """
     beta1, beta2, first, second, eps = torch.tensor(
         numbers, dtype=torch.float32, device=q.device
@@ -105,11 +105,12 @@ def adam_list_(
     rounding_seed,
     found_inf=None,
 ):
-    """The op pseuzo::adam_list_: the update of the module for each x of a list, in place.
+    """The op pseuzo::adam_list_: the update that the module describes, for each x of a list.
 
-    seeds [K] int64 and coefs [K] fp32: `directions` a step, the oldest step first. numbers: see
-    adam_moves. keeps, scales (noise_scale), streams: one per tensor; where scales[t] is 0, nothing
-    is made or written. Rounding, found_inf and skipping: as reference.add_noise_list_.
+    x is written in place. seeds [K] int64 and coefs [K] fp32: `directions` of them per step, the
+    oldest step first. numbers: see adam_moves. keeps, scales (noise_scale), streams: one per
+    tensor; where scales[t] is 0, nothing is made or written. Rounding, found_inf and skipping are
+    as in reference.add_noise_list_.
     """
     noise = resolve(noise, "adam_list_")[0]
     if directions < 1 or not len(seeds) or len(seeds) % directions:
@@ -135,7 +136,7 @@ def adam_list_(
 
 
 class AdamApi(NoiseApi):
-    """The public function, over one implementation of the op."""
+    """The public function over one implementation of the op."""
 
     def __init__(self, adam_list_: Callable):
         self._adam_list_ = adam_list_
@@ -165,10 +166,11 @@ class AdamApi(NoiseApi):
         steps, where g = noise_scale * sum_i coefs[i] z(seeds[i]) over the `directions` of a step.
         They are made in registers, so that no memory beyond x is read or written. seeds [n *
         directions] int64 and coefs fp32: step by step, the oldest first. lr, weight_decay and eps
-        are not negative, eps is not 0; the betas are in 0 .. 1, without 1. The other arguments, and
-        what happens to coefs that are not finite: as update_ and add_noise_. Where |g| is below
-        1e-19 or above 1e19 its square leaves fp32. Raises ValueError or TypeError before anything
-        is written. Sources: see pseuzo_kernels.adam, which says every bit.
+        are not negative, and eps is not 0; the betas are at least 0 and below 1. The other
+        arguments, and what happens if coefs are not finite, are as in update_ and add_noise_. Where
+        |g| is below 1e-19 or above 1e19, its square is outside the range of fp32. Raises ValueError
+        or TypeError before anything is written. Sources: see pseuzo_kernels.adam, which defines
+        every bit.
         """
         op = "adam_update_"
         lr = check_not_negative(op, "lr", lr)

@@ -1,8 +1,8 @@
 """The public noise functions over one implementation of the ops: they check, normalise, and call.
 
 `pseuzo_kernels.ops` builds them over the dispatcher's ops (Triton, C++ or the reference, by
-device), `pseuzo_kernels.reference` over the plain-torch definitions; so both have the same names,
-arguments and errors. No arithmetic on weights happens here.
+device), and `pseuzo_kernels.reference` over the plain-torch definitions, so both have the same
+names, arguments and errors. No arithmetic on weights happens here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -246,7 +246,7 @@ class NoiseApi:
         self._list("update_", params, seeds, coefs, streams, noise_scale, how, lr, weight_decay)
 
     def _one(self, op, x, seeds, coefs, stream, keep, scale, how) -> tuple:
-        """What the ops take beside the tensors, for one tensor."""
+        """The arguments of the ops after the tensors, for one tensor."""
         keep = check_finite(op, "keep", keep)
         how = _how(op, x.device, coefs, *how)
         streams = [check_stream(op, stream)]
@@ -265,7 +265,8 @@ class NoiseApi:
         weight_decay=0.0,
         run=None,
     ) -> None:
-        """run: takes the coefs as they are, in place of the op, which takes them times -lr."""
+        """Check the arguments and call the op. run: is called in its place, with coefs as they are;
+        the op gets coefs times -lr."""
         xs = [params] if isinstance(params, Tensor) else list(params)
         check_tensors(op, xs, "params")
         streams = list(range(len(xs))) if streams is None else list(streams)

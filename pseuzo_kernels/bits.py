@@ -15,7 +15,7 @@ CHUNK, PLANE = 2048, 128  # elements
 KEYS_NOISE = ((0x243F6A88, 0x85A308D3), (0xA4093822, 0x85A308D3))
 KEY_ROUNDING = (0x13198A2E, 0x03707344)
 KEY_MASK = (0x082EFA98, 0xEC4E6C89)  # of random masks
-# of round_stochastically: weights that one version rounded cannot be continued by another
+# The version of round_stochastically. A run that one version began cannot continue with another.
 ROUNDING_VERSION = 2
 FP16_BLOCK = 16  # seeds that are summed in fp16 before the sums are added up in fp32
 MASK32 = 0xFFFFFFFF
@@ -83,7 +83,7 @@ def fp16_coefs(coefs: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN if the largest |c| is above 2^126 or not finite.
     """
-    # the sizes are compared as integers, since these put NaN on top
+    # The sizes are compared as integers, because NaN is the largest of those.
     largest = (coefs.view(torch.int32) & 0x7FFFFFFF).max().long()
     exponent = (largest + 0x7FFFFF >> 23).clamp(1, 253)
     power = torch.where(largest > 0x7E800000, 0x7FC00000, exponent << 23).int().view(torch.float32)
@@ -94,8 +94,8 @@ def round_stochastically(x: Tensor, dither: Tensor, dtype: torch.dtype) -> Tenso
     """floor(|x| / ulp + dither / 2^16) ulps of dtype, with the sign of x.
 
     x is fp32, dither int64 in 0 .. 2^16 - 1. The result is unbiased for every fp32 number, except
-    for what is below 2^-16 of the smallest half. Values that dtype holds stay as they are,
-    infinities and NaN too.
+    for parts below 2^-16 of the smallest half. Values that dtype can hold stay as they are,
+    including infinities and NaN.
     """
     bits = x.view(torch.int32).to(torch.int64) & MASK32
     if dtype is torch.bfloat16:
@@ -117,7 +117,7 @@ def rounding_dither(
 ) -> Tensor:
     """16 bits for each plane and column, [16, n] int64. q [n] int64, seed_hash [] int64.
 
-    key: of what the bits are for.
+    key: the Philox key, one for each purpose of the bits.
 
     Plane j takes byte j % 4 (the low one first) of word j // 4 as its high byte, and the same byte
     of word (j // 4) ^ 1 as its low one: exactly uniform, with no more Philox calls than 8 bits

@@ -41,7 +41,7 @@ def check_finite(op: str, name: str, value: Any) -> float:
     if not finite."""
     if not isinstance(value, float) and getattr(value, "shape", None) == ():
         value = value.item()
-    # float comes first: the other is slow to ask, and a list has hundreds
+    # float comes first: isinstance of numbers.Real is slow, and a list may have hundreds
     if not isinstance(value, float | numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not abs(value) <= MAX_FLOAT:  # type: ignore[operator]
@@ -65,8 +65,8 @@ def refuse_freed(op: str, name: str) -> NoReturn:
 
 
 def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
-    """Contiguous fp32, bf16 or fp16 tensors on one device that have memory and share none, none too
-    large for the counter."""
+    """Raise unless xs are contiguous fp32, bf16 or fp16 tensors on one device that have memory,
+    share none, and are not too large for the counter."""
     labels = [name] if len(xs) == 1 else [f"{name}[{i}]" for i in range(len(xs))]
     for label, x in zip(labels, xs, strict=True):
         if not isinstance(x, Tensor):
@@ -125,14 +125,14 @@ def signed64(op: str, seed: int) -> int:
         raise TypeError(f"{op}: a seed must be an int, got {type(seed).__name__}")
     if not -(1 << 63) <= number < 1 << 64:
         raise ValueError(f"{op}: a seed must fit 64 bits, got {seed}")
-    # beyond int64, which is as far as torch.compile can trace it: index makes it a constant
+    # torch.compile can trace a seed only up to int64; index makes a larger one a constant.
     return operator.index(number) - (1 << 64) if number >= 1 << 63 else number
 
 
 def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1], filled by a kernel, as a copy from the host would wait."""
+    """[1], filled by a kernel, because a copy from the host would wait."""
     if dtype.is_floating_point and torch.compiler.is_compiling():
-        # full would compile anew for each value
+        # torch.full would be compiled anew for each value.
         return torch.ones(1, dtype=dtype, device=device) * value
     return torch.full((1,), value, dtype=dtype, device=device)
 

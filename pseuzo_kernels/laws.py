@@ -1,10 +1,10 @@
 """LAWS, the noise laws: what the random words of a Philox counter become. A law is one row.
 
-A row in plain torch is enough: the ops run it on every device, as Triton and C++ hand a law that
-they do not implement to the reference. What they implement is checked against this table by a test.
+A row in plain torch is enough for every device, because Triton and C++ hand a law that they do not
+implement to the reference. A test checks what they do implement against this table.
 
     b = columns(words)                 16 planes from the words of a counter, 4 words for each key
-    z = scale * FWHT16(b) or scale * b the transform is linear, so a sum over seeds takes it once
+    z = scale * FWHT16(b) or scale * b the transform is linear, so a sum over seeds needs it once
 """
 
 import math
@@ -42,7 +42,7 @@ class Pattern(NamedTuple):
 
 HADAMARD = Pattern(0x8F708F70, 0x30003000)  # variance 0.7050395011901855, 7 significant bits
 SIGNS = Pattern(0x80008000, 0x3C003C00)  # +1 or -1, from the top bit of each byte
-# Half a step of the angle, nearly: with it, one fused multiply-add on bits makes the angle.
+# This is nearly half a step of the angle: with it, one fused multiply-add on bits gives the angle.
 ANGLE = 219 / 2**22
 
 
@@ -58,10 +58,10 @@ def box_muller(words: Words) -> Tensor:
 class Law:
     columns: Callable[[Words], Tensor]  # four words [n] for each key -> b, [16, n] fp32
     scale: float = 1.0  # makes the variance of z 1
-    transform: bool = False  # is z FWHT16(b), or b itself?
+    transform: bool = False  # whether z is FWHT16(b), or b itself
     keys: tuple[tuple[int, int], ...] = KEYS_NOISE[:1]  # Philox's
     rounds: int = 7
-    sums: tuple[Sums, ...] = ("fp32",)  # in which sums over seeds may be made
+    sums: tuple[Sums, ...] = ("fp32",)  # the precisions in which sums over seeds may be made
 
     def column_noise(self, q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
         """b, [16, n] fp32: before transform and scale. q [n] and seed_hash [] are int64."""

@@ -1,19 +1,19 @@
-"""Noise on a part of a tensor's elements, in plain torch: what is correct.
+"""Noise on a part of a tensor's elements, in plain torch, which defines what is correct.
 
 A mask says which elements take noise. It is never stored; each op makes it again, from x itself or
 from a seed:
 
-    small    |x_i| <= limit, both in fp32. Of NaN it is false.
-    random   d(mask_seed, stream, i) < 65536 limit, both in fp32, where d are the 16 bits by which
-             stochastic rounding would round element i with this seed, under a Philox key of their
-             own. So limit is the share of the elements that take noise, in steps of 2^-16.
+    small    |x_i| <= limit, both in fp32. It is false for NaN.
+    random   d(mask_seed, stream, i) < 65536 limit, both in fp32, where d are the 16 bits with which
+             stochastic rounding would round element i with this seed, but with another Philox key.
+             So limit is the share of the elements that take noise, in steps of 2^-16.
 
 An element that takes noise becomes what the op without a mask makes of it. Any other stays as it
-is, to the bit: no noise, no keep, no rounding. Since no noise depends on a mask, an update changes
+is, to the bit: no noise, no keep, no rounding. No noise depends on a mask, so an update changes
 the elements that the perturbation changed if it sees the same x, or the same mask_seed.
 
-The ops have the arguments of those in `pseuzo_kernels.reference`, and then a limit for each tensor
-and mask_seed, [1] int64, or None where the masks are of small elements. They need xs.
+The ops take the arguments of those in `pseuzo_kernels.reference`, and then a limit for each tensor
+and mask_seed, [1] int64, or None for masks of small elements. They need xs.
 
 Source of masks of small weights: Liu et al., "Sparse MeZO" (2024).
 """
@@ -28,8 +28,8 @@ from pseuzo_kernels.bits import CHUNK, KEY_MASK, PLANE, hash_seeds, rounding_dit
 def takes_noise(
     x: Tensor, stream: int, limit: float, mask_seed: Tensor | None, at: Tensor | None = None
 ) -> Tensor:
-    """The mask of the elements x, bool. at: their places in their tensor, int64, of x's shape;
-    None: x is all of it."""
+    """The mask of the elements x, bool. at: their positions in their tensor, int64, of x's shape;
+    None: x is the whole tensor."""
     bound = torch.tensor(limit, dtype=torch.float32, device=x.device)
     if mask_seed is None:
         return x.float().abs() <= bound
@@ -103,7 +103,7 @@ def add_noise_masked_list_(
 def add_noise_masked_rows(x, index, seeds, coefs, stream, scale, noise, limit, mask_seed):
     """The op pseuzo::add_noise_masked_rows: add_noise_rows where the mask says so, else x[index].
 
-    The mask of an element is that of its place in x.
+    The mask of an element depends on its position in x.
     """
     made = reference.add_noise_rows(x, index, seeds, coefs, stream, scale, noise)
     if index.numel() == 0:

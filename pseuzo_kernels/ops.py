@@ -72,7 +72,7 @@ lib.define(
 
 
 def _fake(*args, out=()) -> None:
-    """Ops that write in place return nothing."""
+    """The fake of ops that write in place, which return nothing."""
 
 
 def _fake_rows(x, index, *args) -> Tensor:
@@ -99,9 +99,9 @@ for _name in ("add_noise_list_", "add_noise_list_out"):
     torch.library.register_fake(f"pseuzo::{_name}.traced", _fake, lib=lib)
 lib.impl("window_step", reference.window_step, "CompositeExplicitAutograd")
 
-# For optimizers: the ops as the schemas above have them, one launch each. They check nothing and do
-# not tell autograd (call torch.autograd.graph.increment_version). `pseuzo_kernels.reference` has
-# functions of the same names and explains the arguments.
+# For optimizers: the ops with the schemas above, one launch each. They check nothing and do not
+# tell autograd about the change (call torch.autograd.graph.increment_version).
+# `pseuzo_kernels.reference` has functions with the same names and explains the arguments.
 _ops = torch.ops.pseuzo
 # x <- keep x + scale sum_k c_k z_k for each x of a list
 add_noise_list_ = _ops.add_noise_list_.default
@@ -109,7 +109,7 @@ add_noise_list_ = _ops.add_noise_list_.default
 add_noise_list_out = _ops.add_noise_list_out.default
 # several such updates in a row, while each x is read and written once
 add_noise_steps_ = _ops.add_noise_steps_.default
-# Adam's update, its moments made again from the seeds of the last steps
+# Adam's update, which makes its moments again from the seeds of the last steps
 adam_list_ = _ops.adam_list_.default
 # some rows of x + scale sum_k c_k z_k
 add_noise_rows = _ops.add_noise_rows.default
@@ -120,10 +120,10 @@ add_noise_masked_rows = _ops.add_noise_masked_rows.default
 
 
 def _traceable(op: Any) -> Callable[..., None]:
-    """The list op `op`, as torch.compile can trace it.
+    """Return the list op `op` in a form that torch.compile can trace.
 
     torch.compile would compile anew for each new number in a list of floats. So keeps and scales
-    that it does not know are put into tensors, on the CPU: the overload `traced` takes those.
+    that are not known when it traces are put into tensors on the CPU, for the overload `traced`.
     """
 
     def from_tensors(xs, seeds, coefs, streams, keeps, scales, *rest, **out) -> None:
@@ -156,13 +156,13 @@ adam_update_ = adam.AdamApi(adam_list_).adam_update_
 
 
 class RepeatedPerturb:
-    """out <- xs + scales * coefs[0] z(seeds[0]) of the same tensors again and again; no scale is 0.
+    """out <- xs + scales * coefs[0] z(seeds[0]) for the same tensors each time; no scale is 0.
 
     mask: the limits and the seed of masks, the last arguments of add_noise_masked_list_out; or ().
 
-    It is add_noise_list_out at less cost to the host: on a GPU, what was launched the first time on
-    a stream is launched again as it was. Where ops are observed, or a CUDA graph is recorded, it is
-    the op.
+    This does what add_noise_list_out does, at less cost to the host: on a GPU, the first launches
+    on a stream are kept and launched again. Where ops are observed, or a CUDA graph is recorded, it
+    calls the op itself.
     """
 
     def __init__(

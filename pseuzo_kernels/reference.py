@@ -1,9 +1,9 @@
-"""Every op in plain torch: what is correct. Triton, C++ and CUDA must agree with it.
+"""Every op in plain torch, which defines what is correct. Triton, C++ and CUDA must agree with it.
 
 The noise: z(seed, stream, i) is the i-th perturbation of tensor `stream` under `seed`, a pure
 function of the three, so any element of any tensor can be made again anywhere. A chunk is 2048
-consecutive elements, 16 planes of 128 columns, and one Philox counter serves the 16 elements of a
-column:
+consecutive elements, 16 planes of 128 columns, and the 16 elements of a column share one Philox
+counter:
 
     element i:  chunk = i >> 11,  plane = (i >> 7) & 15,  column = i & 127,
                 counter q = chunk * 128 + column
@@ -35,14 +35,15 @@ c'_k b_k is a multiple of 2^-19 below 1.86, so h + c'_k b_k is one below 32: fp3
 computing it in fp32 and then rounding gives the bits of the GPU's half-precision fused
 multiply-add. If max_k |c_k| is above 2^126, it counts as infinite. Rounding the sums costs 6e-4 of
 their size (rms; 2^-10 sqrt(16/12) at most, unbiased), and a coefficient is off by up to 2^(e-11),
-so those below that vanish: together 1e-3 for coefs that are alike or normal, K from 2 to 1000, and
-1e-2 where one is a thousand times the 999 others.
+so smaller ones vanish. Together the error is 1e-3 for coefs that are alike or normal, K from 2 to
+1000, and 1e-2 where one is a thousand times the 999 others.
 
-If a coefficient is NaN or infinite, or becomes so when it is rounded, the op is skipped: what it
-writes to stays as it is, to the bit, and keep is not applied either. The op is also skipped if
-found_inf is not 0; and an op that is skipped because of its coefficients sets found_inf to 1.
+If a coefficient is NaN or infinite, or becomes so when it is rounded, the op is skipped: the
+tensors that it would write stay as they are, to the bit, and keep is not applied either. The op is
+also skipped if found_inf is not 0. An op that is skipped because of its coefficients sets found_inf
+to 1.
 
-The update of Adam, whose second moment is no sum of noise, is in `pseuzo_kernels.adam`.
+Adam's update, whose second moment is not a sum of noise, is in `pseuzo_kernels.adam`.
 
 Source of perturbation by seed: Malladi et al., "Fine-tuning language models with just forward
 passes" (2023). `pseuzo_kernels.bits` has the sources of the hashes.
@@ -71,7 +72,7 @@ from pseuzo_kernels.bits import (  # noqa: F401  (part of what this module offer
 )
 from pseuzo_kernels.laws import LAWS, resolve
 
-# bounds the int64 temporaries to about 16 MiB, however large a tensor is
+# This bounds the int64 temporaries to about 16 MiB, however large a tensor is.
 COUNTERS_AT_ONCE = 1 << 16
 HADAMARD_SCALE = LAWS["hadamard"].scale
 
@@ -87,7 +88,7 @@ def column_noise(noise: str, q: Tensor, stream: int, seed_hash: Tensor) -> Tenso
 
 
 def sums_in_fp16(noise: str, K: int) -> bool:
-    """Whether K terms are summed in half precision: a single one is not."""
+    """Whether K terms are summed in half precision; a single term is not."""
     return K > 1 and resolve(noise)[1] == "fp16"
 
 
@@ -147,9 +148,10 @@ def add_noise_into(
     skipped,
     sum_of=noise_sum,
 ) -> None:
-    """One tensor. out and x are flat, x may be None or out itself.
+    """Write the result of an op for one tensor. out and x are flat; x may be None or out itself.
 
-    skipped, [] bool: out <- x, or 0 without it. sum_of: makes what is added, as noise_sum does.
+    skipped: [] bool; if it is True, out <- x, or 0 without x. sum_of: makes the sum that is added,
+    as noise_sum does.
     """
     n = out.numel()
     chunks_at_once = COUNTERS_AT_ONCE // PLANE
@@ -239,12 +241,12 @@ def add_noise_steps_(
     *,
     op=add_noise_list_,
 ):
-    """The op pseuzo::add_noise_steps_: updates in a row, for replaying a run.
+    """The op pseuzo::add_noise_steps_: several updates in a row, for replaying a run.
 
-    Each is rounded as if it were alone. seeds, coefs: those of all steps, one step after the other,
-    counts[s] of them in step s. keeps, scales: one per step and tensor, that of tensor t in step s
-    at s * len(xs) + t; where scales is 0, the step leaves the tensor alone. rounding_seeds: one per
-    step. op: makes a step.
+    Each update is rounded as if it were alone. seeds, coefs: those of all steps, one step after the
+    other, counts[s] of them in step s. keeps, scales: one per step and tensor, where that of tensor
+    t in step s is at s * len(xs) + t; where a scale is 0, the step leaves the tensor alone.
+    rounding_seeds: one per step. op: makes one step.
     """
     resolve(noise, "add_noise_steps_")
     T, first = len(xs), 0
@@ -258,10 +260,10 @@ def add_noise_steps_(
 def add_noise_rows(x, index, seeds, coefs, stream, scale, noise):
     """The op pseuzo::add_noise_rows: rows of x + scale * sum_k coefs[k] z(seeds[k], stream).
 
-    Only the rows `index` are made. x [N, D]; index int64, any shape, 0 <= index < N; returns
-    index.shape + [D], rounded to nearest; skipped, or with a scale of 0, the rows of x. The noise
-    of a row is that of its elements in x, so add_noise_rows(x, index) equals add_noise(x)[index] to
-    the bit.
+    Only the rows `index` are made. x [N, D]; index int64, any shape, 0 <= index < N. Returns
+    index.shape + [D], rounded to nearest; if the op is skipped, or the scale is 0, the rows of x.
+    The noise of a row is that of its elements in x, so add_noise_rows(x, index) equals
+    add_noise(x)[index] to the bit.
     """
     resolve(noise, "add_noise_rows")
     if index.numel() == 0:

@@ -83,8 +83,8 @@ class EmaWindow:
     c_k = momentum^age_k * <do_k, grad> / eps (age 0: the newest). The update of the weights is then
     sum_k c_k z(seed_k).
 
-    Rows of an old entry belong to another batch, so how they pair with the rows of grad is a
-    choice:
+    Rows of an old entry belong to another batch, so there are two ways to pair them with the rows
+    of grad:
     - groups given ([B] integers, such as the labels): an entry keeps the mean of do over the rows
       of each group; that mean is paired with the sum of grad over the present rows of the same
       group. A group that either side lacks adds nothing. The newest entry pairs its own rows
@@ -166,11 +166,11 @@ class EmaWindow:
         eps: float | None = None,
         restart: bool = False,
     ) -> Proposal:
-        """What step would return, without changing what the window holds: commit does that.
+        """What step would return, without changing what the window holds; commit changes it.
 
         momentum, eps: None means those of the window. restart: as if clear() had been called first.
         The new entry goes into a slot that no held entry uses, so a proposal that is not committed
-        leaves no trace; it is void as soon as another one is made.
+        leaves no trace. A proposal is void as soon as another one is made.
         """
         o0, o1, grad = _checked_outputs(o0, o1, grad)
         group = None if groups is None else _checked_groups(groups, o1)
@@ -215,7 +215,7 @@ class EmaWindow:
     def _skipped_on(self, device: torch.device) -> Tensor:
         """The count of skipped steps, for the op to add to.
 
-        It is a copy, unless a CUDA graph is captured: all replays of that are counted.
+        It is a copy, except while a CUDA graph is captured, so that all replays are counted.
         """
         skipped = self._held.skipped
         if skipped is None:
@@ -236,7 +236,7 @@ class EmaWindow:
             _, r, p, _ = old.values.shape
             if rows <= r and positions <= p:
                 return old
-            # slowly growing lengths would copy the ring again and again: grow by a quarter at least
+            # If lengths grow slowly, the ring would be copied each time: grow by at least a quarter
             rows = r if rows <= r else max(rows, r + r // 4)
             positions = p if positions <= p else max(positions, p + p // 4)
         elif old is not None and used:
@@ -250,7 +250,7 @@ class EmaWindow:
             new.seeds.copy_(old.seeds)
             new.groups[:, :r].copy_(old.groups)
             new.counts[:, :r].copy_(old.counts)
-            # the same entries, and the old memory is free
+            # The window holds the same entries, and the old memory becomes free.
             self._held = self._held._replace(ring=new)
         return new
 
@@ -349,7 +349,7 @@ def _checked_groups(groups: Tensor | Sequence[int], o1: Tensor) -> Tensor:
             f"EmaWindow.step: groups must be {rows} integers, one per row of o1, "
             f"got shape {tuple(group.shape)} {group.dtype}"
         )
-    # a copy from pageable memory is staged by the driver at once: not waiting for it is safe
+    # The driver stages a copy from pageable memory at once, so not waiting for it is safe.
     return group.to(device=o1.device, dtype=torch.int64, non_blocking=True).contiguous()
 
 

@@ -60,7 +60,7 @@ def test_the_parts_make_the_loss_of_the_batch(make, each):
 def test_what_cannot_be_cut(tmp_path):
     with pytest.raises(ValueError, match="each of the 8 directions, and this batch has 7"):
         cut(of_labels()[0], 8)
-    with pytest.raises(ValueError, match=r"by its rows, 7, and planes has shape \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"by its 7 rows, but planes has shape \(3, 7\)"):
         cut(of_labels()[0] | {"planes": torch.zeros(3, 7)}, 2)
     args = arguments(tmp_path, method="evolution", split_batch=True, directions=6)
     with pytest.raises(ValueError, match="the last batch of the 12 has 5: choose a batch size"):
