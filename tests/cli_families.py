@@ -31,7 +31,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Make a byte-level BPE, since Transformers takes every tokenizer of a Qwen2 for one. Each word
+    """Make a byte-level BPE, since Transformers loads every tokenizer of a Qwen2 as one. Each word
     is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = (
@@ -49,12 +49,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokens_of(words: tuple[str, ...]) -> list[int]:
-    """Return the tokens of words that follow others."""
+    """Return the tokens of words that follow other words."""
     return [i for word in words for i in tokenizer()(f" {word}")["input_ids"]]
 
 
 def arguments(model: Path, task: Path, out: Path, *args: object, steps: int = 3) -> list[str]:
-    """Return the arguments of pseuzo train. Of several values of an option the last one counts."""
+    """Return the arguments of pseuzo train. If an option is repeated, its last value counts."""
     sizes = [x for part, size in SIZES.items() for x in (f"--{part}-size", size)]
     # The rows are evaluated one at a time, so that the test loss is that of unpadded prompts.
     all_of_them = [
@@ -104,7 +104,7 @@ def train(model: Path, task: Path, out: Path, *args: object, steps: int = 3) -> 
 
 
 def replay(base: Path, journal: Path, out: Path, *args: object) -> list[str]:
-    """The arguments of pseuzo replay."""
+    """Return the arguments of pseuzo replay."""
     return [
         str(a) for a in ("replay", "--base", base, "--journal", journal, *args, "--output", out)
     ]
@@ -129,7 +129,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @torch.no_grad()
 def loss_of_prompts(path: Path, task: Path) -> float:
-    """Cross entropy over the label words' logits after each test prompt, by Transformers alone."""
+    """Return the cross entropy over the label words' logits after each test prompt, by Transformers
+    alone."""
     model, tokens, words = load(path), AutoTokenizer.from_pretrained(path), tokens_of(WORDS)
     examples = load_task(str(task)).load(None, **SIZES, seed=0)["test"]
     logits = [model(**tokens(e.prompt, return_tensors="pt")).logits[0, -1, words] for e in examples]

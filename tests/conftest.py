@@ -45,7 +45,8 @@ def pytest_runtest_logfinish():
 
 
 def pytest_collection_finish():
-    # Trainers and searches for a rate collect garbage. They need not scan what is imported by now.
+    # Trainers and searches for a rate collect garbage. They need not scan modules that are already
+    # imported.
     gc.freeze()
 
 
@@ -55,7 +56,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """The tapes that stand in for CUDA graphs, in the order in which they were recorded."""
+    """Return the tapes that replace CUDA graphs, in the order in which they were recorded."""
     from tape import record_on_tapes
 
     return record_on_tapes(monkeypatch)

@@ -1,4 +1,4 @@
-"""What several test files share; the models are in models.py."""
+"""Helpers that several test files share. The models are in tiny_models.py."""
 
 import copy
 import itertools
@@ -29,8 +29,8 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
     )
 
 
-# elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k] z(seeds[k], 3),
-# rounding_seed 9
+# The known values are elements 0, 1, 2, 127, 128, 2047, 2048, 4095 of 0.75 * 0.5 + sum_k coefs[k]
+# z(seeds[k], 3), with rounding_seed 9.
 KNOWN_TERMS = [1, 2, 3], [0.1, -0.2, 0.3]
 KNOWN_ELEMENTS = [0, 1, 2, 127, 128, 2047, 2048, 4095]
 KNOWN_HADAMARD = torch.tensor(  # the same elements of z(0, 0)
@@ -47,8 +47,8 @@ KNOWN_ROUNDED = {
 def rounded_by_definition(
     x: torch.Tensor, dither: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x, in float64: at
-    most 40 bits."""
+    """Return floor(|x| / ulp + dither / 2^16) ulps with the sign of x, for finite fp32 x. float64
+    holds the at most 40 bits."""
     exact, info = x.double(), torch.finfo(dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent - 1
     ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent)
@@ -69,8 +69,8 @@ def assert_untouched(model, before):
 
 
 def perturbed_copy(model, seed, eps, noise="hadamard"):
-    """Return a copy that was perturbed the plain way: every weight that requires grad gets noise of
-    the stream that is its position."""
+    """Return a copy that is perturbed in plain torch. Every weight that requires grad gets the
+    noise of the stream whose number is its position."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for i, p in enumerate(other.parameters()):
@@ -80,7 +80,7 @@ def perturbed_copy(model, seed, eps, noise="hadamard"):
 
 
 class Waits(TorchDispatchMode):
-    """Counts ops for whose values or sizes the host has to wait."""
+    """Records the ops that make the host wait for a value or a size."""
 
     NAMES = (
         "_local_scalar_dense",
@@ -107,7 +107,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# the command line
+# The helpers below run the command line.
 
 SMALL = [
     *"--model demo --task demo --train-size 48 --dev-size 24 --test-size 24".split(),
@@ -129,7 +129,7 @@ def pseuzo(*args: object, code: int = 0) -> str:
 
 
 def last_json(output: str) -> dict:
-    return json.loads(output.strip().splitlines()[-1])  # the lines before are warnings
+    return json.loads(output.strip().splitlines()[-1])  # the earlier lines are warnings
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def run(args: list[str]) -> None:
     assert _ended(args) == 0
 
 
-# optimizers whose passes are recorded
+# The helper below runs optimizers whose passes are recorded.
 
 LABELS = torch.tensor([0, 1, 1, 0])
 
@@ -239,4 +239,4 @@ MAKERS = {
 }
 
 
-# tasks
+# The helpers below are for tasks.

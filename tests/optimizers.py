@@ -1,4 +1,4 @@
-"""Small models, batches and optimizers, and the formulas written out plainly."""
+"""Makes small models, batches and optimizers, and writes out the formulas plainly."""
 
 import copy
 
@@ -37,7 +37,7 @@ def head_for(y):
 
 
 def losses_beside(model, z, bys, x, y):
-    """The losses of weights + by * z, in copies of the model."""
+    """Return the losses at weights + by * z, from copies of the model."""
     losses = []
     for by in bys:
         other = copy.deepcopy(model)
@@ -63,9 +63,9 @@ def plain_pseuzo(
     mean=False,
     skipped=(),
 ):
-    """PseuZO as in the paper, in float64 except for the forward: no ring, no fused kernels, weights
-    copied about. mean: its weighted mean in place of the sum. skipped: steps that are not finite.
-    """
+    """Train by PseuZO as in the paper, in float64 except for the forward. There is no ring and no
+    fused kernel, and weights are copied. mean: take the weighted mean in place of the sum. skipped:
+    steps that are not finite."""
     params = list(model.parameters())
     scale = scale or [1.0] * len(params)
     entries = []
@@ -157,7 +157,7 @@ MAKERS = {
 }
 
 
-NEED_MODEL = ("mezo-svrg", "forward-gradient")  # and refuse bare parameters
+NEED_MODEL = ("mezo-svrg", "forward-gradient")  # these refuse bare parameters
 
 
 def arguments(opt, model, t, poison=False):
@@ -172,7 +172,8 @@ def arguments(opt, model, t, poison=False):
 
 
 def with_data(opt, closure):
-    """What step() takes of an optimizer that has no head: all data are this one batch."""
+    """Return the arguments of step() for an optimizer without a head. All data are this one
+    batch."""
     return (closure, lambda: [closure]) if opt.needs_data else (closure,)
 
 

@@ -1,4 +1,4 @@
-"""Rows in the columns of the public data sets."""
+"""Holds rows in the columns of the public data sets."""
 
 import json
 
@@ -15,7 +15,7 @@ def write(path, rows):
     return path
 
 
-# name: (row, prompt, options, answer, golds), by hand from the public schemas
+# name: (row, prompt, options, answer, golds), written by hand from the public schemas
 PUBLIC = {
     "sst2": [
         (

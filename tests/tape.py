@@ -1,4 +1,4 @@
-"""Without a GPU, a tape of ops stands in for the CUDA graph. Like a graph it knows no Python, only
+"""Without a GPU, a tape of ops replaces the CUDA graph. Like a graph it contains no Python, only
 the numbers and the memory that each op had when it was recorded."""
 
 import torch
@@ -33,7 +33,8 @@ class Tape(TorchDispatchMode):
 
 
 def record_on_tapes(monkeypatch):
-    """A list that every tape is added to when it is recorded, in place of a CUDA graph."""
+    """Record tapes in place of CUDA graphs, and return the list to which each recorded tape is
+    added."""
     made = []
 
     def record(call, stream, pool):

@@ -21,8 +21,8 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mean, variance, largest = map(float, re.findall(r"(-?\d+\.\d+)", done.stdout.split("\n")[0]))
-    # 100,000 values: the errors of mean and variance are about 0.003 and 0.003.
+    # With 100,000 values, the errors of the mean and the variance are both about 0.003.
     assert abs(mean) < 0.02 and abs(variance - 1) < 0.02 and largest < 1.733
     results = json.loads((tmp_path / "biases" / "results.json").read_text())
     assert (results["method"], results["mode"], results["steps"]) == ("normalized", "bias", 4)
-    assert results["forwards"] == 4 * (1 + 1), "one direction is the default of the option"
+    assert results["forwards"] == 4 * (1 + 1), "the default of the option is not one direction"

@@ -1,4 +1,4 @@
-"""The rules of the house: sizes, line lengths, imports that turn one way, no reaching into others.
+"""The code keeps the rules of the house, on sizes, line lengths, imports and private names.
 
 Each rule is a function that yields its offenders as "path:line: what". EXCUSED lists what a rule
 lets pass, with the reason.
@@ -22,12 +22,12 @@ LINED = (*SOURCES, "tests", "examples")  # the folders whose lines are short
 LONGEST_LINE = 100
 LONGEST_FILE, LONGEST_CLASS, LONGEST_TEST_FILE, LONGEST_TRAINER = 400, 250, 450, 249
 
-# The strata of python/pseuzo, by height: each imports only from lower ones, or from itself.
-# "ground" is the modules that lie beside the folders, such as files.py.
+# These are the strata of python/pseuzo, by height. Each imports only from lower ones or from
+# itself. "ground" holds the modules beside the folders, such as files.py.
 STRATA = dict(ground=0, perturb=1, optim=2, models=3, tasks=4, train=5, demo=5, cli=6)
-# Strata that must not print, since others build on them.
+# These strata must not print, since others build on them.
 SILENT = ("ground", "perturb", "optim", "models", "tasks")
-# Private names of others that are used nevertheless, and why.
+# These private names of other modules are used nevertheless, each for its reason.
 EXCUSED = {
     "_C": "the compiled extension, which may be missing",
     "_exit": "os._exit is a documented function",
@@ -59,7 +59,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def library() -> Iterator[tuple[Path, str, ast.Module]]:
-    """Each module of python/pseuzo: its path, its stratum ("" for the package itself), its tree."""
+    """Yield for each module of python/pseuzo its path, its stratum ("" for the package) and its
+    tree."""
     package = ROOT / "python" / "pseuzo"
     for path in files_of("python", suffixes=(".py",)):
         first, *rest = path.relative_to(package).parts
@@ -113,14 +114,16 @@ def names_of_tests_are_unique() -> Iterator[str]:
 
 
 def is_table(node: ast.AST | None) -> bool:
-    """A list, tuple, set or dict that is written out, or a call on one, as frozenset({...})."""
+    """Return whether node is a literal list, tuple, set or dict, or a call on one like
+    frozenset({...})."""
     if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
         node = node.args[0]
     return isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict)
 
 
 def lines_that_close_a_table(tree: ast.Module) -> set[int]:
-    """Where the assignment of a table ends, a loop's header over one, or a decorator."""
+    """Return the lines that end the assignment of a table, a loop's header over one, or a
+    decorator."""
     lines = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and is_table(node.value):
@@ -151,14 +154,14 @@ def ops_are_called_by_their_functions() -> Iterator[str]:
 
 
 def is_own(value: ast.expr) -> bool:
-    """self, cls, super(), type(self), or a private name of the module."""
+    """Return whether value is self, cls, super(), type(self), or a private name of the module."""
     if isinstance(value, ast.Name):
         return value.id in ("self", "cls") or value.id.startswith("_")
     return ast.unparse(value) in ("super()", "type(self)")
 
 
 def private_names_of_others() -> Iterator[tuple[Path, int, str]]:
-    """Where a module takes a private name from something else, and the name."""
+    """Yield the places where a module takes a private name from something else, with the name."""
     for path, _, tree in library():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and not is_own(node.value):
@@ -202,7 +205,7 @@ def what_others_build_on_does_not_print() -> Iterator[str]:
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Return the line and the dotted name of each import, also of those within functions."""
+    """Yield the line and the dotted name of each import, including those within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -211,7 +214,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def stratum_of(name: str) -> str:
-    """The stratum of a dotted name; also of one that the package itself offers."""
+    """Return the stratum of a dotted name, even if the package itself offers the name."""
     first = name.split(".")[1]
     if first in STRATA:
         return first

@@ -1,4 +1,4 @@
-"""Small models that the tests share."""
+"""Makes small models that the tests share."""
 
 from typing import Any
 
@@ -33,10 +33,10 @@ VOCAB = 1100
 
 
 def causal_lm(kind: str, tied: bool | None = None) -> nn.Module:
-    """A random causal LM with non-zero biases, and with weights smaller and larger than those that
-    a perturbed pass copies whole.
+    """Return a random causal LM with non-zero biases, whose weights are smaller and larger than
+    those that a perturbed pass copies whole.
 
-    tied: whether its output head is the embedding's weight; None leaves it as the kind has it.
+    tied: whether the output head is the embedding's weight; None keeps the default of the kind.
     """
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -64,9 +64,9 @@ def causal_lm(kind: str, tied: bool | None = None) -> nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**sizes, **wide))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **sizes, **wide))
-    elif kind == "qwen3":  # its heads together are wider than the model
+    elif kind == "qwen3":  # all heads together are wider than the model
         model = Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=24, **sizes, **wide))
-    elif kind == "mistral":  # a window that some tokens of batch_of() are out of
+    elif kind == "mistral":  # some tokens of batch_of() are outside its window
         model = MistralForCausalLM(
             MistralConfig(num_key_value_heads=2, sliding_window=8, **sizes, **wide)
         )
@@ -87,7 +87,7 @@ ALL_KINDS = (*KINDS, "qwen3", "mistral", "neox", "gemma")
 
 
 def batch_of(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Left-padded prompts of different lengths."""
+    """Return left-padded prompts of different lengths."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.ones(rows, length, dtype=torch.long)
     for row in range(1, rows):
@@ -98,8 +98,8 @@ def batch_of(rows: int = 4, length: int = 12, seed: int = 0) -> dict[str, torch.
     }
 
 
-# Sizes of tiny models, and the names that configs have for them. Factors and caps of logits get
-# values that make a difference.
+# These are the sizes of tiny models, by the names that configs use for them. Factors and caps of
+# logits have values that make a difference.
 TINY = {
     32: "hidden_size n_embd d_model dim emb_dim embedding_dim embedding_size "
         "word_embed_proj_dim lru_width",
@@ -215,7 +215,7 @@ OF_A_TYPE = {name: sizes for names, sizes in _BY_TYPES for name in names.split()
 
 
 def tiny_config(model_type: str, vocab: int = 128, **more: Any) -> Any:
-    """A config of two layers of width 32, of any type that Transformers has."""
+    """Return a config of two layers of width 32, of any type that Transformers has."""
     known = CONFIG_MAPPING[model_type]
 
     def sizes(of: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +244,8 @@ def tiny_config(model_type: str, vocab: int = 128, **more: Any) -> Any:
 
 
 def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
-    """A random causal LM of any type that Transformers has, with two layers of width 32, in eval
-    mode."""
+    """Return a random causal LM of any type that Transformers has, with two layers of width 32, in
+    eval mode."""
     config = tiny_config(model_type, vocab, **more)
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -255,7 +255,7 @@ def tiny(model_type: str, vocab: int = 128, **more: Any) -> nn.Module:
 
 
 def tiny_encoder(model_type: str, kind: str, vocab: int = 128, **more: Any) -> nn.Module:
-    """The same of a masked language model, or of a classifier of num_labels classes."""
+    """Return a tiny masked language model, or a tiny classifier with num_labels classes."""
     config = tiny_config(model_type, vocab, is_decoder=False, **more)
     masked = kind == "masked"
     return _random(AutoModelForMaskedLM if masked else AutoModelForSequenceClassification, config)
@@ -272,7 +272,7 @@ def _random(auto: Any, config: Any) -> nn.Module:
 
 _QV = dict(target_modules=["q_proj", "v_proj"])
 _QO = dict(r=4, target_modules=["q_proj", "o_proj"])
-# What an adapter of peft needs to fit a tiny Llama; others get _QV.
+# These settings fit an adapter of peft to a tiny Llama. Other adapters get _QV.
 OF_AN_ADAPTER: dict[str, dict[str, Any]] = {
     "ADALORA": _QV | dict(init_r=4, target_r=2, total_step=100),
     "ADAPTION_PROMPT": dict(adapter_len=3, adapter_layers=2),
@@ -304,7 +304,7 @@ OF_AN_ADAPTER: dict[str, dict[str, Any]] = {
 
 
 def adapted(base: nn.Module, peft_type: str, **more: Any) -> nn.Module:
-    """base with an adapter of peft that changes what it does, in eval mode."""
+    """Return base with an adapter of peft that changes its outputs, in eval mode."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -320,8 +320,8 @@ def adapted(base: nn.Module, peft_type: str, **more: Any) -> nn.Module:
 
 
 class Tied(nn.Module):
-    """Uses its large embedding's weight as output head without calling the embedding, and may keep
-    a view of another weight."""
+    """Uses the weight of its large embedding as output head without calling the embedding. It may
+    keep a view of another weight."""
 
     def __init__(self, vocab: int = 300, width: int = 256, keep_view: bool = False):
         super().__init__()
@@ -340,7 +340,8 @@ class Tied(nn.Module):
 
 
 def encoder_tokenizer(**special: Any) -> Any:
-    """One word is one token, w0 to w59; [CLS] and [SEP] around a text, as BERT has them."""
+    """Return a tokenizer of the words w0 to w59, one token each, with [CLS] and [SEP] around a text
+    as in BERT."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     names = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]", "mask": "[MASK]"}

@@ -17,7 +17,7 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Imports a module of bench/ for the duration of a test."""
+    """Import a module of bench/ for the duration of a test."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
     for script in BENCH.glob("*.py"):
@@ -41,7 +41,7 @@ def test_the_gpu_scripts_run_dry_and_report(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     scripts = [script.stem for script in BENCH.glob("gpu/*.sh") if script.stem != "common"]
     files = list(tmp_path.iterdir())
-    assert len(scripts) == 3 and len(files) <= 7, "a log of each, and what was measured"
+    assert len(scripts) == 3 and len(files) <= 7, "not a log of each script and the measurements"
     for script in scripts:
         assert ": ok, " in (tmp_path / f"{script}.log").read_text()
     run(tmp_path, "report.py")
@@ -55,11 +55,11 @@ def test_the_gpu_scripts_run_dry_and_report(tmp_path):
     ours = {"forward", "perturbed forward", "perturb", "head", "window", "update"}
     assert parts.keys() == {"step", *ours}
     launches = int(parts["perturb"]["ops"])
-    assert launches == 2, "the rows of the embedding, and all other weights of so small a model"
+    assert launches == 2, "the embedding takes one, all other weights another"
     counts = {r["impl"]: (int(r["ops"]), int(r["syncs"])) for r in rows["steps"] if r["syncs"]}
     ours, published = counts["pseuzo PseuZO"], counts["PseuZO as published"]
-    assert published[0] > 10 * ours[0], "a pass for each of 14 seeds"
-    assert published[1] >= ours[1] + 12, "a number for each of 14 seeds"
+    assert published[0] > 10 * ours[0], "each of 14 seeds takes a pass"
+    assert published[1] >= ours[1] + 12, "each of 14 seeds takes a number"
     tables = (tmp_path / "tables.md").read_text()
     assert "No target has been checked" in tables and "Fits: " in tables
     assert len(list(tmp_path.glob("*.png"))) == 3
@@ -86,11 +86,11 @@ def test_the_memory_and_the_time_of_methods(tmp_path):
     methods = ["--method", "mezo", "fo-adam"]
     run(tmp_path, "bench_methods.py", "--model", "tiny", "--steps", "4", *methods)
     mezo, adam = csv.DictReader(open(tmp_path / "methods.csv"))
-    weights = int(adam["params"]) * 4 / 1e6  # of fp32, in MB
-    assert 2 * weights < float(adam["kept_mb"]) < 2.1 * weights, "two moments"
+    weights = int(adam["params"]) * 4 / 1e6  # MB in fp32
+    assert 2 * weights < float(adam["kept_mb"]) < 2.1 * weights, "Adam does not keep two moments"
     # The gradients come on top of them; activations of so few tokens are small.
     assert 3 * weights < float(adam["peak_mb"]) < 5 * weights
-    assert float(mezo["peak_mb"]) < weights, "copies of the weights of one module at a time"
+    assert float(mezo["peak_mb"]) < weights, "MeZO copies more than one module at a time"
     assert (float(mezo["forwards"]), float(adam["forwards"])) == (2, 3)
 
 
@@ -137,7 +137,7 @@ def test_a_given_commit_needs_no_git(bench, monkeypatch):
 def test_fit(bench):
     fit = bench("harness").fit
     assert fit([(x, 3 + 0.5 * x) for x in (1, 10, 100)]) == pytest.approx((3, 0.5))
-    assert fit([(1, 5.0), (10, 5.0)]) == pytest.approx((5, 0))  # never a negative slope or offset
+    assert fit([(1, 5.0), (10, 5.0)]) == pytest.approx((5, 0))  # both are never negative
     assert fit([(1, 0.1), (10, 2.0)])[0] == 0
 
 
@@ -166,7 +166,7 @@ def judged(targets, rows: list[dict]) -> list[str]:
 def test_targets_of_steps(bench):
     targets = bench("targets")
     h100 = "NVIDIA H100 80GB HBM3"
-    eager = ["met"] * 5 + ["-", "met"]  # nothing was captured
+    eager = ["met"] * 5 + ["-", "met"]  # no row was captured
     assert judged(targets, step_rows(h100)) == eager
     beyond = judged(targets, step_rows(h100, step=47.5))  # 7.5 ms beyond 40
     assert beyond == ["NOT MET", *eager[1:]]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: public functions and optimizers give CUDA tensors the CPU's bits."""
+"""On a GPU, public functions and optimizers give CUDA tensors the bits of the CPU."""
 
 import copy
 import subprocess
@@ -82,7 +82,7 @@ def test_a_skipped_op_changes_no_bit_and_does_not_wait(noise, K):
 def test_normal_is_close():
     z = pk.noise((1 << 20,), 3, 1, noise="normal", device="cuda").cpu()
     want = reference.noise((1 << 20,), 3, 1, noise="normal")
-    assert (z - want).abs().max() < 5e-5  # lg2.approx near 1
+    assert (z - want).abs().max() < 5e-5  # the error of lg2.approx near 1
     far = want.abs() > 0.1
     assert ((z - want)[far].abs() < 4e-6).float().mean() > 0.999
 
@@ -109,7 +109,7 @@ def test_perturbed_forward_equals_perturbed_weights(dtype):
     batch = {k: v.cuda() for k, v in batch_of().items()}
     before = [p.detach().clone() for p in model.parameters()]
     streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
-    # Launches are made again once the watch has turned itself off, and for each stream.
+    # Launches are rebuilt once the watch has turned itself off, and for each stream.
     for seed in range(10):
         other = copy.deepcopy(model)
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_perturbed_forward_equals_perturbed_weights(dtype):
 def test_repeated_launches_are_those_of_the_op(noise, dtype):
     sizes, scales = (1, 2048, 5000, 130_000), [1.0, 0.5, 2.0, -1.0]
     xs = [torch.randn(n, device="cuda").to(dtype) for n in sizes]
-    # One of them is not aligned.
+    # One of the tensors is not aligned.
     outs = [torch.empty(n + 1, device="cuda", dtype=dtype)[n % 3 == 2 :][:n] for n in sizes]
     seeds, coefs = torch.empty(1, dtype=torch.int64, device="cuda"), torch.empty(1, device="cuda")
     perturb = RepeatedPerturb(xs, seeds, coefs, [3, 0, 7, 9], scales, noise, outs)
@@ -178,7 +178,8 @@ def test_optimizers_follow_the_cpu(make):
     twin = copy.deepcopy(model).cuda()
     host = steps(make(model), CausalLMObjective(model, [17, 4]), "cpu", 4)
     device = steps(make(twin), CausalLMObjective(twin, [17, 4]), "cuda", 4)
-    # matrix products round differently: outputs about 1 to 1e-6, over eps, times lr, four steps
+    # Matrix products round differently, so outputs about 1 have an error of 1e-6. It is divided by
+    # eps and multiplied by lr, in four steps.
     torch.testing.assert_close(device, host, rtol=0, atol=1e-3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(q.cpu(), p, rtol=0, atol=2e-3)
@@ -201,7 +202,7 @@ def test_a_step_does_not_wait_for_the_device():
                 return opt.step(lambda: model(ids), lambda o: o.square().mean(1), groups=groups)
             return opt.step(lambda: model(ids).square().mean(1))
 
-        for _ in range(3):  # compiles, learns the model, makes its tables
+        for _ in range(3):  # these steps compile, learn the model and make its tables
             step()
         torch.cuda.synchronize()
         memory = torch.cuda.memory_allocated()
@@ -231,7 +232,7 @@ def test_a_step_of_a_transformer_does_not_wait_for_the_device(make, kind, paddin
     for _ in range(6):
         step()
     if capture:
-        assert all(recorded(opt)), "it was not recorded"
+        assert all(recorded(opt)), "not every kind of step was recorded"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -312,7 +313,7 @@ def test_state_dict_resumes_to_the_bit():
 
 @pytest.mark.parametrize("run_on, replay_on", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_replay_on_another_device(run_on, replay_on, tmp_path):
-    """50 steps: each must leave the same bits, or all that follow differ."""
+    """Each of 50 steps must leave the same bits, since otherwise all later steps differ."""
     model = causal_lm("opt").to(torch.bfloat16).eval()
     base = copy.deepcopy(model).to(replay_on)
     model.to(run_on)

@@ -1,4 +1,4 @@
-"""The demo through its command line, in a short form; its data; and the helpers it is made of."""
+"""The demo runs from its command line in a short form, and its data and helpers are right."""
 
 import json
 from pathlib import Path
@@ -138,5 +138,5 @@ def test_batches_are_whole_and_balanced():
         len(batch["labels"]) == 24 and abs(int(batch["labels"].sum()) - 12) <= 1 for batch in drawn
     )
     assert len({int(i) for batch in drawn[:41] for i in batch["rows"]}) == 41 * 24, (
-        "an epoch repeats no line"
+        "an epoch repeats a line"
     )

@@ -37,7 +37,8 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The source distribution and a wheel without C++, built offline from a copy of the sources."""
+    """Build the source distribution and a wheel without C++, offline, from a copy of the
+    sources."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "sources", ignore=NOT_SOURCES)
     (folder / "dist").mkdir()
@@ -47,7 +48,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def sources(*folders: str) -> set[str]:
-    """The Python files of folders, relative to the root."""
+    """Return the Python files of folders, relative to the root."""
     paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return {str(path.relative_to(ROOT)) for path in paths}
 
@@ -110,7 +111,7 @@ def test_the_metadata(built):
 
 @pytest.mark.slow
 def test_an_installed_wheel_works(built, tmp_path):
-    """In a folder of its own, before anything else on the path, as pip installs it."""
+    """The wheel is unpacked as pip installs it, into a new folder that comes first on the path."""
     where = tmp_path / "installed"
     quiet = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
     run("-m", "pip", "install", *quiet, "--target", where, built[1], cwd=tmp_path)

@@ -14,7 +14,7 @@ from pseuzo.train.options import DIRECTIONS, MOMENTA
 
 ROOT = Path(__file__).parents[2]
 ZEROTH_ORDER = [name for name in METHODS if not name.startswith("fo-")]
-# What the page says in place of a default that depends on the method, where the code has None.
+# The page says this in place of a default that depends on the method, where the code has None.
 BY_METHOD = {
     "momentum": MOMENTA.replace(";", ","),
     "two-sided": "mezo and evolution two, pseuzo, fzoo and deepzero one",
@@ -23,7 +23,8 @@ BY_METHOD = {
 
 
 def rows(page: str, heading: str, skip: int = 2) -> list[list[str]]:
-    """The cells of the first table with this first cell, without its two lines of heading."""
+    """Return the cells of the first table whose heading begins with this cell, without its two
+    heading lines."""
     text = (ROOT / page).read_text()
     table = text[text.index(f"\n| {heading} |") :].split("\n\n")[0]
     lines = table.strip().splitlines()[skip:]
@@ -31,10 +32,10 @@ def rows(page: str, heading: str, skip: int = 2) -> list[list[str]]:
 
 
 def options_on_the_page() -> dict[str, tuple[str | None, str]]:
-    """Default and methods by the name of the option, from docs/methods.md."""
+    """Return the default and the methods of each option by name, from docs/methods.md."""
     found = {}
     for names, methods, _ in rows("docs/methods.md", "option"):
-        # A default stands for all names since the one before.
+        # A default belongs to all names since the previous default.
         waiting = []
         for name, default in re.findall(r"`([\w-]+)`(?: \[(.*?)\](?=,|$))?", names):
             waiting.append(name)
@@ -66,7 +67,7 @@ def test_the_default_on_the_page(name):
     elif default and isinstance(default, tuple | list):
         assert written == " ".join(default)
     elif default is False or default is None or default == ():
-        assert not re.fullmatch(r"[\d.e-]+", written), "no number: the help says what happens"
+        assert not re.fullmatch(r"[\d.e-]+", written), "the code lacks this number"
     elif isinstance(default, int | float):
         assert float(written) == default
     else:
@@ -80,7 +81,7 @@ def test_the_methods_on_the_page(name):
     groups = {"all": list(METHODS), "zeroth order": ZEROTH_ORDER}
     named = set(groups.get(written, written.split(", ")))
     for other in others:  # "zeroth order but a, b"
-        assert named >= set(other.split(", ")), "the exceptions are some of the group"
+        assert named >= set(other.split(", ")), "the exceptions are not in the group"
         named -= set(other.split(", "))
     assert sorted(named) == sorted(expected)
 

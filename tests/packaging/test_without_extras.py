@@ -10,8 +10,8 @@ import pytest
 from pseuzo.extras import TRAIN_MODULES, how_to_install
 
 ROOT = Path(__file__).parents[2]
-IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions that do not carry the name of their module
-WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_MODULES}));"  # None: not installed
+IMPORT_NAMES = {"pyyaml": "yaml"}  # distributions whose modules have another name
+WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_MODULES}));"  # None hides a module
 INSTALL = 'pip install "pseuzo[train]"'
 KERNELS = """
 import torch, pseuzo_kernels as pk
@@ -101,7 +101,8 @@ def test_the_changelog_has_the_version():
 
 
 def test_every_extra_is_pinned():
-    """make installs under constraints.txt: a package not in it could change from day to day."""
+    """make installs under constraints.txt. A package that is not in it could change from day to
+    day."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {
         line.split("==")[0].lower()
