@@ -1,7 +1,8 @@
 """Build pseuzo_kernels._C from csrc/; everything else is in pyproject.toml.
 
-PSEUZO_BUILD=auto|cuda|cpu|none: auto (the default) builds the best that is possible here and says
-in one line what is slower without the rest; cuda and cpu fail if they are not possible.
+PSEUZO_BUILD=auto|cuda|cpu|none chooses what is built. auto (the default) builds the best that is
+possible here and says in one line what is slower without the rest. cuda and cpu fail if they are
+not possible.
 """
 
 import os
@@ -32,10 +33,10 @@ def say(line: str) -> None:
 
 
 def cuda_home() -> str | None:
-    """The folder of the CUDA toolkit.
+    """Return the folder of the CUDA toolkit.
 
-    torch assumes that nvcc lies in it. If that nvcc is a script of ccache or of a package manager
-    that calls another one, there are no headers beside it: then nvcc itself is asked.
+    torch assumes that this folder holds nvcc. If that nvcc is a script of ccache or of a package
+    manager that calls another nvcc, there are no headers beside it. Then nvcc itself is asked.
     """
     home = cpp_extension.CUDA_HOME
     if (
@@ -58,7 +59,7 @@ def cuda_home() -> str | None:
 
 
 def missing_for_cuda() -> str | None:
-    """What is missing here for a CUDA build, or None."""
+    """Return what is missing here for a CUDA build, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
@@ -93,7 +94,7 @@ def extension(mode: str):
     if mode == "cpu":
         built = cpp_extension.CppExtension(extra_compile_args={"cxx": FLAGS}, **settings)
     else:
-        if not torch.cuda.is_available():  # else torch compiles for the GPUs that it sees
+        if not torch.cuda.is_available():  # with a GPU, torch compiles for those that it sees
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         built = cpp_extension.CUDAExtension(
             extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-fmad=false"]},
@@ -112,7 +113,7 @@ SLOWER = {
 
 
 def best_mode() -> str:
-    """The mode that was asked for; for auto, the best one that can be tried."""
+    """Return the mode that was asked for, or for auto the best one that can be tried."""
     asked = os.environ.get("PSEUZO_BUILD", "auto")
     if asked not in MODES:
         raise SystemExit(f"pseuzo: PSEUZO_BUILD must be one of {', '.join(MODES)}, got {asked!r}")
@@ -135,9 +136,9 @@ def best_mode() -> str:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's class, with a fallback for PSEUZO_BUILD=auto.
+    """Extends torch's class by a fallback for PSEUZO_BUILD=auto.
 
-    Extension.optional would not do: it does not catch ninja's RuntimeError.
+    Extension.optional does not suffice, since it does not catch ninja's RuntimeError.
     """
 
     def build_extensions(self):
@@ -154,10 +155,11 @@ class BuildExtension(cpp_extension.BuildExtension):
                 self._replace_extension("cpu" if failed == "cuda" else "none")
 
     def _replace_extension(self, mode: str) -> None:
-        """Change the list in place: the distribution and the other commands hold the same list."""
+        """Change the list in place, since the distribution and the other commands hold the same
+        list."""
         old = self.extensions[0]
         self.extensions[:] = [] if mode == "none" else [extension(mode)]
-        for new in self.extensions:  # finalize_options had set these on the old one
+        for new in self.extensions:  # finalize_options set these on the old extension
             new._full_name, new._links_to_dynamic, new._needs_stub = old._full_name, False, False
             new._file_name = old._file_name
             self.ext_map[new.name] = self.ext_map[new._full_name] = new

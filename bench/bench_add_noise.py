@@ -42,7 +42,7 @@ from pseuzo_kernels import (
 from pseuzo_kernels.api import NoiseApi
 
 N = 8192 * 2048
-# The most seeds that ways with a pass per seed are timed with: more would take minutes.
+# Ways with a pass per seed are timed with at most this many seeds, since more would take minutes.
 SEVERAL = {"cpu": 14, "cuda": 64}
 LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
@@ -93,7 +93,7 @@ def pass_per_seed(x: Tensor, seeds: list[int], coefs: list[float], lr: float) ->
         OPS.update_(x, seed, coef, lr=lr, rounding=rounding_of(x), rounding_seed=seed)
 
 
-# The function, and how often it reads or writes x for each seed.
+# way: (function, how often it reads or writes x for each seed)
 LOOPS = {"pseuzo, a pass per seed": (pass_per_seed, 2), "MeZO-style torch loop": (torch_loop, 4)}
 COMPILED = "MeZO-style, torch.compile"
 
@@ -103,8 +103,8 @@ def rounding_of(x: Tensor) -> str:
 
 
 def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 20000) -> None:
-    """Noise, perturb and update are the reference's to the bit; "normal" noise is, up to the errors
-    of fast logarithms and sines."""
+    """Check that noise, perturb and update have the reference's bits. "normal" noise may differ by
+    the errors of fast logarithms and sines."""
     host = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = host.to(device)
     for kind in NOISES:
@@ -135,31 +135,32 @@ def check(dtype: torch.dtype, Ks: list[int], device: torch.device, n: int = 2000
 
 
 def check_law(loop: Callable, K: int, dtype: torch.dtype, n: int, device: torch.device) -> None:
-    """What the loop adds has mean 0 and the standard deviation of sum_k coefs[k] z_k, up to six
-    sigma and roundings."""
+    """Check that the loop adds noise of mean 0 and the standard deviation of sum_k coefs[k] z_k, up
+    to six sigma and roundings."""
     x = torch.zeros(n, dtype=dtype, device=device)
     loop(x, list(range(K)), coefs_of(K), 1.0)
     x, size = x.float(), torch.tensor(coefs_of(K)).norm().item()
-    assert abs(x.mean().item()) < 6 * size / n**0.5, "the mean is not 0"
+    assert abs(x.mean().item()) < 6 * size / n**0.5, "the mean of the noise is not 0"
     far = abs(x.std().item() / size - 1)
-    assert far < 0.02 + 6 / (2 * n) ** 0.5, "not the variance of the other ways"
+    assert far < 0.02 + 6 / (2 * n) ** 0.5, "the variance differs from that of the other ways"
 
 
 def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
-    """With torch's own generator inside, the compiled loop adds the very numbers of the loop."""
+    """Check that the compiled loop, with torch's own generator inside, adds the same numbers as the
+    loop."""
     got, want = (torch.ones(n, dtype=dtype, device=device) for _ in range(2))
     with torch._inductor.config.patch(fallback_random=True):
         torch.compiler.reset()
         compiled_loop(got, [1, 2], [0.5, 1.0], 0.1)
     torch.compiler.reset()
     torch_loop(want, [1, 2], [0.5, 1.0], 0.1)
-    eps = torch.finfo(dtype).eps  # the product is rounded, or it is not; sums are below 2
+    eps = torch.finfo(dtype).eps  # the product may be rounded; sums are below 2
     torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
 
 
 def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> float | None:
-    """What predict.py expects of an update of n elements; None for a device or a kernel that is
-    not in its tables."""
+    """Return the ms that predict.py expects for an update of n elements, or None for a device or a
+    kernel that is not in its tables."""
     chip = next((chip for chip in CHIPS if chip.name.split()[0] in device), None)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     stochastic = "" if dtype is torch.float32 else " stochastic"
@@ -175,7 +176,7 @@ def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> 
 def measure(
     table: Table, dtype: torch.dtype, n: int, Ks: list[int], compiled: bool, checked: bool
 ) -> None:
-    """checked: compare the ways with each other."""
+    """Measure all ways. checked: first compare the ways with each other."""
     device, loops = table.device, LOOPS | ({COMPILED: (compiled_loop, 2)} if compiled else {})
     x, y = torch.randn(n, device=device).to(dtype), torch.empty(n, dtype=dtype, device=device)
     size, copied = x.element_size(), None
@@ -230,7 +231,8 @@ def measure(
 def check_window(
     shape: tuple[int, int, int], dtype: torch.dtype, K: int, groups, device: torch.device
 ) -> None:
-    """Seeds are the reference's, and so are coefs, up to the errors of fp32 sums of such terms."""
+    """Check that seeds are the reference's, and coefs too, up to the errors of fp32 sums of such
+    terms."""
     draw = torch.Generator().manual_seed(0)
     got = EmaWindow(K, eps=EPS)
     want, sizes = (reference.EmaWindow(K, eps=EPS) for _ in range(2))
@@ -242,14 +244,15 @@ def check_window(
         size = sizes.step(seed, None, (o1.float() - o0.float()).abs(), e.abs(), on_cpu)[1]
         same = torch.equal(seeds.cpu(), want_seeds)
         assert same, "the window's seeds differ from the reference's"
-        # A thread adds 4 columns of each row, then rows. An old entry is a mean of rows. One
-        # rounding more is the product's, and one the result's.
+        # A thread adds 4 columns of each row, then rows. An old entry is a mean of rows. The
+        # product and the result are each rounded once more.
         far = (coefs.cpu() - want_coefs).abs() > (5 * shape[0] + 41) * 2**-24 * size
         assert not far.any(), "the window's coefs differ from the reference's"
 
 
 def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14) -> None:
-    """A step of a full window: push and project, rows paired by number or pooled by label."""
+    """Measure a step of a full window, push and project, with rows paired by number or pooled by
+    label."""
     for shape in WINDOW_SHAPES:
         n, rows = shape[0] * shape[1] * shape[2], shape[0]
         o0, o1, e = (torch.randn(shape, device=table.device).to(dtype) for _ in range(3))
@@ -260,7 +263,7 @@ def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14)
             window = EmaWindow(K, eps=EPS)
             for seed in range(K):
                 window.step(seed, o0, o1, e, groups)
-            # The floats of an entry; K - 1 entries are read, and one is written.
+            # This is the number of floats in an entry. K - 1 entries are read, and one is written.
             kept = n if groups is None else n * 2 // rows
             moved = 3 * n * o0.element_size() + 4 * K * kept
             options = dict(dtype=torch.uint8, device=table.device)
@@ -277,7 +280,8 @@ def measure_window(table: Table, dtype: torch.dtype, checked: bool, K: int = 14)
 
 
 def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) -> None:
-    """Updates made one by one, and all in one pass over the weights, as by `pseuzo replay`."""
+    """Measure updates made one by one, and all in one pass over the weights, as by `pseuzo
+    replay`."""
     device = table.device
     one = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     many = one.clone()

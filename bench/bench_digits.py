@@ -1,12 +1,13 @@
-"""Networks trained from scratch on scikit-learn's digits: node perturbation, SPSA, backpropagation.
+"""Trains networks from scratch on digits by node perturbation, SPSA and backpropagation.
 
 python bench/bench_digits.py [--seeds 0 1 2] [--epochs 40] [--only node] [--threads 1]
 
-A multilayer perceptron and a convolutional network learn 1437 of the 1797 images, 8 x 8, in batches
-of 64, and are tested on the other 360; the seed draws the split, the weights, the batches and the
-noise. A convolutional network of 414 weights compares the methods that move weights, at about equal
-forward passes. The table has the test accuracy, the forward passes (a backward pass counts as two;
-DeepZero's scores, 33 once, are not counted) and the CPU seconds of training.
+The digits are scikit-learn's 1797 images of 8 x 8. A multilayer perceptron and a convolutional
+network learn 1437 of them in batches of 64, and are tested on the other 360. The seed draws the
+split, the weights, the batches and the noise. A convolutional network of 414 weights compares the
+methods that move weights, at about equal forward passes. The table has the test accuracy, the
+forward passes and the CPU seconds of training. A backward pass counts as two forward passes;
+DeepZero's scores, 33 passes once, are not counted.
 """
 
 import argparse
@@ -28,7 +29,7 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def digits(seed: int) -> Split:
-    """Images and labels to train on, and to test on."""
+    """Return images and labels for training, and for testing."""
     images, labels = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     x, y = images[order].float().view(-1, 1, 8, 8) / 16, labels[order]
@@ -49,7 +50,7 @@ def conv() -> nn.Sequential:
 
 
 def small() -> nn.Sequential:
-    """414 weights."""
+    """Return the convolutional network of 414 weights."""
     body = nn.Conv2d(1, 4, 3, stride=2), nn.Tanh(), nn.Flatten()
     return nn.Sequential(*body, nn.Linear(36, 10))
 
@@ -61,7 +62,7 @@ def train(
     data: Split,
     epochs: int,
 ) -> tuple[float, int, float]:
-    """The test accuracy, the steps and the CPU seconds, at a rate that falls to 0 as a cosine."""
+    """Train at a rate that falls to 0 as a cosine. Return test accuracy, steps and CPU seconds."""
     x, y, test_x, test_y = data
     batches = len(x) // BATCH
     schedule = CosineAnnealingLR(optimizer, epochs * batches)
@@ -77,7 +78,7 @@ def train(
 
 
 def by_gradients(model: nn.Module, lr: float, backward: Callable[[Tensor, Tensor], object]):
-    """A step of Adam on what backward(x, y) leaves in .grad."""
+    """Return a step of Adam on the gradients that backward(x, y) leaves in .grad."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -126,7 +127,7 @@ def pseuzo(model: nn.Module, seed: int, lr: float = 3e-3):
     return step, optimizer, 2
 
 
-# name, network, how it is trained, epochs times this. lr is from a few tries at seed 0.
+# (name, network, training, factor of the epochs); lr was found in a few tries at seed 0.
 CASES: list[tuple[str, Callable, Callable, float]] = [
     ("backpropagation, mlp", mlp, backpropagation, 1),
     ("node perturbation, K = 14, mlp", mlp, node, 1),
@@ -147,7 +148,7 @@ CASES: list[tuple[str, Callable, Callable, float]] = [
 
 
 def run(made: Callable, net: Callable, seed: int, epochs: int) -> tuple[float, int, float]:
-    """The test accuracy, forward passes and CPU seconds."""
+    """Return the test accuracy, the forward passes and the CPU seconds of a run."""
     torch.manual_seed(seed)
     model = net()
     step, optimizer, passes = made(model, seed)

@@ -1,16 +1,17 @@
-"""A step of each method: its time beyond its forward passes, and its memory beyond inference.
+"""Measures a step of each method: its time beyond its forward passes, its memory beyond inference.
 
 python bench/bench_methods.py [--model opt-125m] [--method pseuzo mezo ...] [--mode full lora ...]
     [--rows 4] [--tokens 32] [--dtype float32] [--device cuda|cpu] [--set directions=4 ...]
 
 Each method runs as in PseuZOTrainer, with its defaults, on an OPT model at random initialisation.
-A forward pass is timed in the same run, without gradients, in turn with the steps. "beyond": the
-median step less the median forward pass times the method's forward passes a step; a backward pass
-counts as two. Where steps differ (the passes of a step are then a fraction) it is the mean step.
+In the same run, forward passes without gradients are timed between the steps. "beyond" is the
+median step less the method's forward passes per step, each at the median time of a forward pass. A
+backward pass counts as two. If steps differ, so that the passes per step are a fraction, the mean
+step is taken.
 
-peak_mb: the most that torch allocated at one time from the making of the optimizer to the end of
-some steps, less what a forward pass allocates; kept_mb: what of it is still held between steps. On
-a CPU both are counted by torch's profiler, on a GPU by its allocator.
+peak_mb: the most memory that torch allocated at one time, from the creation of the optimizer to the
+end of some steps, less the memory of a forward pass. kept_mb: the part that is still held between
+steps. On a CPU torch's profiler counts both, on a GPU torch's allocator.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COLUMNS = (
     "model", "params", "dtype", "mode", "rows", "tokens", "method", "options", "forwards",
     "forward_ms", "step_ms", "beyond_ms", "times_forwards", "peak_mb", "kept_mb",
 )  # fmt: skip
-WARM_UP = 2  # steps that do what later ones need not
+WARM_UP = 2  # steps with work that later ones need not do
 MEMORY_STEPS = 3  # by then a step allocates what every later one does, except for a full window
 
 
@@ -88,7 +89,7 @@ def make_trainer(method: str, model: nn.Module, args: argparse.Namespace) -> Pse
 
 
 def forward_of(trainer: PseuZOTrainer) -> Callable[[], None]:
-    """A forward pass to the loss of one batch, without gradients."""
+    """Return a forward pass to the loss of one batch, without gradients."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     forward, head = trainer.losses.split(batch, False)
 
@@ -108,7 +109,7 @@ def parse(kind: type, text: str) -> Any:
 
 
 def random_rows(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows whose last token alone carries a loss, as in classification by a label word."""
+    """Return rows whose last token alone carries a loss, as in classification by a label word."""
     generator = torch.Generator().manual_seed(0)
     shape = (4 * args.rows, args.tokens)
     ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
@@ -119,7 +120,8 @@ def random_rows(model: nn.Module, args: argparse.Namespace) -> list[dict[str, An
 
 
 def allocated(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """What torch allocates in call(), in MB: the most at one time, and what is left afterwards."""
+    """Return the memory that torch allocates in call(), in MB: the peak, and what is left
+    afterwards."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -157,7 +159,7 @@ def measure(table: Table, method: str, name: str, mode: str, args: argparse.Name
     trainer.train()
     options = trainer.counted_options()
     forwards = forwards_per_step(method, options)
-    # Steps that differ have an average count of passes, and an average time beside it.
+    # If steps differ, the average count of passes needs the average time beside it.
     average = median if float(forwards).is_integer() else fmean
     forward, step = median(timed.forward_ms), average(timed.step_ms[WARM_UP:])
     table.add(

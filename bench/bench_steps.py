@@ -6,15 +6,16 @@ python bench/bench_steps.py [--model opt-125m ...] [--tokens 64 256] [--rows 16]
 Our own parts are timed on the GPU alone, steps and forwards with their Python. "two forwards" is
 the floor: inference, and nothing else. "captured" means that the passes are recorded as CUDA
 graphs, including those of the floor. "one forward of twice the rows" is the least that the clean
-and the perturbed pass could cost if they ran as one. pseuzo's step is also timed in parts; of these
-"perturb" is all that a perturbed pass launches to make its weights, without the forward. The
-published ways are those of published.py. FO: backward through the model.
+and the perturbed pass could cost if they ran as one. pseuzo's step is also timed in parts, of which
+"perturb" is all launches by which a perturbed pass makes its weights, without the forward. The
+published ways are those of published.py. FO runs backward through the model.
 
-peak_gb: the most that torch allocated on the GPU during a call. reserved_gb: the most that torch
-held of the GPU since the way began; that counts the memory of graphs, which is allocated only while
-they are recorded. device_gb: what all processes used on the GPU after a call. ops: operations in a
-call that compute something, about as many as its launches (for "perturb": launches). syncs: numbers
-that Python waits for (two of ours on a CPU are from pinned memory on a GPU, and wait for nothing).
+peak_gb: the most memory that torch allocated on the GPU during a call. reserved_gb: the most that
+torch held on the GPU since the way began. This includes the memory of graphs, which is allocated
+only while they are recorded. device_gb: the memory that all processes used on the GPU after a call.
+ops: the operations in a call that compute something, about as many as its launches (for "perturb":
+the launches). syncs: the numbers for which Python waits. Two of ours on a CPU come from pinned
+memory on a GPU, where nothing waits for them.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def measure(table: Table, name: str, args: argparse.Namespace) -> bool:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             all_ran &= measure_way(table, impl, way, common | dict(tokens=tokens), floors)
-            forget_passes(model)  # frees their scratch
+            forget_passes(model)  # this frees their scratch
             model.zero_grad(set_to_none=True)
     return all_ran
 
@@ -115,7 +116,7 @@ def measure_part(table: Table, impl: str, part: str, call: Callable[[], object])
     call()
     if gpu:
         torch.cuda.synchronize()
-        # Timing below would reserve more.
+        # The timing below would reserve more memory.
         row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         torch.cuda.reset_peak_memory_stats()
     if part in ("step", "two forwards") and not is_captured and "FO" not in impl:
@@ -126,7 +127,7 @@ def measure_part(table: Table, impl: str, part: str, call: Callable[[], object])
         call()
     if gpu:
         torch.cuda.synchronize()
-        if not is_captured:  # a graph allocates when it is recorded
+        if not is_captured:  # a graph allocates only while it is recorded
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         free, total = torch.cuda.mem_get_info()
         row["device_gb"] = (total - free) / 1e9

@@ -1,4 +1,4 @@
-"""The rows of bench_steps.py, by case: one model and shape."""
+"""Groups the rows of bench_steps.py by case, one model and shape."""
 
 import collections
 
@@ -22,10 +22,11 @@ class Case(dict):
         return None if step is None or floor is None else step - floor
 
     def memory(self, impl: str) -> tuple[float, float] | None:
-        """The peak in GB, and its ratio to inference's.
+        """Return the peak in GB, and its ratio to the peak of inference.
 
-        The peak is what a call allocates; with graphs, all that is held from the first call on,
-        since their memory is allocated only while they are recorded."""
+        The peak is the memory that a call allocates. With graphs it is all memory held since the
+        first call, since graphs allocate only while they are recorded.
+        """
         kind = "reserved_gb" if "captured" in impl else "peak_gb"
         peak = self.get((impl, "step"), {}).get(kind)
         floor = self.get(("inference", "two forwards"), {}).get(kind)
@@ -37,7 +38,7 @@ class Case(dict):
         return min(measured, key=lambda impl: self.ms(impl, "step"), default=None)
 
     def lost(self, impl: str) -> bool:
-        """Return whether it did not fit into memory."""
+        """Return whether this way did not fit into memory."""
         parts = [part for at, part in self if at == impl]
         return bool(parts) and all("does not fit" in part for part in parts)
 

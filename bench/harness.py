@@ -84,7 +84,8 @@ def commit() -> str:
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """Record the call as a CUDA graph, after calls that do what only the first ones do."""
-    # The first calls use the graph's stream: launch tables belong to the stream they were made on.
+    # The first calls use the graph's stream, since launch tables belong to the stream on which they
+    # are made.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -119,9 +120,9 @@ def measure_ms(call: Callable[[], object], device: torch.device) -> float:
 def quantiles_ms(
     call: Callable[[], object], device: torch.device, seconds: float
 ) -> tuple[float, float, float]:
-    """Return the 20th, 50th and 80th percentile of one call, after a warm-up. On a GPU they are
-    measured between events. The cache is flushed before each call, unless a call takes so long that
-    only three are made."""
+    """Return the 20th, 50th and 80th percentile of the time of a call, after a warm-up. On a GPU it
+    is measured between events. The cache is flushed before each call, unless a call takes so long
+    that only three are made."""
     if measure_ms(call, device) < seconds * 1e3 / 3 and device.type == "cuda":
         import triton
 
@@ -174,8 +175,8 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fits(rows: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(against, what) of the rows of growth -> a [ms] and b [ms a unit] of the line through their
-    medians."""
+    """Return (against, what) of the rows of growth -> a [ms] and b [ms per unit] of the line
+    through their medians."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for r in rows:
         points.setdefault((r["against"], r["what"]), []).append((float(r["x"]), float(r["ms_p50"])))
@@ -209,7 +210,7 @@ class Table:
         print(f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}")
 
     def time(self, call: Callable[[], object], kernel: bool = False) -> dict[str, float]:
-        """The columns of QUANTILES, in ms. kernel: time the GPU alone, without what Python does
+        """Return the columns of QUANTILES, in ms. kernel: time the GPU alone, without Python's work
         before a launch."""
         if kernel and self.device.type == "cuda":
             call = captured(call)

@@ -1,4 +1,4 @@
-"""Plots of measured rows and of predictions."""
+"""Plots measured rows and predictions."""
 
 import collections
 
@@ -14,7 +14,7 @@ Groups = dict[str, list[tuple[str, dict[str, float]]]]
 
 
 def plot_growth(rows: Rows, device: str, file: str) -> list[str]:
-    """Log-log plots with fits; returns the fits as sentences."""
+    """Draw log-log plots with fits, and return the fits as sentences."""
     kinds = list(dict.fromkeys(row["against"] for row in rows))
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained"
@@ -35,7 +35,7 @@ def plot_growth(rows: Rows, device: str, file: str) -> list[str]:
 
 
 def plot_bars(groups: Groups, title: str, file: str, **axis) -> None:
-    """Save a panel a group with a bar a label, stacked from named parts."""
+    """Save a plot with a panel per group and a bar per label, stacked from named parts."""
     heights = [1 + len(bars) for bars in groups.values()]
     figure, axes = plt.subplots(
         len(groups),
@@ -69,7 +69,7 @@ def save(figure, title: str, file: str) -> None:
 
 
 def bars_of_steps(rows: Rows) -> Groups:
-    """Our bars are split into parts; what the parts leave of the step is a part of its own."""
+    """Split our bars into parts. The rest of the step is a separate part."""
     groups: Groups = collections.defaultdict(list)
     for (model, dtype, batch, tokens), case in cases_of(rows).items():
         for (impl, part), row in case.items():

@@ -28,7 +28,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU; terabytes/s and dense bf16 teraflops/s are those of its data sheet."""
+    """A GPU, with the terabytes/s and dense bf16 teraflops/s of its data sheet."""
 
     name: str
     arch: int
@@ -40,7 +40,8 @@ class Chip:
     def ms(
         self, instructions: float = 0, bytes_moved: float = 0, flops: float = 0
     ) -> tuple[float, str]:
-        """The longest of the three times, and its name. instructions: of one lane each."""
+        """Return the longest of the three times, and its name. instructions: the count for one
+        lane."""
         times = {
             "arithmetic": instructions / (128 * self.multiprocessors * self.ghz * 1e6),
             "memory": bytes_moved / (MEMORY * self.terabytes * 1e9),
@@ -58,11 +59,11 @@ CHIPS = (
 
 
 def sizes(model: str) -> tuple[int, int]:
-    """The number of parameters, and how many of them are in the layers. Only those count in a
-    perturbed pass: an embedding is perturbed at the rows that it looks up."""
+    """Return the number of parameters, and how many of them are in the layers. Only the latter
+    count in a perturbed pass, which perturbs an embedding only at the rows that it looks up."""
     layers, width, _, embedding = MODELS[model]
     in_layers = layers * (12 * width * width + 13 * width)
-    # The last norm, or projections from and to the embedding's width.
+    # These belong to the last norm, or to projections from and to the embedding's width.
     rest = 2 * width if embedding == width else 2 * embedding * width
     return in_layers + rest + 50272 * embedding + 2050 * width, in_layers
 
@@ -77,10 +78,11 @@ def forward(chip: Chip, model: str, length: int) -> tuple[float, str]:
 def rows_of(
     chip: Chip, model: str, update_costs: dict[str, float], perturb_cost: tuple[float, float]
 ) -> list[dict]:
-    """The predictions for a model on a chip.
+    """Return the predictions for a model on a chip.
 
-    update_costs: noise -> (cycles a normal in the loop, cycles around it); perturb_cost: the same
-    for a kernel of one seed."""
+    update_costs: noise -> (cycles per normal in the loop, cycles around it). perturb_cost: the same
+    for a kernel of one seed.
+    """
     n, in_layers = sizes(model)
     rows = []
 
@@ -109,11 +111,13 @@ def rows_of(
 
 
 def crossover(chip: Chip, noise_cost: float) -> list[dict]:
-    """Up to how many tokens it would pay that a matrix product makes the noise of its weights.
+    """Return the number of tokens up to which a matrix product should make the noise of its
+    weights.
 
-    It would make the noise once for each tile of rows. Making the weights in scratch instead reads
-    2 bytes a parameter and writes 2, and 2 more if the bytes that the product reads count too, as
-    hidden behind its noise."""
+    The product would make the noise once for each tile of rows. Making the weights in scratch
+    instead reads 2 bytes per parameter and writes 2. If the product hides the reading of its
+    weights behind the noise, 2 more bytes count.
+    """
     made = chip.ms(noise_cost)[0]
     what, rows = "fused perturbed linear pays up to", []
     for extra in (4, 6):

@@ -1,4 +1,4 @@
-"""The steps of the published codes, written from scratch to do the same operations.
+"""Makes the steps of the published codes, written from scratch with the same operations.
 
 MeZO makes three passes over the weights to perturb and restore them and one to update, each with
 torch.normal after a reseed, and rebinds the weights. PseuZO perturbs, restores and makes one pass
@@ -37,7 +37,8 @@ class PublishedMeZO:
 
 
 class PublishedPseuZO(PublishedMeZO):
-    """A list of seeds and output changes of all positions, and a pass over the weights for each."""
+    """Keeps a list of seeds and output changes of all positions, and makes a pass over the weights
+    for each."""
 
     def __init__(self, model: nn.Module, output: Tensor):
         super().__init__(model)

@@ -1,8 +1,9 @@
-"""Tables (tables.md) and plots (PNG) of the CSV files in bench/results: python bench/report.py
+"""Makes tables (tables.md) and plots (PNG) of the CSV files in bench/results: python
+bench/report.py
 
-Of repeated measurements the last counts. Nothing is measured or predicted here; targets are checked
-on rows of the GPUs that they name, never on rows of a CPU. --add DIR takes in the rows of other
-folders first, such as those that a GPU machine sends.
+The last of repeated measurements counts. Nothing is measured or predicted here. Targets are checked
+on rows of the GPUs that they name, never on rows of a CPU. --add DIR first adds the rows of other
+folders, such as those from a GPU machine.
 """
 
 import argparse
@@ -23,7 +24,7 @@ KEYS = {
 
 
 def rows_of(name: str) -> dict[str, Rows]:
-    """The last row of each measurement, by device (with its threads)."""
+    """Return the last row of each measurement, by device (with its threads)."""
     found: dict[str, dict[tuple, dict[str, str]]] = collections.defaultdict(dict)
     for row in read(RESULTS / f"{name}.csv"):
         device = row["device"] + (f", {row['threads']} thread(s)" if row["threads"] else "")
@@ -39,7 +40,7 @@ def table(rows: list[dict]) -> str:
 
 
 def split(rows: Rows) -> str:
-    """A line a model and shape: our step, its parts, and the other ways."""
+    """Return a line per model and shape: our step, its parts, and the other ways."""
     lines = []
     for (model, dtype, batch, tokens), case in cases_of(rows).items():
         line = {"model": model, "batch": f"{batch} x {tokens}", "dtype": dtype}
@@ -60,12 +61,12 @@ def split(rows: Rows) -> str:
 
 
 def predictions() -> str:
-    """The text that sass_cost.py --predict wrote, and a plot of its numbers."""
+    """Return the text that sass_cost.py --predict wrote, and plot its numbers."""
     text, rows = RESULTS / "predicted.md", read(RESULTS / "predicted.csv")
     if not (text.exists() and rows):
         return ""
     groups: Groups = collections.defaultdict(list)
-    # what is drawn -> the rows of it that are
+    # plot -> the rows that it shows
     drawn = {
         "forward": {"tokens": "4096"},
         "perturb": {},
@@ -96,7 +97,7 @@ def take_in(folder: Path) -> None:
 
 
 def section(name: str, device: str, rows: Rows) -> str:
-    """The rows of a benchmark on a device, as a plot and tables."""
+    """Return the rows of a benchmark on a device, as a plot and tables."""
     file = f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
     commands = "; ".join(sorted({f"`{row['command']}` at {row['commit']}" for row in rows}))
     parts = [f"## {name}: {device}", commands, f"![{name}]({file})"]

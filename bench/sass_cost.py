@@ -1,11 +1,12 @@
-"""Static cost of the noise kernels, from their machine code: no GPU needed, none used.
+"""Computes the static cost of the noise kernels from their machine code, without a GPU.
 
     python bench/sass_cost.py [--arch 90] [--json FILE] [--predict] [--all]
 
-Compiles each kernel ahead of time and counts what one pass of its inner loop (one seed) and the
-straight code around it cost a normal: instructions, and cycles of the busiest pipe, for one warp on
-one of the four sub-partitions of a multiprocessor. That is a lower bound from throughput: it knows
-no latencies, and nothing is timed. Figures called predictions are no more than that.
+Each kernel is compiled ahead of time. The cost per normal is counted for one pass of its inner loop
+(one seed) and for the straight code around it. It is given in instructions, and in cycles of the
+busiest pipe for one warp on one of the four sub-partitions of a multiprocessor. This is a lower
+bound from throughput: it ignores latencies, and nothing is timed. Figures that are called
+predictions are only such bounds.
 """
 
 import argparse
@@ -32,10 +33,10 @@ ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "r
 ABSENT = ("found_inf_ptr", "limit", "limits_ptr", "mask_seed_ptr")  # None in these launches
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
-# The cycles for which a warp's instruction holds a pipe on sm_90, and the pipe's instructions: from
-# the throughput table of the CUDA programming guide and the stall counts of ptxas. Only a
-# measurement could tell whether IMAD.WIDE takes 2 or 4, and whether half -> float conversions share
-# the pipe of the FMAs.
+# The table has the cycles for which a warp's instruction holds a pipe on sm_90, and the pipe's
+# instructions. They come from the throughput table of the CUDA programming guide and the stall
+# counts of ptxas. Only a measurement could tell whether IMAD.WIDE takes 2 or 4, and whether half ->
+# float conversions share the pipe of the FMAs.
 PIPES = {
     "fma": (1, "FFMA FADD FMUL HFMA2 HMUL2 HADD2 HFMA2.MMA HADD2.BF16_V2"),
     "half": (2, "HADD2.F32 F2FP"),
@@ -47,7 +48,7 @@ PIPES = {
     "lsu": (4, "LDG STG LDS STS LDL STL LDSM STSM SHFL LDC ULDC LDCU ATOMG RED"),
 }  # fmt: skip
 PIPE_OF = {op: pipe for pipe, (_, ops) in PIPES.items() for op in ops.split()}
-# The types of the kernels' arguments; those of out_ptr, x_ptr and dtype_ptr are the tensor's.
+# These are the types of the kernels' arguments. out_ptr, x_ptr and dtype_ptr have the tensor's.
 ARGUMENT_TYPES = {
     "index_ptr": "*i64", "seeds_ptr": "*i64", "coefs_ptr": "*fp32", "hashes_ptr": "*i64",
     "rounded_ptr": "*fp32", "outs_ptr": "*i64", "xs_ptr": "*i64", "ns_ptr": "*i64",
@@ -87,8 +88,8 @@ def compile_kernel(
     asm: bool = True,
     planes: bool = False,
 ):
-    """The compiled kernel, as a launch on aligned tensors would get it; .asm["cubin"] is its
-    machine code."""
+    """Return the kernel, compiled as for a launch on aligned tensors. .asm["cubin"] is its machine
+    code."""
     kernel = getattr(kernels, name)
     constants = dict(
         NOISE=noise,
@@ -118,8 +119,8 @@ def compile_kernel(
 
 
 def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], str]:
-    """The instructions (opcode, operands), the labels, and the resource usage of a cubin with one
-    kernel."""
+    """Return the instructions (opcode, operands), the labels, and the resource usage of a cubin
+    with one kernel."""
 
     def output_of(*args: str) -> str:
         return subprocess.run(args, capture_output=True, text=True, check=True).stdout
@@ -143,7 +144,7 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int], st
 
 
 def _loops(code, labels) -> list[tuple[int, int]]:
-    """The numbers of each loop's first and last instruction; the last is the branch back."""
+    """Return the indices of each loop's first and last instruction. The last is the branch back."""
     loops = []
     for i, (op, operands) in enumerate(code):
         target = re.search(r"\.L[\w.$]+", operands) if op.startswith("BRA") else None
@@ -158,8 +159,8 @@ def _pipe(op: str) -> str:
 
 
 def _cycles(code) -> dict[str, float]:
-    """Cycles that each resource needs. FMAs run on both halves of their pipe, integer multiplies on
-    one of them."""
+    """Return the cycles that each resource needs. FMAs run on both halves of their pipe, integer
+    multiplies on one of them."""
     counts = collections.Counter(_pipe(op) for op, _ in code if op != "NOP")
     heavy = counts["wide"] * 4 + counts["imad"] * 2
     return {
@@ -174,13 +175,13 @@ def _cycles(code) -> dict[str, float]:
 
 
 def _normals(name: str) -> int:
-    """How many normals a thread makes in one pass of the loop."""
+    """Return how many normals a thread makes in one pass of the loop."""
     warps = 1 if name == ROWS else kernels.WARPS
     return 16 * COUNTERS.get(name, kernels.COUNTERS) // (32 * warps)
 
 
 def _widths(code) -> dict[str, int]:
-    """Counts of the global loads and stores by their bits."""
+    """Count the global loads and stores by their bits."""
     widths = collections.Counter()
     for op, _ in code:
         if op.startswith(("LDG", "STG")):
@@ -190,8 +191,8 @@ def _widths(code) -> dict[str, int]:
 
 
 def _path_of_whole_chunks(code, labels) -> tuple[list, list]:
-    """The instructions of the first loop that makes noise and is followed by unmasked accesses, and
-    those around it."""
+    """Return the instructions of the first loop that makes noise and is followed by unmasked
+    accesses, and the instructions around it."""
     loops = _loops(code, labels)
     exits = {i for i, (op, _) in enumerate(code) if op in ("EXIT", "RET", "BRA")}
     exits -= {last for _, last in loops}
@@ -204,7 +205,7 @@ def _path_of_whole_chunks(code, labels) -> tuple[list, list]:
     found, start = [], 0
     for first, last in noisy:
         if any((first, last) != (a, b) and first <= a and b <= last for a, b in noisy):
-            continue  # not an innermost one
+            continue  # this is not an innermost loop
         end = min((i for i in exits if i > last), default=len(code) - 1) + 1
         around = code[start:first] + code[last + 1 : end]
         found.append((code[first : last + 1], around))
@@ -224,7 +225,7 @@ def _label(name: str, options: dict) -> str:
 
 
 def cost(name: str, arch: int, **options) -> Cost:
-    """The cost of a kernel on the path of whole chunks."""
+    """Return the cost of a kernel on the path of whole chunks."""
     code, labels, usage = disassemble(compile_kernel(name, arch, **options).asm["cubin"])
     loop, around = _path_of_whole_chunks(code, labels)
     ops, cycles = collections.Counter(op.split(".")[0] for op, _ in code), _cycles(loop)

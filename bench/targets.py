@@ -1,4 +1,4 @@
-"""The targets for an H100 or H200, and whether the measured rows reach them."""
+"""Defines the targets for an H100 or H200, and checks whether the measured rows reach them."""
 
 import re
 from collections.abc import Callable
@@ -9,14 +9,14 @@ Target = tuple[str, str, str]  # the target, what was measured, and whether it i
 
 
 def judged(rows: Rows, device: str) -> bool:
-    """Targets are for an H100 or H200."""
+    """Return whether the device has targets: they are for an H100 or H200."""
     return bool(re.search("H100|H200", device)) and not any(row["threads"] for row in rows)
 
 
 def target(
     text: str, measured: dict[str, float | None], met: Callable[[float], bool], unit: str = ""
 ) -> Target:
-    """measured: the place of a measurement, such as "16 x 64" -> its value, None if missing."""
+    """Return a target. measured: a case such as "16 x 64" -> its value, None if it is missing."""
     if not measured or None in measured.values():
         return text, "not measured", "-"
     values = ", ".join(f"{value:.3g}{unit} ({where})" for where, value in measured.items())
@@ -24,7 +24,7 @@ def target(
 
 
 def kernel_targets(rows: Rows, device: str) -> list[Target]:
-    """The targets that rows of bench_add_noise.py can meet."""
+    """Return the targets that rows of bench_add_noise.py can meet."""
     if not judged(rows, device):
         return []
 
@@ -44,21 +44,21 @@ def kernel_targets(rows: Rows, device: str) -> list[Target]:
 
 
 def step_targets(rows: Rows, device: str) -> list[Target]:
-    """The targets that rows of bench_steps.py can meet."""
+    """Return the targets that rows of bench_steps.py can meet."""
     if not judged(rows, device):
         return []
     cases = {k: c for k, c in cases_of(rows).items() if k[1:3] == ("bfloat16", "16")}
 
     def at(tokens: str, value: Callable[[Case, str], float | None]) -> dict[str, float | None]:
-        """The value of OPT-1.3B's case, by our faster way."""
+        """Return the value of OPT-1.3B's case, by our faster way."""
         case = cases.get(("opt-1.3b", "bfloat16", "16", tokens), Case())
         best = case.best()
         where = f"16 x {tokens}" + (best or "").removeprefix(OURS[0])
         return {where: value(case, best) if best else None}
 
     def times_less(case: Case, best: str) -> float | None:
-        """The published way's overhead over ours. An overhead too small to measure counts as a
-        microsecond."""
+        """Return the ratio of the published way's overhead to ours. An overhead too small to
+        measure counts as a microsecond."""
         published = case.beyond(PUBLISHED)
         return published and published / max(case.beyond(best), 1e-3)
 

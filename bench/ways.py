@@ -1,4 +1,4 @@
-"""The ways of making a training step that bench_steps.py times."""
+"""Defines the ways of making a training step that bench_steps.py times."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +16,8 @@ from pseuzo_kernels import EmaWindow, perturb_, reference, update_
 
 DOUBLED = "one forward of twice the rows"
 WAYS = ("ours", "published", "backward")
-# Makes what a part needs, then yields its name, the call to time, and maybe its number of launches.
+# A way prepares each part, then yields its name, the call to time, and maybe its number of
+# launches.
 Parts = Iterator[tuple]
 
 
@@ -60,7 +61,7 @@ def check(model: nn.Module, forward: Callable[[], Tensor]) -> None:
         with perturbed(model, 3, EPS):
             got = forward()
         kept = (torch.equal(p, was.to(p.device)) for p, was in zip(params, before, strict=True))
-        assert all(kept), "a forward wrote"
+        assert all(kept), "a forward wrote to the weights"
         perturb_(params, 3, EPS)
         assert torch.equal(forward(), got), "the perturbed forward is not that of perturbed weights"
         some = params[2].view(-1)[:5000].cpu()
@@ -129,7 +130,7 @@ class Case:
         return self.head(self.forward())
 
     def published_loss(self) -> Tensor:
-        """From logits of all tokens, as the published code has them."""
+        """Return the loss from the logits of all tokens, as the published code computes it."""
         logits = self.model(self.ids).logits[:, -1, LABEL_WORDS]
         return F.cross_entropy(logits.float(), self.labels)
 

@@ -1,10 +1,10 @@
-"""The lines of the demo's task, and the cards of its model's pretraining.
+"""Makes the lines of the demo's task, and the cards of its model's pretraining.
 
 The lines come from the standard library of the interpreter that runs this; `ast` and `tokenize` say
 which line is code and which is docstring prose.
 
-Honest splits: source files, not lines, are divided into train, val and test, and a val or test line
-that occurs anywhere in a training file is dropped.
+To keep the splits honest, source files instead of lines are divided into train, val and test, and a
+val or test line that occurs anywhere in a training file is dropped.
 """
 
 import ast
@@ -20,17 +20,17 @@ TEMPLATE = "{text}\n# kind:"
 LABEL_WORDS = {"code": " code", "prose": " prose"}
 SIZES = {"train": 1000, "val": 400, "test": 1000}
 FILE_SHARES = {"train": 0.60, "val": 0.12, "test": 0.28}
-# What is left out: tests and tools, tables of data, third-party code, and files that name the
-# machine they were built on.
+# These are left out: tests and tools, tables of data, third-party code, and files that name the
+# machine on which they were built.
 SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "idle_test", "site-packages", "lib2to3", "ensurepip", "encodings",
     "turtledemo", "pydoc_data", "__pycache__", "__phello__", "msilib",
 }  # fmt: skip
 SKIPPED_FILES = re.compile(r"(_sysconfigdata.*|this|antigravity|__phello__.*|.*_test|test_.*)\.py")
-# An assignment, the head of a block, or a call, within a docstring.
+# This matches an assignment, the head of a block, or a call, within a docstring.
 EXAMPLE = re.compile(r"^\w[\w.]* ?=|[:{]$|^[\w.]+\(")
 MIN_CHARS, MAX_CHARS = 20, 90
-LINES_PER_FILE = 20  # per label, so that no long file makes up a split
+LINES_PER_FILE = 20  # per label, so that no long file dominates a split
 
 # path below the root -> (source, code lines, prose lines)
 Library = dict[str, tuple[str, list[str], list[str]]]
@@ -122,7 +122,7 @@ def make_splits(library: Library, seed: int) -> tuple[dict[str, list[dict[str, s
         "val": files[n_train : n_train + n_val],
         "test": files[n_train + n_val :],
     }
-    # As they stand in the file, and as docstring lines without their quotes.
+    # Lines are kept as in the file, and as docstring lines without their quotes.
     seen = {
         row.strip()
         for file in parts["train"]
@@ -132,7 +132,7 @@ def make_splits(library: Library, seed: int) -> tuple[dict[str, list[dict[str, s
     splits = {}
     for name, members in parts.items():
         pools: dict[str, list[dict[str, str]]] = {label: [] for label in LABEL_WORDS}
-        # All training lines are in `seen`: they need only differ from each other.
+        # All training lines are in `seen`, so they need only differ from each other.
         taken, elsewhere = set(), set() if name == "train" else seen
         for file in members:
             for label, lines in zip(LABEL_WORDS, library[file][1:], strict=True):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-# Triton reads this when it is imported.
+# Triton reads this variable when it is imported.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 import triton
@@ -25,7 +25,8 @@ from pseuzo_kernels import add_noise, update_
 
 GPU = torch.cuda.is_available()
 N, WINDOW = 1 << 26 if GPU else 5000, 14  # elements: 128 MB in bf16, more than a cache holds
-# The metrics that every ncu knows, and what the lines call them; METRICS has all that we ask for.
+# Every ncu knows these metrics, which have these names in the output. METRICS has all that we ask
+# for.
 FEW = {
     "gpu__time_duration.sum": "time",
     "dram__bytes.sum": "DRAM",
@@ -45,7 +46,7 @@ METRICS = FEW | {
 
 @triton.jit
 def add_tl_randn_kernel(x_ptr, out_ptr, n, seed, c: tl.float32, BLOCK: tl.constexpr):
-    """out = x + c z, as a few lines of Triton compute it."""
+    """out = x + c z, in a few lines of Triton."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
     sums = x + c * tl.randn(seed, offs)
@@ -65,7 +66,7 @@ def run() -> None:
             torch.cuda.profiler.start()
         update_(x, seeds, coefs, lr=1e-6, rounding="stochastic", rounding_seed=1)
         add_noise(x, 1, 1e-3, 0, out=y)
-        y.copy_(x)  # a copy of memory, no kernel; the kernel of neg reads and writes as much
+        y.copy_(x)  # this is not a kernel; neg reads and writes as much
         torch.neg(x, out=y)
         torch.randn(N, device=device, dtype=torch.bfloat16)
         add_tl_randn_kernel[(triton.cdiv(N, 1024),)](x, y, N, 1, 1e-3, BLOCK=1024)
@@ -77,7 +78,7 @@ def run() -> None:
 
 
 def count(file: Path, metrics: dict[str, str]) -> bool:
-    """Let ncu write these metrics of run() to the file; whether it did."""
+    """Let ncu write these metrics of run() to the file. Return whether it did."""
     command = ["ncu", "--profile-from-start", "off", "--clock-control", "none"]
     command += ["--csv", "--log-file", str(file), "--metrics", ",".join(metrics)]
     command += [sys.executable, __file__, "--run"]
@@ -90,7 +91,7 @@ def count(file: Path, metrics: dict[str, str]) -> bool:
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
-    """A row a kernel and metric; ncu writes them between other lines."""
+    """Return a row per kernel and metric. ncu writes them between other lines."""
     lines = file.read_text().splitlines() if file.exists() else []
     return list(csv.DictReader(line for line in lines if line.startswith('"')))
 

@@ -12,7 +12,7 @@ import torch
 
 
 def built() -> dict | None:
-    """The build info of the extension, as a new process finds it; None if it cannot be imported."""
+    """Return the build info of the extension in a new process, or None if it cannot be imported."""
     code = "import json; from pseuzo_kernels import _C; print(json.dumps(_C and _C.build_info()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     print("extension:", done.stdout.strip() or done.stderr.strip()[-1000:])
@@ -39,7 +39,7 @@ def main() -> None:
         print(
             f"compute capability {torch.cuda.get_device_capability()}, "
             f"cuDNN {torch.backends.cudnn.version()}, "
-            # torch has no public function for the order.
+            # torch has no public function that returns the order.
             f"attention backends in this order: {torch._C._get_sdp_priority_order()}"
         )
     found = built()
@@ -49,7 +49,7 @@ def main() -> None:
     if not os.environ.get("DRY"):
         assert gpu, "torch sees no GPU"
         has_cuda = found is not None and found["cuda"]
-        assert has_cuda, "the extension is without CUDA: the window runs in plain torch"
+        assert has_cuda, "the extension was built without CUDA, so the window runs in plain torch"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does attention on this device honour a padding mask? python bench/gpu/mask.py
+"""Checks whether attention on this device honours a padding mask: python bench/gpu/mask.py
 
 Each backend of scaled_dot_product_attention gets rows padded on the left, and is compared with the
 same rows alone in fp32. Padded queries see nothing ("nothing") or, with the objective's mask,
-themselves ("itself"). NaN in rows that see nothing would spread to all others in the next layer. It
-fails if the backend that torch chooses by itself is wrong with the objective's mask.
+themselves ("itself"). NaN in rows that see nothing would spread to all others in the next layer.
+The script fails if the backend that torch chooses by itself is wrong with the objective's mask.
 """
 
 import itertools
@@ -27,7 +27,8 @@ BACKENDS = {
 
 
 def masks(tokens: int, padding: int) -> dict[str, Tensor]:
-    """[2, 1, tokens, tokens]: the first row is padded on the left, the second is not."""
+    """Return masks [2, 1, tokens, tokens]. The first row is padded on the left, the second is
+    not."""
     keep = torch.ones(2, tokens, dtype=torch.bool, device=DEVICE)
     keep[0, :padding] = False
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()
@@ -40,11 +41,11 @@ def masks(tokens: int, padding: int) -> dict[str, Tensor]:
 def errors(
     dtype: torch.dtype, shape: tuple[int, int], backend: SDPBackend | None
 ) -> dict[str, tuple[float, int]]:
-    """What padded queries see -> the largest error of a real row, and the number of NaN in padded
-    ones. A mask that the backend does not take is left out."""
+    """Return what padded queries see -> the largest error of a real row, and the number of NaN in
+    padded rows. A mask that the backend does not accept is left out."""
     draw, (tokens, width), found = torch.Generator().manual_seed(0), shape, {}
     q, k, v = (torch.randn(2, 4, tokens, width, generator=draw).to(DEVICE, dtype) for _ in range(3))
-    starts = (tokens // 3, 0)  # of the two rows
+    starts = (tokens // 3, 0)  # first tokens of the two rows
     for sees, mask in masks(tokens, starts[0]).items():
         try:
             with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -74,7 +75,8 @@ def main() -> None:
 
 
 def verdict(taken: dict[tuple[int, int], tuple[float, int]]) -> tuple[str, bool]:
-    """What to print of a mask, given its errors and NaN for each shape; and whether it is wrong."""
+    """Return what to print about a mask, given its errors and NaN for each shape, and whether it is
+    wrong."""
     if not taken:
         return "takes no such mask", False
     text = f"error {max(error for error, _ in taken.values()):.4f}"
