@@ -28,8 +28,8 @@ struct Piece {
   std::vector<Task> tasks;  // one; or several in a row, all in place
 };
 
-// Several tasks go over so many chunks in turn before the next ones are read: 16 or 32 KiB stay in
-// the L1 cache.
+// Several tasks go over this many chunks in turn before the next chunks are read: 16 or 32 KiB stay
+// in the L1 cache.
 constexpr int64_t kBlock = 4;
 
 // adam: the tasks of a piece are the steps that make its moments.
@@ -85,7 +85,7 @@ void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf)
               found_inf->sizes());
 }
 
-// Whether the op is skipped: by its coefficients, which sets the flag, or by the flag.
+// Whether the op is skipped: because of its coefficients, which sets the flag, or by the flag.
 bool skips(bool by_coefs, const std::optional<at::Tensor>& found_inf) {
   if (!found_inf) return by_coefs;
   float* const found = found_inf->mutable_data_ptr<float>();
@@ -135,8 +135,8 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     }
     pieces.push_back({src, dst, y.numel(), {task}});
   }
-  // All arguments have been checked before anything is written. With nothing to do, nothing is
-  // written at all: not found_inf either.
+  // All arguments have been checked before anything is written. If there is nothing to do, nothing
+  // is written at all, and found_inf stays as it is.
   if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
     return;
   if (!skips(terms.skips(0), found_inf)) return add_noise_pieces(pieces, terms);

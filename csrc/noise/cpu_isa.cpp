@@ -1,8 +1,8 @@
 // The vector code of the noise ops on the CPU, and which instruction set is used.
 //
 // One inner source, cpu_kernel.inc, is compiled for AVX-512, for AVX2 and for any CPU, and chosen
-// at run time; the bits are the same. It does V columns of a chunk at a time, with all 16 planes:
-// their sums are made for all seeds before x is read, so x is read and written once for any K.
+// at run time; the bits are the same. It does V columns of a chunk at a time, with all 16 planes.
+// The sums over all seeds are made before x is read, so x is read and written once for any K.
 // Arithmetic limits it: for 256 normals 106 vector instructions with AVX-512, for which a core has
 // two ports, and 16 stores of 512 bits, each of which keeps both ports busy for 0.6 cycles
 // (measured on a Xeon with AMX); with AVX2 290 instructions, on three ports.

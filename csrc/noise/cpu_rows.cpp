@@ -16,7 +16,7 @@
 namespace pseuzo {
 namespace {
 
-// Only the chunks that the rows touch; a row that is looked up twice is made twice.
+// Makes only the chunks that the rows touch. A row that is looked up twice is made twice.
 at::Tensor add_noise_rows(const char* op, const at::Tensor& x, const at::Tensor& index,
                           const at::Tensor& seeds, const at::Tensor& coefs, int64_t stream,
                           double scale, Noise noise, const Masks& masks = {}) {

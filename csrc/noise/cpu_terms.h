@@ -29,7 +29,7 @@ constexpr NamedNoise kNoises[] = {
     {"rademacher", Noise::kRademacher},
 };
 
-// None if the noise is not implemented here. The reference then makes it, or refuses it.
+// Returns none if the noise is not implemented here. The reference then makes or refuses it.
 inline std::optional<Noise> noise_of(std::string_view name) {
   for (const NamedNoise& known : kNoises)
     if (name == known.name) return known.noise;
@@ -55,15 +55,15 @@ inline void check_dense(const char* op, const char* name, const at::Tensor& x) {
               " bytes), as offloading and sharding do; call ", op, " while it is there");
 }
 
-// Calls the reference: it is registered for every backend, so it is what runs for none.
+// Calls the reference. It is registered for every backend, so it also runs for no backend at all.
 template <typename Op, typename... Args>
 auto in_plain_torch(const char* name, Op*, const Args&... args) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
   return op.redispatch(c10::DispatchKeySet(), args...);
 }
 
-// The masks of a call: a limit for each tensor, and a seed, or none where they are of small
-// elements. None: no masks.
+// The masks of a call: a limit for each tensor, and a seed, or no seed for masks of small elements.
+// A default-constructed one means that there are no masks.
 struct Masks {
   at::ArrayRef<double> limits;
   Mask kind = Mask::kNone;
@@ -86,8 +86,8 @@ struct Masks {
   }
 };
 
-// The seeds, hashed, and the coefficients, rounded: all tensors of a call share them. counts: how
-// many each step has.
+// The hashed seeds and the rounded coefficients, which all tensors of a call share. counts: how
+// many of them each step has.
 struct Terms {
   std::vector<uint64_t> hashes;
   std::vector<float> coefs;
@@ -158,7 +158,7 @@ struct Terms {
   }
 };
 
-// A thread that has fewer chunks is not worth waking: about 30,000 normals.
+// It is not worth waking a thread for fewer chunks: these are about 30,000 normals.
 inline int64_t grain_of(const Terms& terms) {
   return std::max<int64_t>(1, 16 / std::max<int64_t>(1, terms.hashes.size()));
 }

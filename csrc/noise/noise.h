@@ -63,8 +63,8 @@ inline float fp16_coefs(float* coefs, int64_t K) {
   return power;
 }
 
-// What the first two rounds of Philox owe to the seed, the stream and the key alone. It saves 3 of
-// 14 vector multiplications.
+// The parts of Philox's first two rounds that depend on the seed, the stream and the key alone.
+// Making them once saves 3 of 14 vector multiplications.
 struct Seed {
   uint32_t round1_c2, round2_c0, round2_c2, round3_c2;
   float coef;  // already round17'd

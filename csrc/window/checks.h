@@ -1,5 +1,5 @@
-// What window_step's implementations check: only what would corrupt memory. Python explains, see
-// pseuzo_kernels/window.py.
+// The implementations of window_step check only what would corrupt memory. The checks in
+// pseuzo_kernels/window.py explain what is wrong.
 #pragma once
 
 #include <ATen/core/Tensor.h>

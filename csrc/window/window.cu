@@ -7,11 +7,12 @@
 // leader, a block sums do and grad over the rows of the group, so that each row is read once, and
 // multiplies the sum of grad with the group's row of each old entry.
 //
-// Threads add in fp32; blocks and the last block, which adds the blocks' partial sums, in fp64.
+// Threads add in fp32. Blocks add in fp64, and so does the last block, which sums their parts.
 // Every sum has a fixed order and the grid depends on shapes alone, so equal inputs give equal
 // bits. Blocks read old entries and write the new one, so they need no order among themselves.
 //
-// No torch headers, and nothing but barriers between threads: tests run this source on a CPU.
+// There are no torch headers, and threads use barriers alone, so that tests can run this source on
+// a CPU.
 
 #include <cuda_fp16.h>
 
@@ -81,7 +82,7 @@ __device__ inline unsigned int* ticket_of(const WindowStep& step, int64_t blocks
   return reinterpret_cast<unsigned int*>(step.scratch + step.used * blocks);
 }
 
-// Whether no row before `row` has its group. The same for all threads of the block.
+// Whether no row before `row` is in its group. The result is the same for all threads of the block.
 __device__ inline bool is_leader(const int64_t* group, int64_t row) {
   __shared__ int s_found;
   __syncthreads();  // the last answer has been read
@@ -95,8 +96,8 @@ __device__ inline bool is_leader(const int64_t* group, int64_t row) {
   return s_found == 0;
 }
 
-// Lists the rows of group id among kThreads rows from `first` on, in order; returns how many they
-// are.
+// Lists the rows of group id among kThreads rows from `first` on, in order, and returns their
+// number.
 __device__ inline int list_members(const int64_t* group, int64_t rows, int64_t id, int64_t first,
                                    int64_t* s_members) {
   __shared__ int s_match[kThreads];
@@ -171,8 +172,8 @@ __device__ inline void flush(const WindowStep& step, float (&acc)[kTile], float&
   }
 }
 
-// Adds some rows to the sums. All loads come before the first use: one wait for the memory, not one
-// per row. A row of -1 adds nothing, and the first is never -1.
+// Adds some rows to the sums. All loads come before the first use, so the memory is waited for once
+// and not once per row. A row of -1 adds nothing, and the first is never -1.
 template <int O, int G, int V, int N>
 __device__ inline void add_rows(const WindowStep& step, const int64_t (&rows)[N], int64_t column,
                                 float& own, float (&sum_do)[V], float (&sum_e)[V]) {

@@ -42,7 +42,7 @@ struct WindowStep {
 // The length of scratch in doubles; depends on shapes and alignment alone.
 int64_t window_step_scratch(const WindowStep& step);
 
-// One kernel on `stream`, nothing waits. Returns the launch's error.
+// Launches one kernel on `stream`, without waiting. Returns the launch's error.
 cudaError_t launch_window_step(const WindowStep& step, cudaStream_t stream);
 
 }  // namespace pseuzo

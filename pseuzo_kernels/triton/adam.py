@@ -1,7 +1,7 @@
 """Adam's update as a Triton kernel; `pseuzo_kernels.adam` defines every bit.
 
-The noise of each step of the window is made and transformed in registers, beside both moments, so a
-thread has 2 counters here in the place of 4.
+The noise of each step of the window is made and transformed in registers, which also hold both
+moments, so a thread has 2 counters here instead of 4.
 """
 
 import torch
@@ -21,7 +21,7 @@ from pseuzo_kernels.triton.sums import (
     zeros_laid_out_as,
 )
 
-HALF = COUNTERS // 2  # a program's; the launch tables are of whole blocks
+HALF = COUNTERS // 2  # the counters of a program; launch tables list blocks of twice as many
 
 
 @triton.jit
@@ -259,7 +259,7 @@ def adam_kernel(
 
 @triton.jit(do_not_specialize=["K", "directions", "rounding_hash"])
 def adam_many_kernel(
-    dtype_ptr,  # any tensor of the list: says its dtype
+    dtype_ptr,  # any tensor of the list, for its dtype
     xs_ptr,  # [T] int64: addresses, multiples of 16
     ns_ptr,  # [T] int64
     streams_ptr,  # [T] int64

@@ -41,13 +41,13 @@ def round17(coef):
 
 @triton.jit
 def stays_finite(coef):
-    """Is round17 of it finite?"""
+    """Whether round17 of it is finite."""
     return (coef.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F7FFFC0
 
 
 @triton.jit
 def powers(largest):
-    """2^-e and 2^e of reference.fp16_coefs, from the bits of the largest |coef|."""
+    """2^-e and 2^e as in reference.fp16_coefs, from the bits of the largest |coef|."""
     exponent = tl.minimum(tl.maximum((largest.to(tl.uint32) + 0x7FFFFF) >> 23, 1), 253)
     down, up = (254 - exponent) << 23, exponent << 23
     down = tl.where(largest > 0x7E800000, 0x7FC00000, down)
@@ -59,7 +59,7 @@ def powers(largest):
 def mul_wide(a, m: tl.constexpr, ASM: tl.constexpr):
     """High and low half of the 64-bit product, by one IMAD.WIDE.
 
-    Triton's umulhi takes another instruction for the low half.
+    Triton's umulhi would need another instruction for the low half.
     """
     if ASM:
         return tl.inline_asm_elementwise(
@@ -129,7 +129,7 @@ def mask_or(w, mask: tl.constexpr, ones: tl.constexpr, ASM: tl.constexpr):
 def halves(a, ASM: tl.constexpr):
     """The two fp16 numbers in a word, as fp32.
 
-    Without the asm LLVM repacks the halves first, with an instruction for each.
+    Without the asm, LLVM repacks the halves first, with an instruction for each.
     """
     if ASM:
         return tl.inline_asm_elementwise(
@@ -197,8 +197,8 @@ def fma_halves(a, b, c, ASM: tl.constexpr):
 def box_muller(w, coef, ASM: tl.constexpr):
     """coef * radius / sqrt(2 log 2), and cosine and sine of the angle, from 16 bits each.
 
-    The radius is in these units because the GPU computes binary logarithms. The asm takes the fast
-    forms of all functions.
+    The radius is in these units because the GPU computes binary logarithms. The asm uses the fast
+    form of each function.
     """
     if ASM:
         # 0x4300xxxx is 128 + x / 65536 in fp32: one permute and one exact sum make u, another
@@ -268,7 +268,7 @@ def rounding_dither(words, J: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def takes_noise(x, words, J: tl.constexpr, limit, RANDOM: tl.constexpr, ASM: tl.constexpr):
-    """masks.takes_noise of plane J. words: the random ones of a mask."""
+    """masks.takes_noise for plane J. words: the random words of a mask."""
     if RANDOM:
         return rounding_dither(words, J, ASM).to(tl.float32) < limit * 65536.0
     else:

@@ -357,16 +357,16 @@ def prepare_kernel(
     FP16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Hash the seeds and round the coefs, once for all programs of the launch that follows."""
+    """Hash the seeds and round the coefs, once for all programs of the next launch."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(hashes_ptr + k, px.hash_seed(tl.load(seeds_ptr + k, mask=k < K, other=0)), mask=k < K)
     coef = tl.load(coefs_ptr + k, mask=k < K, other=0.0)
     sizes = tl.zeros([BLOCK], tl.int32)
     first = 0
-    while first < K:  # every program finds the largest of all: they cannot wait for each other
+    while first < K:  # programs cannot wait for each other, so each finds the largest of all
         at = first + tl.arange(0, BLOCK)
         bits = tl.load(coefs_ptr + at, mask=at < K, other=0.0).to(tl.int32, bitcast=True)
-        sizes = tl.maximum(sizes, bits & 0x7FFFFFFF)  # as integers, since these put NaN on top
+        sizes = tl.maximum(sizes, bits & 0x7FFFFFFF)  # NaN is the largest of these integers
         first += BLOCK
     largest = tl.max(sizes, 0)
     if FP16:

@@ -28,7 +28,7 @@ IMPLEMENTED = frozenset({"hadamard", "normal", "rademacher"})  # other laws run 
 
 
 def implemented(noise: str, op: str) -> bool:
-    """Whether the kernels have the law of this noise. ValueError if there is no such noise."""
+    """Whether the kernels implement this noise. ValueError if there is no such noise."""
     return resolve(noise, op)[0] in IMPLEMENTED
 
 
@@ -38,18 +38,18 @@ def is_compiled() -> bool:
 
 
 def _scale_of(noise: str, scale):
-    """The factor of the sums; the kernel's radius of "normal" is in units of sqrt(2 log 2)."""
+    """The factor of the sums. The kernel's radius for "normal" is in units of sqrt(2 log 2)."""
     unit = math.sqrt(2 * math.log(2)) if noise == "normal" else 1.0
     return reference.scale_of(noise, scale) * unit
 
 
 def factor(noise: str, scale: float) -> float:
-    """The scale as the kernels of one step take it: NaN for 0, as a very small one is 0 in fp32."""
+    """The scale as the kernels for one step take it: NaN for 0, because a tiny one is 0 in fp32."""
     return _scale_of(noise, scale) if scale else math.nan
 
 
 def on_device(device: torch.device):
-    """Triton launches on the current device; the interpreter, on tensors of the CPU."""
+    """Make device current, where Triton launches; the interpreter takes CPU tensors as they are."""
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if here else torch.cuda.device(device)
 
@@ -61,7 +61,7 @@ def prepared(
     found_inf: Tensor | None = None,
     hash_in_kernel: bool = True,
 ) -> tuple[Tensor, Tensor, dict]:
-    """seeds and coefs as the kernels take them, and the options: NOISE says how they are summed."""
+    """Seeds and coefs as the kernels take them, and the options; NOISE says how they are summed."""
     seeds, coefs, K = seeds.contiguous(), coefs.contiguous(), seeds.numel()
     law, sums = resolve(noise)
     fp16 = sums == "fp16" and K > 1
@@ -93,7 +93,7 @@ def addresses_of(op: str, name: str, xs: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 class Columns(NamedTuple):
-    """A list of tensors as its launch tables have it, one entry a tensor."""
+    """A list of tensors as its launch tables have it, with one entry per tensor."""
 
     out_ptrs: tuple[int, ...]
     x_ptrs: tuple[int, ...]
@@ -115,14 +115,14 @@ class Together(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """How the tensors of a list are done."""
+    """How the tensors of a list are launched."""
 
     alone: list[int]
     together: list[Together]
 
 
 def _launches(columns: Columns, noise: str, device: torch.device, tables: bool) -> Launches:
-    """tables: they may be made, so that tensors that are aligned share a launch."""
+    """tables: whether tables may be made, with which aligned tensors share a launch."""
     ts = [t for t, n in enumerate(columns.sizes) if n]
     many: dict[torch.dtype, list[int]] = {}
     for t in ts:
@@ -147,7 +147,7 @@ def _launches(columns: Columns, noise: str, device: torch.device, tables: bool) 
 
 
 def _launch(kernel: Any, programs: int, args: tuple, options: dict, launched: list | None) -> None:
-    """launched: takes the launch in a form that can be made again."""
+    """launched: is called with the launch, in a form that can be repeated."""
     compiled = kernel[(programs,)](*args, **options)
     if launched is not None:
         constants = [options[p.name] for p in kernel.params[len(args) :]]
@@ -159,7 +159,7 @@ def planned(
 ) -> tuple[Launches, list[Tensor]]:
     """How a list is launched, and the keeps of each group that shares a launch.
 
-    keeps have tables of their own, as they change with the learning rate.
+    keeps have tables of their own, because they change with the learning rate.
     """
     launches = partial(_launches, columns, noise, device)
     if len(columns.sizes) == 1:
@@ -266,7 +266,8 @@ def add_noise_steps_triton_(
 ):
     """reference.add_noise_steps_: one launch per dtype.
 
-    For sums in half precision, whose coefs share a scale, there is one launch a step.
+    For sums in half precision, where the coefs of a step share a scale, there is one launch per
+    step.
     """
     op = "add_noise_steps_"
     args = (xs, seeds, coefs, counts, streams, keeps, scales, noise, stochastic, rounding_seeds)
@@ -342,7 +343,7 @@ def add_noise_rows_triton(x, index, seeds, coefs, stream, scale, noise, limit=No
 
 
 class RepeatedLaunches:
-    """What add_noise_list_out_triton launched once on a stream, launched again as it was."""
+    """Launches again what add_noise_list_out_triton launched the first time on a stream."""
 
     def __init__(self, args: tuple, out: list[Tensor]):
         self._args, self._out, self._device = args, out, out[0].device

@@ -40,7 +40,7 @@ def load(ptr, offs, lo, hi, J: tl.constexpr, FULL: tl.constexpr, PLANES: tl.cons
 def zeros_laid_out_as(x, ASM: tl.constexpr):
     """uint32 zeros.
 
-    The asm hides that they are constant, so everything computed from them is laid out as x is: each
+    The asm hides that they are constant, so everything computed from them has the layout of x. Each
     thread then makes the noise of the elements that it loads and stores, and nothing moves between
     threads.
     """
@@ -56,8 +56,8 @@ def zeros_laid_out_as(x, ASM: tl.constexpr):
 def unless_skipped(coefs_ptr, K, scale, found_inf_ptr, HAS_X: tl.constexpr, HASH: tl.constexpr):
     """Whether the op is skipped, and the K and the scale of the sums.
 
-    If it is, or if the scale is NaN, which stands for no noise, these are such that adding the sums
-    changes nothing.
+    If the op is skipped, or the scale is NaN, which means no noise, K and the scale are such that
+    adding the sums changes nothing.
     """
     if HASH:
         power = 1.0
@@ -126,7 +126,7 @@ def _fp32_sums(
 
 @triton.jit
 def _fp16_sums(q, stream, seeds_ptr, coefs_ptr, first, last, zero, ASM: tl.constexpr):
-    """The same for "hadamard-fp16" over 16 seeds at most.
+    """The same sums for "hadamard-fp16" over at most 16 seeds.
 
     Two planes share a word while they are summed in fp16.
     """

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 MAX_BYTES = 1 << 27  # of cached tables; those of a list take 8 bytes for every 8192 elements
-# What each entry counts for beside its tables: its key, on the host, holds some numbers a tensor.
+# Each entry counts for this much beside its tables: its key on the host holds numbers per tensor.
 ENTRY_BYTES = 1 << 16
 
 
 class TableCache(OrderedDict):
-    """Launch tables by what they are for, the most recently used at the end."""
+    """Keeps launch tables by their key, with the most recently used at the end."""
 
     n_bytes = 0
 
@@ -28,7 +28,7 @@ class TableCache(OrderedDict):
         return ENTRY_BYTES + sum(x.nbytes for x in tree_leaves(tables) if isinstance(x, Tensor))
 
     def keep(self, key: tuple, tables: Any) -> Any:
-        """tables, or what another thread has kept under this key meanwhile."""
+        """Keep and return tables, or return those that another thread has kept meanwhile."""
         if key in self:
             return self[key]
         self[key] = tables
@@ -39,7 +39,7 @@ class TableCache(OrderedDict):
 
 
 cache = TableCache()
-# Tables of graphs that somebody else captures are kept for good: such a graph may always be
+# Tables for graphs that other code captures are kept for good, because such a graph may always be
 # replayed.
 captured: dict[tuple, Any] = {}
 _lock = Lock()  # of cache and captured
@@ -56,9 +56,9 @@ _graph = _Graph()
 
 @contextmanager
 def tables_of_a_graph() -> Iterator[dict[tuple, Any]]:
-    """Inside, a CUDA graph is captured.
+    """A context in which a CUDA graph is captured.
 
-    The graph holds the addresses of the launch tables that the dict has in the end, so keep the
+    The graph holds the addresses of the launch tables that are in the dict at the end, so keep the
     dict as long as the graph.
     """
     before, _graph.tables = _graph.tables, {}
@@ -73,13 +73,13 @@ def capturing(device: torch.device) -> bool:
 
 
 def cached(key: tuple, build: Callable[[], Any], in_graph: bool) -> Any:
-    """build(), or what it returned for the same key.
+    """Return build(), or what it returned for the same key.
 
-    None if it is not cached while a graph is captured (in_graph): the graph would copy the tables
-    at each replay, from memory that is freed by then.
+    While a graph is captured (in_graph), returns None if nothing is cached: the graph would copy
+    the tables at each replay, from memory that is freed by then.
     """
     with _lock:
-        tables = cache.get(key)  # hashing a long key takes time
+        tables = cache.get(key)  # it takes time to hash a long key
         if tables is not None:
             cache.move_to_end(key)
             if in_graph:
