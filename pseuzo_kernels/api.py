@@ -145,9 +145,9 @@ class NoiseApi:
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
-        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; may
-        be x, but share no other memory with it. With noise_scale 0 no noise is made. A call that
-        found_inf or coefs skip copies x.
+        Arguments as add_noise_. out: like x (shape, dtype, device, contiguous), made if None; it
+        may be x, but must not share other memory with it. With noise_scale 0 no noise is made. If
+        found_inf or coefs skip the call, out becomes a copy of x.
         """
         op = "add_noise"
         check_tensors(op, [x])

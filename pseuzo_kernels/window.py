@@ -49,7 +49,7 @@ RING_DTYPES = {
 
 
 class Held(NamedTuple):
-    """What a window holds. A step replaces it as a whole."""
+    """What a window holds. A step replaces all of it at once."""
 
     ring: Ring | None = None
     slot: int = -1  # of the newest entry; the one of age a is at (slot - a) mod slots
@@ -91,8 +91,8 @@ class EmaWindow:
       exactly.
     - groups None: row i pairs with row i, as published; a row that either side lacks adds nothing.
     Positions are aligned from the right: the last min(P_old, P) pair up. Batches of any size and
-    length may follow each other; mixing steps with and without groups is refused, as the pairing
-    would have no meaning.
+    length may follow each other. Mixing steps with and without groups is refused, because the
+    pairing would have no meaning.
 
     Sums are made in fp32 on a GPU (in a fixed order, so deterministic), in fp64 on a CPU. Nothing
     waits for the device: if any coefficient is NaN or infinite (or loss is), all coefficients of

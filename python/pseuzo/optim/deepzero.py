@@ -154,8 +154,8 @@ class DeepZero(ZeroOrder):
         and then once (two_sided: twice) for each weight that is estimated.
 
         Returns the loss at x, on the device. Without a closure, applies the last estimate;
-        RuntimeError if there is none. A loss that is NaN or infinite skips the update, is counted
-        (`skipped_steps`) and warned of.
+        RuntimeError if there is none. If a loss is NaN or infinite, the update is skipped, counted
+        (`skipped_steps`) and warned about.
         """
         return super().step() if closure is None else super().step(closure)
 
