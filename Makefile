@@ -1,7 +1,8 @@
-# make demo, make test: set up what they need in .venv, and run. So do lint, bench, docs and dist.
+# make demo and make test set up what they need in .venv, and run. So do lint, bench, docs and dist.
 # ARGS is passed on: make demo ARGS="--steps 20", make test ARGS="-k window"
-# make test-fast: what daily work needs, in a minute. make test-machines: all tests, as other CPUs run them.
-# make docs: the documentation, in site/; a broken link fails. make dist: a wheel and a source distribution, in dist/.
+# make test-fast runs the tests that daily work needs, in a minute. make test-machines runs all
+# tests as on other CPUs. make docs builds the documentation in site/ and fails on a broken link.
+# make dist builds a wheel and a source distribution in dist/.
 
 SHELL = bash
 PYTHON ?= python3
@@ -19,17 +20,19 @@ demo: $(READY)
 
 TEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-# What needs a GPU runs on it, where there is one; all else as if there were none, so that it is the same everywhere.
+# Tests that need a GPU run on it if there is one. All others run as if there were none, so that
+# they are the same everywhere.
 test: $(READY)
 ifneq ($(shell command -v nvidia-smi),)
-	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none of them
+	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? = 5 ]  # 5: ARGS selected no test
 endif
 	$(TEST) $(ARGS)
 
 test-fast: $(READY)
 	$(TEST) -m "not slow" $(ARGS)
 
-# On every instruction set that this CPU has, ours and those of torch's libraries alike, with one thread and with two.
+# The tests run on every instruction set of this CPU, in our ops and in torch's libraries, with one
+# thread and with two.
 test-machines: $(READY)
 	@set -e; for isas in plain:default:SSE41 avx2:avx2:AVX2 avx512:avx512:AVX512_CORE; do \
 	  IFS=: read isa aten onednn <<< $$isas; export PSEUZO_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$aten ONEDNN_MAX_CPU_ISA=$$onednn; \
@@ -70,14 +73,15 @@ $(VENV)/.docs $(VENV)/.dist: $(VENV)/.%: $(READY)
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
 	touch $@
 
-# Without a GPU, the CPU build of torch if the package index has one (PyTorch's own does: set PIP_EXTRA_INDEX_URL), else the
-# usual one, which runs on a CPU too.
+# Without a GPU, install the CPU build of torch if the package index has one (PyTorch's own does:
+# set PIP_EXTRA_INDEX_URL). Otherwise install the usual build, which also runs on a CPU.
 TORCH = torch
 ifeq ($(shell command -v nvidia-smi),)
 TORCH = "torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null || $(PIP) torch
 endif
 
-# torch goes first and alone: what comes after it must be built against it and must not bring another
+# torch is installed first and alone, since the later packages must be built against it and must not
+# bring another torch.
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)

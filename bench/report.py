@@ -1,5 +1,4 @@
-"""Makes tables (tables.md) and plots (PNG) of the CSV files in bench/results: python
-bench/report.py
+"""Makes tables.md and PNG plots of the CSV files in bench/results: python bench/report.py
 
 The last of repeated measurements counts. Nothing is measured or predicted here. Targets are checked
 on rows of the GPUs that they name, never on rows of a CPU. --add DIR first adds the rows of other

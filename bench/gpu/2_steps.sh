@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# How long is a training step, and what memory does it take? At most 4.5 minutes; docs/gpu.md says
-# what each part shows.
+# Measures the time and the memory of a training step, in at most 4.5 minutes. docs/gpu.md says what
+# each part shows.
 source "$(dirname "$0")/common.sh"
 steps() { # name, seconds, model, tokens and more arguments
   local name="$1" limit="$2" sizes=(--model "$3" --tokens "${@:4}")
   if [ -n "$dry" ]; then
-    [ "$name" = opt-1.3b ] || return 0 # one of them takes the same way as all
+    [ "$name" = opt-1.3b ] || return 0 # one model runs the same commands as all
     sizes=(--tokens 8 --rows 2 --seconds 0 --device cpu)
   fi
   part "$name" "$limit" "$PYTHON" bench/bench_steps.py --ways ours published "${sizes[@]}"

@@ -1,11 +1,11 @@
-# Sourced by the scripts beside it: `part` runs a part of a script under a time limit of its own,
-# and `finish` sums up.
+# The scripts beside this file source it. `part` runs a part of a script under its own time limit,
+# and `finish` lists the outcomes.
 #
-# bash bench/gpu/SCRIPT.sh [--dry-run] [PART ...]: all parts, or those named. DRY=1 is --dry-run:
-# the same parts with small sizes, as far as they go without a GPU. What is measured and each part's
-# whole output are written to $OUT (default: bench/results): a log and at most three files a script.
-# $PYTHON (default: python3) needs torch, triton, transformers, pytest and pytest-xdist; the
-# extension is built where it is missing. $COMMIT says what was measured where there is no git.
+# bash bench/gpu/SCRIPT.sh [--dry-run] [PART ...] runs all parts, or those named. --dry-run or
+# DRY=1 runs the same parts with small sizes, as far as that is possible without a GPU. Measurements
+# and each part's whole output are written to $OUT (default: bench/results): a log and at most three
+# files per script. $PYTHON (default: python3) needs torch, triton, transformers, pytest and
+# pytest-xdist. The extension is built if it is missing. $COMMIT names the commit without git.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OUT="${OUT:-bench/results}" PYTHON="${PYTHON:-python3}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -13,7 +13,7 @@ unset TRITON_INTERPRET
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 export PYTHONPATH="$PWD/python:$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
-# ninja is beside python; NVIDIA's tools may be where their installer puts them
+# ninja is beside python, and NVIDIA's tools may be in the folders that their installer uses.
 PATH="$("$PYTHON" -c 'import sys; print(sys.prefix)')/bin:$PATH:/usr/local/cuda/bin"
 for folder in /opt/nvidia/nsight-compute/*/; do PATH="$PATH:${folder%/}"; done
 script="$(basename "$0" .sh)"
@@ -29,14 +29,14 @@ export DRY="$dry"
 if [ -n "$dry" ]; then export CUDA_VISIBLE_DEVICES=; fi
 [ "$chosen" != " " ] || : >"$log"
 
-# part NAME SECONDS COMMAND...: run it within the seconds. The log gets its output, and the terminal
-# the end of that.
+# part NAME SECONDS COMMAND... runs the command within the seconds. Its output goes to the log, and
+# the end of the output to the terminal.
 part() {
   local name="$1" limit="$2" start=$SECONDS before status
   shift 2
   [[ "$chosen" == " " || "$chosen" == *" $name "* ]] || return 0
   echo "== $script $name: $*" | tee -a "$log"
-  [ -z "$dry" ] || limit=$((10 * limit)) # a machine may be slow; what is tried is the commands
+  [ -z "$dry" ] || limit=$((10 * limit)) # the dry run tries the commands, maybe on a slow machine
   before=$(wc -c <"$log")
   timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   status=$?
