@@ -40,7 +40,7 @@ def split_lines(source: str) -> tuple[list[str], list[str]]:
     """Return the stripped code lines and docstring lines of a Python source file.
 
     A code line holds tokens of the grammar and no comment, and touches no string of several lines.
-    A docstring line holds at least four words and is no part of a doctest or an indented example.
+    A docstring line holds at least four words and is not part of a doctest or an indented example.
     """
     # Not splitlines(): a form feed ends no line for ast and tokenize.
     rows = source.split("\n")

@@ -180,7 +180,7 @@ def test_out_of_place_and_without_x(noise, K):
     ],
 )
 def test_skipped(noise, K, bad, found):
-    """A coefficient that is not finite skips the op and sets found_inf; found_inf skips it, too.
+    """The op is skipped if found_inf is set, or if a coefficient is not finite, which sets it.
 
     The largest fp32 becomes infinite when it is rounded. In place nothing is written; out of place
     x is copied. Tensors share a launch, or have one each.

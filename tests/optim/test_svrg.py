@@ -1,5 +1,4 @@
-"""MeZO-SVRG agrees with its formula in a plain loop. The anchor, its state and refusals are tested,
-too."""
+"""MeZO-SVRG agrees with its formula in a plain loop. Its state holds the anchor."""
 
 import copy
 

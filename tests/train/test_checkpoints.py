@@ -307,12 +307,10 @@ def test_a_checkpoint_counts_when_its_steps_are_in_the_journal_on_the_disk(tmp_p
     trainer.train()
     for step in (2, 4, 6):
         assert events[events.index(("sealed", step)) - 1] == ("journal", step)
-    assert trainer.kept_step == 4, (
-        "that its weights are loaded in the end is no write by somebody else"
-    )
+    assert trainer.kept_step == 4, "loading its weights at the end was taken for another's write"
     fresh = trainer_of(tmp_path / "fresh").model
     assert replay(path, fresh, until=4) == 4 and same(list(fresh.parameters()), weights(trainer))
-    # This holds for a run that is resumed and continues, too.
+    # This also holds for a run that is resumed and continues.
     again = trainer_of(tmp_path / "run", journal=str(path), max_steps=8)
     again.train(resume_from_checkpoint=True)
     fresh = trainer_of(tmp_path / "fresh").model
