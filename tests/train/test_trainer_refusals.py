@@ -44,7 +44,7 @@ REFUSED = {
     "directions": (dict(directions=2), f"directions=2 needs method {of('directions')}, not"),
     "weights": (dict(method="fzoo", weights="raw"), "weights=raw needs method evolution, not fzoo"),
     "blocks": (dict(method="mezo", blocks=3), "blocks=3 needs method zo-blocks, not mezo"),
-    "window": (dict(method="fo-sgd", window=3), f"window=3 needs method {of('window')}, not"),
+    "moments": (dict(moments="state"), "moments=state needs method zo-adam, not pseuzo"),
     "parts": (dict(split_batch=True), f"split_batch=True needs method {of('split_batch')}, not"),
     "one direction to compare": (
         dict(method="evolution", two_sided=False, directions=1),

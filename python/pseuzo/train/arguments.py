@@ -35,6 +35,10 @@ UNUSED = (
      "it is Adam's"),
 )  # fmt: skip
 
+# What says how pseuzo, the default method, works may stay set under another method, where it does
+# nothing: runs of several methods share their settings.
+SHARED = set(METHODS["pseuzo"].options) - {"journal", "capture"}
+
 
 @dataclass
 class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
@@ -112,7 +116,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         for name, option in OPTIONS.items():
-            if "method" in option.applies_to and not option.flag.probes:
+            if "method" in option.applies_to and name not in SHARED:
                 self._refuse_of_other_methods(name)
         if not self.zeroth_order:
             return
