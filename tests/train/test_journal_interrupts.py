@@ -9,6 +9,8 @@ import torch
 from pseuzo import Journal, MeZO
 from pseuzo.train.journal_file import read_journal
 
+pytestmark = pytest.mark.slow
+
 OURS = f"pseuzo{os.sep}train{os.sep}journal"
 
 
