@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pseuzo_kernels.api import Coefs, NoiseApi, Params, Seeds
 from pseuzo_kernels.bits import hash_seeds
-from pseuzo_kernels.checks import check_finite, check_not_negative
+from pseuzo_kernels.checks import check_count, check_finite, check_not_negative
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
 
@@ -175,8 +175,7 @@ class AdamApi(NoiseApi):
         op = "adam_update_"
         lr = check_not_negative(op, "lr", lr)
         check_adam(op, beta1, beta2, eps)
-        if not isinstance(directions, int) or directions < 1:
-            raise ValueError(f"{op}: directions must be an int of at least 1, got {directions!r}")
+        check_count(op, "directions", directions)
 
         def run(xs, seeds, coefs, *rest) -> None:
             if len(seeds) % directions:

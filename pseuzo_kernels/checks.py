@@ -57,6 +57,12 @@ def check_not_negative(op: str, name: str, value: Any) -> float:
     return value
 
 
+def check_count(op: str, name: str, value: Any) -> None:
+    """Raise ValueError unless value is an int of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{op}: {name} must be an int of at least 1, got {value!r}")
+
+
 def refuse_freed(op: str, name: str) -> NoReturn:
     raise ValueError(
         f"{op}: the memory of {name} was freed (its storage is empty), as offloading and sharding "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pseuzo_kernels.checks import DTYPES, signed64
+from pseuzo_kernels.checks import DTYPES, check_count, signed64
 from pseuzo_kernels.triton.tables import capturing
 
 lib = torch.library.Library("pseuzo", "FRAGMENT")
@@ -105,8 +105,7 @@ class EmaWindow:
     _op: Callable = torch.ops.pseuzo.window_step.default
 
     def __init__(self, capacity: int = 14, *, momentum: float = 1.0, eps: float = 1e-3):
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"EmaWindow: capacity must be an int of at least 1, got {capacity!r}")
+        check_count("EmaWindow", "capacity", capacity)
         if not 0 <= momentum <= 1:
             raise ValueError(f"EmaWindow: momentum must be in 0 .. 1, got {momentum}")
         if not (math.isfinite(eps) and eps > 0):

@@ -15,10 +15,18 @@ from torch import Tensor, nn
 from pseuzo.optim import groups
 from pseuzo.optim.mezo import MeZO, Slopes, mean_direction
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
-from pseuzo.optim.update import CHUNK, Direction, Update, rounded, writes
+from pseuzo.optim.update import (
+    CHUNK,
+    Direction,
+    Update,
+    estimate_of,
+    rounded,
+    rounding_bits,
+    step_and_keep,
+    writes,
+)
 from pseuzo_kernels.adam import adam_factors, after, check_adam, move
-from pseuzo_kernels.ops import adam_list_, add_noise_list_out
-from pseuzo_kernels.reference import hash_seed
+from pseuzo_kernels.ops import adam_list_
 
 MOMENTS = ("seeds", "state")
 
@@ -87,12 +95,12 @@ class ZOAdam(MeZO):
         rounding_seed = step_seed(self.seed, self._steps, ROUNDING_DOMAIN)
         together: dict[tuple, tuple[list[Tensor], list[float], list[float]]] = {}
         for group, params in groups.trained(op, self.param_groups):
-            step = group["lr"] if group["maximize"] else -group["lr"]
+            step, keep = step_and_keep(group)
             for p in params:
                 if p not in unused:
                     members, keeps, scales = together.setdefault((step, p.device), ([], [], []))
                     members.append(p)
-                    keeps.append(1.0 - group["lr"] * group["weight_decay"])
+                    keeps.append(keep)
                     scales.append(group["noise_scale"])
         # Other updates take the shift of bare parameters back in their sum of noise. This one is
         # not such a sum.
@@ -109,8 +117,7 @@ class ZOAdam(MeZO):
                 continue
             slot: dict[str, Any] = {}
             for p, stream, keep, scale in zip(members, at, keeps, scales, strict=True):
-                seed = hash_seed(rounding_seed + stream)
-                bits = torch.Generator(device).manual_seed(seed) if stochastic else None
+                bits = rounding_bits(p, rounding_seed, stream, stochastic)
                 noise = seeds, coefs, [stream], [1.0], [scale], self.noise.removesuffix("-fp16")
                 launches += self._by_state(p, noise, step, keep, skip, bits, slot)
         written = [p for members, *_ in together.values() for p in members]
@@ -127,10 +134,9 @@ class ZOAdam(MeZO):
             sums = torch.zeros(2, p.numel(), dtype=torch.float32, device=p.device)
             self._sums[p] = sums[0], sums[1]
         numbers = [*self._numbers(step, self._steps + 1), keep]
-        bits = None if p.dtype is torch.float32 else bits
         parts = (x.split(CHUNK) for x in (*self._sums[p], p.view(-1)))
         for i, (m, v, x) in enumerate(zip(*parts, strict=True)):
-            compute = partial(_stepped, m, v, x, partial(_gradient, p, noise, i, slot))
+            compute = partial(_stepped, m, v, x, partial(estimate_of, p, noise, i, slot))
             yield from writes([m, v, x], partial(compute, numbers, skip, bits), slot)
 
     def own_state(self) -> dict[str, Any]:
@@ -147,15 +153,6 @@ class ZOAdam(MeZO):
             for p, stream in self._streams.items()
             if stream in adam["sums"]
         }
-
-
-def _gradient(p: Tensor, noise: tuple, i: int, slot: dict[str, Any]) -> Tensor:
-    """Part i of g, fp32. All of g is made once per parameter, and slot keeps it."""
-    if slot.get("of") is not p:
-        g = torch.empty(p.numel(), dtype=torch.float32, device=p.device)
-        add_noise_list_out([], *noise, False, 0, None, out=[g])
-        slot.update(of=p, gradient=g)
-    return slot["gradient"].split(CHUNK)[i]
 
 
 def _stepped(m, v, x, gradient, numbers, skip, bits) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.groups import trained
 from pseuzo.optim.mezo import MeZO, Slopes
+from pseuzo_kernels.checks import check_count
 
 
 class ZOBlocks(MeZO):
@@ -34,20 +35,16 @@ class ZOBlocks(MeZO):
         eps: float = 1e-3,
         *,
         blocks: int = 4,
-        two_sided: bool = True,
-        directions: int = 1,
         **options: Any,
     ):
-        if not isinstance(blocks, int) or blocks < 1:
-            raise ValueError(f"ZOBlocks: blocks must be an int of at least 1, got {blocks!r}")
+        check_count("ZOBlocks", "blocks", blocks)
         if options.get("capture"):
             raise ValueError(
                 "ZOBlocks: capture records passes whose memory stays, and a step perturbs another "
                 "block than the one before; leave it off"
             )
         self.blocks = blocks
-        own: dict[str, Any] = {"two_sided": two_sided, "directions": directions, "momentum": 0.0}
-        super().__init__(params, lr, eps, **own, **options)
+        super().__init__(params, lr, eps, momentum=0.0, **options)
         self.block()
 
     def block(self) -> list[Tensor]:

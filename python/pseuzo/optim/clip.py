@@ -16,6 +16,14 @@ def clip_limit(sizes: Tensor, ratio: float, counted: Tensor | None = None) -> Te
     return torch.where(median > 0, ratio * median, float("inf"))
 
 
+def clip_slopes(slopes: Tensor, ratio: float | None) -> Tensor:
+    """Projected gradients [B] of examples, clamped to `clip_limit`; None: as they are."""
+    if ratio is None:
+        return slopes
+    limit = clip_limit(slopes.abs(), ratio)
+    return slopes.clamp(-limit, limit)
+
+
 def clip_rows(e: Tensor, change: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
     """e [B, ...] in fp32, rows scaled so that no example's <change_i, e_i> is over the limit."""
     factors = row_factors((change * e.float()).flatten(1).sum(1), ratio, examples)

@@ -39,12 +39,9 @@ class ZOConservative(MeZO):
         params: nn.Module | Iterable,
         lr: float = 1e-6,
         eps: float = 1e-3,
-        *,
-        two_sided: bool = True,
         **options: Any,
     ):
-        own: dict[str, Any] = {"two_sided": two_sided, "directions": 1, "momentum": 0.0}
-        super().__init__(params, lr, eps, **own, **options)
+        super().__init__(params, lr, eps, directions=1, momentum=0.0, **options)
 
     def measure(self, closure: Callable[[], Any]) -> Chosen:
         """Run the passes of a step; see step."""

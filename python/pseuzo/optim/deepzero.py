@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from pseuzo.optim import groups
 from pseuzo.optim.base import Measured, ZeroOrder
-from pseuzo.optim.clip import clip_limit
-from pseuzo.optim.mezo import as_losses
+from pseuzo.optim.clip import clip_slopes
+from pseuzo.optim.mezo import as_losses, check_same_batch
 from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, direction_seed, step_seed
-from pseuzo.optim.update import Direction, Update, writes
+from pseuzo.optim.update import Direction, Update, rounded, rounding_bits, step_and_keep, writes
 from pseuzo.perturb.in_place import filled
 from pseuzo_kernels import add_noise
-from pseuzo_kernels.bits import hash_seed, round_stochastically
+from pseuzo_kernels.bits import hash_seed
+from pseuzo_kernels.checks import check_count
 
 SCORES = ("grasp", "magnitude", "random")
 MOST_PASSES = 10_000  # in a step, unless `coordinates` asks for more
@@ -134,8 +135,7 @@ class DeepZero(ZeroOrder):
     ):
         given = {"coordinates": 1 if coordinates is None else coordinates}
         for key, value in (given | {"directions": directions, "redraw": redraw}).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"DeepZero: {key} must be an int of at least 1, got {value!r}")
+            check_count("DeepZero", key, value)
         if scores not in SCORES:
             raise ValueError(f"DeepZero: scores must be one of {', '.join(SCORES)}, got {scores!r}")
         if capture:
@@ -195,17 +195,10 @@ class DeepZero(ZeroOrder):
             points.append((clean, value.float()))
         (plus, upper), (minus, lower) = points
         self.passes.restore()
-        if plus.shape != minus.shape:
-            raise ValueError(
-                f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
-                f"{tuple(minus.shape)}; they must run on the same batch"
-            )
+        check_same_batch(plus, minus)
         moved = (upper - lower).to(plus.device).view(())
         slope = torch.where(moved == 0, torch.zeros_like(plus), (plus - minus) / moved)
-        if self.clip_examples is not None:
-            limit = clip_limit(slope.abs(), self.clip_examples)
-            slope = slope.clamp(-limit, limit)
-        return slope
+        return clip_slopes(slope, self.clip_examples)
 
     # Which weights a step estimates
 
@@ -290,9 +283,9 @@ class DeepZero(ZeroOrder):
                 drawn = direction.drawn.get(p)
                 if drawn is None and not group["lr"] * group["weight_decay"]:
                     continue
-                bits = hash_seed(rounding_seed + self.streams[p])
-                seed = bits if self.rounding == "stochastic" else None
-                compute = partial(moved, p, group, drawn, direction.found_inf, seed)
+                stochastic = self.rounding == "stochastic"
+                bits = rounding_bits(p, rounding_seed, self.streams[p], stochastic)
+                compute = partial(moved, p, group, drawn, direction.found_inf, bits)
                 launches += writes([p], compute, slot)
         launches.append(torch.clear_autocast_cache)
         return Update(launches, moved=[], unused=set(), rounding_seed=rounding_seed)
@@ -382,19 +375,14 @@ def moved(
     group: dict[str, Any],
     drawn: tuple[list[int], Tensor] | None,
     found_inf: Tensor,
-    dither_seed: int | None,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor]:
-    """The new weights of a layer."""
-    x = p.detach().float()
-    y = (1.0 - group["lr"] * group["weight_decay"]) * x
+    """The new weights of a layer. generator: see rounding_bits."""
+    x, (step, keep) = p.detach().float(), step_and_keep(group)
+    y = keep * x
     if drawn is not None:
         numbers, slopes = drawn
-        step = (1 if group["maximize"] else -1) * group["lr"] * group["noise_scale"] ** 2
         at = filled(numbers, torch.int64, p.device)
-        y.view(-1).index_add_(0, at, step * slopes.to(p.device))
+        y.view(-1).index_add_(0, at, step * group["noise_scale"] ** 2 * slopes.to(p.device))
     y = torch.where(found_inf.to(p.device) != 0, x, y)
-    if dither_seed is not None and p.dtype is not torch.float32:
-        generator = torch.Generator(p.device).manual_seed(dither_seed)
-        dither = torch.randint(1 << 16, y.shape, device=p.device, generator=generator)
-        y = round_stochastically(y, dither, p.dtype)
-    return (y,)
+    return (rounded(y, p.dtype, generator),)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
-from pseuzo.optim.clip import clip_limit
+from pseuzo.optim.clip import clip_slopes
 from pseuzo.optim.mezo import Slopes, as_losses, mean_direction
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
+from pseuzo_kernels.checks import check_count
 
 
 class ForwardGradient(ZeroOrder):
@@ -44,10 +45,7 @@ class ForwardGradient(ZeroOrder):
         directions: int = 1,
         **options: Any,
     ):
-        if not isinstance(directions, int) or directions < 1:
-            raise ValueError(
-                f"ForwardGradient: directions must be an int of at least 1, got {directions!r}"
-            )
+        check_count("ForwardGradient", "directions", directions)
         if "eps" in options:
             raise ValueError("ForwardGradient: there is no eps, as the derivative is exact")
         if options.get("capture"):
@@ -87,11 +85,8 @@ class ForwardGradient(ZeroOrder):
                 value, tangent = self.passes.derivative(seed, "tangent", closure)
                 loss, slope = as_losses(self, value), as_losses(self, tangent)
                 ok = ok & loss.isfinite().all() & slope.isfinite().all()
-                if self.clip_examples is not None:
-                    limit = clip_limit(slope.abs(), self.clip_examples)
-                    slope = slope.clamp(-limit, limit)
                 losses.append(loss.mean())
-                slopes.append(slope.mean())
+                slopes.append(clip_slopes(slope, self.clip_examples).mean())
             return torch.stack(losses).mean(), torch.stack(slopes), ok
 
         loss, slopes, ok = self.passes.run("tangent", (closure,), run)

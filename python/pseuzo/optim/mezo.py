@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.base import Measured, ZeroOrder
-from pseuzo.optim.clip import clip_limit
+from pseuzo.optim.clip import clip_slopes
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
 from pseuzo.perturb.in_place import filled
+from pseuzo_kernels.checks import check_count
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,13 @@ def measure_slopes(
                 minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", call))
             else:
                 minus = at_x[j]
-            if plus.shape != minus.shape:
-                raise ValueError(
-                    f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
-                    f"{tuple(minus.shape)}; they must run on the same batch"
-                )
+            check_same_batch(plus, minus)
             pairs.append((plus, minus))
             slope = (plus - minus) / (2 * eps if two_sided else eps)
             loss = (plus + minus) / 2 if two_sided else minus
             ok = ok & slope.isfinite().all() & loss.isfinite().all()
-            if o.clip_examples is not None:
-                limit = clip_limit(slope.abs(), o.clip_examples)
-                slope = slope.clamp(-limit, limit)
             losses.append(loss.mean())
-            slopes.append(slope.mean())
+            slopes.append(clip_slopes(slope, o.clip_examples).mean())
         c = torch.stack(slopes)
         return torch.stack(losses).mean(), torch.where(ok, c, torch.zeros_like(c)), ok, pairs
 
@@ -122,6 +116,15 @@ def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
             "the losses before their mean, or leave clip_examples off"
         )
     return loss
+
+
+def check_same_batch(plus: Tensor, minus: Tensor) -> None:
+    """Raise ValueError if the losses of two passes differ in shape."""
+    if plus.shape != minus.shape:
+        raise ValueError(
+            f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
+            f"{tuple(minus.shape)}; they must run on the same batch"
+        )
 
 
 class MeZO(ZeroOrder):
@@ -170,8 +173,7 @@ class MeZO(ZeroOrder):
     ):
         name = type(self).__name__
         for key, value in (("directions", directions), ("window", window)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {key} must be an int of at least 1, got {value!r}")
+            check_count(name, key, value)
         if not 0 <= momentum <= 1:
             raise ValueError(f"{name}: momentum must be in 0 .. 1, got {momentum}")
         self.two_sided, self.directions = two_sided, directions

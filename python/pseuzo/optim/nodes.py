@@ -34,7 +34,7 @@ from pseuzo.optim.pseuzo import as_output, head_gradients
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
 from pseuzo_kernels import noise
-from pseuzo_kernels.checks import check_noise, signed64
+from pseuzo_kernels.checks import check_count, check_noise, signed64
 
 SETTINGS = ("eps", "directions", "window", "momentum", "together", "noise", "seed")
 
@@ -158,8 +158,7 @@ class NodePseuZO:
         check_noise("NodePseuZO", noise)
         check_numbers("NodePseuZO", eps=eps, clip_examples=None)
         for key, value in (("directions", directions), ("window", window)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"NodePseuZO: {key} must be an int of at least 1, got {value!r}")
+            check_count("NodePseuZO", key, value)
         if not 0 <= momentum <= 1:
             raise ValueError(f"NodePseuZO: momentum must be in 0 .. 1, got {momentum}")
         self.model, self.layers = model, _found(model, layers)

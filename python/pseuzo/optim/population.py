@@ -29,6 +29,7 @@ from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.skips import NOT_FINITE
 from pseuzo.optim.update import Direction
 from pseuzo.perturb.in_place import filled
+from pseuzo_kernels.checks import check_count
 
 WEIGHTS = ("raw", "spread", "zscore", "rank")
 SKIP_REASON = (
@@ -93,8 +94,7 @@ class Evolution(ZeroOrder):
         **options: Any,
     ):
         name = type(self).__name__
-        if not isinstance(directions, int) or directions < 1:
-            raise ValueError(f"{name}: directions must be an int of at least 1, got {directions!r}")
+        check_count(name, "directions", directions)
         if weights not in WEIGHTS:
             raise ValueError(
                 f"{name}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}"

@@ -16,8 +16,16 @@ from pseuzo.optim.groups import trained
 from pseuzo.optim.mezo import MeZO, Slopes
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.state import update_rms
-from pseuzo.optim.update import CHUNK, Direction, Update, descended, rounding_bits, writes
-from pseuzo_kernels import add_noise_
+from pseuzo.optim.update import (
+    CHUNK,
+    Direction,
+    Update,
+    descended,
+    estimate_of,
+    rounding_bits,
+    step_and_keep,
+    writes,
+)
 
 
 class ZOSign(MeZO):
@@ -35,13 +43,9 @@ class ZOSign(MeZO):
         params: nn.Module | Iterable,
         lr: float = 1e-5,
         eps: float = 1e-3,
-        *,
-        two_sided: bool = True,
-        directions: int = 1,
         **options: Any,
     ):
-        own: dict[str, Any] = {"two_sided": two_sided, "directions": directions, "momentum": 0.0}
-        super().__init__(params, lr, eps, **own, **options)
+        super().__init__(params, lr, eps, momentum=0.0, **options)
 
     @property
     def recordable(self) -> bool:  # type: ignore[override]  # a loaded state may change the noise
@@ -59,32 +63,23 @@ class ZOSign(MeZO):
         rounding_seed = step_seed(self.seed, self.steps, ROUNDING_DOMAIN)
         launches: list[Callable[[], Any]] = [self.passes.restore]  # bare parameters are shifted
         stochastic = self.rounding == "stochastic"
-        moved, held, slot = [], {}, {}  # type: ignore[var-annotated]
+        moved, slot = [], {}  # type: ignore[var-annotated]
         for group, params in trained(op, self.param_groups):
             params = [p for p in params if p not in unused]
-            rate = group["lr"] * group["noise_scale"]
-            moved.append((params, rate))
-            step = rate if group["maximize"] else -rate
-            keep = 1.0 - group["lr"] * group["weight_decay"]
+            moved.append((params, group["lr"] * group["noise_scale"]))
+            step, keep = step_and_keep(group)
+            step *= group["noise_scale"]
             for p in params:
                 bits = rounding_bits(p, rounding_seed, self.streams[p], stochastic)
                 skip = direction.found_inf.to(p.device) != 0
+                seeds, coefs = direction.seeds.to(p.device), direction.coefs.to(p.device)
+                terms = seeds, coefs, [self.streams[p]], [1.0], [1.0], self.noise
                 for i, x in enumerate(p.view(-1).split(CHUNK)):
-                    sign = partial(self._signs, p, i, direction, held)
-                    compute = partial(_stepped, x, sign, keep, step, skip, bits)
+                    estimate = partial(estimate_of, p, terms, i, slot)
+                    compute = partial(_stepped, x, estimate, keep, step, skip, bits)
                     launches += writes([x], compute, slot)
         launches.append(torch.clear_autocast_cache)  # it holds casts of the old weights
         return Update(launches, moved, unused, rounding_seed)
-
-    def _signs(self, p: Tensor, chunk: int, direction: Direction, held: dict[str, Any]) -> Tensor:
-        """The signs of the estimate for a chunk of p. held: keeps the signs for one tensor."""
-        if held.get("of") is not p:
-            held.clear()
-            g = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-            seeds, coefs = direction.seeds.to(p.device), direction.coefs.to(p.device)
-            add_noise_(g, seeds, coefs, self.streams[p], noise=self.noise)
-            held.update(of=p, signs=g.sign_().view(-1).split(CHUNK))
-        return held["signs"][chunk]
 
     def update_rms(self) -> dict[str, Tensor]:
         if self._last is None:
@@ -93,5 +88,5 @@ class ZOSign(MeZO):
         return update_rms(coefs.abs().max().sign().view(1), moved)  # 0 if the step was skipped
 
 
-def _stepped(x, sign, keep, step, skip, bits) -> tuple[Tensor]:
-    return descended(x, sign(), keep, step, skip, bits)
+def _stepped(x, estimate, keep, step, skip, bits) -> tuple[Tensor]:
+    return descended(x, estimate().sign(), keep, step, skip, bits)

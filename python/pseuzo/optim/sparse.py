@@ -49,8 +49,6 @@ class SparseMeZO(MeZO):
         sparsity: float = 0.75,
         mask: str = "small",
         renew_mask: bool = False,
-        two_sided: bool = True,
-        directions: int = 1,
         **options: Any,
     ):
         if not 0 <= sparsity < 1:
@@ -61,8 +59,7 @@ class SparseMeZO(MeZO):
             raise ValueError("SparseMeZO: renew_mask is for random masks; give mask='random'")
         self.sparsity, self.mask, self.renew_mask = float(sparsity), mask, renew_mask
         self._limits: dict[Tensor, float] = {}
-        own: dict[str, Any] = {"two_sided": two_sided, "directions": directions, "momentum": 0.0}
-        super().__init__(params, lr, eps, **own, **options)
+        super().__init__(params, lr, eps, momentum=0.0, **options)
         if not any(self._takes_any(p, limit) for p, limit in self._limits.items()):
             raise ValueError(
                 f"SparseMeZO: sparsity {self.sparsity:g} leaves no weight to train; give a lower "

@@ -18,6 +18,7 @@ from pseuzo.optim.groups import trained
 from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
 from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.update import Direction, Update
+from pseuzo_kernels.checks import check_count
 
 Batches = Callable[[], Iterable[Callable[[], Any]]]  # () -> the loss of one batch after another
 
@@ -66,8 +67,7 @@ class MeZOSVRG(ZeroOrder):
         **options: Any,
     ):
         for key, value in (("directions", directions), ("anchor_every", anchor_every)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"MeZOSVRG: {key} must be an int of at least 1, got {value!r}")
+            check_count("MeZOSVRG", key, value)
         if not 0 < anchor_scale < float("inf"):
             raise ValueError(f"MeZOSVRG: anchor_scale must be positive, got {anchor_scale}")
         if options.get("capture"):

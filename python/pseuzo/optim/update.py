@@ -17,6 +17,7 @@ from torch import Tensor
 from pseuzo.optim.skips import NOT_FINITE
 from pseuzo.perturb.in_place import Shift
 from pseuzo.perturb.masks import Masks, mask_of, op_in_place, op_out
+from pseuzo_kernels.ops import add_noise_list_out
 from pseuzo_kernels.reference import hash_seed, round_stochastically
 
 CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bounds its temporaries
@@ -107,15 +108,14 @@ def prepare(
     for group, params in groups:
         params = [p for p in params if p not in unused] if unused else params
         moved.append((params, group["lr"] * group["noise_scale"]))
-        step = group["lr"] if group["maximize"] else -group["lr"]
-        decay = group["lr"] * group["weight_decay"]
+        step, keep = step_and_keep(group)
         for device, copied, part in _alike(params, copies):
-            # What is taken back decays with its weight, so that a launch has one rate of decay.
-            back = decay if shift is not None and not copied else None
+            # What is taken back decays with its weight, so that a launch has one keep.
+            back = keep if shift is not None and not copied else None
             key = (step, back, copied, device)
             members, keeps, scales = together.setdefault(key, ([], [], []))
             members += part
-            keeps += [1.0 - decay] * len(part)
+            keeps += [keep] * len(part)
             scales += [group["noise_scale"]] * len(part)
     launches: list[Callable[[], Any]] = []
     for (step, back, copied, device), (members, keeps, scales) in together.items():
@@ -179,8 +179,7 @@ def _descents(
     """x <- (1 - lr * weight decay) x - lr * gradient, rounded like every update."""
     gradients, found_inf = direction.gradients, direction.found_inf
     for group in groups:
-        step = group["lr"] if group["maximize"] else -group["lr"]
-        keep = 1.0 - group["lr"] * group["weight_decay"]
+        step, keep = step_and_keep(group)
         for p in group["params"]:
             if p not in gradients:
                 continue
@@ -193,6 +192,27 @@ def _descents(
             for x, gradient in chunks:
                 compute = partial(descended, x, gradient, keep, step, skip, bits)
                 yield from writes([x], compute, slot)
+
+
+def step_and_keep(group: Mapping[str, Any]) -> tuple[float, float]:
+    """The factors of the direction and of x in the update of a group: -lr (lr to maximize), and
+    1 - lr * weight_decay."""
+    lr = group["lr"]
+    return lr if group["maximize"] else -lr, 1.0 - lr * group["weight_decay"]
+
+
+def estimate_of(p: Tensor, terms: tuple[Any, ...], chunk: int, slot: dict[str, Any]) -> Tensor:
+    """A chunk of sum_k c_k z_k in the shape of p, fp32, flat.
+
+    terms: seeds, coefs, [stream], [keep], [scale] and noise, as the ops take them. All of it is
+    made once for a parameter, and `slot` keeps it until another parameter's replaces it.
+    """
+    if slot.get("of") is not p:
+        slot.pop("estimate", None)
+        g = torch.empty(p.numel(), dtype=torch.float32, device=p.device)
+        add_noise_list_out([], *terms, False, 0, None, out=[g])
+        slot.update(of=p, estimate=g.split(CHUNK))
+    return slot["estimate"][chunk]
 
 
 def rounding_bits(

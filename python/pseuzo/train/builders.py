@@ -45,17 +45,24 @@ def zeroth_order_options(setup: Setup) -> dict[str, Any]:
     }
 
 
+def mezo_options(setup: Setup) -> dict[str, Any]:
+    """Return the arguments of optimizers that measure MeZO's slopes, two-sided by default."""
+    own = {"two_sided": setup.args.two_sided is not False, "directions": setup.args.directions}
+    return own | zeroth_order_options(setup)
+
+
 def mezo(setup: Setup) -> Optimizer:
     from pseuzo.optim import MeZO
 
+    return MeZO(setup.groups, **mezo_options(setup))
+
+
+def mezo_momentum(setup: Setup) -> Optimizer:
+    from pseuzo.optim import MeZO
+
     args = setup.args
-    own: dict[str, Any] = {
-        "two_sided": args.two_sided is not False,
-        "directions": args.directions,
-    }
-    if args.method == "mezo-momentum":
-        own |= {"momentum": args.momentum, "window": args.window}
-    return MeZO(setup.groups, **own, **zeroth_order_options(setup))
+    own: dict[str, Any] = {"momentum": args.momentum, "window": args.window}
+    return MeZO(setup.groups, **own, **mezo_options(setup))
 
 
 def zo_adam(setup: Setup) -> Optimizer:
@@ -64,35 +71,34 @@ def zo_adam(setup: Setup) -> Optimizer:
     args = setup.args
     return ZOAdam(
         setup.groups,
-        two_sided=args.two_sided is not False,
-        directions=args.directions,
         betas=(args.adam_beta1, args.adam_beta2),
         adam_eps=args.adam_epsilon,
         window=args.window,
         moments=args.moments,
-        **zeroth_order_options(setup),
+        **mezo_options(setup),
     )
 
 
-def population(setup: Setup) -> Optimizer:
-    from pseuzo.optim import FZOO, Evolution
+def evolution(setup: Setup) -> Optimizer:
+    from pseuzo.optim import Evolution
 
     args = setup.args
-    own: dict[str, Any] = {"directions": args.directions, "split_batch": args.split_batch}
-    own |= zeroth_order_options(setup)
-    if args.method == "fzoo":
-        return FZOO(setup.groups, two_sided=bool(args.two_sided), **own)
-    two_sided = args.two_sided is not False
-    return Evolution(setup.groups, two_sided=two_sided, weights=args.weights, **own)
+    own = {"weights": args.weights, "split_batch": args.split_batch}
+    return Evolution(setup.groups, **own, **mezo_options(setup))
+
+
+def fzoo(setup: Setup) -> Optimizer:
+    from pseuzo.optim import FZOO
+
+    one_sided = mezo_options(setup) | {"two_sided": bool(setup.args.two_sided)}
+    return FZOO(setup.groups, split_batch=setup.args.split_batch, **one_sided)
 
 
 def sparse(setup: Setup) -> Optimizer:
     from pseuzo.optim import SparseMeZO
 
-    args = setup.args
-    own = {name: getattr(args, name) for name in ("sparsity", "mask", "renew_mask", "directions")}
-    two_sided = args.two_sided is not False
-    return SparseMeZO(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
+    own = {name: getattr(setup.args, name) for name in ("sparsity", "mask", "renew_mask")}
+    return SparseMeZO(setup.groups, **own, **mezo_options(setup))
 
 
 def svrg(setup: Setup) -> Optimizer:
@@ -101,11 +107,9 @@ def svrg(setup: Setup) -> Optimizer:
     args = setup.args
     return MeZOSVRG(
         setup.groups,
-        two_sided=args.two_sided is not False,
-        directions=args.directions,
         anchor_every=args.anchor_every,
         anchor_scale=1.0 if args.anchor_lr is None else args.anchor_lr / setup.lr,
-        **zeroth_order_options(setup),
+        **mezo_options(setup),
     )
 
 
@@ -113,9 +117,8 @@ def deepzero(setup: Setup) -> Optimizer:
     from pseuzo.optim import DeepZero
 
     args = setup.args
-    own = {name: getattr(args, name) for name in ("coordinates", "scores", "directions")}
-    two_sided = bool(args.two_sided)
-    return DeepZero(setup.groups, two_sided=two_sided, **own, **zeroth_order_options(setup))
+    one_sided = mezo_options(setup) | {"two_sided": bool(args.two_sided)}
+    return DeepZero(setup.groups, coordinates=args.coordinates, scores=args.scores, **one_sided)
 
 
 def forward_gradient(setup: Setup) -> Optimizer:
@@ -126,16 +129,24 @@ def forward_gradient(setup: Setup) -> Optimizer:
     return ForwardGradient(setup.groups, directions=setup.args.directions, **options)
 
 
-def zo_bench(setup: Setup) -> Optimizer:
-    from pseuzo.optim import ZOBlocks, ZOConservative, ZOSign
+def zo_sign(setup: Setup) -> Optimizer:
+    from pseuzo.optim import ZOSign
 
-    args = setup.args
-    own = {"two_sided": args.two_sided is not False} | zeroth_order_options(setup)
-    if args.method == "zo-conservative":
-        return ZOConservative(setup.groups, **own)
-    if args.method == "zo-sign":
-        return ZOSign(setup.groups, directions=args.directions, **own)
-    return ZOBlocks(setup.groups, directions=args.directions, blocks=args.blocks, **own)
+    return ZOSign(setup.groups, **mezo_options(setup))
+
+
+def zo_conservative(setup: Setup) -> Optimizer:
+    from pseuzo.optim import ZOConservative
+
+    options = mezo_options(setup)
+    del options["directions"]
+    return ZOConservative(setup.groups, **options)
+
+
+def zo_blocks(setup: Setup) -> Optimizer:
+    from pseuzo.optim import ZOBlocks
+
+    return ZOBlocks(setup.groups, blocks=setup.args.blocks, **mezo_options(setup))
 
 
 def pseuzo(setup: Setup) -> Optimizer:

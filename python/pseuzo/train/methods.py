@@ -98,7 +98,7 @@ METHODS = {
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
-        build=builders.mezo,
+        build=builders.mezo_momentum,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective", "window", "momentum"),
         momentum=0.9,
@@ -115,7 +115,7 @@ METHODS = {
     ),
     "evolution": Method(
         help="Evolution strategies: q directions, weighted by the ranks of their losses.",
-        build=builders.population,
+        build=builders.evolution,
         passes=costs.evolution_passes,
         options=(*PERTURBING, "directions", "objective", "weights", "split_batch"),
         rate="adam_lr",
@@ -124,7 +124,7 @@ METHODS = {
     ),
     "fzoo": Method(
         help="FZOO: one-sided differences divided by the spread of the losses.",
-        build=builders.population,
+        build=builders.fzoo,
         passes=costs.fzoo_passes,
         options=(*PERTURBING, "directions", "objective", "split_batch"),
         rate="adam_lr",
@@ -170,7 +170,7 @@ METHODS = {
     ),
     "zo-sign": Method(
         help="MeZO with the sign of its estimate for each weight.",
-        build=builders.zo_bench,
+        build=builders.zo_sign,
         passes=costs.mezo_passes,
         options=(*PERTURBING, "directions", "objective"),
         rate="adam_lr",
@@ -178,13 +178,13 @@ METHODS = {
     ),
     "zo-conservative": Method(
         help="MeZO's step, no step or the opposite one: the one with the lowest loss on the batch.",
-        build=builders.zo_bench,
+        build=builders.zo_conservative,
         passes=costs.conservative_passes,
         options=(*PERTURBING, "objective"),
     ),
     "zo-blocks": Method(
         help="MeZO on one block of the weights per step, in a cycle over the blocks.",
-        build=builders.zo_bench,
+        build=builders.zo_blocks,
         passes=costs.mezo_passes,
         options=(*EAGER, "directions", "objective", "blocks"),
     ),
