@@ -44,6 +44,18 @@ def test_passes():
     assert forwards_of_steps("mezo-svrg", 2, more) == 2 * 4 + 2 * 4
 
 
+def test_operations_are_counted_for_an_average_step(tmp_path):
+    model, rows = causal_lm("opt"), Rows(10)
+    counts = {}
+    for method in ("fo-sgd", "mezo-svrg", "deepzero"):
+        args = arguments(tmp_path, method=method, per_device_train_batch_size=5)
+        trainer = PseuZOTrainer(model, args, train_dataset=rows)
+        counts[method] = trainer.floating_point_ops(trainer.data_collator([rows[0]]))
+    # An anchor every 10 steps takes 2 batches with 2 passes, and the other steps 4 passes.
+    assert counts["mezo-svrg"] == int(counts["fo-sgd"] * 4 // 3)
+    assert counts["deepzero"] == counts["fo-sgd"] * 33 // 3, "the scores are made once, in the run"
+
+
 def test_the_anchor_is_measured_on_every_row(tmp_path):
     """The mean of the batches' losses is that of all rows, and torch's random state does not
     change."""

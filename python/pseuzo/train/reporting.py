@@ -47,9 +47,10 @@ class ReportingTrainer(Trainer):
         return options
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count the operations of our passes. Transformers counts a forward and a backward pass,
-        which are three forward passes."""
-        return super().floating_point_ops(inputs) * self.forwards(1) // 3
+        """Count the operations of our passes, those of an average step. Transformers counts a
+        forward and a backward pass, which are three forward passes."""
+        passes = forwards_per_step(self.args.method, self.counted_options())
+        return int(super().floating_point_ops(inputs) * passes // 3)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if "attention_mask" not in inputs and "input_ids" in inputs:  # there is no padding
