@@ -26,8 +26,12 @@ def kind_named(architectures: Iterable[str] | None) -> str:
 
 def kind_of(model: "nn.Module") -> str:
     """The kind of a model, by the name of its class, or of its base's if it has an adapter."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return kind_named([type(base).__name__])
+    return kind_named([type(without_adapter(model)).__name__])
+
+
+def without_adapter(model: Any) -> Any:
+    """The model that an adapter of peft was made for; a model without one as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def max_positions(model: "nn.Module") -> int | None:

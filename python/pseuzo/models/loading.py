@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pseuzo.machine import holds_codes, usable_device
-from pseuzo.models.kinds import KINDS, auto_class, kind_of, name_classes
+from pseuzo.models.kinds import KINDS, auto_class, kind_of, name_classes, without_adapter
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -109,7 +109,7 @@ def keep_as_loaded(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # unpacks them, if they are packed
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     if not getattr(base, "is_quantized", False):
         return
     if quantised(base):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pseuzo.machine import holds_codes
 from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
-from pseuzo.models.kinds import kind_of
+from pseuzo.models.kinds import kind_of, without_adapter
 from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.perturb.module import rows_of
 
@@ -255,7 +255,7 @@ def takes_argument(model: nn.Module, name: str) -> bool:
     learned = getattr(config, "is_prompt_learning", False) and config.peft_type != "PREFIX_TUNING"
     if learned and name == "position_ids":
         return False
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     return name in inspect.signature(base.forward).parameters
 
 
@@ -264,7 +264,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     classifier; None if it has none, or if it is not a Transformers model."""
     if kind_of(model) != "classifier":
         return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     inside = f"{base.base_model_prefix}."
     outside = [m for name, m in base.named_modules() if not name.startswith(inside)]
     linear = [m for m in outside if isinstance(m, nn.Linear)]

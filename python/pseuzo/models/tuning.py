@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.machine import holds_codes
-from pseuzo.models.kinds import kind_of
+from pseuzo.models.kinds import kind_of, without_adapter
 from pseuzo.models.loading import first_line, quantised
 from pseuzo.models.placement import ROLES
 from pseuzo.models.split import output_head
@@ -263,7 +263,7 @@ def _before_text(
 
 
 def _refused(model: nn.Module, mode: str, why: str) -> str:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     return f"tune: {type(base).__name__} cannot be given a {mode} ({why}); use mode 'lora'"
 
 
