@@ -52,7 +52,7 @@ def plain_adam(model, steps, lr, eps, decay, q, two_sided, seed, scale, window):
 @pytest.mark.parametrize("moments, window", [("seeds", 3), ("seeds", 9), ("state", 1)])
 @pytest.mark.parametrize("q, two_sided", [(1, True), (3, False)])
 def test_the_formula(q, two_sided, moments, window, bare):
-    # The formula holds for a shift of any length. A long one keeps the losses' rounding out of slopes.
+    # The formula holds for any shift. A long one keeps the rounding of losses out of the slopes.
     lr, eps, decay, scale, steps = 0.01, 0.25, 0.3, 1.5, 5
     model, want = small_model(), small_model()
     opt = ZOAdam(
