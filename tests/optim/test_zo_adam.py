@@ -77,7 +77,7 @@ def test_the_formula(q, two_sided, moments, window, bare):
     for p, start, known in zip(
         model.parameters(), small_model().parameters(), want.parameters(), strict=True
     ):
-        # Losses about 2 are off by some 2^-22, so a slope by 2^-22 / eps, or 1e-6, and an estimate by
+        # Losses about 2 are off by 2^-22 or so, a slope by 2^-22 / eps, or 1e-6, and an estimate by
         # as much. Rounding of bare weights by 2^-24 adds less. A change of an estimate changes the
         # move by at most lr / ADAM_EPS times as much, so each of five moves is off by 1e-3 lr.
         torch.testing.assert_close(p, known, rtol=0, atol=5 * lr * 1e-3)
