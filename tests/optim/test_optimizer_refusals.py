@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -216,8 +214,7 @@ ONE_PROCESS = "runs in one process, but this is one of 2 ranks"
 
 
 def test_several_ranks_are_refused(monkeypatch):
-    """The constructor and every step refuse them, and change nothing. A group of one rank is
-    allowed."""
+    """Every step refuses them, and changes nothing. A group of one rank is allowed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model, (x, y) = small_model(), data(0)
@@ -227,9 +224,6 @@ def test_several_ranks_are_refused(monkeypatch):
     try:
         ddp = nn.parallel.DistributedDataParallel(model)
         for use in (
-            lambda: MeZO(model),
-            lambda: PseuZO(ddp),
-            lambda: MeZO(model.parameters()),
             lambda: mezo.step(lambda: head_for(y)(model(x))),
             lambda: mezo.estimate(lambda: head_for(y)(model(x))),
             lambda: pseuzo.step(lambda: model(x), head_for(y)),
@@ -242,27 +236,3 @@ def test_several_ranks_are_refused(monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
     mezo.step(lambda: head_for(y)(model(x)))
-
-
-RANK = """
-import sys, torch
-from pseuzo import MeZO
-torch.distributed.init_process_group(
-    "gloo", init_method="file://" + sys.argv[1],
-    rank=int(sys.argv[2]), world_size=2,
-)
-try:
-    MeZO(torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)))
-except ValueError as error:
-    print(error)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_each_of_two_processes_is_refused(tmp_path):
-    args = [sys.executable, "-c", RANK, str(tmp_path / "store")]
-    ranks = [
-        subprocess.Popen([*args, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    assert all(ONE_PROCESS in rank.communicate(timeout=300)[0] for rank in ranks)

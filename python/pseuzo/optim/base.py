@@ -9,16 +9,15 @@ the first two, and one row of `pseuzo.train.methods.METHODS`.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pseuzo.interrupts import cleanly, uninterrupted
-from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
 from pseuzo.optim.passes import Passes, without_autograd
+from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.skips import Skips
 from pseuzo.optim.state import KEY, read_state, update_rms
@@ -41,11 +40,10 @@ class Measured:
     kind: str
 
 
-class ZeroOrder(torch.optim.Optimizer):
+class ZeroOrder(groups.Streamed):
     """x <- (1 - lr wd) x - lr sum_k c_k z(s_k). A subclass says which seeds and coefficients."""
 
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
-    has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
     needs_data = False  # whether step also takes batches, the losses of all the training data
     recordable = True  # whether a journal's seeds and coefficients describe all of its updates
     parts: int = 1  # if more, step takes a closure for each part of a batch, and the parts' sizes
@@ -67,9 +65,10 @@ class ZeroOrder(torch.optim.Optimizer):
         maximize: bool = False,
         model: nn.Module | None = None,
         capture: bool = False,
+        direction_ranks: int = 1,
     ):
         name = type(self).__name__
-        refuse_replicas(name)
+        self.ranks = present_ranks(name, direction_ranks)  # None: this is the only process
         check_noise(name, noise)
         check_rounding(name, rounding)
         numbers = {"lr": lr, "weight_decay": weight_decay, "noise_scale": noise_scale}
@@ -84,8 +83,6 @@ class ZeroOrder(torch.optim.Optimizer):
                     f"{name}: no parameter of the model requires grad; there is nothing to train"
                 )
         self.model = model
-        self._model_streams = groups.model_streams(model)
-        self._streams: dict[Tensor, int] = {}
         self._steps, self._skips = 0, Skips()
         self._measured: Measured | None = None  # kept by estimate() until step() applies it
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None  # coefs, moved
@@ -93,7 +90,7 @@ class ZeroOrder(torch.optim.Optimizer):
         self.journal_run: str | None = None  # the run whose journal records the steps so far
         self.recorded_weights: Any = None  # a journal's marks of the weights after the last step
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
-        super().__init__(params, numbers | {"maximize": maximize, "exact_gradient": False})
+        super().__init__(params, numbers | {"maximize": maximize, "exact_gradient": False}, model)
         groups.check_trains(name, self.param_groups)
         self.passes = Passes(self, capture)
 
@@ -120,23 +117,24 @@ class ZeroOrder(torch.optim.Optimizer):
 
     # Steps
 
-    def estimate(self, *inputs: Any, **options: Any) -> Tensor:
+    def estimate(self, *inputs: Any, size: float | None = None, **options: Any) -> Tensor:
         """Run the passes of a step, which step() without arguments then applies; return the loss.
-        The weights do not change. The next estimate replaces one that was not applied."""
+        The weights do not change. The next estimate replaces one that was not applied. size: of
+        this rank's part of the batch, see pseuzo.optim.ranks; one process needs none."""
         self._measured = None
         self._measured = cleanly(partial(self.measure, *inputs, **options), self.passes.restore)
         return self._measured.loss
 
     def step(  # type: ignore[override]  # torch's takes a closure alone
-        self, *inputs: Any, **options: Any
+        self, *inputs: Any, size: float | None = None, **options: Any
     ) -> Tensor | None:
         """Estimate and apply; without arguments, apply the last estimate. Returns the loss.
 
-        RuntimeError if there is no estimate to apply.
+        size: see estimate. RuntimeError if there is no estimate to apply.
         """
-        return cleanly(partial(self._step, inputs, options), self.passes.restore)
+        return cleanly(partial(self._step, inputs, size, options), self.passes.restore)
 
-    def _step(self, inputs: tuple, options: dict[str, Any]) -> Tensor | None:
+    def _step(self, inputs: tuple, size: float | None, options: dict[str, Any]) -> Tensor | None:
         last, self._measured = self._measured, None
         # Schedulers and wrappers of optimizers call step(None), as torch's closure is optional.
         given = any(x is not None for x in (*inputs, *options.values()))
@@ -196,36 +194,12 @@ class ZeroOrder(torch.optim.Optimizer):
             self.journal.record(step, update.rounding_seed, update.unused | frozen, *numbers)
         self._skips.tell()
 
-    # Parameters
-
-    def add_param_group(self, param_group: dict) -> None:
-        """As in torch. New parameters get the next streams (with a model: their position in
-        model.parameters())."""
-        super().add_param_group(param_group)
-        name, group = type(self).__name__, self.param_groups[-1]
-        try:
-            groups.check_group(name, group, param_group, self.defaults, self.has_gradient)
-            known = self._streams
-            known |= groups.new_streams(name, group["params"], self._model_streams, len(known))
-        except Exception:
-            self.param_groups.pop()
-            raise
+    # What was done
 
     @property
     def steps(self) -> int:
         """The number of steps that were made, including skipped ones."""
         return self._steps
-
-    @property
-    def streams(self) -> Mapping[Tensor, int]:
-        """The stream of noise of each parameter."""
-        return MappingProxyType(self._streams)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first trained parameter."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        return next((p for p in params if not groups.is_frozen(p)), params[0]).device
 
     @property
     def skipped_steps(self) -> int:

@@ -148,7 +148,7 @@ class DeepZero(ZeroOrder):
         self._count(groups.trained("DeepZero", self.param_groups))
 
     def step(  # type: ignore[override]  # torch's closure returns a float
-        self, closure: Callable[[], Any] | None = None
+        self, closure: Callable[[], Any] | None = None, *, size: float | None = None
     ) -> Tensor | None:
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called once
         and then once (two_sided: twice) for each weight that is estimated.
@@ -157,7 +157,7 @@ class DeepZero(ZeroOrder):
         RuntimeError if there is none. If a loss is NaN or infinite, the update is skipped, counted
         (`skipped_steps`) and warned about.
         """
-        return super().step() if closure is None else super().step(closure)
+        return super().step() if closure is None else super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Any]) -> Coordinates:
         """Run the passes of a step; see step."""

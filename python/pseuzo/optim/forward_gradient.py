@@ -61,7 +61,7 @@ class ForwardGradient(ZeroOrder):
             )
 
     def step(  # type: ignore[override]  # torch's closure returns a float
-        self, closure: Callable[[], Tensor] | None = None
+        self, closure: Callable[[], Tensor] | None = None, *, size: float | None = None
     ) -> Tensor | None:
         """closure() -> loss, a differentiable scalar tensor, or per-example losses [B]; called once
         for each direction.
@@ -70,7 +70,7 @@ class ForwardGradient(ZeroOrder):
         estimate; RuntimeError if there is none. If a loss or derivative is NaN or infinite, the
         update is skipped, counted (`skipped_steps`) and warned about.
         """
-        return super().step() if closure is None else super().step(closure)
+        return super().step() if closure is None else super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Tensor]) -> Slopes:
         """Run the passes of a step; see step."""

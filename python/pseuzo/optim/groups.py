@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pseuzo_kernels.checks import check_not_negative, check_tensors
@@ -108,3 +110,38 @@ def trained(op: str, groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, A
         for group in groups
         if group["noise_scale"] and not group["exact_gradient"]
     ]
+
+
+class Streamed(torch.optim.Optimizer):
+    """An optimizer whose parameters each have a stream of noise."""
+
+    has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
+
+    def __init__(self, params: Iterable, defaults: dict[str, Any], model: nn.Module | None):
+        self._model_streams = model_streams(model)
+        self._streams: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch. New parameters get the next streams (with a model: their position in
+        model.parameters())."""
+        super().add_param_group(param_group)
+        name, group = type(self).__name__, self.param_groups[-1]
+        try:
+            check_group(name, group, param_group, self.defaults, self.has_gradient)
+            known = self._streams
+            known |= new_streams(name, group["params"], self._model_streams, len(known))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def streams(self) -> Mapping[Tensor, int]:
+        """The stream of noise of each parameter."""
+        return MappingProxyType(self._streams)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first trained parameter."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return next((p for p in params if not is_frozen(p)), params[0]).device

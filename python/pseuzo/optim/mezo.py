@@ -183,7 +183,7 @@ class MeZO(ZeroOrder):
         super().__init__(params, lr=lr, eps=eps, **options)
 
     def step(  # type: ignore[override]  # torch's closure returns a float
-        self, closure: Callable[[], Any] | None = None
+        self, closure: Callable[[], Any] | None = None, *, size: float | None = None
     ) -> Tensor | None:
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice.
 
@@ -191,7 +191,7 @@ class MeZO(ZeroOrder):
         Without a closure, applies the last estimate; RuntimeError if there is none. If a loss is
         NaN or infinite, the update is skipped, counted (`skipped_steps`) and warned about.
         """
-        return super().step() if closure is None else super().step(closure)
+        return super().step() if closure is None else super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Any]) -> Slopes:
         """Run the passes of a step; see step."""

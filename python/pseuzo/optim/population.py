@@ -121,6 +121,8 @@ class Evolution(ZeroOrder):
         self,
         closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
         sizes: Sequence[float] | Tensor | None = None,
+        *,
+        size: float | None = None,
     ) -> Tensor | None:
         """closure() -> loss, a scalar tensor or a number, or per-example losses [B]; called twice
         for each direction, or, if one-sided, once for each and once at x.
@@ -132,7 +134,7 @@ class Evolution(ZeroOrder):
         infinite, or if all losses are equal, the update is skipped, counted (`skipped_steps`) and
         warned about.
         """
-        return super().step() if closure is None else super().step(closure, sizes)
+        return super().step() if closure is None else super().step(closure, sizes, size=size)
 
     def measure(
         self,

@@ -98,6 +98,8 @@ class PseuZO(ZeroOrder):
         head: Callable[[Tensor], Tensor] | None = None,
         groups: Tensor | list[int] | None = None,
         examples: Tensor | None = None,
+        *,
+        size: float | None = None,
     ) -> Tensor | None:
         """forward() -> o, [B, P, D] or [B, D]; head(o) -> loss, a scalar or per-example losses,
         differentiable in o. Returns the loss at x. Without arguments, applies the last estimate;
@@ -111,7 +113,7 @@ class PseuZO(ZeroOrder):
         """
         if forward is None and head is None:
             return super().step()
-        return super().step(forward, head, groups, examples)
+        return super().step(forward, head, groups, examples, size=size)
 
     def measure(
         self,

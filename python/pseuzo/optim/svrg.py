@@ -92,7 +92,11 @@ class MeZOSVRG(ZeroOrder):
         return self.steps % self.anchor_every == 0 or self._full is None or self._anchor() is None
 
     def step(  # type: ignore[override]  # torch's closure returns a float
-        self, closure: Callable[[], Any] | None = None, batches: Batches | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        batches: Batches | None = None,
+        *,
+        size: float | None = None,
     ) -> Tensor | None:
         """closure() -> the loss of the step's batch, see MeZO.step; called four times.
 
@@ -102,7 +106,7 @@ class MeZOSVRG(ZeroOrder):
         them in place of closure, twice each, and returns their mean loss. Other steps need no
         batches.
         """
-        return super().step() if closure is None else super().step(closure, batches)
+        return super().step() if closure is None else super().step(closure, batches, size=size)
 
     def measure(self, closure: Callable[[], Any], batches: Batches | None = None) -> Anchored:
         """Run the passes of a step; see step."""

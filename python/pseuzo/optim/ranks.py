@@ -1,0 +1,111 @@
+"""The ranks of a process group as an optimizer sees them, and the messages between them.
+
+Two axes, freely combined: the rows of the global batch are divided over R parts, and the passes of
+a step over D directions. Rank row * D + direction has part `row` of the batch and the passes
+p = direction, direction + D, ... of a step.
+
+`size`, which step and estimate take, is what the loss of this rank is a mean over: rows, or tokens
+with a loss. The loss of the step is sum_r size_r loss_r / sum_r size_r over the parts of the batch.
+By default it is the number of per-example losses, or 1. With size 0 this rank has no rows: its
+passes run on what it gives them, and what they find is ignored.
+
+Every message is a fixed header and a body of bytes, both sent from one rank to another without
+waiting in between, so a receiver needs to know no sizes. Nothing is pickled.
+"""
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+HEADER = struct.Struct("<IIQ")  # the format of messages, the kind of this one, bytes of the body
+FORMAT = 0x70727A31
+
+
+class RanksDiffer(RuntimeError):
+    """The ranks of a run disagree on their settings, step, data or weights; nothing was changed."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank could not measure its part of a step; the weights were not changed."""
+
+
+class Ranks:
+    """The place of this process among the ranks of a group, and what they have sent each other.
+
+    direction_ranks: D, which divides the number of ranks; each part of the batch is on D ranks,
+    which share the passes of a step. group: None means the default process group. Messages are
+    tensors on the CPU where the group has a backend for it (gloo), otherwise on the present GPU
+    (NCCL). sent and received count their bytes, headers included.
+    """
+
+    def __init__(self, direction_ranks: int = 1, group: ProcessGroup | None = None) -> None:
+        self._group = group
+        self.size = distributed.get_world_size(group)
+        self.rank = distributed.get_rank(group)
+        if direction_ranks < 1 or self.size % direction_ranks:
+            raise ValueError(
+                f"direction_ranks must divide the number of ranks, {self.size}, got "
+                f"{direction_ranks}"
+            )
+        self.direction_ranks = direction_ranks
+        self.rows = self.size // direction_ranks  # R, into how many parts a batch is divided
+        self.row, self.direction = divmod(self.rank, direction_ranks)
+        on_cpu = "cpu:gloo" in distributed.get_backend_config(group)
+        self._device = torch.device("cpu" if on_cpu else "cuda")
+        self.sent = self.received = 0
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, which merges what the others measure and keeps the state."""
+        return self.rank == 0
+
+    def send(self, to: Sequence[int], kind: int, body: bytes) -> None:
+        """Send a message to other ranks, and wait until the last byte has left."""
+        header = HEADER.pack(FORMAT, kind, len(body))
+        parts = [self._tensor(part) for part in (header, body) if part]
+        work = [
+            distributed.isend(part, group=self._group, group_dst=rank)
+            for rank in to
+            for part in parts
+        ]
+        for one in work:
+            if one is not None:
+                one.wait()
+        self.sent += len(to) * (len(header) + len(body))
+
+    def receive(self, rank: int) -> tuple[int, bytes]:
+        """Wait for a message of another rank; return its kind and its body."""
+        found, kind, length = HEADER.unpack(self._received(rank, HEADER.size))
+        if found != FORMAT:
+            raise RanksDiffer(
+                f"rank {rank} sends messages of another format: run the same version of pseuzo on "
+                "all ranks"
+            )
+        return kind, self._received(rank, length) if length else b""
+
+    def _received(self, rank: int, length: int) -> bytes:
+        part = torch.empty(length, dtype=torch.uint8, device=self._device)
+        distributed.recv(part, group=self._group, group_src=rank)
+        self.received += length
+        return part.cpu().numpy().tobytes()
+
+    def _tensor(self, part: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self._device)
+
+
+def present_ranks(name: str, direction_ranks: int) -> Ranks | None:
+    """Return the ranks of the default process group; None where there is one process.
+
+    ValueError, which begins with name, if direction_ranks does not divide their number.
+    """
+    grouped = distributed.is_available() and distributed.is_initialized()
+    size = distributed.get_world_size() if grouped else 1
+    if size % max(direction_ranks, 1) or direction_ranks < 1:
+        raise ValueError(
+            f"{name}: direction_ranks must divide the number of ranks, {size}, got "
+            f"{direction_ranks}"
+        )
+    return Ranks(direction_ranks) if size > 1 else None
