@@ -80,7 +80,7 @@ class ZOAdam(MeZO):
         stats = {**now.stats, "momentum": self.betas[0]}
         if self.moments == "state":
             return replace(now, stats=stats)
-        seeds, coefs = self.window_with(now)
+        seeds, coefs = self.window_with(now.seeds, now.coefs)
         return replace(
             now,
             seeds=seeds.flatten(),

@@ -6,8 +6,7 @@ tells the journal and keeps the estimator's state, as one. An estimator is one f
 the first two, and one row of `pseuzo.train.methods.METHODS`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -16,39 +15,22 @@ from torch import Tensor, nn
 
 from pseuzo.interrupts import cleanly, uninterrupted
 from pseuzo.optim import groups
+from pseuzo.optim.estimator import Estimator, Measured
 from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.ranks import present_ranks
+from pseuzo.optim.repeating import repeat
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.skips import Skips
 from pseuzo.optim.state import KEY, read_state, update_rms
 from pseuzo.optim.update import Direction, Update, prepare
-from pseuzo.perturb.masks import Masks
 from pseuzo_kernels.checks import check_noise, check_rounding, signed64
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the passes of a step measured. Only its numbers depend on the data.
-
-    loss: [] fp32, which the step returns. kind: the name of this kind of perturbed pass; `Passes`
-    keeps the weights that passes used by kind. An estimator's subclass adds what its coefficients
-    are computed from.
-    """
-
-    loss: Tensor
-    kind: str
-
-
-class ZeroOrder(groups.Streamed):
+class ZeroOrder(Estimator, groups.Streamed):
     """x <- (1 - lr wd) x - lr sum_k c_k z(s_k). A subclass says which seeds and coefficients."""
 
     state: Any  # torch's, by parameter, and KEY while a state_dict is made
-    needs_data = False  # whether step also takes batches, the losses of all the training data
-    recordable = True  # whether a journal's seeds and coefficients describe all of its updates
-    parts: int = 1  # if more, step takes a closure for each part of a batch, and the parts' sizes
-    masks: Masks | None = None  # which elements take noise in the present step; None: all
-    own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets
 
     def __init__(
         self,
@@ -88,47 +70,41 @@ class ZeroOrder(groups.Streamed):
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None  # coefs, moved
         self.journal: Any = None  # a pseuzo.train.journal.Journal, told of every update
         self.journal_run: str | None = None  # the run whose journal records the steps so far
+        self.followed: Any = None  # a pseuzo.train.following.Followed: steps to make again
         self.recorded_weights: Any = None  # a journal's marks of the weights after the last step
         self.stats: dict[str, Any] = {}  # of the last step: tensors on the device and numbers
         super().__init__(params, numbers | {"maximize": maximize, "exact_gradient": False}, model)
         groups.check_trains(name, self.param_groups)
         self.passes = Passes(self, capture)
 
-    # The seam of an estimator
+    # Steps
 
-    def measure(self, *inputs: Any, **options: Any) -> Measured:
-        """Run the passes of a step on what step() was given; change nothing that lasts."""
-        raise NotImplementedError
-
-    def coefficients(self, measured: Any) -> Direction:
-        """Return the seeds and coefficients of the update, and the state for `keep` to store."""
-        raise NotImplementedError
-
-    def keep(self, state: Any) -> None:
-        """Keep Direction.state. Called after the weights have moved; must be idempotent."""
-
-    def apply(self, direction: Direction) -> None:
+    def apply(self, direction: Direction | None) -> None:
         """Move the weights, then keep the state, count the step and record it, as one.
 
         Everything that can be refused is refused before a weight is written. After the first write,
-        an interrupt waits, and an exception is raised only after the rest is done.
+        an interrupt waits, and an exception is raised only after the rest is done. A step that a
+        journal has recorded makes that update; direction: what was measured now, None for a step
+        that `repeats`.
         """
         uninterrupted(self._apply, direction)
-
-    # Steps
 
     def estimate(self, *inputs: Any, size: float | None = None, **options: Any) -> Tensor:
         """Run the passes of a step, which step() without arguments then applies; return the loss.
         The weights do not change. The next estimate replaces one that was not applied. size: of
-        this rank's part of the batch, see pseuzo.optim.ranks; one process needs none."""
+        this rank's part of the batch, see pseuzo.optim.ranks; one process needs none. NaN, with no
+        passes, if the next step `repeats`."""
         self._measured = None
+        if self.repeats:
+            return torch.full((), float("nan"), device=self.device)
         self._measured = cleanly(partial(self.measure, *inputs, **options), self.passes.restore)
         return self._measured.loss
 
     def step(  # type: ignore[override]  # torch's takes a closure alone
         self, *inputs: Any, size: float | None = None, **options: Any
     ) -> Tensor | None:
-        """Estimate and apply; without arguments, apply the last estimate. Returns the loss.
+        """Estimate and apply; without arguments, apply the last estimate. Returns the loss, or None
+        after a step that `repeats`, which makes no passes.
 
         size: see estimate. RuntimeError if there is no estimate to apply.
         """
@@ -138,6 +114,9 @@ class ZeroOrder(groups.Streamed):
         last, self._measured = self._measured, None
         # Schedulers and wrappers of optimizers call step(None), as torch's closure is optional.
         given = any(x is not None for x in (*inputs, *options.values()))
+        if self.repeats:
+            self.apply(None)
+            return None
         measured = self.measure(*inputs, **options) if given else last
         if measured is None:
             raise RuntimeError(
@@ -149,11 +128,16 @@ class ZeroOrder(groups.Streamed):
         self.apply(direction)
         return measured.loss if given else None
 
-    def _apply(self, direction: Direction) -> None:
+    def _apply(self, direction: Direction | None) -> None:
         with without_autograd():
             if self.journal is not None:
                 self.journal.prepare()  # fail before touching the weights if it cannot be recorded
-            update = self.prepare(direction)
+            record = None if self.followed is None else self.followed.at(self._steps)
+            if record is not None:
+                direction, update = repeat(self, record, direction)
+            else:
+                assert direction is not None  # as only a recorded step needs none
+                update = self.prepare(direction)
             skipped = self._skips.after(direction.found_inf)
             commit = partial(self._commit, direction, update, self._steps, skipped)
             try:
@@ -195,6 +179,11 @@ class ZeroOrder(groups.Streamed):
         self._skips.tell()
 
     # What was done
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the next step is made from its record in a journal, without passes."""
+        return self.followed is not None and self.followed.skips_passes(self._steps)
 
     @property
     def steps(self) -> int:
@@ -247,7 +236,7 @@ class ZeroOrder(groups.Streamed):
         self.state.pop(KEY, None)
         self.eps, self.noise, self.seed = own["eps"], own["noise"], own["seed"]
         self.rounding, self._steps = own["rounding"], own["step"]
-        self._measured = self._last = None
+        self._measured = self._last = self.followed = None
         self.journal_run, self.recorded_weights = own["journal"], None
         self.passes.load(own["used"])
         self._skips = Skips(own["skipped"], self.device)
@@ -259,9 +248,3 @@ class ZeroOrder(groups.Streamed):
         settings |= {"rounding": self.rounding, "rounding_version": ROUNDING_VERSION}
         so_far = {"step": self._steps, "skipped": self.skipped_steps, "used": self.passes.used()}
         return settings | so_far | {"journal": self.journal_run}
-
-    def check_own_state(self, own: Mapping[str, Any]) -> None:
-        """Raise ValueError if what the estimator added cannot be loaded."""
-
-    def load_own_state(self, own: Mapping[str, Any]) -> None:
-        """Load what the estimator added."""

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim import groups
-from pseuzo.optim.base import Measured, ZeroOrder
+from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
+from pseuzo.optim.estimator import Measured
 from pseuzo.optim.mezo import as_losses, check_same_batch
 from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, direction_seed, step_seed

@@ -95,6 +95,9 @@ class ForwardGradient(ZeroOrder):
     def coefficients(self, measured: Slopes) -> Direction:
         return mean_direction(self, measured)
 
+    def kind_of_step(self) -> str:
+        return "tangent"
+
     def own_state(self) -> dict[str, Any]:
         return super().own_state() | {"forward_gradient": {"directions": self.directions}}
 

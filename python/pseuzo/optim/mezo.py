@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseuzo.optim.base import Measured, ZeroOrder
+from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
+from pseuzo.optim.estimator import Measured
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
 from pseuzo.perturb.in_place import filled
@@ -203,7 +204,7 @@ class MeZO(ZeroOrder):
         now = mean_direction(self, measured)
         if not self.momentum:
             return now
-        seeds, coefs = self.window_with(now)
+        seeds, coefs = self.window_with(now.seeds, now.coefs)
         ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
         decays = torch.full_like(ages, self.momentum, dtype=torch.float64)
         faded = (coefs * torch.pow(decays, ages)[:, None]).float().flatten()
@@ -215,9 +216,8 @@ class MeZO(ZeroOrder):
             stats={**now.stats, "momentum": self.momentum, "window": len(coefs)},
         )
 
-    def window_with(self, now: Direction) -> tuple[Tensor, Tensor]:
+    def window_with(self, seeds: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor]:
         """Seeds and coefficients of the last steps and of this one, [n, q], the newest last."""
-        seeds, coefs = now.seeds, now.coefs
         past = self._past
         if past is None:
             past = seeds.new_empty(0, self.directions), coefs.new_empty(0, self.directions)
@@ -230,6 +230,16 @@ class MeZO(ZeroOrder):
     def keep(self, state: tuple[Tensor, Tensor] | None) -> None:
         if state is not None:
             self._past = state
+
+    @property
+    def history(self) -> int | None:
+        return 0
+
+    def recall(self, seeds: Tensor, coefs: Tensor, state: Any) -> Any:
+        """The newest coefficients of a record have not decayed: they are those of its own step."""
+        if not self.momentum:
+            return None
+        return self.window_with(seeds[-self.directions :], coefs[-self.directions :])
 
     def own_state(self) -> dict[str, Any]:
         seeds, coefs = self._past or (None, None)

@@ -218,6 +218,12 @@ class Passes:
         noise = self._optimizer.noise
         self._in_place = InPlace(noise, self._before_writing, self._after_writing)
 
+    def note_used(self, kind: str, streams: Set[int]) -> None:
+        """Note that passes of this kind have used these weights, in a step that is not measured."""
+        known = self.used()
+        if self._optimizer.model is not None and not streams <= set(known.get(kind, ())):
+            self.load(known | {kind: sorted(streams.union(known.get(kind, ())))})
+
     def _find_places(self) -> dict[nn.Parameter, tuple[int, float]]:
         """The stream and noise scale of each parameter that may take noise.
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseuzo.optim.base import Measured, ZeroOrder
+from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_rows
+from pseuzo.optim.estimator import Measured
 from pseuzo.optim.groups import not_frozen
 from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
 from pseuzo.optim.schedule import Schedule, as_schedule
@@ -199,6 +200,13 @@ class PseuZO(ZeroOrder):
             self.window.clear()  # MeZO steps move the weights at which its entries were measured
         else:
             self.window.commit(state)
+
+    @property
+    def history(self) -> int:
+        return self.window.capacity
+
+    def kind_of_step(self) -> str:
+        return "output" if self.schedule(self.steps) else "loss"
 
     def own_state(self) -> dict[str, Any]:
         own = {"window": self.window.state_dict(), "weighting": self.weighting}

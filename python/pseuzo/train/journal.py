@@ -26,7 +26,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from pseuzo.files import sync, unlock
 from pseuzo.machine import Fetched, holds_codes
 from pseuzo.optim.base import ZeroOrder
+from pseuzo.train.following import find_place
 from pseuzo.train.journal_file import (
     MAGIC,
     VERSION,
@@ -44,13 +44,12 @@ from pseuzo.train.journal_file import (
     fingerprint,
     framed,
     frozen_fingerprint,
+    has_header,
     hold,
     is_at,
     mask_header,
-    owner,
-    read_header,
-    read_record,
 )
+from pseuzo.train.journal_watch import Watch
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
 SYNC_SHARE = 0.01  # the largest share of the time to wait for the disk between checkpoints
@@ -67,6 +66,12 @@ class Journal:
     belongs to another run, or if another journal has it open. If the optimizer loads a state while
     the journal is open, its next step does the same, or raises with nothing changed.
 
+    follow=True: the records of steps that the optimizer has not made are kept, and its next steps
+    make these updates again (see pseuzo.train.following), also from the base weights, where the
+    optimizer has made no step. Steps that need no passes then do not call their closures, and
+    return None. Records from a damaged one on are cut off, with a warning, and those steps are
+    measured again. Without effect where the optimizer's `history` is None.
+
     A step also raises JournalError, with nothing changed, if anything but the optimizer wrote,
     moved or converted a weight of the model since the last step, because a replay would not give
     these weights. When the optimizer loads a state, the weights are taken to be loaded with it.
@@ -78,7 +83,14 @@ class Journal:
     rounding of their perturbations; give it `model=`), or whose updates are not sums of seeds.
     """
 
-    def __init__(self, path: str | os.PathLike, optimizer: ZeroOrder, *, run: str | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        optimizer: ZeroOrder,
+        *,
+        run: str | None = None,
+        follow: bool = False,
+    ):
         self.path, self.optimizer, self.run = Path(path), optimizer, run
         _check(optimizer)
         self._position: dict[Tensor, int] = {p: i for i, (_, p) in enumerate(_trained(optimizer))}
@@ -87,13 +99,16 @@ class Journal:
         # On a GPU a record is written in the next step, when its numbers have arrived.
         self._late = int(optimizer.device.type == "cuda")
         watched = optimizer.model.parameters() if optimizer.model is not None else self._position
-        self._weights = _Watch(p for p in watched if not p.is_inference() and not holds_codes(p))
+        self._weights = Watch(p for p in watched if not p.is_inference() and not holds_codes(p))
         self._file = hold(self.path)
         try:
             # The length of the file, and the step of its next record. They change together.
             self._written = os.fstat(self._file.fileno()).st_size, optimizer.steps
+            if follow and not has_header(self.path):  # a kill as the run began
+                self._file.truncate(0)
+                self._written = 0, optimizer.steps
             if self._written[0]:
-                self._continue()
+                self._continue(follow)
             else:
                 self._begin()
             self._sync()
@@ -118,61 +133,23 @@ class Journal:
         self._append(MAGIC + framed(json.dumps(header).encode()), step)
         self.optimizer.recorded_weights = None  # these marks belong to another journal
 
-    def _continue(self) -> None:
-        """Cut off the records of steps that the optimizer has not made.
+    def _continue(self, follow: bool = False) -> None:
+        """Cut off what cannot be followed: torn and damaged records and, unless follow, the records
+        of steps that the optimizer has not made.
 
         Raises JournalError if the file does not belong to this optimizer.
         """
-        step, optimizer = self.optimizer.steps, self.optimizer
-        with open(self.path, "rb") as file:
-            header, end = read_header(file), file.tell()
-            if any(header[key] != value for key, value in self._layout.items()):
-                raise JournalError(
-                    f"{self.path} is the journal of another model or of other settings; choose a "
-                    "new file"
-                )
-            first = made = header["first_step"]
-            if step == first:
-                if read_record(file, first) is not None:
-                    raise JournalError(
-                        f"{self.path} holds {owner(self.path)[1]} step(s) already, which a new run "
-                        "would overwrite; choose a new file, delete this one, or resume its run "
-                        "from a checkpoint"
-                    )
-                if self._fingerprint() != header["base_sha256"]:
-                    raise JournalError(
-                        f"{self.path} is the journal of a run from other weights; choose a new file"
-                    )
-            runs = {header["run"], self.run or header["run"]}
-            if step > first:
-                runs.add(optimizer.journal_run)
-            if len(runs) > 1:
-                raise JournalError(
-                    f"{self.path} is the journal of another run: the optimizer did not write it, "
-                    "and has no state of one that did; choose a new file"
-                )
-            try:
-                while made < step and read_record(file, made):
-                    made, end = made + 1, file.tell()
-            except JournalError as error:
-                raise JournalError(
-                    f"{error}, and the optimizer continues with step {step}; resume from a "
-                    f"checkpoint of step {made} or before, or without this journal"
-                ) from None
-        if made != step:
-            ends = "ends before" if made < step else "begins with"
-            raise JournalError(
-                f"{self.path} {ends} step {made}, but the optimizer continues with step {step}"
-            )
-        if step > first:
-            self.check_weights()
-        else:
+        optimizer = self.optimizer
+        found = find_place(self.path, optimizer, self._layout, self._fingerprint, self.run, follow)
+        if found.from_base:
             optimizer.recorded_weights = None  # the fingerprint checks more than the marks do
+        else:
+            self.check_weights()
         # An interrupt between these lines leaves the old journal_run, or unequal steps, so the next
         # prepare() repeats all of it.
-        self._file.truncate(end)
-        self._written, self.run = (end, step), header["run"]
-        optimizer.journal_run = self.run
+        self._file.truncate(found.end)
+        self._written, self.run = (found.end, found.step), found.run
+        optimizer.followed, optimizer.journal_run = found.followed, self.run
 
     def _fingerprint(self) -> str:
         params = zip(self._layout["params"], self._position, strict=True)
@@ -208,7 +185,8 @@ class Journal:
                 "opened; close it and open a new one"
             )
         self._write_pending(self._late)  # after a full disk, more records than usual are pending
-        if optimizer.steps != self._next or optimizer.journal_run != self.run:
+        follows = optimizer.followed is not None and optimizer.followed.holds(optimizer.steps)
+        if optimizer.journal_run != self.run or not (follows or optimizer.steps == self._next):
             self._write_pending()  # the optimizer has loaded a state
             self._continue()
         self.check_weights()
@@ -291,7 +269,7 @@ class Journal:
             self.sync()
         finally:
             if self.optimizer.journal is self:
-                self.optimizer.journal = None
+                self.optimizer.journal = self.optimizer.followed = None
             self._weights.forget()
             unlock(self._file)
             self._file.close()
@@ -301,35 +279,6 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class _Watch:
-    """Notices writes to weights, by their addresses and by torch's counts of writes."""
-
-    def __init__(self, weights: Iterable[Tensor]):
-        self._weights = list(weights)
-        self._places: list[int] = []
-        self._storages: list[torch.UntypedStorage] = []  # kept, so that addresses are not reused
-
-    def _versions(self) -> list[int]:
-        return list(map(attrgetter("_version"), self._weights))
-
-    def marks(self) -> tuple[list[int], list[int]]:
-        """Return the addresses and counts, one of which changes if a weight does."""
-        return self._places, self._versions()
-
-    def changed(self, marks: tuple[list[int], list[int]] | None) -> str | None:
-        """Say how the weights changed since marks() returned these; None if they did not."""
-        places = list(map(Tensor.data_ptr, self._weights))
-        if marks not in (None, (places, self._versions())):
-            return "written" if places == marks[0] else "moved or converted, as by model.to(...),"
-        if places != self._places:
-            self._places = places
-            self._storages = [p.untyped_storage() for p in self._weights]
-        return None
-
-    def forget(self) -> None:
-        self._storages.clear()
 
 
 def _trained(optimizer: ZeroOrder) -> list[tuple[int, nn.Parameter]]:

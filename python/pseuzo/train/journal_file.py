@@ -46,6 +46,10 @@ class JournalError(ValueError):
     """The file is not a journal, is damaged, or belongs to another run or to other weights."""
 
 
+class NoHeader(JournalError):
+    """The file ends before its header does: the run that began it made no step."""
+
+
 @dataclass
 class Record:
     """What a step did: seeds and coefficients, and the options of the groups at that step."""
@@ -155,11 +159,12 @@ def mask_header(optimizer: Any) -> dict[str, Any]:
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
     """Read the header of a journal. JournalError if this version cannot replay it."""
-    if file.read(len(MAGIC)) != MAGIC:
+    begins = file.read(len(MAGIC))
+    if not MAGIC.startswith(begins):
         raise JournalError(f"{file.name} is not a journal of pseuzo")
     payload = _read_part(file)
     if payload is None:
-        raise JournalError(
+        raise NoHeader(
             f"{file.name}: the header is cut short; the run ended before its first step, so delete "
             "it"
         )
@@ -251,12 +256,16 @@ def _usable(step: int, header: Mapping[str, Any]) -> str:
 def owner(path: str | os.PathLike) -> tuple[str | None, int]:
     """Return the run that owns a journal, and the number of whole records in it.
 
-    None, 0 if there is no file or an empty one. Raises JournalError if the file is not a journal.
+    None, 0 if there is no file, an empty one, or one that ends before its header does. Raises
+    JournalError if the file is not a journal.
     """
-    if not os.path.exists(path) or not os.path.getsize(path):
+    if not os.path.exists(path):
         return None, 0
     with open(path, "rb") as file:
-        header = read_header(file)
+        try:
+            header = read_header(file)
+        except NoHeader:
+            return None, 0
         step = header["first_step"]
         try:
             while read_record(file, step):
@@ -264,6 +273,17 @@ def owner(path: str | os.PathLike) -> tuple[str | None, int]:
         except JournalError:
             pass  # the records before the damage are whole
     return header["run"], step - header["first_step"]
+
+
+def has_header(path: str | os.PathLike) -> bool:
+    """Return whether a file has the whole header of a journal; False if it ends before. Raises
+    JournalError if the file is not a journal."""
+    with open(path, "rb") as file:
+        try:
+            read_header(file)
+        except NoHeader:
+            return False
+    return True
 
 
 def hold(path: str | os.PathLike) -> BinaryIO:
