@@ -123,6 +123,7 @@ def test_journal_of_a_run_replays_to_its_weights(tmp_path, dtype):
         ("prefix", "mezo"),
         pytest.param("prompt", "pseuzo", marks=pytest.mark.slow),
         ("head", "mezo"),
+        ("scales", "pseuzo"),
     ],
 )
 def test_modes_train_replay_and_load_again(tmp_path, mode, method):
@@ -143,7 +144,7 @@ def test_modes_train_replay_and_load_again(tmp_path, mode, method):
     pseuzo(
         "replay", "--base", out / "start", "--journal", journal, "--output", tmp_path / "replayed"
     )
-    name = "model.safetensors" if mode == "head" else "adapter_model.safetensors"
+    name = f"{'' if mode in ('head', 'scales') else 'adapter_'}model.safetensors"
     start, end, again = (
         load_file(d / name) for d in (out / "start", out / "model", tmp_path / "replayed")
     )

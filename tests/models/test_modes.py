@@ -41,11 +41,14 @@ def test_defaults_of_the_modes():
         "prefix": 1e-1,
         "prompt": 1e-2,
         "head": 1e-3,
+        "scales": 3e-4,
     }
     zeroth_order = {"full": 1e-7, "lora": 5e-5, "prefix": 1e-3, "prompt": 1e-3, "head": 1e-4}
-    rates = dict.fromkeys(("pseuzo", "mezo", "mezo-momentum"), zeroth_order) | {
-        "fo-sgd": {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-1, "head": 1e-2},
-        "fo-adam": {"full": 1e-5, "lora": 1e-4, "prefix": 1e-3, "prompt": 1e-3, "head": 1e-4},
+    sgd = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-1, "head": 1e-2}
+    adam = {"full": 1e-5, "lora": 1e-4, "prefix": 1e-3, "prompt": 1e-3, "head": 1e-4}
+    rates = dict.fromkeys(("pseuzo", "mezo", "mezo-momentum"), zeroth_order | {"scales": 1e-8}) | {
+        "fo-sgd": sgd | {"scales": 1e-4},
+        "fo-adam": adam | {"scales": 3e-6},
     }
     for method, by_name in rates.items():
         assert {mode: default_rate(method, mode) for mode in MODES} == by_name
@@ -76,7 +79,9 @@ def test_a_mode_is_a_row_and_a_function(monkeypatch):
     assert names and all(".layers.0." in n and n.endswith(".bias") for n in names)
     assert len(trained(tune(causal_lm("opt"), "bias", bias_layers=2))) == 2 * len(names)
     assert mode_options()["bias_layers"] == (row.options[0], ("bias",))
-    with pytest.raises(ValueError, match="one of full, lora, prefix, prompt, head, bias, got"):
+    with pytest.raises(
+        ValueError, match="one of full, lora, prefix, prompt, head, scales, bias, got"
+    ):
         tune(causal_lm("opt"), "biases")
 
 

@@ -91,9 +91,10 @@ class Run:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        model, self.tokenizer = load(c, self.task)
+        at_first = {"device": "cpu"} if MODES[c["mode"]].on_host else {}
+        model, self.tokenizer = load(c | at_first, self.task)
         mode_options = {name: c[name] for name in MODE_OPTIONS}
-        model = tune(model, c["mode"], seed=c["seed"], **mode_options)
+        model = tune(model, c["mode"], seed=c["seed"], **mode_options).to(c["device"])
         if not self.data:
             check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
             self.kind = kind_of(model)

@@ -250,6 +250,8 @@ def _load_base(
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
+    import pseuzo.models.groupwise_config  # noqa: F401  # such models can be loaded then
+
     if folder and not (folder / "config.json").is_file():
         inside = folder / "model"  # a run saves its model there
         hint = f"; did you mean {inside}?" if any(inside.glob("*config.json")) else ""

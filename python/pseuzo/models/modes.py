@@ -46,6 +46,8 @@ class Mode:
     # Whether it adds no weights, so that a journal is replayed from the base model. For other modes
     # a run with a journal saves the model that it starts from.
     starts_from_base: bool = False
+    # Whether it makes the model smaller, so that it is made before the model moves to its device.
+    on_host: bool = False
 
 
 # eps and lr are those published for OPT-1.3B, the other rates are common ones.
@@ -108,6 +110,20 @@ MODES: dict[str, Mode] = {
         adam_lr=1e-4,
         model_dtype=True,
     ),
+    # A weight moves by its code times the move of its scale, and codes are about 3 in size. So eps
+    # and the rate of Adam are those of full divided by 3, the other rates are divided by 10.
+    "scales": Mode(
+        help="scales of the layers, whose weights become 4-bit codes",
+        function="pseuzo.models.tuning.tune_scales",
+        eps=3e-4,
+        lr=1e-8,
+        sgd_lr=1e-4,
+        adam_lr=3e-6,
+        options=(
+            ModeOption("group_size", 64, "Weights that share a scale, an even number.", least=2),
+        ),
+        on_host=True,
+    ),
 }
 
 
@@ -134,10 +150,12 @@ def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: An
     `prefix_from`, by default random ones of its vocabulary. prompt: the embeddings of
     `prompt_tokens` tokens before the text, which start as those of the tokens `prompt_from`, chosen
     likewise. head: the output head; one that is tied to the embedding becomes a copy of its own.
+    scales: the weights of the Linear layers become 4-bit codes in groups of `group_size`, unless
+    they are already, and the scales of the groups are trained.
 
-    Adapters, prefixes and prompts are in fp32 whatever the dtype of the model, which `peft` then
-    wraps. seed decides what is drawn at random; torch's own generator is not used. An option of
-    another mode has no effect. The given model is changed.
+    Adapters, prefixes, prompts and scales are in fp32 whatever the dtype of the model. For the
+    first three `peft` wraps the model. seed decides what is drawn at random; torch's own generator
+    is not used. An option of another mode has no effect. The given model is changed.
 
     ValueError if the mode is unknown, if the model has adapters already, or if it cannot have the
     mode.

@@ -1,7 +1,8 @@
 """The functions that the rows of `pseuzo.models.modes` name: what a tuning mode does to a model.
 
 The modes full, lora, prefix and head, the values of r and alpha, and the start of a prefix from
-real activations follow MeZO (Malladi et al. 2023). `peft` makes adapters, prefixes and prompts.
+real activations follow MeZO (Malladi et al. 2023), scales follow QZO (Shang et al. 2025). `peft`
+makes adapters, prefixes and prompts.
 """
 
 import copy
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.machine import holds_codes
+from pseuzo.models.groupwise import layers_in_groups, quantise
 from pseuzo.models.kinds import kind_of, without_adapter
 from pseuzo.models.loading import first_line, quantised
 from pseuzo.models.placement import ROLES
@@ -34,7 +36,47 @@ def tune_full(model: nn.Module, *, seed: int) -> nn.Module:
             "the first, and no step can change them; use mode lora, prefix, prompt or head, or a "
             "model that is not quantised"
         )
+    _refuse_codes(model, "full")
     return model.requires_grad_(True)
+
+
+def tune_scales(model: nn.Module, *, group_size: int, seed: int) -> nn.Module:
+    """Train the scales of the layers of GroupwiseLinear that `quantise` makes, if the model has
+    none yet (QZO, Shang et al. 2025). The modules of a classifier behind its layers are trained
+    with them, in the dtype of the model."""
+    if names := quantised(model):
+        raise ValueError(
+            f"tune: {len(names)} weights of {type(model).__name__} are quantised by another "
+            f"library, {names[0]} being the first; mode scales quantises the weights itself, so "
+            "give it the model in fp32, bf16 or fp16, or use mode lora"
+        )
+    layers = layers_in_groups(model)
+    if not layers:
+        quantise(model, group_size)
+        layers = layers_in_groups(model)
+    elif sizes := {layer.group_size for layer in layers.values()} - {group_size}:
+        raise ValueError(
+            f"tune: the weights of {type(model).__name__} are in groups of {min(sizes)} already, "
+            f"got group_size {group_size}; give {min(sizes)}, or the model before it was quantised"
+        )
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.scales.requires_grad_(True)
+    if kind_of(model) == "classifier":
+        behind = _behind_layers(model)
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in behind:
+                module.requires_grad_(True)
+    return model
+
+
+def _refuse_codes(model: nn.Module, mode: str) -> None:
+    if layers_in_groups(model):
+        raise ValueError(
+            f"tune: the weights of {type(model).__name__} are 4-bit codes, which mode {mode} "
+            "cannot train; use mode scales, prefix, prompt or head, or the model before it was "
+            "quantised"
+        )
 
 
 def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
@@ -82,6 +124,7 @@ def tune_lora(
     lora_targets; by default on those that make queries and values. The modules of a classifier
     behind its layers (a pooler and the head), which may be new, are trained and saved with them."""
     _need_peft("lora")
+    _refuse_codes(model, "lora")
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
