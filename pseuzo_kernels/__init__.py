@@ -10,15 +10,19 @@ has the unchecked ops for optimizers.
 
 from pseuzo_kernels import reference
 from pseuzo_kernels.checks import NOISES, ROUNDINGS
+from pseuzo_kernels.implementations import Backend, Backends, SlowWarning, backends
 from pseuzo_kernels.ops import (
     adam_update_,
     add_noise,
     add_noise_,
     noise,
+    perturb,
     perturb_,
     restore_,
+    update,
     update_,
 )
+from pseuzo_kernels.streams import StreamWarning, stream_of_name
 from pseuzo_kernels.window import EmaWindow
 
 try:  # the schemas above must exist before the library registers its implementations of them
@@ -36,13 +40,21 @@ __version__ = "0.1.0"
 __all__ = [
     "NOISES",
     "ROUNDINGS",
+    "Backend",
+    "Backends",
     "EmaWindow",
+    "SlowWarning",
+    "StreamWarning",
     "adam_update_",
     "add_noise",
     "add_noise_",
+    "backends",
     "noise",
+    "perturb",
     "perturb_",
     "reference",
     "restore_",
+    "stream_of_name",
+    "update",
     "update_",
 ]

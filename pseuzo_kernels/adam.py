@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pseuzo_kernels.api import Coefs, NoiseApi, Params, Seeds
 from pseuzo_kernels.bits import hash_seeds
+from pseuzo_kernels.calls import Calls, Coefs, How, Seeds, Streams
 from pseuzo_kernels.checks import check_count, check_finite, check_not_negative
 from pseuzo_kernels.laws import resolve
+from pseuzo_kernels.lists import Params
 from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
 
 
@@ -135,10 +136,14 @@ def adam_list_(
             add_noise_into(flat, flat, stream, hashes, coefs, keep, scale, *rest, moves)
 
 
-class AdamApi(NoiseApi):
+class AdamApi(Calls):
     """The public function over one implementation of the op."""
 
-    def __init__(self, adam_list_: Callable):
+    def __init__(self, adam_list_: Callable, shared: Calls | None = None):
+        """shared: other functions over the same tensors, which remember the same lists."""
+        super().__init__(adam_list_, adam_list_)
+        if shared is not None:
+            self._lists, self._watch = shared._lists, shared._watch
         self._adam_list_ = adam_list_
 
     def adam_update_(
@@ -153,7 +158,7 @@ class AdamApi(NoiseApi):
         eps: float = 1e-8,
         directions: int = 1,
         weight_decay: float | Sequence[float] = 0.0,
-        streams: Sequence[int] | None = None,
+        streams: Streams = None,
         noise: str = "hadamard",
         rounding: str = "nearest",
         rounding_seed: int | None = None,
@@ -187,9 +192,9 @@ class AdamApi(NoiseApi):
             streams, keeps, scales, *how = rest
             self._adam_list_(xs, seeds, coefs, directions, streams, keeps, scales, numbers, *how)
 
-        how = noise, rounding, rounding_seed, found_inf
-        terms = params, seeds, coefs, streams, noise_scale, how, lr, weight_decay
-        self._list(op, *terms, run=run)
+        how = How(noise, rounding, rounding_seed, found_inf)
+        terms = params, seeds, coefs, streams, noise_scale, how
+        self._list(op, *terms, lr=lr, weight_decay=weight_decay, run=run)
 
 
 adam_update_ = AdamApi(adam_list_).adam_update_

@@ -70,16 +70,31 @@ def refuse_freed(op: str, name: str) -> NoReturn:
     )
 
 
-def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous up to the order of its dimensions, as channels_last and transposed
+    tensors are. Its elements then fill its memory, each once."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x", *, dense: bool = False) -> None:
     """Raise unless xs are contiguous fp32, bf16 or fp16 tensors on one device that have memory,
-    share none, and are not too large for the counter."""
-    labels = [name] if len(xs) == 1 else [f"{name}[{i}]" for i in range(len(xs))]
+    share none, and are not too large for the counter.
+
+    dense: they need not be contiguous, only dense; see is_dense.
+    """
+    labels = labels_of(xs, name)
     for label, x in zip(labels, xs, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {label} must be a tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{op}: {label} must be float32, bfloat16 or float16, got {x.dtype}")
-        if not x.is_contiguous():
+        if not x.is_contiguous() and not (dense and is_dense(x)):
             raise ValueError(
                 f"{op}: {label} must be contiguous, got strides {tuple(x.stride())}; "
                 "call .contiguous()"
@@ -94,6 +109,17 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
                 f"{op}: mixed devices, {name}[0] is on {xs[0].device} and {label} on {x.device}; "
                 "call once per device"
             )
+    check_apart(
+        op, xs, labels, "the same tensor, or a part of it, is in the list twice; pass each once"
+    )
+
+
+def labels_of(xs: Sequence[Tensor], name: str) -> list[str]:
+    return [name] if len(xs) == 1 else [f"{name}[{i}]" for i in range(len(xs))]
+
+
+def check_apart(op: str, xs: Sequence[Tensor], labels: Sequence[str], sentence: str) -> None:
+    """Raise if a dense tensor of xs has no memory, or shares some with another: the sentence."""
     if torch.compiler.is_compiling():
         return  # addresses and identities are not known yet
     end = -math.inf
@@ -103,9 +129,7 @@ def check_tensors(op: str, xs: Sequence[Tensor], name: str = "x") -> None:
             freed = next(label for label, span in zip(labels, spans, strict=True) if not span[0])
             refuse_freed(op, freed)
         if start < end:
-            raise ValueError(
-                f"{op}: the same tensor, or a part of it, is in the list twice; pass each once"
-            )
+            raise ValueError(f"{op}: {sentence}")
         end = start + n_bytes
 
 

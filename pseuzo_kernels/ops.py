@@ -8,13 +8,16 @@ every bit.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pseuzo_kernels import adam, masks, reference
 from pseuzo_kernels.api import NoiseApi
+from pseuzo_kernels.implementations import say_slow
 from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 
 try:
@@ -37,9 +40,11 @@ __all__ = [
     "add_noise_rows",
     "add_noise_steps_",
     "noise",
+    "perturb",
     "perturb_",
     "restore_",
     "tables_of_a_graph",
+    "update",
     "update_",
 ]
 
@@ -79,6 +84,20 @@ def _fake_rows(x, index, *args) -> Tensor:
     return x.new_empty(*index.shape, x.shape[1])
 
 
+def _in_plain_torch(op: Callable) -> Callable:
+    """op, the definition, which says once that it is slow where it runs in place of a kernel."""
+
+    @wraps(op)
+    def run(*args, **kwargs):
+        first = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
+        if first is not None:
+            names = [a for a in args if isinstance(a, str)]
+            say_slow(op.__name__, first.device, names[0] if names else None)
+        return op(*args, **kwargs)
+
+    return run
+
+
 for _name, _triton, _its_fake in (
     ("add_noise_list_", "add_noise_list_triton_", _fake),
     ("add_noise_list_out", "add_noise_list_out_triton", _fake),
@@ -91,13 +110,13 @@ for _name, _triton, _its_fake in (
 ):
     _defined, _launched = (adam, triton_adam) if "adam" in _name else (reference, launch)
     _defined = masks if "masked" in _name else _defined
-    lib.impl(_name, getattr(_defined, _name), "CompositeExplicitAutograd")
+    lib.impl(_name, _in_plain_torch(getattr(_defined, _name)), "CompositeExplicitAutograd")
     if launch is not None:
         lib.impl(_name, getattr(_launched, _triton), "CUDA")
     torch.library.register_fake(f"pseuzo::{_name}", _its_fake, lib=lib)
 for _name in ("add_noise_list_", "add_noise_list_out"):
     torch.library.register_fake(f"pseuzo::{_name}.traced", _fake, lib=lib)
-lib.impl("window_step", reference.window_step, "CompositeExplicitAutograd")
+lib.impl("window_step", _in_plain_torch(reference.window_step), "CompositeExplicitAutograd")
 
 # For optimizers: the ops with the schemas above, one launch each. They check nothing and do not
 # tell autograd about the change (call torch.autograd.graph.increment_version).
@@ -152,7 +171,8 @@ def _traceable(op: Any) -> Callable[..., None]:
 _api = NoiseApi(_traceable(_ops.add_noise_list_), _traceable(_ops.add_noise_list_out))
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
-adam_update_ = adam.AdamApi(adam_list_).adam_update_
+perturb, update = _api.perturb, _api.update
+adam_update_ = adam.AdamApi(adam_list_, _api).adam_update_
 
 
 class RepeatedPerturb:

@@ -353,6 +353,7 @@ def window_step(
 _api = NoiseApi(add_noise_list_, add_noise_list_out)
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
+perturb, update = _api.perturb, _api.update
 
 
 class EmaWindow(window.EmaWindow):

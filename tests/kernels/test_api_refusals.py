@@ -42,9 +42,14 @@ def test_bad_input_is_refused_before_anything_is_written(api):
     meta = torch.empty(5, device="meta")
     cases = [
         (
-            lambda: api.perturb_([y, x.T], 1, 0.1),
+            lambda: api.perturb_([y, x[:, ::2]], 1, 0.1),
             ValueError,
-            r"params\[1\] must be contiguous, got strides \(1, 6\)",
+            r"params\[1\] must be contiguous, got strides \(6, 2\)",
+        ),
+        (
+            lambda: api.perturb_([y, y[:1].expand(3)], 1, 0.1),
+            ValueError,
+            r"params\[1\] must be contiguous, got strides \(0,\)",
         ),
         (
             lambda: api.perturb_([y, ints], 1, 0.1),
