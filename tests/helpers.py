@@ -132,14 +132,14 @@ def last_json(output: str) -> dict:
     return json.loads(output.strip().splitlines()[-1])  # the earlier lines are warnings
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / file)
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
+def assert_same_weights(a: Path, b: Path, file: str = "model.safetensors") -> None:
+    left, right = weights(a, file), weights(b, file)
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name

@@ -144,14 +144,15 @@ def test_resuming_a_run_that_is_over_makes_no_more_steps(tmp_path):
     assert again["steps"] == 5 and again["test"] == results["test"] and again["lr"] == 2e-4
 
 
-def test_resuming_before_the_first_checkpoint_begins_anew(tmp_path):
-    """The recorded steps are kept: together with the first weights they are all that is left."""
+def test_a_run_that_cannot_follow_its_journal_begins_anew_before_its_first_checkpoint(tmp_path):
+    """The anchor of MeZO-SVRG is a copy of weights that its journal does not give. The recorded
+    steps are kept: together with the first weights they are all that is left."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     args = [
         "train",
         *SMALL,
         *ZERO_ORDER,
-        *"--steps 4 --save-every 0 --keep last".split(),
+        *"--method mezo-svrg --anchor-batches 2 --steps 4 --save-every 0 --keep last".split(),
         "--journal",
         journal,
         "--output",

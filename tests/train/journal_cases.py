@@ -1,6 +1,7 @@
 """Optimizers with a journal, for its tests."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -92,3 +93,30 @@ def parts(path):
             starts[-1] + 12 + int.from_bytes(whole[starts[-1] : starts[-1] + 4], "little")
         )
     return starts
+
+
+def interrupted(line, call, where):
+    """Interrupt call() before the given line that it runs in files whose paths contain `where` (or
+    one of these); return whether it did."""
+    where = (where,) if isinstance(where, str) else where
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not any(part in frame.f_code.co_filename for part in where):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

@@ -2,41 +2,16 @@
 once."""
 
 import os
-import sys
 
 import pytest
 import torch
+from journal_cases import interrupted
 from pseuzo import Journal, MeZO
 from pseuzo.train.journal_file import read_journal
 
 pytestmark = pytest.mark.slow
 
 OURS = f"pseuzo{os.sep}train{os.sep}journal"
-
-
-def interrupted(line, call):
-    """Interrupt call() before the given line that it runs in the journal; return whether it did."""
-    seen = 0
-
-    def trace(frame, event, argument):
-        nonlocal seen
-        if OURS not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            seen += 1
-            if seen == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 def opened(path, late):
@@ -60,7 +35,7 @@ def make(journal, steps, *, interrupt=None, line=0):
             ("prepare", journal.prepare),
             ("record", lambda step=step: record(journal, step)),
         ):
-            if interrupt == (name, step) and interrupted(line, call):
+            if interrupt == (name, step) and interrupted(line, call, OURS):
                 came = True
                 call()
             elif interrupt != (name, step):

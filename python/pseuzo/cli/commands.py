@@ -58,7 +58,7 @@ def main() -> None:
     flag_value="auto",
     metavar="[CHECKPOINT]",
     help="Resume the run in --output from its last (or this) checkpoint, with the same bits as if "
-    "it had never stopped.",
+    "it had never stopped. Its journal, if it has one, spares the steps since then.",
 )
 @functools.partial(
     plainly,

@@ -114,10 +114,9 @@ def _same_run(c: dict[str, Any], output: Path) -> None:
 
 
 def _own_journal(c: dict[str, Any], output: Path, run_id: str) -> None:
-    """Raise ValueError if c["journal"] is not the journal of the run in output. If c["resume"] is
-    None, the run starts again, and the steps recorded so far are kept under another name."""
+    """Raise ValueError if c["journal"] is not the journal of the run in output."""
     path, before = c["journal"], read_yaml(output / "config.yaml").get("journal")
-    run, steps = owner(path)
+    run = owner(path)[0]
     if run is None and path == before and not c["resume"]:
         return
     if run != run_id:
@@ -127,7 +126,12 @@ def _own_journal(c: dict[str, Any], output: Path, run_id: str) -> None:
             "its file back, or name it with --journal; to continue without a journal, take the "
             f"line `journal:` out of {output}/config.yaml"
         )
-    if steps and not c["resume"]:
+
+
+def set_aside(path: str) -> None:
+    """Keep the steps of a journal under another name, as the run starts again and cannot follow
+    them."""
+    if steps := owner(path)[1]:
         aside = next(name for n in count(1) if not os.path.exists(name := f"{path}.{n}"))
         with held(path):
             os.rename(path, aside)
@@ -144,7 +148,8 @@ def resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     _same_run(c, output)
     if c["resume"] == "auto":
         c = c | {"resume": last_checkpoint(output)}
-        # A run that was killed before its first checkpoint starts again with the same steps.
+        # A run that was killed before its first checkpoint starts again with the same steps, of
+        # which it has those of its journal already.
         if c["resume"] is None:
             print(f"{output} has no whole checkpoint: starting again", flush=True)
     if c["journal"]:

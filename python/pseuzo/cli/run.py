@@ -28,6 +28,7 @@ from pseuzo.cli.folder import (
     found_lr,
     plain,
     resumed,
+    set_aside,
     start_folder,
     to_make,
     undo,
@@ -290,7 +291,9 @@ def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
             if plan := getattr(trainer.zero_order, "schedule", Schedule()).plan():
                 print(plan, flush=True)
             write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
-        trainer.run_id = run_id
+        if journal and newest and not c["resume"] and trainer.zero_order.history is None:
+            set_aside(c["journal"])
+        trainer.run_id, trainer.follows = run_id, newest
         trainer.found_whole = c["resume"] if newest else None
         reset_peak(c["device"])
         outcome = trainer.train(resume_from_checkpoint=c["resume"])

@@ -30,12 +30,12 @@ class Followed:
     """The records of the steps that a run makes again.
 
     content: whole records, one after another, the first of which is that of step `first`. history:
-    that of the optimizer. every: a whole state of the optimizer is needed at each step that is a
-    multiple of it, as for a checkpoint, and not only where the records end; 0: at no other step.
+    that of the optimizer.
     """
 
     def __init__(self, content: bytes, first: int, history: int):
-        self.content, self.first, self.history, self.every = content, first, history, 0
+        self.content, self.first, self.history = content, first, history
+        self._every, self._last = 0, 0
         self._starts: list[int] = []
         file = io.BytesIO(content)
         while file.tell() < len(content):
@@ -54,6 +54,13 @@ class Followed:
         file.seek(self._starts[step - self.first])
         return read_record(file, step)
 
+    def plan_states(self, every: int, last: int) -> None:
+        """Have whole states of the optimizer at more steps than the first that is not recorded.
+
+        every: after so many steps each, as for checkpoints; 0: never. last: also after so many.
+        """
+        self._every, self._last = every, last
+
     def skips_passes(self, step: int) -> bool:
         """Whether a step is made from its record alone, since no state will depend on its
         passes."""
@@ -61,10 +68,12 @@ class Followed:
             return False
         if not self.history:
             return True
-        due = self.end
-        if self.every:
-            due = min(due, (step // self.every + 1) * self.every)
-        return step < due - self.history
+        due = [self.end]
+        if self._every:
+            due.append((step // self._every + 1) * self._every)
+        if step < self._last:
+            due.append(self._last)
+        return step < min(due) - self.history
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,12 @@ class StepLog:
         """Return the seconds of training so far."""
         return round((time.perf_counter() if now is None else now) - self._began, 4)
 
-    def count(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of a batch, and its rows that have no loss."""
+    def count(self, inputs: dict[str, Any], measured: bool = True) -> None:
+        """Count the tokens of a batch, if any pass reads them, and its rows that have no loss."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        if mask is not None:
+        if not measured:
+            pass
+        elif mask is not None:
             self._tokens += mask.sum()
         elif ids is not None:
             self._tokens += ids.numel()

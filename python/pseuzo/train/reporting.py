@@ -19,13 +19,15 @@ class ReportingTrainer(Trainer):
     """Logs without waiting for the device, counts forward passes, and evaluates a TaskData.
 
     zero_order: the optimizer of a zeroth-order run, else None. It is stored here because
-    Transformers wraps self.optimizer.
+    Transformers wraps self.optimizer. repeats: whether the last step was made from its record in a
+    journal, without passes; such steps have no row in the log.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.zero_order = self.optimizer if isinstance(self.optimizer, ZeroOrder) else None
         self.step_log = StepLog(self.args.device)
+        self.repeats = False
 
     # Logs
 
@@ -66,6 +68,8 @@ class ReportingTrainer(Trainer):
     ) -> None:
         if self.args.zeroth_order:  # Transformers would wait for this loss, and log() adds its own
             tr_loss, grad_norm = torch.zeros(()), None
+        if self.repeats:
+            self.control.should_log = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

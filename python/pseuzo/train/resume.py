@@ -98,16 +98,17 @@ def check_checkpoints(
 
 
 def checkpoint_of(
-    wanted: str | bool | None, output_dir: str, found_whole: str | None
+    wanted: str | bool | None, output_dir: str, found_whole: str | None, journal: str | None
 ) -> str | bool | None:
-    """Return the checkpoint to resume from; True is the newest whole one.
+    """Return the checkpoint to resume from; True is the newest whole one, or None where there is
+    none but a journal that can be followed from its beginning.
 
     ValueError if it is not whole. found_whole: a checkpoint that last_checkpoint returned, which
     need not be read again.
     """
     if wanted is True:
         newest = checkpoints.last_checkpoint(output_dir)
-        if newest is None:
+        if newest is None and (journal is None or owner(journal)[1] == 0):
             raise ValueError(f"no whole checkpoint in {output_dir}")
         return newest
     if isinstance(wanted, str) and wanted != found_whole:
@@ -172,14 +173,17 @@ class ResumableTrainer(ReportingTrainer):
     """Writes checkpoints that are known to be whole, resumes from those, and keeps a journal.
 
     run_id: an identifier for the header of the journal; None means a random one. found_whole: a
-    checkpoint that last_checkpoint returned, which train() need not read again. kept_step: the step
-    of the checkpoint that train() loaded at the end; None if it kept the last weights.
+    checkpoint that last_checkpoint returned, which train() need not read again. follows: whether
+    train() makes the steps again that its journal holds beyond the checkpoint, or from the first
+    one on if it resumes from none. kept_step: the step of the checkpoint that train() loaded at the
+    end; None if it kept the last weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run_id: str | None = None
         self.found_whole: str | None = None
+        self.follows = False
         self.kept_step: int | None = None
         self._journal: Journal | None = None
         self.add_callback(AtBeginning(self._begin))
@@ -212,17 +216,38 @@ class ResumableTrainer(ReportingTrainer):
                     "there, or empty: name the file of the run's journal, or leave out journal to "
                     "continue without one"
                 )
-            self._journal = Journal(self.args.journal, self.zero_order, run=self.run_id)
+            self._journal = Journal(
+                self.args.journal, self.zero_order, run=self.run_id, follow=self.follows
+            )
+            self._plan_to_follow()
+
+    def _plan_to_follow(self) -> None:
+        """Say which recorded steps are made again, and which states their checkpoints need."""
+        followed = self.zero_order.followed
+        if followed is None:
+            return
+        strategy, state = self.args.save_strategy, self.state
+        every = {SaveStrategy.NO: 0, SaveStrategy.STEPS: state.save_steps}.get(strategy, 1)
+        followed.plan_states(every, state.max_steps if every else 0)
+        print(
+            f"steps {followed.first} to {followed.end - 1} are made again as recorded in "
+            f"{self.args.journal}",
+            flush=True,
+        )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as Transformers does. True resumes from the newest whole checkpoint of output_dir.
+        """Train as Transformers does. True resumes from the newest whole checkpoint of output_dir,
+        and makes the steps again that the journal holds beyond it: see pseuzo.train.following.
 
         A checkpoint that is damaged or incomplete is skipped, and a line says so.
         """
         self.kept_step = None
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir, self.found_whole)
+        self.follows = self.follows or resume_from_checkpoint is True
+        checkpoint = checkpoint_of(
+            resume_from_checkpoint, self.args.output_dir, self.found_whole, self.args.journal
+        )
         if checkpoint and state_of(checkpoint).global_step >= self.planned_steps():
             return self._finished(checkpoint)
         try:

@@ -136,10 +136,15 @@ class PseuZOTrainer(ResumableTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Estimate a step, which the Trainer's optimizer.step() applies; return the loss."""
+        """Estimate a step, which the Trainer's optimizer.step() applies; return the loss. A step
+        that is made from its record in the journal needs no estimate."""
         self.step_log.emit()
         inputs = self._prepare_inputs(inputs)
-        self.step_log.count(inputs)
+        self.repeats = self.zero_order is not None and self.zero_order.repeats
+        self.step_log.count(inputs, measured=not self.repeats)
+        if self.repeats:  # its loss is not known, and counts in no mean
+            self._initial_global_step += 1
+            return torch.zeros((), device=self.args.device)
         if not self.args.zeroth_order:
             loss = super().training_step(model, inputs, num_items_in_batch)
             if "targets" in inputs:  # a batch without labels has a loss of NaN and no gradient
