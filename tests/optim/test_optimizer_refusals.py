@@ -6,10 +6,7 @@ import pickle
 import pytest
 import torch
 from optimizers import Broken, data, head_for, small_model
-from pseuzo import (
-    MeZO,
-    PseuZO,
-)
+from pseuzo import DeepZero, Evolution, MeZO, MeZOSVRG, NodePseuZO, PseuZO
 from torch import nn
 
 
@@ -210,29 +207,40 @@ def test_bad_losses(bare):
             PseuZO(model).step(*arguments)
 
 
-ONE_PROCESS = "runs in one process, but this is one of 2 ranks"
-
-
-def test_several_ranks_are_refused(monkeypatch):
-    """Every step refuses them, and changes nothing. A group of one rank is allowed."""
+def test_what_several_ranks_cannot_do():
+    """They are refused before anything is changed. A group of one rank is allowed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model, (x, y) = small_model(), data(0)
     before = copy.deepcopy(model.state_dict())
-    mezo, pseuzo = MeZO(model), PseuZO(model.parameters())
+    early = MeZO(model)
+    exact = [{"params": model[2].weight, "exact_gradient": True}, {"params": model[0].weight}]
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         ddp = nn.parallel.DistributedDataParallel(model)
-        for use in (
-            lambda: mezo.step(lambda: head_for(y)(model(x))),
-            lambda: mezo.estimate(lambda: head_for(y)(model(x))),
-            lambda: pseuzo.step(lambda: model(x), head_for(y)),
+        for refused, match in (
+            (lambda: early.step(lambda: head_for(y)(model(x))), "made before the process group"),
+            (lambda: early.estimate(lambda: head_for(y)(model(x))), "after init_process_group"),
+            (lambda: MeZO(ddp), "give it the model itself and not DistributedDataParallel"),
+            (lambda: MeZO(model, direction_ranks=3), "must divide the number of ranks, 2, got 3"),
+            (lambda: MeZO(model, direction_ranks=0), "must divide the number of ranks, 2, got 0"),
+            (lambda: MeZO(model.parameters(), direction_ranks=2), "bare fp32 parameters"),
+            (lambda: DeepZero(model), "DeepZero: runs in one process, but this is one of"),
+            (lambda: MeZOSVRG(model), "MeZOSVRG: runs in one process"),
+            (lambda: NodePseuZO(model), "NodePseuZO: runs in one process"),
+            (lambda: Evolution(model, split_batch=True), "Evolution with split_batch: runs in one"),
+            (lambda: PseuZO(exact, model=model), "exact_gradient groups are for one process"),
         ):
-            with pytest.raises(ValueError, match=ONE_PROCESS):
-                use()
+            with pytest.raises(ValueError, match=match):
+                refused()
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-        MeZO(ddp).step(lambda: head_for(y)(ddp(x)))
     finally:
         torch.distributed.destroy_process_group()
-    mezo.step(lambda: head_for(y)(model(x)))
+    early.step(lambda: head_for(y)(model(x)))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        MeZO(model).step(lambda: head_for(y)(model(x)))
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="must divide the number of ranks, 1, got 2"):
+        MeZO(model, direction_ranks=2)

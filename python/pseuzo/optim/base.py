@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pseuzo.interrupts import cleanly, uninterrupted
 from pseuzo.optim import groups
 from pseuzo.optim.estimator import Estimator, Measured
+from pseuzo.optim.exchange import Agreed, Exchange
 from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.repeating import repeat
@@ -66,7 +67,8 @@ class ZeroOrder(Estimator, groups.Streamed):
                 )
         self.model = model
         self._steps, self._skips = 0, Skips()
-        self._measured: Measured | None = None  # kept by estimate() until step() applies it
+        # What estimate() has found, until step() applies it.
+        self._measured: Measured | Agreed | None = None
         self._last: tuple[Tensor, list[tuple[list[Tensor], float]]] | None = None  # coefs, moved
         self.journal: Any = None  # a pseuzo.train.journal.Journal, told of every update
         self.journal_run: str | None = None  # the run whose journal records the steps so far
@@ -76,6 +78,8 @@ class ZeroOrder(Estimator, groups.Streamed):
         super().__init__(params, numbers | {"maximize": maximize, "exact_gradient": False}, model)
         groups.check_trains(name, self.param_groups)
         self.passes = Passes(self, capture)
+        self.check = ""  # all ranks must have the same, such as a hash of their data
+        self.exchange = None if self.ranks is None else Exchange(self, self.ranks)
 
     # Steps
 
@@ -97,8 +101,13 @@ class ZeroOrder(Estimator, groups.Streamed):
         self._measured = None
         if self.repeats:
             return torch.full((), float("nan"), device=self.device)
-        self._measured = cleanly(partial(self.measure, *inputs, **options), self.passes.restore)
+        measure = partial(self._measure, inputs, size, options)
+        self._measured = cleanly(measure, self.passes.restore)
         return self._measured.loss
+
+    def _measure(self, inputs: tuple, size: float | None, options: dict) -> Measured | Agreed:
+        measure = partial(self.measure, *inputs, **options)
+        return measure() if self.exchange is None else self.exchange.agree(measure, size)
 
     def step(  # type: ignore[override]  # torch's takes a closure alone
         self, *inputs: Any, size: float | None = None, **options: Any
@@ -117,14 +126,17 @@ class ZeroOrder(Estimator, groups.Streamed):
         if self.repeats:
             self.apply(None)
             return None
-        measured = self.measure(*inputs, **options) if given else last
+        measured = self._measure(inputs, size, options) if given else last
         if measured is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: there is no estimate to apply; call estimate(...) "
                 "first, or give step what estimate takes"
             )
         with without_autograd():
-            direction = self.coefficients(measured)
+            if isinstance(measured, Agreed):
+                direction = measured.direction
+            else:
+                direction = self.coefficients(measured)
         self.apply(direction)
         return measured.loss if given else None
 
@@ -240,6 +252,8 @@ class ZeroOrder(Estimator, groups.Streamed):
         self.journal_run, self.recorded_weights = own["journal"], None
         self.passes.load(own["used"])
         self._skips = Skips(own["skipped"], self.device)
+        if self.exchange is not None:
+            self.exchange.restart()
         self.load_own_state(own)
 
     def own_state(self) -> dict[str, Any]:
@@ -247,4 +261,5 @@ class ZeroOrder(Estimator, groups.Streamed):
         settings = {"seed": self.seed, "eps": self.eps, "noise": self.noise}
         settings |= {"rounding": self.rounding, "rounding_version": ROUNDING_VERSION}
         so_far = {"step": self._steps, "skipped": self.skipped_steps, "used": self.passes.used()}
-        return settings | so_far | {"journal": self.journal_run}
+        rank = 0 if self.ranks is None else self.ranks.rank  # others lack what rank 0 keeps
+        return settings | so_far | {"journal": self.journal_run, "rank": rank}

@@ -36,6 +36,14 @@ def row_factors(rows: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
     Rows with the same number in examples belong to one example and are scaled alike. None: each row
     is an example.
     """
+    sizes, first = example_sizes(rows, examples)
+    limit = clip_limit(sizes, ratio, first)
+    return torch.where(sizes > limit, limit / sizes, 1.0)
+
+
+def example_sizes(rows: Tensor, examples: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[n]: |sum of rows| of the example that each row belongs to; [n] bool: whether the row is the
+    first of its example. examples: see row_factors."""
     n = len(rows)
     if examples is None:
         examples = torch.arange(n, device=rows.device)
@@ -48,6 +56,4 @@ def row_factors(rows: Tensor, ratio: float, examples: Tensor | None) -> Tensor:
     # A matrix of pairs sums in a fixed order, where index_add would use atomics.
     same = examples[:, None] == examples[None, :]
     sizes = torch.where(same, rows, 0.0).sum(1).abs()
-    first = same.int().argmax(1) == torch.arange(n, device=rows.device)
-    limit = clip_limit(sizes, ratio, first)
-    return torch.where(sizes > limit, limit / sizes, 1.0)
+    return sizes, same.int().argmax(1) == torch.arange(n, device=rows.device)

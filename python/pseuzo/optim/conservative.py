@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.groups import trained
-from pseuzo.optim.mezo import MeZO, Slopes, as_losses, measure_slopes
+from pseuzo.optim.mezo import MeZO, Point, Slopes, losses_at, measure_slopes
+from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.update import Direction
 
 
@@ -51,22 +52,22 @@ class ZOConservative(MeZO):
             )
         lr, sign = self._rate()
         slopes = measure_slopes(self, (closure,), closure, self.two_sided)
-        (seed,), by = slopes.seeds, (-sign * lr * slopes.slopes)[0]
-
-        def run() -> tuple[Tensor, ...]:
-            here = slopes.loss
-            if self.two_sided:
-                here = as_losses(self, self.passes.clean(closure)).mean()
-            step, back = (
-                as_losses(self, self.passes.perturbed(seed, shift, "loss", closure)).mean()
-                for shift in (by, -by)
-            )
-            return step, here, back
-
-        losses = self.passes.run("loss", ("candidates", self.two_sided, closure), run)
-        here, of_all = losses[1], sign * torch.stack(losses)
-        choice = 1 - torch.where(of_all.isfinite(), of_all, float("inf")).argmin()
-        finite = slopes.finite & here.isfinite()
+        (seed,), c = slopes.seeds, slopes.slopes
+        if self.exchange is not None:  # all ranks try the same two steps
+            (c,) = self.exchange.share(c)
+        with without_autograd():
+            by = (-sign * lr * c)[0]
+            points = [Point(closure)] if self.two_sided else []
+            points += [Point(closure, seed, by), Point(closure, seed, -by)]
+        losses = losses_at(self, ("candidates", self.two_sided, closure), points)
+        if losses is None:
+            return Chosen(**vars(slopes), choice=slopes.loss)
+        with without_autograd():
+            *clean, step, back = (x.mean() for x in losses)
+            here = clean[0] if clean else slopes.loss
+            of_all = sign * torch.stack([step, here, back])
+            choice = 1 - torch.where(of_all.isfinite(), of_all, float("inf")).argmin()
+            finite = slopes.finite & here.isfinite()
         measured = vars(slopes) | {"loss": here, "finite": finite}
         return Chosen(**measured, choice=choice.float())
 

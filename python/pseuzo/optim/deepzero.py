@@ -118,6 +118,7 @@ class DeepZero(ZeroOrder):
 
     passes: KeepingPasses
     recordable = False
+    in_ranks = False
     own_settings = ("coordinates", "two_sided", "scores", "directions", "redraw")
 
     def __init__(

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
-from pseuzo.optim.mezo import Slopes, as_losses, mean_direction
+from pseuzo.optim.merging import merged_losses
+from pseuzo.optim.mezo import Slopes, as_losses, mean_direction, unknown_slopes
+from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
 from pseuzo_kernels.checks import check_count
@@ -78,19 +80,26 @@ class ForwardGradient(ZeroOrder):
             raise TypeError("ForwardGradient.step: needs a closure that returns the loss")
         seeds = tuple(direction_seed(self.seed, self.steps, j) for j in range(self.directions))
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            losses, slopes = [], []
+        exchange, n = self.exchange, self.directions
+        mine = seeds if exchange is None else [seeds[i] for i in exchange.mine(n)]
+
+        def run() -> list[list[Tensor]]:
+            found = [self.passes.derivative(seed, "tangent", closure) for seed in mine]
+            return [[as_losses(self, value), as_losses(self, tangent)] for value, tangent in found]
+
+        found = self.passes.run("tangent", (closure,), run)
+        merged = found if exchange is None else merged_losses(exchange, found, n, "tangent")
+        if merged is None:
+            return unknown_slopes(self, "tangent", seeds)
+        with without_autograd():
             ok = torch.ones((), dtype=torch.bool, device=self.device)
-            for seed in seeds:
-                value, tangent = self.passes.derivative(seed, "tangent", closure)
-                loss, slope = as_losses(self, value), as_losses(self, tangent)
+            losses, slopes = [], []
+            for loss, slope in merged:
                 ok = ok & loss.isfinite().all() & slope.isfinite().all()
                 losses.append(loss.mean())
                 slopes.append(clip_slopes(slope, self.clip_examples).mean())
-            return torch.stack(losses).mean(), torch.stack(slopes), ok
-
-        loss, slopes, ok = self.passes.run("tangent", (closure,), run)
-        return Slopes(loss, "tangent", seeds, torch.where(ok, slopes, 0.0), ok, ())
+            loss, c = torch.stack(losses).mean(), torch.stack(slopes)
+            return Slopes(loss, "tangent", seeds, torch.where(ok, c, 0.0), ok, ())
 
     def coefficients(self, measured: Slopes) -> Direction:
         return mean_direction(self, measured)

@@ -7,7 +7,7 @@ and 2.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
 from pseuzo.optim.estimator import Measured
+from pseuzo.optim.merging import merged_losses
+from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
 from pseuzo.perturb.in_place import filled
@@ -36,6 +38,19 @@ class Slopes(Measured):
     pairs: Sequence[tuple[Tensor, Tensor]]
 
 
+class Point(NamedTuple):
+    """A pass: call() at x + scale * z(seed), or at x if scale is None."""
+
+    call: Callable[[], Any]
+    seed: int = 0
+    scale: float | Tensor | None = None
+
+    def run(self, passes: Passes) -> Any:
+        if self.scale is None:
+            return passes.clean(self.call)
+        return passes.perturbed(self.seed, self.scale, "loss", self.call)
+
+
 def measure_slopes(
     optimizer: ZeroOrder,
     key: tuple,
@@ -51,34 +66,71 @@ def measure_slopes(
     o, eps = optimizer, optimizer.eps
     seeds = tuple(direction_seed(o.seed, o.steps, j) for j in range(directions))
     losses_of = [loss_of] * directions if callable(loss_of) else list(loss_of)
+    scales = (eps, -eps) if two_sided else (eps,)
+    # Clean passes are first, because perturbed ones leave bare parameters shifted.
+    clean = [] if two_sided else [loss_of] if callable(loss_of) else losses_of
+    points = [Point(call) for call in clean]
+    points += [
+        Point(call, seed, scale)
+        for seed, call in zip(seeds, losses_of, strict=True)
+        for scale in scales
+    ]
+    losses = losses_at(o, (two_sided, *key), points)
+    if losses is None:
+        return unknown_slopes(o, "loss", seeds)
+    if two_sided:
+        pairs = list(zip(losses[::2], losses[1::2], strict=True))
+    else:
+        at_x = losses[: len(clean)] * (directions // len(clean))
+        pairs = list(zip(losses[len(clean) :], at_x, strict=True))
+    with without_autograd():
+        return slopes_of(o, seeds, pairs, two_sided)
 
-    def clean() -> list[Tensor]:
-        """Run the clean passes, first, because perturbed ones leave bare parameters shifted."""
-        if callable(loss_of):
-            return [as_losses(o, o.passes.clean(loss_of))] * directions
-        return [as_losses(o, o.passes.clean(loss_of_part)) for loss_of_part in loss_of]
 
-    def run() -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        losses, slopes, ok = [], [], torch.ones((), dtype=torch.bool, device=o.device)
-        at_x, pairs = None if two_sided else clean(), []
-        for j, (seed, call) in enumerate(zip(seeds, losses_of, strict=True)):
-            plus = as_losses(o, o.passes.perturbed(seed, eps, "loss", call))
-            if at_x is None:
-                minus = as_losses(o, o.passes.perturbed(seed, -eps, "loss", call))
-            else:
-                minus = at_x[j]
-            check_same_batch(plus, minus)
-            pairs.append((plus, minus))
-            slope = (plus - minus) / (2 * eps if two_sided else eps)
-            loss = (plus + minus) / 2 if two_sided else minus
-            ok = ok & slope.isfinite().all() & loss.isfinite().all()
-            losses.append(loss.mean())
-            slopes.append(clip_slopes(slope, o.clip_examples).mean())
-        c = torch.stack(slopes)
-        return torch.stack(losses).mean(), torch.where(ok, c, torch.zeros_like(c)), ok, pairs
+def losses_at(optimizer: ZeroOrder, key: tuple, points: Sequence[Point]) -> list[Tensor] | None:
+    """The losses at each of the points, [] or [B] fp32, of the global batch.
 
-    loss, slopes, ok, pairs = o.passes.run("loss", (two_sided, *key), run)
-    return Slopes(loss, "loss", seeds, slopes, ok, pairs)
+    None on ranks that do not know them, which are all but the root. key: see measure_slopes.
+    """
+    o, exchange = optimizer, optimizer.exchange
+    mine = points if exchange is None else [points[i] for i in exchange.mine(len(points))]
+
+    def run() -> list[Tensor]:
+        return [as_losses(o, point.run(o.passes)) for point in mine]
+
+    losses = o.passes.run("loss", key, run)
+    if exchange is None:
+        return losses
+    merged = merged_losses(exchange, [[x] for x in losses], len(points), "loss")
+    return None if merged is None else [x for (x,) in merged]
+
+
+def slopes_of(
+    optimizer: ZeroOrder,
+    seeds: tuple[int, ...],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    two_sided: bool,
+) -> Slopes:
+    """The slopes along the seeds, from the losses at both points of each."""
+    eps, losses, slopes = optimizer.eps, [], []
+    ok = torch.ones((), dtype=torch.bool, device=optimizer.device)
+    for plus, minus in pairs:
+        check_same_batch(plus, minus)
+        slope = (plus - minus) / (2 * eps if two_sided else eps)
+        loss = (plus + minus) / 2 if two_sided else minus
+        ok = ok & slope.isfinite().all() & loss.isfinite().all()
+        losses.append(loss.mean())
+        slopes.append(clip_slopes(slope, optimizer.clip_examples).mean())
+    c = torch.stack(slopes)
+    loss = torch.stack(losses).mean()
+    return Slopes(loss, "loss", seeds, torch.where(ok, c, torch.zeros_like(c)), ok, pairs)
+
+
+def unknown_slopes(optimizer: ZeroOrder, kind: str, seeds: tuple[int, ...]) -> Slopes:
+    """What a rank has that does not know the losses of the global batch: nothing is read of it but
+    the kind of its passes."""
+    unknown = torch.full((), float("nan"), device=optimizer.device)
+    return Slopes(unknown, kind, seeds, unknown.expand(len(seeds)), unknown.isfinite(), ())
 
 
 def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) -> Direction:
@@ -154,8 +206,9 @@ class MeZO(ZeroOrder):
     memory.
     The passes of a step run with the module in eval mode; with bare parameters the caller sets the
     mode. Under torch.autocast no step uses or leaves a cached cast, wherever the autocast block
-    begins and ends. ValueError where the process group has several ranks, because replicas would
-    drift apart. Source: Malladi et al. 2023, Algorithms 1 and 2.
+    begins and ends. direction_ranks: see pseuzo.optim.ranks. Where the process group has several
+    ranks, each gives the losses of its own rows, and all make the same step. Source: Malladi et al.
+    2023, Algorithms 1 and 2.
     """
 
     own_settings: tuple[str, ...] = ("directions", "momentum", "window")

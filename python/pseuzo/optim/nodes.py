@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.interrupts import cleanly, uninterrupted
+from pseuzo.machine import refuse_replicas
 from pseuzo.optim.groups import check_numbers
+from pseuzo.optim.outputs import as_output, head_gradients
 from pseuzo.optim.passes import without_autograd
-from pseuzo.optim.pseuzo import as_output, head_gradients
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
 from pseuzo_kernels import noise
@@ -155,6 +156,7 @@ class NodePseuZO:
         noise: str = "hadamard",
         seed: int = 0,
     ):
+        refuse_replicas("NodePseuZO")
         check_noise("NodePseuZO", noise)
         check_numbers("NodePseuZO", eps=eps, clip_examples=None)
         for key, value in (("directions", directions), ("window", window)):

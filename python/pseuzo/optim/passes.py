@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pseuzo.interrupts import cleanly
-from pseuzo.machine import refuse_replicas
 from pseuzo.optim import groups
+from pseuzo.optim.ranks import check_known
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
 from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
@@ -56,6 +56,11 @@ class Passes:
         self._of_blocks: dict[int, ModulePasses] = {}
 
     @property
+    def captures(self) -> bool:
+        """Whether passes are recorded as CUDA graphs."""
+        return self._graphs is not None
+
+    @property
     def _perturbing(self) -> Perturbing:
         return self._in_place if self._of_module is None else self._of_module
 
@@ -67,7 +72,7 @@ class Passes:
         """
         optimizer, self._kind = self._optimizer, kind
         op = f"{type(optimizer).__name__}.step"
-        refuse_replicas(op)
+        check_known(op, optimizer.ranks)
         trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
         groups.check_trains(op, optimizer.param_groups)
         if optimizer.model is None:
@@ -209,6 +214,12 @@ class Passes:
             every.append(self._known)
         kinds = dict.fromkeys(kind for used in every for kind in used)
         return {k: sorted({s for used in every for s in used.get(k, ())}) for k in kinds}
+
+    def also_used(self, kind: str, streams: Iterable[int]) -> None:
+        """Note that passes of this kind, on other ranks, have used these weights in this step."""
+        used = self.used()
+        if self._of_module is not None and (new := set(streams) - set(used.get(kind, ()))):
+            self._of_module.note_used(used | {kind: sorted(new | set(used.get(kind, ())))})
 
     def load(self, used: Mapping[str, list[int]]) -> None:
         """Forget the passes, and start from `used`, which `used()` returned for the saved state."""

@@ -5,7 +5,6 @@ lambda = momentum. Source: PseuZO (NeurIPS 2025).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,33 +15,13 @@ from pseuzo.optim.clip import clip_rows
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.groups import not_frozen
 from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
+from pseuzo.optim.outputs import Outputs, as_output, head_gradients
+from pseuzo.optim.pooling import pooled_outputs
 from pseuzo.optim.schedule import Schedule, as_schedule
 from pseuzo.optim.seeds import step_seed
 from pseuzo.optim.update import Direction
-from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo_kernels import EmaWindow
 from pseuzo_kernels.window import Proposal
-
-
-@dataclass(frozen=True)
-class Outputs(Measured):
-    """The outputs of a step's passes.
-
-    seed: of the perturbation. base, output: [B, P, D] or [B, D], the clean and the perturbed
-    output; base None: output is their difference. e: dg/do, of the same shape. groups: see
-    EmaWindow. finite: [] fp32, NaN where the step must be skipped. gradients: parameters of
-    exact_gradient groups -> dg/dx. momentum, eps: of this step.
-    """
-
-    seed: int
-    base: Tensor | None
-    output: Tensor
-    e: Tensor
-    groups: Tensor | list[int] | None
-    finite: Tensor
-    gradients: Mapping[Tensor, Tensor]
-    momentum: float
-    eps: float
 
 
 class PseuZO(ZeroOrder):
@@ -122,7 +101,7 @@ class PseuZO(ZeroOrder):
         head: Callable[[Tensor], Tensor],
         groups: Tensor | list[int] | None = None,
         examples: Tensor | None = None,
-    ) -> Outputs | Slopes:
+    ) -> Measured:
         """Run the passes of a step; see step."""
         if not callable(forward) or not callable(head):
             raise TypeError(
@@ -133,6 +112,9 @@ class PseuZO(ZeroOrder):
         if momentum == 0:
             return measure_slopes(self, (forward, head), lambda: head(as_output(forward())))
         seed = step_seed(self.seed, self.steps)
+        if self.exchange is not None:
+            step = seed, momentum, eps, self.two_sided
+            return pooled_outputs(self, self.exchange, step, forward, head, groups, examples)
         exact = [
             p for g in self.param_groups if g["exact_gradient"] for p in not_frozen(g["params"])
         ]
@@ -181,8 +163,11 @@ class PseuZO(ZeroOrder):
             eps=m.eps,
             restart=self.schedule.clears(self.steps),
         )
-        stats = {"projected_grad": proposal.coefs[-1:], "momentum": m.momentum}
         coefs = proposal.coefs
+        if m.newest is not None:
+            newest = torch.where(proposal.found_inf != 0, 0.0, m.newest)
+            coefs = torch.cat([coefs[:-1], newest])
+        stats = {"projected_grad": coefs[-1:], "momentum": m.momentum}
         if self.weighting == "mean":
             coefs = coefs / weight_of_window(proposal, m.momentum)
         return Direction(
@@ -228,52 +213,3 @@ def weight_of_window(proposal: Proposal, momentum: float) -> Tensor:
     weights = torch.pow(torch.full_like(ages, momentum, dtype=torch.float64), ages)
     # The newest entry has weight 1. Without it the step is skipped, and all coefficients are 0.
     return torch.where(present, weights, 0.0).sum().clamp(min=1.0).float()
-
-
-def as_output(o: Any, like: Tensor | None = None) -> Tensor:
-    """o, detached. Raises if it is not an output, or not of the shape of `like`."""
-    if not isinstance(o, Tensor) or not o.dtype.is_floating_point:
-        kind = o.dtype if isinstance(o, Tensor) else type(o).__name__
-        raise TypeError(f"PseuZO.step: forward must return a floating-point tensor, got {kind}")
-    if o.dim() not in (2, 3):
-        raise ValueError(
-            f"PseuZO.step: forward must return [B, P, D] or [B, D], got shape {tuple(o.shape)}"
-        )
-    if like is not None and o.shape != like.shape:
-        raise ValueError(
-            f"PseuZO.step: forward returned {tuple(like.shape)} and then {tuple(o.shape)}; both "
-            "passes of a step must run on the same batch"
-        )
-    return o.detach()
-
-
-def head_gradients(
-    head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """The mean loss, e = dg/do at o0, and the gradients of the parameters `exact`."""
-    with outside_inference_mode(), torch.enable_grad():
-        o = o0.clone().requires_grad_()
-        loss = head(o)
-        is_vector = isinstance(loss, Tensor) and loss.dim() == 1 and loss.numel() > 0
-        if not is_vector and not (isinstance(loss, Tensor) and loss.numel() == 1):
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                "PseuZO.step: head must return a scalar loss, or a vector of per-example losses, "
-                f"got {got}; reduce it, e.g. .mean()"
-            )
-        loss = loss.mean() if loss.numel() > 1 else loss.reshape(())
-        if not loss.requires_grad:
-            raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
-        # Another thread would need its own cuBLAS workspace.
-        with torch.autograd.set_multithreading_enabled(False):
-            e, *gradients = torch.autograd.grad(loss, [o, *exact], allow_unused=True)
-    if e is None:
-        raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
-    for p, gradient in zip(exact, gradients, strict=True):
-        if gradient is None:
-            raise ValueError(
-                "PseuZO.step: the head does not use a parameter of shape "
-                f"{tuple(p.shape)} that is to be trained by the exact gradient "
-                "(exact_gradient=True); only weights of the head have one"
-            )
-    return loss.detach(), e, *gradients

@@ -13,12 +13,21 @@ Every message is a fixed header and a body of bytes, both sent from one rank to 
 waiting in between, so a receiver needs to know no sizes. Nothing is pickled.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
+
+from pseuzo.interrupts import uninterrupted
+from pseuzo.machine import refuse_replicas
+
+if TYPE_CHECKING:
+    from pseuzo.optim.base import ZeroOrder
 
 HEADER = struct.Struct("<IIQ")  # the format of messages, the kind of this one, bytes of the body
 FORMAT = 0x70727A31
@@ -45,11 +54,7 @@ class Ranks:
         self._group = group
         self.size = distributed.get_world_size(group)
         self.rank = distributed.get_rank(group)
-        if direction_ranks < 1 or self.size % direction_ranks:
-            raise ValueError(
-                f"direction_ranks must divide the number of ranks, {self.size}, got "
-                f"{direction_ranks}"
-            )
+        check_directions("Ranks", self.size, direction_ranks)
         self.direction_ranks = direction_ranks
         self.rows = self.size // direction_ranks  # R, into how many parts a batch is divided
         self.row, self.direction = divmod(self.rank, direction_ranks)
@@ -64,6 +69,16 @@ class Ranks:
 
     def send(self, to: Sequence[int], kind: int, body: bytes) -> None:
         """Send a message to other ranks, and wait until the last byte has left."""
+        uninterrupted(self._send, to, kind, body)
+
+    def receive(self, rank: int) -> tuple[int, bytes]:
+        """Wait for a message of another rank; return its kind and its body.
+
+        RuntimeError if it is not there, or does not answer before the group's time-out.
+        """
+        return uninterrupted(self._receive, rank)
+
+    def _send(self, to: Sequence[int], kind: int, body: bytes) -> None:
         header = HEADER.pack(FORMAT, kind, len(body))
         parts = [self._tensor(part) for part in (header, body) if part]
         work = [
@@ -76,8 +91,7 @@ class Ranks:
                 one.wait()
         self.sent += len(to) * (len(header) + len(body))
 
-    def receive(self, rank: int) -> tuple[int, bytes]:
-        """Wait for a message of another rank; return its kind and its body."""
+    def _receive(self, rank: int) -> tuple[int, bytes]:
         found, kind, length = HEADER.unpack(self._received(rank, HEADER.size))
         if found != FORMAT:
             raise RanksDiffer(
@@ -96,16 +110,60 @@ class Ranks:
         return torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self._device)
 
 
+def world_size() -> int:
+    """The number of ranks of the default process group; 1 if there is none."""
+    grouped = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if grouped else 1
+
+
+def check_directions(name: str, size: int, direction_ranks: int) -> None:
+    if direction_ranks < 1 or size % direction_ranks:
+        raise ValueError(
+            f"{name}: direction_ranks must divide the number of ranks, {size}, got "
+            f"{direction_ranks}"
+        )
+
+
 def present_ranks(name: str, direction_ranks: int) -> Ranks | None:
     """Return the ranks of the default process group; None where there is one process.
 
     ValueError, which begins with name, if direction_ranks does not divide their number.
     """
-    grouped = distributed.is_available() and distributed.is_initialized()
-    size = distributed.get_world_size() if grouped else 1
-    if size % max(direction_ranks, 1) or direction_ranks < 1:
-        raise ValueError(
-            f"{name}: direction_ranks must divide the number of ranks, {size}, got "
-            f"{direction_ranks}"
-        )
+    size = world_size()
+    check_directions(name, size, direction_ranks)
     return Ranks(direction_ranks) if size > 1 else None
+
+
+def check_known(op: str, ranks: Ranks | None) -> None:
+    """Raise ValueError if there are several ranks that the optimizer does not know."""
+    size = world_size()
+    if ranks is None and size > 1:
+        raise ValueError(
+            f"{op}: this is one of {size} ranks, but the optimizer was made before the process "
+            "group, and would step by its own data alone; make it after init_process_group"
+        )
+
+
+def check_supported(o: ZeroOrder, ranks: Ranks) -> None:
+    """Raise ValueError if the optimizer, its groups or its model need one process."""
+    name, many = type(o).__name__, f"this is one of {ranks.size} ranks"
+    if not o.in_ranks or o.parts > 1:
+        refuse_replicas(name if not o.in_ranks else f"{name} with split_batch", ranks.size)
+    if o.passes.captures:
+        raise ValueError(f"{name}: capture is for one process, but {many}; leave capture off")
+    if any(group["exact_gradient"] for group in o.param_groups):
+        raise ValueError(
+            f"{name}: exact_gradient groups are for one process, but {many}: gradients would have "
+            "to be summed over the ranks; leave exact_gradient off"
+        )
+    if isinstance(o.model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{name}: give it the model itself and not DistributedDataParallel, which allocates "
+            "gradients and waits for the other ranks in each pass"
+        )
+    bare = o.model is None and ranks.direction_ranks > 1
+    if bare and any(p.dtype is torch.float32 for p in o.streams):
+        raise ValueError(
+            f"{name}: bare fp32 parameters are perturbed by writing them, and passes on other "
+            "ranks would round them otherwise; give the module (or model=), or direction_ranks=1"
+        )

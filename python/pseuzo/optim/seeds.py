@@ -4,6 +4,7 @@ from pseuzo_kernels.reference import hash_seed
 
 ROUNDING_DOMAIN = 0x726F756E64  # keeps the bits that round apart from the bits that perturb
 MASK_DOMAIN = 0x6D61736B  # keeps the bits of random masks apart from both
+HASH_DOMAIN = 0x68617368  # draws the weights that ranks compare
 
 
 def step_seed(run_seed: int, step: int, domain: int = 0) -> int:

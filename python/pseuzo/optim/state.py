@@ -11,7 +11,7 @@ from pseuzo_kernels.reference import ROUNDING_VERSION
 
 KEY = "zero_order"  # the key of torch's state under which ours is
 # The values of settings that older versions did not save.
-EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum"}
+EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum", "rank": 0}
 
 
 def read_state(
@@ -27,6 +27,11 @@ def read_state(
         kind = op.partition(".")[0]
         lacks = ", ".join(sorted(missing))
         raise ValueError(f"{op}: not a state of {kind}, it lacks {lacks}")
+    if own["rank"]:
+        raise ValueError(
+            f"{op}: the state is of rank {own['rank']}, but only rank 0 keeps a window; load the "
+            "state of rank 0 on all ranks"
+        )
     version = own["rounding_version"]
     if version != ROUNDING_VERSION and own["rounding"] == "stochastic" and sixteen_bits:
         raise ValueError(

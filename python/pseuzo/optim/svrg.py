@@ -52,6 +52,7 @@ class MeZOSVRG(ZeroOrder):
     """
 
     needs_data = True
+    in_ranks = False
     own_settings = ("anchor_every", "anchor_scale", "directions")
 
     def __init__(
