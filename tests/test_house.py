@@ -37,6 +37,8 @@ EXCUSED = {
     "_weight_conversions": "Transformers offers no other way to keep one out of a checkpoint",
     "_get_current_dispatch_mode_stack": "torch offers no other way to see its modes",
     "_get_current_function_mode_stack": "torch offers no other way to see its modes",
+    "_pop_mode": "torch offers no other way to carry its modes into another thread",
+    "_push_mode": "torch offers no other way to carry its modes into another thread",
 }
 
 

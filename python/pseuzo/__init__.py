@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ZOSign,
     )
     from pseuzo.perturb.module import perturbed
+    from pseuzo.perturb.offload import device_bytes, offload
     from pseuzo.train.arguments import PseuZOTrainingArguments
     from pseuzo.train.journal import Journal
     from pseuzo.train.replay import replay
@@ -61,6 +62,7 @@ _NAMES = {  # the public names by the module that defines them
         ),
     ),
     "perturb": ("perturbed",),
+    "perturb.offload": ("device_bytes", "offload"),
     "train.arguments": ("PseuZOTrainingArguments",),
     "train.journal": ("Journal",),
     "train.replay": ("replay",),
@@ -93,6 +95,8 @@ __all__ = [
     "ZOBlocks",
     "ZOConservative",
     "ZOSign",
+    "device_bytes",
+    "offload",
     "perturbed",
     "replay",
 ]

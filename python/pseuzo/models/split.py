@@ -7,6 +7,7 @@ does to its logits.
 
 import inspect
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
 from pseuzo.models.kinds import kind_of, without_adapter
 from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.perturb.module import rows_of
+from pseuzo.perturb.offloaded import store_of
 
 BY_HAND = "split it by hand: optimizer.step(forward, head)"
 # The made-up output of the head: a soft cap shows in the large numbers, a factor in the small ones.
@@ -139,7 +141,9 @@ class SplitModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the head."""
+        """The device of the head, or the one that the model is offloaded to."""
+        if (store := store_of(self.model)) is not None:
+            return store.device
         return next(self.head.parameters()).device
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
@@ -149,9 +153,11 @@ class SplitModel:
         in most classifiers, o is those, [R, 1, D].
         """
         positions, kind, seen = plan["positions"], type(self.model).__name__, []
-        first = self.known.after_head is None
+        first, own = self.known.after_head is None, threading.get_ident()
 
         def reached(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if threading.get_ident() != own:  # the pass of another thread, see perturb.lock_step
+                return None
             seen.append(args[0])
             if not first:
                 raise _HeadReached

@@ -24,6 +24,8 @@ from pseuzo.optim.seeds import ROUNDING_DOMAIN, step_seed
 from pseuzo.optim.skips import Skips
 from pseuzo.optim.state import KEY, read_state, update_rms
 from pseuzo.optim.update import Direction, Update, prepare
+from pseuzo.perturb.offload import flush
+from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels.checks import check_noise, check_rounding, signed64
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -175,6 +177,7 @@ class ZeroOrder(Estimator, groups.Streamed):
             pending=self.passes.pending(),
             exact_groups=self.param_groups if direction.gradients else (),
             masks=self.masks,
+            store=store_of(self.model),
         )
 
     def _commit(self, direction: Direction, update: Update, step: int, skipped: Tensor) -> None:
@@ -216,6 +219,7 @@ class ZeroOrder(Estimator, groups.Streamed):
         sqrt(sum_k coefs[k]^2). The size of the weights takes one reading of those that the update
         moved, so log it every N steps. Nothing waits for the device.
         """
+        flush(self.model)
         return {} if self._last is None else update_rms(*self._last)
 
     # State

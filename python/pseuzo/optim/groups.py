@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels.checks import check_not_negative, check_tensors
 
 NUMBERS = ("lr", "weight_decay", "noise_scale")
@@ -116,6 +117,7 @@ class Streamed(torch.optim.Optimizer):
     """An optimizer whose parameters each have a stream of noise."""
 
     has_gradient = False  # whether it differentiates a head, as exact_gradient groups need
+    model: nn.Module | None
 
     def __init__(self, params: Iterable, defaults: dict[str, Any], model: nn.Module | None):
         self._model_streams = model_streams(model)
@@ -142,6 +144,8 @@ class Streamed(torch.optim.Optimizer):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first trained parameter."""
+        """The device of the first trained parameter, or the one that the model is offloaded to."""
+        if (store := store_of(self.model)) is not None:
+            return store.device
         params = [p for group in self.param_groups for p in group["params"]]
         return next((p for p in params if not is_frozen(p)), params[0]).device

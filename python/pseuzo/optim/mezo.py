@@ -6,6 +6,7 @@ and 2.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def losses_at(optimizer: ZeroOrder, key: tuple, points: Sequence[Point]) -> list
     mine = points if exchange is None else [points[i] for i in exchange.mine(len(points))]
 
     def run() -> list[Tensor]:
-        return [as_losses(o, point.run(o.passes)) for point in mine]
+        found = o.passes.together([partial(point.run, o.passes) for point in mine])
+        return [as_losses(o, loss) for loss in found]
 
     losses = o.passes.run("loss", key, run)
     if exchange is None:

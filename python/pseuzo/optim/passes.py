@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pseuzo.perturb.graphs import Graphs, check_device
 from pseuzo.perturb.in_place import InPlace, Shift
 from pseuzo.perturb.interface import Perturbing
 from pseuzo.perturb.module import ModulePasses, passes_of, take_up
+from pseuzo.perturb.offloaded import OffloadedPasses, sessions_of
 from pseuzo.perturb.perturbation import Base
 
 if TYPE_CHECKING:
@@ -40,9 +41,17 @@ class Passes:
 
     def __init__(self, optimizer: ZeroOrder, capture: bool):
         if capture:
-            check_device(type(optimizer).__name__, optimizer.device)
+            name = type(optimizer).__name__
+            if sessions_of(optimizer.model) is not None:
+                raise ValueError(
+                    f"{name}: capture records passes on weights that stay where they are, and "
+                    "those of this model are uploaded (offload); leave off one of the two"
+                )
+            check_device(name, optimizer.device)
         self._optimizer = optimizer
-        self._of_module: ModulePasses | None = None  # set by the first step with a model
+        self._of_module: ModulePasses | OffloadedPasses | None = (
+            None  # set by the first step with a model
+        )
         self._in_place = InPlace(optimizer.noise, self._before_writing, self._after_writing)
         self._known: dict[str, list[int]] = {}  # from a loaded state: kind of pass -> streams
         # The parameters that take noise, after the groups from which they were found.
@@ -53,7 +62,7 @@ class Passes:
         self._kind = ""
         self._only: Set[Tensor] | None = None  # the weights that are perturbed, if not all
         self._block = 0  # the number of that block of weights
-        self._of_blocks: dict[int, ModulePasses] = {}
+        self._of_blocks: dict[int, ModulePasses | OffloadedPasses] = {}
 
     @property
     def captures(self) -> bool:
@@ -75,6 +84,12 @@ class Passes:
         check_known(op, optimizer.ranks)
         trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
         groups.check_trains(op, optimizer.param_groups)
+        if sessions_of(optimizer.model) is not None:
+            if any(group["exact_gradient"] for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{op}: exact gradients are of weights on the device, and those of this model "
+                    "are uploaded (offload); leave off one of the two"
+                )
         if optimizer.model is None:
             shifted = [(group["noise_scale"], self._limited(params)) for group, params in trained]
             self._in_place.serve(shifted, optimizer.streams, optimizer.masks)
@@ -138,6 +153,14 @@ class Passes:
                 return call()
 
         return self._replayed(kind, perturbed_call)
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of calls, each of which makes one pass by `clean` or `perturbed`.
+
+        This is for all the passes of a step: those of an offloaded model then run layer by layer,
+        so that each layer is uploaded once. No call may need the result of another.
+        """
+        return self._perturbing.together(calls)
 
     def derivative(self, seed: int, kind: str, call: Callable[[], Any]) -> tuple[Tensor, Tensor]:
         """Return call() at x, and its derivative along z(seed), by forward-mode differentiation.

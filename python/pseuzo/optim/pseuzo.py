@@ -5,6 +5,7 @@ lambda = momentum. Source: PseuZO (NeurIPS 2025).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,20 +125,20 @@ class PseuZO(ZeroOrder):
             return o, *head_gradients(head, o, exact)
 
         def run() -> tuple[Any, ...]:
-            o0, loss, e, *gradients = self.passes.clean(clean)
+            perturbed, signs = self.passes.perturbed, (1, -1) if self.two_sided else (1,)
+            calls = [partial(perturbed, seed, sign * eps, "output", forward) for sign in signs]
+            measured, *outputs = self.passes.together([partial(self.passes.clean, clean), *calls])
+            o0, loss, e, *gradients = measured
             if groups is not None and len(groups) != len(o0):
                 raise ValueError(
                     f"PseuZO.step: groups must be one per row of the output, {len(o0)}, got "
                     f"{len(groups)}"
                 )
 
-            def output_at(sign: int) -> Tensor:
-                o = self.passes.perturbed(seed, sign * eps, "output", forward)
-                return as_output(o, like=o0)
-
-            o1, base = output_at(1), o0
-            if self.two_sided:
-                o1, base = (o1.float() - output_at(-1).float()) / 2, None
+            o1, *opposite = [as_output(o, like=o0) for o in outputs]
+            base = o0
+            for o2 in opposite:
+                o1, base = (o1.float() - o2.float()) / 2, None
             if self.clip_examples is not None:
                 change = o1 if base is None else o1.float() - base.float()
                 e = clip_rows(e, change, self.clip_examples, examples)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pseuzo.optim.update import Direction, Update, prepare
+from pseuzo.perturb.offloaded import store_of
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -50,5 +51,6 @@ def repeat(
         pending=o.passes.pending(),
         exact_groups=(),
         masks=o.masks,
+        store=store_of(o.model),
     )
     return direction, update

@@ -17,6 +17,7 @@ from torch import Tensor
 from pseuzo.optim.skips import NOT_FINITE
 from pseuzo.perturb.in_place import Shift
 from pseuzo.perturb.masks import Masks, mask_of, op_in_place, op_out
+from pseuzo.perturb.store import Store
 from pseuzo_kernels.ops import add_noise_list_out
 from pseuzo_kernels.reference import hash_seed, round_stochastically
 
@@ -91,6 +92,7 @@ def prepare(
     pending: tuple[Shift, Mapping[Tensor, Tensor]] | None,
     exact_groups: Iterable[dict[str, Any]],
     masks: Masks | None = None,
+    store: Store | None = None,
 ) -> Update:
     """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all
     groups.
@@ -98,7 +100,8 @@ def prepare(
     The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
     the parameters in `unused`, because noise is all that they would get, and changes nothing but
     the shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
-    masks: which elements the update changes; the others stay as they are, without decay.
+    masks: which elements the update changes; the others stay as they are, without decay. store:
+    that of an offloaded model, which makes the launches region by region, before it uploads them.
     """
     seeds, coefs, found_inf = direction.seeds, direction.coefs, direction.found_inf
     shift, copies = pending if pending is not None else (None, {})
@@ -112,13 +115,14 @@ def prepare(
         for device, copied, part in _alike(params, copies):
             # What is taken back decays with its weight, so that a launch has one keep.
             back = keep if shift is not None and not copied else None
-            key = (step, back, copied, device)
-            members, keeps, scales = together.setdefault(key, ([], [], []))
-            members += part
-            keeps += [keep] * len(part)
-            scales += [group["noise_scale"]] * len(part)
+            for region, some in [(None, part)] if store is None else store.by_region(part):
+                key = (step, back, copied, device, region)
+                members, keeps, scales = together.setdefault(key, ([], [], []))
+                members += some
+                keeps += [keep] * len(some)
+                scales += [group["noise_scale"]] * len(some)
     launches: list[Callable[[], Any]] = []
-    for (step, back, copied, device), (members, keeps, scales) in together.items():
+    for (step, back, copied, device, region), (members, keeps, scales) in together.items():
         s, c = seeds.to(device), (coefs * step).to(device)
         # The op sets its flag where coefs * step overflows. That concerns one launch; the step's
         # own flag stays as it is.
@@ -130,7 +134,8 @@ def prepare(
                 from_copies = [copies[p] for p in members]
                 launches.append(partial(op_out(masks), from_copies, *arguments, out=members))
             else:
-                launches.append(partial(op_in_place(masks), members, *arguments))
+                launch = partial(op_in_place(masks), members, *arguments)
+                launches.append(launch if store is None else partial(store.defer, region, launch))
             continue
         exact_sums = noise.removesuffix("-fp16")  # sums in half precision would not restore x
         s = torch.cat([s, s.new_full((1,), shift.seed)])

@@ -108,6 +108,10 @@ class InPlace:
         if self._aim.offset:
             self._move(Shift(self._aim.seed, 0.0))
 
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of calls, each of which makes one pass."""
+        return [call() for call in calls]
+
     def pending(self) -> tuple[Shift, Mapping[Tensor, Tensor]] | None:
         """What an update must undo: the shift of fp32 parameters, and the copies of the others."""
         return (self._aim, self._copies) if self._aim.offset else None

@@ -1,8 +1,8 @@
 """The interface of both ways to perturb: exactly, through a module, and in place."""
 
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,6 +28,10 @@ class Perturbing(Protocol):
 
     def passing(self, kind: str = "any", base: Base | None = None) -> AbstractContextManager[None]:
         """Inside, forwards see what aim() set. base: see Perturbation; `InPlace` takes none."""
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of calls, each of which makes one pass. Passes of an offloaded model
+        share each upload of a layer."""
 
     def settled(self, kind: str) -> bool:
         """Whether a pass of this kind does nothing in Python that a recorded one would lack."""

@@ -14,14 +14,16 @@ pass that replaced nothing and saw no new weight.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from pseuzo.perturb.layout import Layout
 from pseuzo.perturb.masks import Masks
+from pseuzo.perturb.offloaded import OffloadedPasses, sessions_of
 from pseuzo.perturb.perturbation import Base, Perturbation
 from pseuzo.perturb.running import RunningPass
 from pseuzo.perturb.scratch import Scratch, WholePassCopies
@@ -108,6 +110,10 @@ class ModulePasses:
         """
         return self._tangents.run(seed, kind)
 
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of calls, each of which makes one pass."""
+        return [call() for call in calls]
+
     def rows(self, param: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of a weight as the running pass sees them. No others are made."""
         return self._pass.rows(param, index)
@@ -134,7 +140,7 @@ class ModulePasses:
 
 
 # An entry lasts as long as its model. Copies of a model have other weights and get their own.
-_passes: WeakKeyDictionary[nn.Module, ModulePasses] = WeakKeyDictionary()
+_passes: WeakKeyDictionary[nn.Module, ModulePasses | OffloadedPasses] = WeakKeyDictionary()
 
 
 def passes_of(
@@ -142,7 +148,7 @@ def passes_of(
     params: Mapping[nn.Parameter, tuple[int, float]],
     noise: str,
     masks: Masks | None = None,
-) -> ModulePasses:
+) -> ModulePasses | OffloadedPasses:
     """The passes of a model, made anew if the weights, scales, noise or masks have changed."""
     passes = _passes.get(model)
     if passes is not None and passes.active:
@@ -150,16 +156,19 @@ def passes_of(
             "perturbed: the model is perturbed already; contexts of one model do not nest"
         )
     if passes is None or not passes.matches(params, noise, masks):
-        passes = _passes[model] = ModulePasses(model, params, noise, masks)
+        if (sessions := sessions_of(model)) is not None:
+            passes = _passes[model] = OffloadedPasses(sessions, params, noise, masks)
+        else:
+            passes = _passes[model] = ModulePasses(model, params, noise, masks)
     return passes
 
 
-def known_passes(model: nn.Module) -> ModulePasses | None:
+def known_passes(model: nn.Module) -> ModulePasses | OffloadedPasses | None:
     """The passes that a model has at present."""
     return _passes.get(model)
 
 
-def take_up(model: nn.Module, passes: ModulePasses) -> None:
+def take_up(model: nn.Module, passes: ModulePasses | OffloadedPasses) -> None:
     """Make these the passes of the model again, in case it has others by now."""
     if (now := _passes.get(model)) is None or not now.active:  # otherwise passes_of will refuse
         _passes[model] = passes
@@ -175,6 +184,8 @@ def rows_of(model: nn.Module, weight: Tensor, index: Tensor) -> Tensor:
 
     No other rows are made. Gradients, if recorded, flow to the weight only if it is not perturbed.
     """
+    if (sessions := sessions_of(model)) is not None:
+        return sessions.rows(weight, index)  # type: ignore[arg-type]  # weights are parameters
     passes = _passes.get(model)
     if passes is not None and passes.active and weight in passes.params:
         return passes.rows(weight, index)  # type: ignore[arg-type]  # it is one of the params
