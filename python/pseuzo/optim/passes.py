@@ -49,9 +49,8 @@ class Passes:
                 )
             check_device(name, optimizer.device)
         self._optimizer = optimizer
-        self._of_module: ModulePasses | OffloadedPasses | None = (
-            None  # set by the first step with a model
-        )
+        # Those of the model, from its first step on.
+        self._of_module: ModulePasses | OffloadedPasses | None = None
         self._in_place = InPlace(optimizer.noise, self._before_writing, self._after_writing)
         self._known: dict[str, list[int]] = {}  # from a loaded state: kind of pass -> streams
         # The parameters that take noise, after the groups from which they were found.
