@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import torch
 from harness import HERE, QUANTILES, Table, parser
-from predict import CHIPS
 from torch import Tensor
 
 from pseuzo_kernels import (
@@ -40,11 +39,12 @@ from pseuzo_kernels import (
     update_,
 )
 from pseuzo_kernels.api import NoiseApi
+from pseuzo_kernels.bench.limits import chip_named
+from pseuzo_kernels.bench.ways import EPS, LR, coefs_of, torch_loop
 
 N = 8192 * 2048
 # Ways with a pass per seed are timed with at most this many seeds, since more would take minutes.
 SEVERAL = {"cpu": 14, "cuda": 64}
-LR, EPS = 1e-6, 1e-3
 UPDATE_NOISES = [kind for kind in NOISES if kind.startswith("hadamard")]
 WINDOW_SHAPES = ((16, 1, 2048), (16, 8, 2048), (16, 1, 5120))  # rows, positions with a loss, width
 COLUMNS = (
@@ -60,18 +60,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     ADAM = adam.AdamApi(triton_adam.adam_list_triton_).adam_update_
     OPS = NoiseApi(launch.add_noise_list_triton_, launch.add_noise_list_out_triton)
-
-
-def coefs_of(K: int) -> list[float]:
-    return [0.5 + 0.1 * (k % 14) for k in range(K)]
-
-
-def torch_loop(x: Tensor, seeds: list[int], coefs: list[float], lr: float) -> None:
-    """Reseed, make the whole perturbation and add it, for each seed, as published code does."""
-    for seed, coef in zip(seeds, coefs, strict=True):
-        torch.manual_seed(seed)
-        z = torch.normal(mean=0, std=1, size=x.shape, dtype=x.dtype, device=x.device)
-        x.add_(z, alpha=-lr * coef)
 
 
 @torch.compile(dynamic=False)
@@ -161,7 +149,7 @@ def check_compiled(dtype: torch.dtype, n: int, device: torch.device) -> None:
 def predicted_ms(device: str, dtype: torch.dtype, kind: str, n: int, K: int) -> float | None:
     """Return the ms that predict.py expects for an update of n elements, or None for a device or a
     kernel that is not in its tables."""
-    chip = next((chip for chip in CHIPS if chip.name.split()[0] in device), None)
+    chip = chip_named(device)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     stochastic = "" if dtype is torch.float32 else " stochastic"
     kernel = f"add_noise_many_kernel {kind} {name}{stochastic}"

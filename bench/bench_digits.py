@@ -17,12 +17,13 @@ from functools import partial
 from statistics import mean
 
 import torch
-from harness import device_name
 from pseuzo import DeepZero, MeZO, NodePseuZO, PseuZO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pseuzo_kernels.bench.timing import device_name
 
 BATCH = 64
 Split = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -26,7 +26,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from harness import MODELS, Table, measure_ms, parser
+from harness import MODELS, Table, parser
 from opt_models import make_model
 from pseuzo.models.modes import MODES, tune
 from pseuzo.perturb.module import forget_passes
@@ -37,6 +37,8 @@ from pseuzo.train.trainer import PseuZOTrainer
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
+
+from pseuzo_kernels.bench.timing import measure_ms
 
 COLUMNS = (
     "model", "params", "dtype", "mode", "rows", "tokens", "method", "options", "forwards",

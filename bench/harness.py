@@ -8,7 +8,6 @@ import argparse
 import csv
 import datetime
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pseuzo_kernels import _C
+from pseuzo_kernels.bench.timing import device_name, measure_ms
 
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("OUT", HERE / "results"))
@@ -56,16 +55,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        name = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
-    except (OSError, IndexError):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({_C.cpu_isa() if _C else 'no C++'})"
-
-
 def commit() -> str:
     """Return the commit, with "-dirty" if there are uncommitted changes other than results."""
     if given := os.environ.get("COMMIT"):
@@ -95,26 +84,6 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
         call()
     return graph.replay
-
-
-def _ms_on_host(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _ms_between_events(call: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def measure_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Measure how long one call takes, including its Python."""
-    return (_ms_between_events if device.type == "cuda" else _ms_on_host)(call)
 
 
 def quantiles_ms(

@@ -11,51 +11,18 @@ of the weights. All weights are bf16.
 import csv
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from harness import MODELS, RESULTS, commit
 
 from pseuzo_kernels import NOISES
+from pseuzo_kernels.bench.limits import CHIPS, Chip
 
 PREDICTION, ESTIMATE = "prediction, no GPU was used", "estimate, no GPU was used"
-MEMORY, MATRIX = 0.9, 0.5  # shares of the data sheet's rates
 TILE = 128  # rows of a matrix product's tile
 ROWS, LENGTHS, WINDOW = 16, (64, 256), 14
 COLUMNS = (
     "commit", "chip", "model", "params", "what", "noise", "K", "tokens", "ms", "bound", "label",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU, with the terabytes/s and dense bf16 teraflops/s of its data sheet."""
-
-    name: str
-    arch: int
-    multiprocessors: int
-    ghz: float
-    terabytes: float
-    teraflops: float
-
-    def ms(
-        self, instructions: float = 0, bytes_moved: float = 0, flops: float = 0
-    ) -> tuple[float, str]:
-        """Return the longest of the three times, and its name. instructions: the count for one
-        lane."""
-        times = {
-            "arithmetic": instructions / (128 * self.multiprocessors * self.ghz * 1e6),
-            "memory": bytes_moved / (MEMORY * self.terabytes * 1e9),
-            "matrix products": flops / (MATRIX * self.teraflops * 1e9),
-        }
-        bound = max(times, key=times.get)
-        return times[bound], bound
-
-
-CHIPS = (
-    Chip("A100 SXM 80 GB", 80, 108, 1.41, 2.039, 312),
-    Chip("H100 SXM", 90, 132, 1.755, 3.35, 989),
-    Chip("H200", 90, 132, 1.755, 4.8, 989),
-)
 
 
 def sizes(model: str) -> tuple[int, int]:

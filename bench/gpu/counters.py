@@ -18,10 +18,8 @@ import torch
 # Triton reads this variable when it is imported.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-import triton
-import triton.language as tl
-
 from pseuzo_kernels import add_noise, update_
+from pseuzo_kernels.bench.randn import add_tl_randn
 
 GPU = torch.cuda.is_available()
 N, WINDOW = 1 << 26 if GPU else 5000, 14  # elements: 128 MB in bf16, more than a cache holds
@@ -44,15 +42,6 @@ METRICS = FEW | {
 }
 
 
-@triton.jit
-def add_tl_randn_kernel(x_ptr, out_ptr, n, seed, c: tl.float32, BLOCK: tl.constexpr):
-    """out = x + c z, in a few lines of Triton."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
-    sums = x + c * tl.randn(seed, offs)
-    tl.store(out_ptr + offs, sums.to(out_ptr.dtype.element_ty), mask=offs < n)
-
-
 def run() -> None:
     """Run each kernel once to compile it, and once more while ncu counts."""
     device = "cuda" if GPU else "cpu"
@@ -69,7 +58,7 @@ def run() -> None:
         y.copy_(x)  # this is not a kernel; neg reads and writes as much
         torch.neg(x, out=y)
         torch.randn(N, device=device, dtype=torch.bfloat16)
-        add_tl_randn_kernel[(triton.cdiv(N, 1024),)](x, y, N, 1, 1e-3, BLOCK=1024)
+        add_tl_randn(x, seeds[:1], coefs[:1], out=y)
         if GPU:
             torch.cuda.synchronize()
         if GPU and counted:
