@@ -22,6 +22,7 @@ from pseuzo.cli.options import (
     Device,
     option,
 )
+from pseuzo.launch import rank, refuse_launched
 
 
 class Commands(click.Group):
@@ -79,12 +80,15 @@ def train(**settings: Any) -> None:
     """
     checks.leave_out_unused(settings, train_defaults())
     checks.check_combination(settings)
+    checks.check_launched(settings)
     checks.check_journal(settings)
     from pseuzo.cli import run as runs
 
-    if settings["quiet"]:
+    if settings["quiet"] or rank():
         hush()
     results = runs.train(settings)
+    if results is None:
+        return
     figures = ", ".join(f"{k} {v:.4g}" for k, v in results["test"].items())
     click.echo(
         f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the "
@@ -126,6 +130,7 @@ def evaluate(**settings: Any) -> None:
     A model in the folder of its run is evaluated on that run's test rows, unless sizes or
     --data-seed are given.
     """
+    refuse_launched("pseuzo eval")
     from pseuzo.cli import run as runs
     from pseuzo.files import to_json, write_json
 
@@ -189,6 +194,7 @@ def compare(
     Writes table.md, compare.json, compare.png and the runs themselves. Each run is a process of its
     own, so that its memory and time are its own.
     """
+    refuse_launched("pseuzo compare")
     chosen = dict(
         checks.read_method(text, {p.name: p for p in train.params})
         for text in methods or ("pseuzo", "mezo", "fo-adam")
@@ -256,6 +262,7 @@ def demo(
     MeZO, PseuZO with rows paired as published and by label, and MeZO with noise on a tenth of the
     weights start from the same pretrained model and see the same batches. Prints what each reached.
     """
+    refuse_launched("pseuzo demo")
     from pseuzo.cli.printing import print_demo
     from pseuzo.demo import run as demo_run
     from pseuzo.machine import usable_device
@@ -307,6 +314,7 @@ def replay(
 
     Where the run wrote a folder start/, that folder is the base.
     """
+    refuse_launched("pseuzo replay")
     import warnings
 
     from tqdm import tqdm

@@ -6,10 +6,14 @@
 import errno
 import functools
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+
+from pseuzo.launch import is_first_of_machine, launched, rank
 
 FULL = (  # texts of errors of writing: the system's, which safetensors repeats, and torch's
     *(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
@@ -38,15 +42,47 @@ def plainly(command: Callable, interrupted: str = "interrupted") -> Callable:
         try:
             return command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
+            if _told_by_another(error):
+                raise SystemExit(130 if _was_interruption(error) else 2) from None
             if _was_interruption(error):
                 click.echo(interrupted, err=True)
                 raise SystemExit(130) from None
             sentence = None if os.environ.get("PSEUZO_DEBUG") else _sentence(error)
             if sentence is None:
                 raise
-            raise Failure(sentence) from None
+            raise Failure(f"rank {rank()}: {sentence}" if rank() else sentence) from None
 
     return run
+
+
+def _told_by_another(error: BaseException) -> bool:
+    """Return whether another of the launched processes says what happened.
+
+    Until they are connected, the first one on each machine speaks. After that rank 0 speaks, unless
+    one rank alone failed. torchrun says which process ended first.
+    """
+    if launched() == 1:
+        return False
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return not is_first_of_machine()
+    kind = type(error).__name__
+    if kind == "RefusedElsewhere" or (kind == "RankFailed" and "cannot be heard" not in str(error)):
+        return True
+    interrupted = _was_interruption(error)
+    return rank() > 0 and (
+        interrupted or kind in ("RanksDiffer", "RankFailed") or _lost_others(error)
+    )
+
+
+def _lost_others(error: BaseException) -> bool:
+    """Return whether the error came from a connection to another rank."""
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+            return isinstance(error, RuntimeError)
+        at = at.tb_next
+    return False
 
 
 def _was_interruption(error: BaseException | None) -> bool:
@@ -103,6 +139,9 @@ def _sentence(error: BaseException) -> str | None:
         return (
             f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it again"
         )
+    if launched() > 1 and _lost_others(error):
+        how = re.sub(r"\[[^]]*\] *", "", text).partition(".")[0]  # no lines of source, no addresses
+        return f"another rank was lost ({how}); --resume continues from the last checkpoint"
     if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
         return text
     return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None

@@ -36,6 +36,8 @@ MAY_CHANGE = {
     "report_to",
     "device",
     "output",
+    "direction_ranks",
+    "ddp_timeout",
 }
 
 

@@ -277,6 +277,13 @@ RUN_OPTIONS = options(
         help="Keep the weights that are best by the dev metric, or the last.",
     ),
     training_option("journal", type=FILE),
+    training_option("direction_ranks"),
+    option(
+        "--ddp-timeout",
+        type=click.IntRange(min=1),
+        default=1800,
+        help="Under torchrun: seconds after which a rank stops to wait for another.",
+    ),
     training_option("capture"),
     option(
         "--report-to",

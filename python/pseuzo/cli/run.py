@@ -4,11 +4,12 @@ pseuzo.cli.folder says what a run writes into its folder.
 """
 
 import gc
+import hashlib
 import math
 import os
 import sys
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,9 @@ from pseuzo.cli.folder import (
 )
 from pseuzo.cli.options import MODE_OPTIONS, setting_name
 from pseuzo.cli.plots import plot_runs
+from pseuzo.cli.ranks import changes, check_shared, facts, hold, join, leave, row_parts
+from pseuzo.cli.results import results_of
+from pseuzo.cli.rows import cut_prompts, max_length
 from pseuzo.cli.search import search_lr
 from pseuzo.files import (
     check_saving,
@@ -44,16 +48,16 @@ from pseuzo.files import (
     write_json,
     write_model,
 )
-from pseuzo.machine import hardware, peak_memory, reset_peak, usable_device
-from pseuzo.models.kinds import kind_of, max_positions
+from pseuzo.machine import peak_memory, reset_peak, usable_device
+from pseuzo.models.kinds import kind_of
 from pseuzo.models.loading import load_model
 from pseuzo.models.modes import MODES, tune
 from pseuzo.optim.schedule import Schedule
+from pseuzo.optim.together import Together
 from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
-from pseuzo.train.journal_file import held
 from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with
 from pseuzo.train.options import OPTIONS
 from pseuzo.train.trainer import PseuZOTrainer
@@ -70,10 +74,11 @@ def model_path(name: str) -> str:
 
 
 class Run:
-    """Holds the task, the data and the model of one run. c: the options of `pseuzo train`."""
+    """Holds the task, the data and the model of one run. c: the options of `pseuzo train`.
+    together: the ranks of the run."""
 
-    def __init__(self, c: dict[str, Any]):
-        self.c = c
+    def __init__(self, c: dict[str, Any], together: Together):
+        self.c, self.together = c, together
         self.task: Task = _task(c)
         self.examples = self.task.load(
             c["data"],
@@ -97,7 +102,8 @@ class Run:
         mode_options = {name: c[name] for name in MODE_OPTIONS}
         model = tune(model, c["mode"], seed=c["seed"], **mode_options).to(c["device"])
         if not self.data:
-            check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
+            if self.together.is_root:
+                check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))
             self.kind = kind_of(model)
             self.longest = max_length(model, c["max_length"])
             self.data = {split: self.part(split) for split in self.examples}
@@ -105,6 +111,11 @@ class Run:
                 split: cut_prompts(data, split)["cut_prompts"] for split, data in self.data.items()
             }
         return model
+
+    def digest(self) -> str:
+        """Return a hash of the training rows."""
+        rows = "\n".join(map(repr, self.examples["train"]))
+        return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def part(self, split: str, most: int | None = None) -> TaskData:
         """Return the first examples of a split (all if most is None) as the model's tokens."""
@@ -127,7 +138,7 @@ class Run:
             **ours,
             weight_decay=c["weight_decay"],
             max_steps=c["steps"],
-            per_device_train_batch_size=c["batch_size"],
+            per_device_train_batch_size=c["batch_size"] // row_parts(c),
             per_device_eval_batch_size=c["eval_batch_size"],
             seed=c["seed"],
             data_seed=c["seed"],
@@ -144,7 +155,8 @@ class Run:
             metric_for_best_model=f"eval_{self.task.metric}" if every else None,
             greater_is_better=True,
             report_to=list(c["report_to"]),
-            disable_tqdm=c["quiet"],
+            disable_tqdm=c["quiet"] or not self.together.is_root,
+            ddp_timeout=c["ddp_timeout"],
             dataloader_pin_memory=c["device"] != "cpu",
         )
         # The Trainer saves the tokenizer of a collator with each checkpoint. As processing_class,
@@ -167,32 +179,6 @@ def load(c: dict[str, Any], task: Task) -> tuple[torch.nn.Module, Any]:
 def _task(c: dict[str, Any]) -> Task:
     task = load_task(c["task"])
     return task if c["chat"] is None else replace(task, chat=c["chat"])
-
-
-def cut_prompts(data: TaskData, split: str) -> dict[str, float]:
-    """Return data.fit of what is trained on or measured, and print a line on stderr if prompts lost
-    their beginning."""
-    fit = data.fit(data.train_on if split == "train" else None)
-    if fit["cut_prompts"]:
-        many = f"{fit['cut_prompts']} of {len(data)} prompts of the {split} split were too long"
-        print(
-            f"{many} for {data.max_length} tokens and lost their beginning",
-            file=sys.stderr,
-            flush=True,
-        )
-    return fit
-
-
-def max_length(model: torch.nn.Module, wanted: int | None = None) -> int:
-    """Return the largest number of tokens of a sequence: wanted, or at most 2048. ValueError if the
-    model, without the positions of a learned prefix, has fewer than wanted."""
-    adapter: Any = getattr(model, "active_peft_config", None)
-    reserved = adapter.num_virtual_tokens if getattr(adapter, "is_prompt_learning", False) else 0
-    positions = max_positions(model)
-    most = positions - reserved if positions else None
-    if wanted and most and wanted > most:
-        raise ValueError(f"--max-length {wanted} is more than the model has positions for, {most}")
-    return wanted or min(2048, most or 2048)
 
 
 def check_integrations(names: Collection[str]) -> None:
@@ -257,93 +243,96 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-def train(c: dict[str, Any]) -> dict[str, Any]:
-    """Run `pseuzo train` with settings c. Return the results, as written to results.json."""
-    c = resolve(c)
-    output = Path(c["output"])
-    with start_folder(output, c["resume"]) as (resume, run_id):
-        return _train(c | {"resume": resume}, output, run_id)
+def train(c: dict[str, Any]) -> dict[str, Any] | None:
+    """Run `pseuzo train` with settings c. Return the results, as written to results.json; None on
+    another rank than 0, which alone writes and prints."""
+    together = join(c["device"], c["ddp_timeout"], c["direction_ranks"])
+    with together.one_speaks(), ExitStack() as lock:
+        c = together.agreed(lambda: resolve(c))
+        together.alike(facts(c))
+        output = Path(c["output"])
+        resume, run_id = together.of_root(
+            lambda: lock.enter_context(start_folder(output, c["resume"]))
+        )
+        together.agreed(lambda: check_shared(output, together.rank))
+        results = _train(c | {"resume": resume}, output, run_id, together)
+    leave(together)
+    return results
 
 
-def _train(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
+def _train(
+    c: dict[str, Any], output: Path, run_id: str, together: Together
+) -> dict[str, Any] | None:
     new, newest = not c["resume"], c["resume"] == "auto"
     if c["resume"]:
-        c = resumed(c, output, run_id)
-    made = to_make(output, c["journal"]) if new else []
+        c |= together.of_root(lambda: changes(c, resumed(c, output, run_id)))
+    made: list[Path] = []
+    if new:
+        together.of_root(lambda: made.extend(to_make(output, c["journal"])))
     journal = Path(c["journal"]) if c["journal"] else None
     trainer = None
     try:
-        # The lock keeps other runs from taking the journal while the model loads.
-        with held(journal) if journal else nullcontext():
-            run = Run(c)
-            if c["lr"] == "auto":
-                found = search_lr(run, output)
-                write_json(output / LR_FILE, found)
-                c |= found_lr(found)
-            model = run.model()
-            # A head that a classifier lacked is drawn by the seed of the run.
-            adds_weights = not MODES[c["mode"]].starts_from_base or run.kind != "causal"
-            if c["journal"] and adds_weights and not (output / "start").exists():
-                # A replay of the journal starts from this model.
-                save_model(model, run.tokenizer, output / "start")
-            trainer = run.trainer(model, output)
-            trainer.create_optimizer()  # raises before config.yaml marks the folder as a run's
-            if plan := getattr(trainer.zero_order, "schedule", Schedule()).plan():
-                print(plan, flush=True)
-            write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
-        if journal and newest and not c["resume"] and trainer.zero_order.history is None:
-            set_aside(c["journal"])
+        with ExitStack() as lock:
+            if journal:
+                # The lock keeps other runs from taking the journal while the model loads.
+                together.of_root(lambda: hold(lock, journal))
+            run = together.agreed(lambda: Run(c, together))
+            together.alike({"training data": run.digest()})
+            model, trainer = together.agreed(lambda: _prepared(run, output))
+            c = run.c
+            starts_again = journal and newest and not c["resume"]
+        if starts_again and trainer.zero_order and trainer.zero_order.history is None:
+            together.of_root(lambda: set_aside(c["journal"]))
         trainer.run_id, trainer.follows = run_id, newest
         trainer.found_whole = c["resume"] if newest else None
         reset_peak(c["device"])
         outcome = trainer.train(resume_from_checkpoint=c["resume"])
     except Exception:
-        if new and not (trainer and trainer.state.global_step):
+        if new and together.is_root and not (trainer and trainer.state.global_step):
             undo(output, made, journal, run_id)
         raise
     peak = peak_memory(c["device"])  # covers the steps and the evaluations between them
-    figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"])
-    if not math.isfinite(figures["loss"]):
-        print(
-            f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller --lr, or "
-            "--lr auto, or another --dtype",
-            file=sys.stderr,
-        )
-    results = _results(run, trainer, outcome.global_step, figures, peak)
-    save_model(model, run.tokenizer, output / "model")
-    write_json(output / "results.json", results)
-    written = read_json(output / "results.json")  # there, numbers that are not finite are null
-    plot_runs({output.name: written}, output / "curves.png")
-    return results
+    figures = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"], together=together)
+
+    def finish() -> dict[str, Any]:
+        if not math.isfinite(figures["loss"]):
+            print(
+                f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller "
+                "--lr, or --lr auto, or another --dtype",
+                file=sys.stderr,
+            )
+        results = results_of(run, trainer, outcome.global_step, figures, peak)
+        save_model(model, run.tokenizer, output / "model")
+        write_json(output / "results.json", results)
+        written = read_json(output / "results.json")  # there, numbers that are not finite are null
+        plot_runs({output.name: written}, output / "curves.png")
+        return results
+
+    results = together.of_root(finish)
+    return results if together.is_root else None
 
 
-def _results(
-    run: Run, trainer: PseuZOTrainer, steps: int, test: dict[str, float], peak: float
-) -> dict[str, Any]:
-    c, history, optimizer = run.c, trainer.state.log_history, trainer.zero_order
-    assert trainer.optimizer is not None, "it was made before the first step"
-    seconds = [row["train_seconds"] for row in history if "train_seconds" in row]
-    return {
-        "task": run.task.name,
-        "metric": run.task.metric,
-        "model": c["model"],
-        "method": c["method"],
-        "mode": c["mode"],
-        "test": test,
-        "steps": steps,
-        "forwards": trainer.forwards(steps),
-        "train_seconds": seconds[-1] if seconds else None,
-        "lr": trainer.optimizer.defaults["lr"],
-        "eps": optimizer.eps if optimizer and c["method"] in methods_with("eps") else None,
-        "cut_prompts": run.cut,
-        "best_step": trainer.kept_step,
-        "seed": c["seed"],
-        "peak_memory_mib": peak,
-        "hardware": hardware(c["device"]),
-        "torch": torch.__version__,
-        "skipped_steps": optimizer.skipped_steps if optimizer else 0,
-        "history": history,
-    }
+def _prepared(run: Run, output: Path) -> tuple[torch.nn.Module, PseuZOTrainer]:
+    """Return the model and the trainer of a run. Whatever may be refused before the first step is
+    refused here, before config.yaml marks the folder as a run's."""
+    c = run.c
+    if c["lr"] == "auto":
+        found = search_lr(run, output)
+        write_json(output / LR_FILE, found)
+        c |= found_lr(found)
+    model = run.model()
+    # A head that a classifier lacked is drawn by the seed of the run.
+    adds_weights = not MODES[c["mode"]].starts_from_base or run.kind != "causal"
+    if c["journal"] and adds_weights and not (output / "start").exists() and run.together.is_root:
+        # A replay of the journal starts from this model.
+        save_model(model, run.tokenizer, output / "start")
+    trainer = run.trainer(model, output)
+    trainer.create_optimizer()
+    if plan := getattr(trainer.zero_order, "schedule", Schedule()).plan():
+        print(plan, flush=True)
+    if run.together.is_root:
+        write_atomically(output / "config.yaml", yaml.safe_dump(plain(c), sort_keys=True))
+    return model, trainer
 
 
 def evaluate_run(c: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,16 @@ import click
 
 from pseuzo.cli.errors import Failure
 from pseuzo.cli.options import flag, setting_name, unused
+from pseuzo.launch import launched, rank
 from pseuzo.models.modes import MODES
-from pseuzo.train.methods import METHODS, with_defaults
+from pseuzo.train.methods import METHODS, refused_in_ranks, with_defaults
 from pseuzo.train.options import OPTIONS
 
 # Options that compare sets for every run.
-COMPARED = {"steps", "seed", "eval_every", "save_every", "keep", "quiet", "journal", "method"}
+COMPARED = {
+    *("steps", "seed", "eval_every", "save_every", "keep", "quiet", "journal", "method"),
+    *("direction_ranks", "ddp_timeout"),
+}
 
 
 def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -25,7 +29,8 @@ def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> N
         if not (source(name) == file and source(decides) == line):
             raise ValueError(sentence)
         settings[name] = defaults[name]
-        click.echo(f"{sentence}: that of --config is left out", err=True)
+        if rank() == 0:
+            click.echo(f"{sentence}: that of --config is left out", err=True)
 
 
 def check_combination(settings: Mapping[str, Any]) -> None:
@@ -55,6 +60,39 @@ def check_combination(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             "--method fo-adam cannot train fp16 weights, in which its eps of 1e-8 is 0: use "
             "--dtype bf16 or fp32"
+        )
+
+
+def check_launched(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the launched processes cannot do together."""
+    n, directions, method = launched(), settings["direction_ranks"], settings["method"]
+    if n % directions:
+        raise ValueError(
+            f"--direction-ranks must divide the number of launched processes, {n}, got {directions}"
+        )
+    if n == 1:
+        return
+    options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
+    if why := refused_in_ranks(method, options):
+        raise ValueError(
+            f"{why} is for one process, but {n} were launched: start it without torchrun or "
+            "accelerate"
+        )
+    if settings["batch_size"] % (n // directions):
+        raise ValueError(
+            f"--batch-size {settings['batch_size']} is for all processes together, and {n} of them "
+            f"cut it into {n // directions} parts of one size: choose a multiple of "
+            f"{n // directions}"
+        )
+    if settings["lr"] == "auto":
+        raise ValueError(
+            f"--lr auto searches in one process, but {n} were launched: search in one process "
+            "first, then give the rate that it found"
+        )
+    if ":" in (settings["device"] or ""):
+        raise ValueError(
+            f"--device {settings['device']}: each launched process takes a GPU of its own; give "
+            "cuda or cpu"
         )
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 14  # elements of the trained weights that are hashed at a step
 READ = 1 << 22  # elements that are copied to the host at a time
-OF_A_RANK = ("check", "journal_run")  # attributes that ranks need not have alike
+# Attributes that ranks need not have alike.
+OF_A_RANK = ("check", "journal", "journal_run", "followed", "recorded_weights")
 PLAIN = (bool, int, float, str, tuple, type(None))
 
 

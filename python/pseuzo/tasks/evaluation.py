@@ -9,7 +9,8 @@ that the model writes greedily with each accepted answer and take the best, as S
 (torchmetrics).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,8 +19,48 @@ from torch import Tensor, nn
 
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.positions import IGNORED
+from pseuzo.optim.together import Together
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.tasks.data import Row, TaskData
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How rows are put into batches, and which of them this rank computes.
+
+    size: rows of a batch. together: the ranks that share the batches; None: this process has all.
+    """
+
+    size: int
+    progress: bool = False
+    together: Together | None = None
+
+    def of(
+        self, rows: Sequence[Row], what: str, one_length: bool = False
+    ) -> Iterator[tuple[list[int], list[Row]]]:
+        """Yield (numbers, rows) of similar length. The longest come first, so that rows that do not
+        fit into memory fail at once. one_length: all rows of a batch have the same length, so that
+        there is no padding."""
+        from tqdm import tqdm
+
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+        parts = groupby(order, key=lambda i: len(rows[i].tokens) if one_length else None)
+        some = [
+            part[first : first + self.size]
+            for part in (list(p) for _, p in parts)
+            for first in range(0, len(part), self.size)
+        ]
+        if self.together is not None:
+            some = some[self.together.rank :: self.together.size]
+        for numbers in tqdm(some, desc=what, unit="batch", leave=False, disable=not self.progress):
+            yield numbers, [rows[i] for i in numbers]
+
+    def complete(self, found: dict[int, Any]) -> dict[int, Any]:
+        """Return what all ranks found, by number of the row. found: what this one did."""
+        if self.together is None or self.together.ranks is None:
+            return found
+        ranks = self.together.all_of(list(found.items()))
+        return {number: value for items in ranks for number, value in items}
 
 
 @torch.no_grad()
@@ -30,16 +71,18 @@ def evaluate(
     batch_size: int = 16,
     progress: bool = False,
     sfc: bool = False,
+    together: Together | None = None,
 ) -> dict[str, float]:
     """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", the one that is trained
     on; "examples", how many there are.
 
     batch_size: rows of a forward; an option is a row. Each module keeps its train or eval mode.
     sfc: choose by calibrated scores; the loss is of those that are not. ValueError if the task has
-    no sfc template.
+    no sfc template. together: ranks that share the batches, which are those of a single process,
+    and get the same figures.
     """
-    domain = data.of_domain() if sfc else None
-    return _measure(model, data, range(len(data)), batch_size, progress, loss=True, domain=domain)
+    domain, batches = data.of_domain() if sfc else None, Batches(batch_size, progress, together)
+    return _measure(model, data, range(len(data)), batches, loss=True, domain=domain)
 
 
 @torch.no_grad()
@@ -49,7 +92,7 @@ def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | T
 
     A scalar, fp32, on the model's device."""
     index = batch_rows.tolist() if isinstance(batch_rows, Tensor) else list(batch_rows)
-    figures = _measure(model, data, index, 16, False, loss=False)
+    figures = _measure(model, data, index, Batches(16), loss=False)
     value = figures["f1" if data.task.kind == "generation" else "accuracy"]
     return torch.tensor(1.0 - value, device=next(model.parameters()).device)
 
@@ -58,39 +101,21 @@ def _measure(
     model: nn.Module,
     data: TaskData,
     index: Sequence[int],
-    batch_size: int,
-    progress: bool,
+    batches: Batches,
     loss: bool,
     domain: TaskData | None = None,
 ) -> dict[str, float]:
     verify = True if loss else "once"  # a training step asks for no loss
     with frozen_mode(model):
         if data.task.kind == "generation":
-            figures = _generated(model, data, index, batch_size, progress)
+            figures = _generated(model, data, index, batches)
             if loss:
-                figures["loss"] = _answer_loss(model, data, index, batch_size, progress)
+                figures["loss"] = _answer_loss(model, data, index, batches)
         elif data.options is not None:
-            figures = _by_label_words(model, data, domain, index, batch_size, progress, verify)
+            figures = _by_label_words(model, data, domain, index, batches, verify)
         else:
-            figures = _by_options(model, data, domain, index, batch_size, progress, verify)
+            figures = _by_options(model, data, domain, index, batches, verify)
     return figures | ({"examples": len(index)} if loss else {})
-
-
-def _batches(rows: Sequence[Row], size: int, progress: bool, what: str, one_length: bool = False):
-    """Yield (numbers, rows) of similar length. The longest come first, so that rows that do not fit
-    into memory fail at once. one_length: all rows of a batch have the same length, so that there is
-    no padding."""
-    from tqdm import tqdm
-
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
-    parts = groupby(order, key=lambda i: len(rows[i].tokens) if one_length else None)
-    some = [
-        part[first : first + size]
-        for part in (list(p) for _, p in parts)
-        for first in range(0, len(part), size)
-    ]
-    for numbers in tqdm(some, desc=what, unit="batch", leave=False, disable=not progress):
-        yield numbers, [rows[i] for i in numbers]
 
 
 def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -98,16 +123,18 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _by_label_words(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
+def _by_label_words(model, data, domain, index, batches, verify) -> dict[str, float]:
     def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
         assert data.options is not None  # evaluate() calls this for label words alone
         objective = CausalLMObjective(model, data.options, verify=verify)
-        scores = torch.empty(len(rows), len(data.options or ()))
-        for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
+        found: dict[int, list[float]] = {}
+        for numbers, some in batches.of(rows, "evaluating"):
             batch = data.pad_rows(some)
             batch["labels"] = torch.zeros(len(some), dtype=torch.long)
-            scores[numbers] = objective.scores(_moved(batch, model)).cpu()
-        return scores
+            scores = objective.scores(_moved(batch, model)).float()
+            found |= zip(numbers, scores.tolist(), strict=True)
+        found = batches.complete(found)
+        return torch.tensor([found[i] for i in range(len(rows))])
 
     scores = scores_of(data, [data.token_rows(i, "label-words")[0] for i in index])
     answers = torch.tensor([data.examples[i].answer for i in index])
@@ -127,27 +154,30 @@ def _once(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return [rows[places.index(place)] for place in range(len(found))], places
 
 
-def _row_scores(model, data, rows, batch_size, progress, verify) -> tuple[Tensor, Tensor]:
+def _row_scores(model, data, rows, batches, verify) -> tuple[Tensor, Tensor]:
     """Return the mean log-likelihood of each row's scored tokens, and their number; [R], on CPU."""
     objective = CausalLMObjective(model, verify=verify)
-    scores, counts = (torch.empty(len(rows), dtype=torch.float64) for _ in range(2))
-    for numbers, some in _batches(rows, batch_size, progress, "evaluating"):
+    found: dict[int, tuple[float, float]] = {}
+    for numbers, some in batches.of(rows, "evaluating"):
         batch = data.pad_rows(some)
-        scores[numbers] = objective.row_scores(_moved(batch, model)).double().cpu()
-        counts[numbers] = (batch["targets"] != IGNORED).sum(1).double()
-    return scores, counts
+        scores = objective.row_scores(_moved(batch, model)).double()
+        counts = (batch["targets"] != IGNORED).sum(1).double()
+        found |= zip(numbers, zip(scores.tolist(), counts.tolist(), strict=True), strict=True)
+    found = batches.complete(found)
+    table = torch.tensor([found[i] for i in range(len(rows))], dtype=torch.float64)
+    return table[:, 0], table[:, 1]
 
 
-def _by_options(model, data, domain, index, batch_size, progress, verify) -> dict[str, float]:
+def _by_options(model, data, domain, index, batches, verify) -> dict[str, float]:
     rows, bounds = [], [0]
     for i in index:
         rows += data.token_rows(i, "options")
         bounds.append(len(rows))
-    scores, counts = _row_scores(model, data, rows, batch_size, progress, verify)
+    scores, counts = _row_scores(model, data, rows, batches, verify)
     chosen_by = scores
     if domain is not None:
         some, places = _once([row for i in index for row in domain.token_rows(i, "options")])
-        chosen_by = scores - _row_scores(model, data, some, batch_size, progress, verify)[0][places]
+        chosen_by = scores - _row_scores(model, data, some, batches, verify)[0][places]
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine, by = data.examples[i], scores[first:end], chosen_by[first:end]
@@ -162,16 +192,16 @@ def _by_options(model, data, domain, index, batch_size, progress, verify) -> dic
     return {"accuracy": right / len(index), "loss": losses / tokens}
 
 
-def _answer_loss(model, data, index, batch_size, progress) -> float:
+def _answer_loss(model, data, index, batches) -> float:
     rows = [data.token_rows(i, "answer")[0] for i in index]
-    scores, counts = _row_scores(model, data, rows, batch_size, progress, True)
+    scores, counts = _row_scores(model, data, rows, batches, True)
     return -float((scores * counts).sum() / counts.sum())
 
 
-def _generated(model, data, index, batch_size, progress) -> dict[str, float]:
+def _generated(model, data, index, batches) -> dict[str, float]:
     from torchmetrics.functional.text import squad
 
-    texts = generate(model, data, index, batch_size, progress)
+    texts = _texts(model, data, index, batches)
     written: list[Any] = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
     golds = [list(data.examples[i].golds) for i in index]
     wanted: list[Any] = [
@@ -192,12 +222,16 @@ def generate(
 ) -> list[str]:
     """Return the text that the model writes greedily after the prompts of these examples, up to the
     task's stop or max_new_tokens."""
+    return _texts(model, data, index, Batches(batch_size, progress))
+
+
+def _texts(model: nn.Module, data: TaskData, index: Sequence[int], batches: Batches) -> list[str]:
     from transformers import GenerationConfig, StoppingCriteriaList
 
     writer: Any = model  # nn.Module does not declare generate()
     tokenizer, stop = data.tokenizer, data.task.stop
     rows = [data.token_rows(i, "prompt")[0] for i in index]
-    texts = [""] * len(rows)
+    texts: dict[int, str] = {}
     model_ends = _as_list(getattr(model.generation_config, "eos_token_id", None))
     ends = data.end_tokens() | {tokenizer.eos_token_id, *model_ends} - {None}
     config = GenerationConfig(
@@ -210,7 +244,7 @@ def generate(
         use_cache=True,
     )
     one_length = _padding_counts(model, data, rows)
-    for numbers, some in _batches(rows, batch_size, progress, "writing", one_length):
+    for numbers, some in batches.of(rows, "writing", one_length):
         batch = _moved(data.pad_rows(some), model)
         start = batch["input_ids"].shape[1]
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -229,7 +263,8 @@ def generate(
         written = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
         for number, text in zip(numbers, written, strict=True):
             texts[number] = (text.split(stop)[0] if stop else text).strip()
-    return texts
+    texts = batches.complete(texts)
+    return [texts[i] for i in range(len(rows))]
 
 
 def _padding_counts(model: nn.Module, data: TaskData, rows: Sequence[Row]) -> bool:

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
-from pseuzo.machine import refuse_replicas
-from pseuzo.train.methods import METHODS, OF_METHOD, ZEROTH_ORDER, with_defaults
+from pseuzo.train.methods import (
+    METHODS,
+    OF_METHOD,
+    ZEROTH_ORDER,
+    refused_in_ranks,
+    with_defaults,
+)
 from pseuzo.train.options import OPTIONS, ZeroOrderOptions
 
 # Arguments of Transformers that would have no effect, or another effect: the methods for which this
@@ -103,13 +108,36 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 f"{name}={value} needs method {' or '.join(methods)}, not {self.method}"
             )
 
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts the ranks divide a batch."""
+        return max(1, self.world_size // self.direction_ranks)
+
+    @property
+    def global_batch_size(self) -> int:
+        """The number of examples of a step, on all ranks together."""
+        return self.train_batch_size * self.row_parts
+
+    def _refuse_ranks(self) -> None:
+        """Raise ValueError for what several ranks cannot do together."""
+        if self.world_size % self.direction_ranks:
+            raise ValueError(
+                f"direction_ranks must divide the number of ranks, {self.world_size}, got "
+                f"{self.direction_ranks}"
+            )
+        options = {name: getattr(self, name) for name in OPTIONS}
+        if self.world_size > 1 and (why := refused_in_ranks(self.method, options)):
+            raise ValueError(
+                f"{why} is for one process, but this is one of {self.world_size} ranks"
+            )
+
     def refuse(self) -> None:
         """Raise ValueError for arguments that exclude the method or each other.
 
         The trainer calls this again, since arguments may be assigned after they were made.
         """
         self._refuse_unused()
-        refuse_replicas(f"method {self.method}", self.world_size)
+        self._refuse_ranks()
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "
@@ -121,7 +149,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         if not self.zeroth_order:
             return
         options = {name: getattr(self, name) for name in OPTIONS}
-        why = METHODS[self.method].refusal(**options, batch_size=self.per_device_train_batch_size)
+        why = METHODS[self.method].refusal(**options, batch_size=self.global_batch_size)
         if why is not None:
             raise ValueError(f"method {self.method}: {why}")
         if self.gradient_accumulation_steps != 1:

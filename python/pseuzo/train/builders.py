@@ -42,6 +42,7 @@ def zeroth_order_options(setup: Setup) -> dict[str, Any]:
         "model": setup.model,
         "clip_examples": args.clip_examples,
         "capture": args.capture,
+        "direction_ranks": args.direction_ranks,
     }
 
 

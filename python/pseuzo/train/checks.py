@@ -68,7 +68,7 @@ def check_parts(args: PseuZOTrainingArguments, train_dataset: Any) -> None:
     if not args.split_batch or not hasattr(train_dataset, "__len__") or args.dataloader_drop_last:
         return
     n, q = len(train_dataset), args.directions or 1
-    last = n % args.per_device_train_batch_size
+    last = n % args.global_batch_size
     if 0 < last < q:
         raise ValueError(
             f"split_batch needs an example for each of the {q} directions, and the last batch of "

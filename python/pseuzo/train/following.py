@@ -11,12 +11,14 @@ only where an estimator's state comes from them: see `ZeroOrder.history`.
 import io
 import os
 import warnings
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pseuzo.optim.base import ZeroOrder
+from pseuzo.optim.together import Together
 from pseuzo.train.journal_file import (
     JournalError,
     Record,
@@ -74,6 +76,21 @@ class Followed:
         if step < self._last:
             due.append(self._last)
         return step < min(due) - self.history
+
+
+def share_records(optimizer: ZeroOrder, together: Together) -> Followed | None:
+    """Let all ranks of a run make the steps again whose records rank 0 has read, and return
+    these."""
+
+    def of_root() -> list[Any] | None:
+        found = optimizer.followed
+        return found and [b64encode(found.content).decode(), found.first, found.history]
+
+    found = together.of_root(of_root)
+    if found is not None and not together.is_root:
+        content, first, history = found
+        optimizer.followed = Followed(b64decode(content), first, history)
+    return optimizer.followed
 
 
 @dataclass(frozen=True)

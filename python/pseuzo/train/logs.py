@@ -189,6 +189,8 @@ def _figures(optimizer: ZeroOrder) -> dict[str, Any]:
         "window": stats["window"],
         "skipped_steps": stats["skipped_steps"],
     }
+    if "network_bytes" in stats:  # there are several ranks
+        figures["network_bytes"] = stats["network_bytes"]
     # Below 1, rounding to nearest would lose the update.
     for dtype, ulps in optimizer.update_rms().items():
         figures[f"update_ulps_{dtype}"] = ulps

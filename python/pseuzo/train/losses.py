@@ -14,7 +14,7 @@ from pseuzo.optim.clip import row_factors
 from pseuzo.perturb.graphs import MAX_GRAPHS
 from pseuzo.tasks import TaskData, nondiff_loss
 from pseuzo.train.arguments import PseuZOTrainingArguments
-from pseuzo.train.parts import cut, examples_in, rows_in
+from pseuzo.train.parts import cut, examples_in, part_of, rows_in
 
 # Under capture, lengths are padded to multiples of the first, loss positions to multiples of the
 # second.
@@ -83,11 +83,29 @@ class Losses:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of optimizer.estimate: a closure; a closure for each part of the
         batch, and the sizes of the parts; or forward and head with the groups and examples of their
-        rows."""
-        args, each = self.args, self.args.clip_examples is not None
+        rows.
+
+        inputs: the global batch. Each of several ranks measures on its part, and gives its size.
+        """
+        ranks, each = optimizer.ranks, self.args.clip_examples is not None
         if optimizer.parts > 1:
             batches = cut(inputs, optimizer.parts)
             return ([self.closure(b, each) for b in batches],), {"sizes": self._sizes(batches)}
+        if ranks is None:
+            return self._of_batch(inputs, optimizer, each)
+        part, has_rows = part_of(inputs, ranks.row, ranks.rows)
+        functions, more = self._of_batch(part, optimizer, each)
+        size = self._sizes([part])[0]
+        if each:  # a loss for each example, which has the scale that it has in the global batch
+            n, whole = examples_in(part), self._sizes([inputs])[0]
+            factor, size = examples_in(inputs) / whole * (size / n), n
+            functions = *functions[:-1], _scaled(functions[-1], factor)
+        return functions, more | {"size": float(size) if has_rows else 0.0}
+
+    def _of_batch(
+        self, inputs: dict[str, Any], optimizer: ZeroOrder, each: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = self.args
         if not optimizer.has_gradient:
             if args.capture:
                 return self.recorded(inputs, each)[2:], {}
@@ -144,6 +162,10 @@ class Losses:
         if self.of_model and mask is not None and not bool(mask[:, 0].all()):
             kept |= self.objective.model_inputs(kept)
         return kept
+
+
+def _scaled(loss: Callable[..., Tensor], factor: Any) -> Callable[..., Tensor]:
+    return lambda *inputs: loss(*inputs) * factor
 
 
 def clipped_mean(head: Head, o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ class Method:
     # The options of a run, and batch_size, by keyword -> why they exclude each other, or None.
     refusal: Callable[..., str | None] = lambda **options: None
     zeroth_order: bool = True
+    in_ranks: bool = True  # whether several processes can share its steps
     # (steps, options by keyword) -> passes of the first steps; needed where steps differ in passes.
     total: Callable[..., int] | None = None
 
@@ -76,7 +77,10 @@ def _sign_refusal(journal: str | None, noise: str, directions: int, **unused: An
 
 
 # Options that every zeroth-order method takes, and no first-order method.
-PERTURBING = ("eps", "noise", "rounding", "two_sided", "journal", "capture")
+PERTURBING = (
+    *("eps", "noise", "rounding", "two_sided", "journal", "capture"),
+    "direction_ranks",
+)
 EAGER = tuple(name for name in PERTURBING if name != "capture")  # for methods without CUDA graphs
 
 METHODS = {
@@ -143,6 +147,7 @@ METHODS = {
     "mezo-svrg": Method(
         help="MeZO-SVRG: estimates corrected by an estimate over all the data at an anchor.",
         build=builders.svrg,
+        in_ranks=False,
         passes=costs.svrg_passes,
         total=costs.svrg_total,
         options=(
@@ -153,6 +158,7 @@ METHODS = {
     "deepzero": Method(
         help="DeepZero: differences along single weights, at a sparse pattern; for small models.",
         build=builders.deepzero,
+        in_ranks=False,
         passes=costs.deepzero_passes,
         total=costs.deepzero_total,
         options=(*EAGER, "directions", "objective", "coordinates", "scores"),
@@ -166,7 +172,7 @@ METHODS = {
         help="The exact derivative along a direction, by forward-mode differentiation.",
         build=builders.forward_gradient,
         passes=costs.forward_gradient_passes,
-        options=("noise", "rounding", "journal", "directions"),
+        options=("noise", "rounding", "journal", "directions", "direction_ranks"),
     ),
     "zo-sign": Method(
         help="MeZO with the sign of its estimate for each weight.",
@@ -195,6 +201,7 @@ METHODS = {
         options=("momentum",),
         rate="sgd_lr",
         zeroth_order=False,
+        in_ranks=False,
     ),
     "fo-adam": Method(
         help="AdamW with backpropagation, to compare.",
@@ -203,8 +210,11 @@ METHODS = {
         options=(),
         rate="adam_lr",
         zeroth_order=False,
+        in_ranks=False,
     ),
 }
+# Options that several processes cannot share, with the values for which this holds.
+IN_ONE_PROCESS = {"capture": (True,), "split_batch": (True,), "head": ("exact",)}
 OF_METHOD = ("momentum", "directions")  # options whose default is the method's own
 ZEROTH_ORDER = tuple(name for name, method in METHODS.items() if method.zeroth_order)
 
@@ -232,6 +242,16 @@ def forwards_of_steps(method: str, steps: int, options: Mapping[str, Any]) -> in
     if total is not None:
         return total(steps, **with_defaults(method, options))
     return round(steps * forwards_per_step(method, options))
+
+
+def refused_in_ranks(method: str, options: Mapping[str, Any]) -> str | None:
+    """Which of these options needs one process; None if several ranks can share the steps."""
+    if not METHODS[method].in_ranks:
+        return f"method {method}"
+    for name, values in IN_ONE_PROCESS.items():
+        if options.get(name) in values:
+            return name if options[name] is True else f"{name}={options[name]}"
+    return None
 
 
 def default_rate(method: str, mode: str) -> float:

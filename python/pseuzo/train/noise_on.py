@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pseuzo.files import read_json, write_json
 from pseuzo.models import placement, probe
+from pseuzo.optim.together import Together
 from pseuzo.train.arguments import PseuZOTrainingArguments
 
 PLACEMENT_FILE = "noise_on.json"
@@ -24,23 +25,27 @@ Losses = Callable[[int], list[Callable[[], Tensor]]]  # n -> the losses of n bat
 
 
 def decide(
-    model: nn.Module, args: PseuZOTrainingArguments, find: Callable[[], dict[str, Any]]
+    model: nn.Module,
+    args: PseuZOTrainingArguments,
+    find: Callable[[], dict[str, Any]],
+    together: Together,
 ) -> tuple[dict[nn.Parameter, float], float, float]:
     """Return the parameters that take noise (first-order methods: that are trained), lr and eps.
 
-    find: finds them by a probe. It is called if args ask for one and this output folder has none.
+    find: finds them by a probe. It is called if args ask for one and this output folder has none:
+    on every rank, as the ranks draw the batches together, but the decision is that of rank 0.
     """
     if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
         return placement.place(model, args.noise_on), args.learning_rate, args.eps
     file = Path(str(args.output_dir)) / PLACEMENT_FILE
     request = {name: getattr(args, name) for name in REQUEST}
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if not together.of_root(file.exists):
         # Data loaders draw from the generator, and dropout must be the same as without a probe.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), together.one_speaks():
             found = find()
-        write_json(file, found | {"request": request})
-    decided = read_json(file, "noise_on", "lr", "eps", "request")
+        together.of_root(lambda: _write(file, found | {"request": request}))
+    keys = "noise_on", "lr", "eps", "request"
+    decided = together.of_root(lambda: read_json(file, *keys))
     if decided["request"] != request:
         other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
         raise ValueError(
@@ -48,6 +53,11 @@ def decide(
             f"{request[other]}; choose another output folder, or delete that file"
         )
     return placement.place(model, decided["noise_on"]), decided["lr"], decided["eps"]
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, found)
 
 
 def find(model: nn.Module, args: PseuZOTrainingArguments, losses: Losses) -> dict[str, Any]:

@@ -205,6 +205,11 @@ class ZeroOrderOptions:
         None, "Learning rate of the steps that set an anchor. Default: the learning rate."
     )
     journal: str | None = _option(None, "File that records every update, for pseuzo replay.")
+    direction_ranks: Annotated[int, Flag(least=1)] = _option(
+        1,
+        "Under torchrun: number of ranks that share the passes of a step on the same rows; a batch "
+        "is divided into as many parts as there are groups of such ranks.",
+    )
     capture: bool = _option(
         False,
         "Record the passes as CUDA graphs: faster where launches are the limit (small models, "

@@ -33,19 +33,38 @@ def cut(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
             f"split_batch needs an example for each of the {parts} directions, and this batch has "
             f"{n}: give a larger batch, or fewer directions"
         )
-    spans = [(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+    return [_examples(batch, n, *_span(n, i, parts)) for i in range(parts)]
+
+
+def part_of(batch: dict[str, Any], part: int, parts: int) -> tuple[dict[str, Any], bool]:
+    """Return one of the parts that cut gives, and whether it has examples.
+
+    Where there are fewer examples than parts, some parts have none: they get the last example of
+    the batch, for something to run on. Padding stays, as it is what the same rows have in one
+    process.
+    """
+    n = examples_in(batch)
+    first, end = _span(n, part, parts)
+    if first < end:
+        return _examples(batch, n, first, end), True
+    return _examples(batch, n, n - 1, n), False
+
+
+def _span(n: int, part: int, parts: int) -> tuple[int, int]:
+    return n * part // parts, n * (part + 1) // parts
+
+
+def _examples(batch: dict[str, Any], n: int, first: int, end: int) -> dict[str, Any]:
     if "examples" in batch:
-        return [_options(batch, first, end) for first, end in spans]
-    return [{k: _rows(k, x, slice(*span), n) for k, x in batch.items()} for span in spans]
+        return _options(batch, first, end)
+    return {k: _rows(k, x, slice(first, end), n) for k, x in batch.items()}
 
 
 def _rows(name: str, x: Any, rows: Any, n: int) -> Any:
     if not isinstance(x, Tensor) or not x.dim():
         return x
     if len(x) != n:
-        raise ValueError(
-            f"split_batch cuts a batch by its {n} rows, but {name} has shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"a batch is cut by its {n} rows, but {name} has shape {tuple(x.shape)}")
     return x[rows]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.optim.base import ZeroOrder
@@ -13,9 +12,10 @@ from pseuzo.tasks import TaskData, evaluate
 from pseuzo.train.logs import StepLog
 from pseuzo.train.methods import forwards_of_steps, forwards_per_step
 from pseuzo.train.options import OPTIONS
+from pseuzo.train.ranked import RankedTrainer
 
 
-class ReportingTrainer(Trainer):
+class ReportingTrainer(RankedTrainer):
     """Logs without waiting for the device, counts forward passes, and evaluates a TaskData.
 
     zero_order: the optimizer of a zeroth-order run, else None. It is stored here because
@@ -43,7 +43,7 @@ class ReportingTrainer(Trainer):
     def counted_options(self) -> dict[str, Any]:
         """What the number of forward passes of a step depends on, see forwards_per_step."""
         options = {name: getattr(self.args, name) for name in OPTIONS}
-        options["batch_size"] = self.args.train_batch_size
+        options["batch_size"] = self.args.global_batch_size
         if hasattr(self.train_dataset, "__len__"):
             options["train_size"] = len(self.train_dataset)
         return options
@@ -67,7 +67,8 @@ class ReportingTrainer(Trainer):
         self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any
     ) -> None:
         if self.args.zeroth_order:  # Transformers would wait for this loss, and log() adds its own
-            tr_loss, grad_norm = torch.zeros(()), None
+            where = self.args.device if self.distributed else "cpu"  # it is sent to other ranks
+            tr_loss, grad_norm = torch.zeros((), device=where), None
         if self.repeats:
             self.control.should_log = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -110,7 +111,9 @@ class ReportingTrainer(Trainer):
             if not isinstance(data, TaskData):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             started = time.perf_counter()
-            figures = evaluate(self.model, data, batch_size=self.args.eval_batch_size)
+            figures = evaluate(
+                self.model, data, batch_size=self.args.eval_batch_size, together=self.together
+            )
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
             metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 4)
             metrics["forwards"] = self.forwards(self.state.global_step)

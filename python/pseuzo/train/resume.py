@@ -27,9 +27,11 @@ from pseuzo.optim import PseuZO
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.following import share_records
 from pseuzo.train.journal import Journal
 from pseuzo.train.journal_file import JournalError, owner
 from pseuzo.train.logs import AtBeginning
+from pseuzo.train.ranked import whole_run
 from pseuzo.train.reporting import ReportingTrainer
 
 _log = logging.getLogger(__name__)
@@ -140,13 +142,13 @@ def load_trained(model: nn.Module, folder: Path) -> bool:
     return True
 
 
-def best_folder(best_checkpoint: str, output_dir: str) -> Path | None:
+def best_folder(best_checkpoint: str, output_dir: str) -> str | None:
     """Return the folder of the best checkpoint, also if the run was moved; None if it is not
     whole."""
     folder = Path(best_checkpoint)
     if not folder.is_dir():
         folder = Path(output_dir) / folder.name
-    return None if checkpoints.flaw(folder, weights_alone=True) else folder
+    return None if checkpoints.flaw(folder, weights_alone=True) else str(folder)
 
 
 def warn_of_last_weights(folder: Path, wrong: str, last: int, journal: str | None) -> None:
@@ -200,15 +202,19 @@ class ResumableTrainer(ReportingTrainer):
                 f"schedule {self.args.schedule} counts epochs: it needs a train_dataset of a known "
                 "length"
             )
-        n, size = len(self.train_dataset), self.args.train_batch_size
+        n, size = len(self.train_dataset), self.args.global_batch_size
         return max(1, n // size if self.args.dataloader_drop_last else -(-n // size))
 
     def _begin(self) -> None:
         """Check that checkpoints can be written, and open the journal, before the first step."""
+        self.together.of_root(self._begin_files)
+        self._follow()
+        self.step_log.begin(self.state.log_history)
+
+    def _begin_files(self) -> None:
         save = lambda folder, weights: self._save(folder, state_dict=weights)  # noqa: E731
         callbacks = self.callback_handler.callbacks
         check_checkpoints(self.model, self.args, save, self.lr_scheduler, callbacks)
-        self.step_log.begin(self.state.log_history)
         if self.args.journal and self.zero_order is not None:
             if self.zero_order.journal_run and owner(self.args.journal) == (None, 0):
                 raise JournalError(
@@ -219,21 +225,24 @@ class ResumableTrainer(ReportingTrainer):
             self._journal = Journal(
                 self.args.journal, self.zero_order, run=self.run_id, follow=self.follows
             )
-            self._plan_to_follow()
 
-    def _plan_to_follow(self) -> None:
-        """Say which recorded steps are made again, and which states their checkpoints need."""
-        followed = self.zero_order.followed
+    def _follow(self) -> None:
+        """Say which recorded steps are made again, and which states their checkpoints need. Rank 0
+        has read the records, and gives them to the others."""
+        if self.zero_order is None:
+            return
+        followed = share_records(self.zero_order, self.together)
         if followed is None:
             return
         strategy, state = self.args.save_strategy, self.state
         every = {SaveStrategy.NO: 0, SaveStrategy.STEPS: state.save_steps}.get(strategy, 1)
         followed.plan_states(every, state.max_steps if every else 0)
-        print(
-            f"steps {followed.first} to {followed.end - 1} are made again as recorded in "
-            f"{self.args.journal}",
-            flush=True,
-        )
+        if self.together.is_root:
+            print(
+                f"steps {followed.first} to {followed.end - 1} are made again as recorded in "
+                f"{self.args.journal}",
+                flush=True,
+            )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -245,9 +254,15 @@ class ResumableTrainer(ReportingTrainer):
         """
         self.kept_step = None
         self.follows = self.follows or resume_from_checkpoint is True
-        checkpoint = checkpoint_of(
-            resume_from_checkpoint, self.args.output_dir, self.found_whole, self.args.journal
+        checkpoint = self.together.of_root(
+            lambda: checkpoint_of(
+                resume_from_checkpoint,
+                self.args.output_dir,
+                self.found_whole,
+                self.args.journal,
+            )
         )
+        self._check_seen(checkpoint)
         if checkpoint and state_of(checkpoint).global_step >= self.planned_steps():
             return self._finished(checkpoint)
         try:
@@ -256,6 +271,8 @@ class ResumableTrainer(ReportingTrainer):
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
+            if self.zero_order is not None:
+                self.zero_order.followed = None
         self._settle()
         self.step_log.end()
         return outcome
@@ -283,7 +300,8 @@ class ResumableTrainer(ReportingTrainer):
                 "with"
             ) from error
         loaded = settings(self.optimizer, self.zero_order, self.lr_scheduler)
-        warn_of_changes(given, loaded, self.args.seed)
+        if self.together.is_root:
+            warn_of_changes(given, loaded, self.args.seed)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -293,10 +311,13 @@ class ResumableTrainer(ReportingTrainer):
 
     def _load_best_model(self) -> None:
         """Load as Transformers does if the best checkpoint is whole; else keep the last weights."""
-        folder = best_folder(self.state.best_model_checkpoint, self.args.output_dir)
-        self.state.best_model_checkpoint = None if folder is None else str(folder)
-        if folder is None:
+        best = self.state.best_model_checkpoint
+        found = self.together.of_root(lambda: best_folder(best, self.args.output_dir))
+        self.state.best_model_checkpoint = found
+        if found is None:
             return
+        self._check_seen(found)
+        folder = Path(found)
         if not load_trained(self.model, folder):
             super()._load_best_model()
         self.kept_step = checkpoints.step_of(folder)
@@ -310,8 +331,9 @@ class ResumableTrainer(ReportingTrainer):
             self.kept_step = last
             return
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-        if wrong := checkpoints.flaw(folder, weights_alone=True):
-            warn_of_last_weights(folder, wrong, last, self.args.journal)
+        if wrong := self.together.of_root(lambda: checkpoints.flaw(folder, weights_alone=True)):
+            if self.together.is_root:
+                warn_of_last_weights(folder, wrong, last, self.args.journal)
             return
         # Transformers forgets where the best is when a run that was moved is resumed.
         self.state.best_model_checkpoint = str(folder)
@@ -326,22 +348,44 @@ class ResumableTrainer(ReportingTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as Transformers does, and seal it with checksums before older ones are removed."""
-        if self.args.world_size > 1:  # the other processes write some of its files
-            return super()._save_checkpoint(model, trial)
+        """Save as Transformers does, and seal it with checksums before older ones are removed.
+
+        Rank 0 writes all of it, as the only process of a run would, since the others have the same
+        state. They wait.
+        """
+        with self.step_log.paused():
+            self.state.best_model_checkpoint = self.together.of_root(
+                lambda: self._write_checkpoint(model, trial)
+            )
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> str | None:
+        """Write a checkpoint; return the best one of the run."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial)) / name
         remove_earlier(folder)
         limit = self.args.save_total_limit
-        with self.step_log.paused():
-            if self._journal is not None:
-                self._journal.sync()
-            checkpoints.begin(folder)
-            try:
-                self.args.save_total_limit = None
+        if self._journal is not None:
+            self._journal.sync()
+        checkpoints.begin(folder)
+        try:
+            self.args.save_total_limit = None
+            with whole_run(self.args):
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            checkpoints.seal(folder)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
+        finally:
+            self.args.save_total_limit = limit
+        checkpoints.seal(folder)
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
+        return best
+
+    def _check_seen(self, checkpoint: str | bool | None) -> None:
+        """Raise ValueError if a rank, which may be on another machine, does not see the folder."""
+
+        def check() -> None:
+            if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+                raise ValueError(
+                    f"{checkpoint} is not there for rank {self.together.rank}: all ranks read it, "
+                    "so the folder of the run must be on a disk that all machines share"
+                )
+
+        self.together.agreed(check)

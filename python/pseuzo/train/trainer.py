@@ -97,7 +97,7 @@ class PseuZOTrainer(ResumableTrainer):
     def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             args = self.args
-            where, lr, eps = noise_on.decide(self.model, args, self.find_placement)
+            where, lr, eps = noise_on.decide(self.model, args, self.find_placement, self.together)
             groups = param_groups(self.model, where, lr=lr, weight_decay=args.weight_decay)
             if not args.zeroth_order:
                 for p in self.model.parameters():
@@ -130,7 +130,7 @@ class PseuZOTrainer(ResumableTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.train_dataset, TaskData):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return self.train_dataset.sampler(self.args.train_batch_size, seed)
+            return self.train_dataset.sampler(self.args.global_batch_size, seed)
         return super()._get_train_sampler(*args, **kwargs)
 
     def training_step(
@@ -167,7 +167,7 @@ class PseuZOTrainer(ResumableTrainer):
             )
         collate = self._get_collator_with_removed_columns(self.data_collator, "training")
         seed = step_seed(args.seed, self.zero_order.steps)
-        for rows in even_batches(len(data), args.train_batch_size, args.anchor_batches, seed):
+        for rows in even_batches(len(data), args.global_batch_size, args.anchor_batches, seed):
             inputs = self._prepare_inputs(collate([data[i] for i in rows]))
             yield self.losses.closure(inputs, args.clip_examples is not None)
 
