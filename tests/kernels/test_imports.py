@@ -32,6 +32,9 @@ window = pk.EmaWindow(2, eps=1.0)
 assert window.step(7, None, torch.ones(2, 3), torch.ones(2, 3))[1].tolist() == [6.0]
 with pk.ops.tables_of_a_graph() as tables:
     assert tables == {}
+from pseuzo_kernels.adapters import SeededWeights, mezo
+
+SeededWeights([("x", x)]).update([1, 2], [0.5, 0.25], lr=0.1)
 assert not {"numpy", "triton", "pseuzo"} & set(sys.modules)
 """
 
