@@ -35,6 +35,7 @@ MAY_CHANGE = {
     "quiet",
     "report_to",
     "device",
+    "offload",
     "output",
     "direction_ranks",
     "ddp_timeout",

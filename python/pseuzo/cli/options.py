@@ -284,6 +284,7 @@ RUN_OPTIONS = options(
         default=1800,
         help="Under torchrun: seconds after which a rank stops to wait for another.",
     ),
+    training_option("offload"),
     training_option("capture"),
     option(
         "--report-to",

@@ -97,10 +97,12 @@ class Run:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        at_first = {"device": "cpu"} if MODES[c["mode"]].on_host else {}
+        stays = c["offload"] != "none"  # on the host
+        at_first = {"device": "cpu"} if stays or MODES[c["mode"]].on_host else {}
         model, self.tokenizer = load(c | at_first, self.task)
         mode_options = {name: c[name] for name in MODE_OPTIONS}
-        model = tune(model, c["mode"], seed=c["seed"], **mode_options).to(c["device"])
+        model = tune(model, c["mode"], seed=c["seed"], **mode_options)
+        model = model if stays else model.to(c["device"])
         if not self.data:
             if self.together.is_root:
                 check_saving(partial(write_model, model, self.tokenizer), model, Path(c["output"]))

@@ -22,7 +22,7 @@ from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
 from pseuzo.models.kinds import kind_of, without_adapter
 from pseuzo.models.positions import NOT_INPUTS
 from pseuzo.perturb.module import rows_of
-from pseuzo.perturb.offloaded import store_of
+from pseuzo.perturb.offloaded import device_of
 
 BY_HAND = "split it by hand: optimizer.step(forward, head)"
 # The made-up output of the head: a soft cap shows in the large numbers, a factor in the small ones.
@@ -142,9 +142,7 @@ class SplitModel:
     @property
     def device(self) -> torch.device:
         """The device of the head, or the one that the model is offloaded to."""
-        if (store := store_of(self.model)) is not None:
-            return store.device
-        return next(self.head.parameters()).device
+        return device_of(self.model, self.head)
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
         """Return o, the head's input at positions [R, P], as [R, P, D]; zeros at position -1.

@@ -53,6 +53,7 @@ class ZOAdam(MeZO):
     reading it.
     """
 
+    offloads = False
     recordable = False
 
     def __init__(

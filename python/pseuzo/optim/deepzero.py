@@ -116,6 +116,8 @@ class DeepZero(ZeroOrder):
     Further options: see MeZO. Source: see the module.
     """
 
+    offloads = False
+
     passes: KeepingPasses
     recordable = False
     in_ranks = False

@@ -28,6 +28,7 @@ class Estimator:
     where it keeps something from step to step."""
 
     in_ranks = True  # whether several processes can share its steps
+    offloads = True  # whether it can train a model whose weights are uploaded, see perturb.offload
     needs_data = False  # whether step also takes batches, the losses of all the training data
     recordable = True  # whether a journal's seeds and coefficients describe all of its updates
     parts: int = 1  # if more, step takes a closure for each part of a batch, and the parts' sizes

@@ -37,6 +37,7 @@ class ForwardGradient(ZeroOrder):
     options: see MeZO. There is no eps.
     """
 
+    offloads = False
     own_settings = ("directions",)
 
     def __init__(

@@ -34,6 +34,7 @@ from pseuzo.optim.outputs import as_output, head_gradients
 from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.perturb.contexts import frozen_mode, no_cached_casts, outside_inference_mode
+from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels import noise
 from pseuzo_kernels.checks import check_count, check_noise, signed64
 
@@ -157,6 +158,11 @@ class NodePseuZO:
         seed: int = 0,
     ):
         refuse_replicas("NodePseuZO")
+        if store_of(model) is not None:
+            raise ValueError(
+                "NodePseuZO: it differentiates layers, which need their weights on the device, and "
+                "this model is offloaded; leave that off, or train by PseuZO"
+            )
         check_noise("NodePseuZO", noise)
         check_numbers("NodePseuZO", eps=eps, clip_examples=None)
         for key, value in (("directions", directions), ("window", window)):

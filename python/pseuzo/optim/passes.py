@@ -40,14 +40,9 @@ class Passes:
     """
 
     def __init__(self, optimizer: ZeroOrder, capture: bool):
+        _check_offloaded(optimizer, capture)
         if capture:
-            name = type(optimizer).__name__
-            if sessions_of(optimizer.model) is not None:
-                raise ValueError(
-                    f"{name}: capture records passes on weights that stay where they are, and "
-                    "those of this model are uploaded (offload); leave off one of the two"
-                )
-            check_device(name, optimizer.device)
+            check_device(type(optimizer).__name__, optimizer.device)
         self._optimizer = optimizer
         # Those of the model, from its first step on.
         self._of_module: ModulePasses | OffloadedPasses | None = None
@@ -83,12 +78,7 @@ class Passes:
         check_known(op, optimizer.ranks)
         trained = groups.trained(op, optimizer.param_groups)  # refuses before anything is written
         groups.check_trains(op, optimizer.param_groups)
-        if sessions_of(optimizer.model) is not None:
-            if any(group["exact_gradient"] for group in optimizer.param_groups):
-                raise ValueError(
-                    f"{op}: exact gradients are of weights on the device, and those of this model "
-                    "are uploaded (offload); leave off one of the two"
-                )
+        _check_offloaded(optimizer, self._graphs is not None)
         if optimizer.model is None:
             shifted = [(group["noise_scale"], self._limited(params)) for group, params in trained]
             self._in_place.serve(shifted, optimizer.streams, optimizer.masks)
@@ -281,3 +271,20 @@ class Passes:
     def _after_writing(self) -> None:
         if self._optimizer.journal is not None:
             self._optimizer.journal.note_weights()
+
+
+def _check_offloaded(optimizer: ZeroOrder, capture: bool) -> None:
+    """Raise ValueError if the model is offloaded, and the optimizer needs its weights to stay on
+    the device."""
+    if sessions_of(optimizer.model) is None:
+        return
+    needs = None if optimizer.offloads else "its passes or updates"
+    if any(group["exact_gradient"] for group in optimizer.param_groups):
+        needs = "exact_gradient"
+    if capture:
+        needs = "capture"
+    if needs is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__}: {needs} need the weights on the device, and this model "
+            "is offloaded; leave that off, or train by MeZO or PseuZO without it"
+        )

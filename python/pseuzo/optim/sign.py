@@ -38,6 +38,8 @@ class ZOSign(MeZO):
     Where g is exactly 0, x only decays.
     """
 
+    offloads = False
+
     def __init__(
         self,
         params: nn.Module | Iterable,

@@ -38,6 +38,7 @@ class SparseMeZO(MeZO):
     momentum, because past steps had other masks. ValueError if the masks leave no weight to train.
     """
 
+    offloads = False
     own_settings = (*MeZO.own_settings, "sparsity", "mask", "renew_mask")
 
     def __init__(

@@ -51,6 +51,7 @@ class MeZOSVRG(ZeroOrder):
     see MeZO.
     """
 
+    offloads = False
     needs_data = True
     in_ranks = False
     own_settings = ("anchor_every", "anchor_scale", "directions")

@@ -113,7 +113,7 @@ class Layout:
     def _gather(self, module: nn.Module, kind: str, blocks: Blocks) -> None:
         """Add the blocks of module and its submodules. An embedding is always its own block."""
         owned, reached = self.plan().owned, self.learned.reached[kind]
-        within = self.learned.within[kind]
+        within = self.learned.within.get(kind, {})  # passes of no module have none
         owners = [r for r in map(ref, module.modules()) if r in owned]
         tables = [r for r in owners if r in self._embeddings]
         rest = [r for r in owners if r not in self._embeddings]

@@ -21,6 +21,7 @@ from pseuzo.machine import usable_device
 from pseuzo.perturb.module import forget_passes
 from pseuzo.perturb.offloaded import Sessions, sessions_of, set_sessions
 from pseuzo.perturb.regions import DeviceMemory, Outline, Regions, device_bytes, outline
+from pseuzo.perturb.scratch import SMALL
 from pseuzo.perturb.store import Store
 
 __all__ = ["device_bytes", "flush", "offload"]
@@ -54,6 +55,11 @@ def offload(
     if not isinstance(buffers, int) or buffers < 1:
         raise ValueError(f"offload: buffers must be at least 1, got {buffers}")
     found, regions = outline(model), Regions(model)
+    if any(not x.is_floating_point() and x.numel() > SMALL for x in model.buffers()):
+        raise ValueError(
+            "offload: the model holds codes of weights in its buffers, which are not uploaded; it "
+            "is small enough to stay on the device"
+        )
     away = next((p for p in model.parameters() if p.device.type != "cpu"), None)
     if away is not None:
         raise ValueError(

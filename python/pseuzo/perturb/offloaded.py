@@ -7,6 +7,7 @@ from threading import local
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from pseuzo.interrupts import undoing
@@ -239,6 +240,14 @@ def store_of(model: nn.Module | None) -> Store | None:
     """Where an offloaded model has its weights; None for any other model."""
     sessions = sessions_of(model)
     return None if sessions is None else sessions.store
+
+
+def device_of(model: nn.Module, part: nn.Module | None = None) -> torch.device:
+    """The device that a model computes on: that of its first weight, or of the first weight of a
+    part of it, or the one that it is offloaded to."""
+    if (store := store_of(model)) is not None:
+        return store.device
+    return next((part or model).parameters()).device
 
 
 def set_sessions(model: nn.Module, sessions: Sessions) -> None:

@@ -192,8 +192,8 @@ class DeviceMemory:
         """Count a buffer that is freed."""
         self.taken -= buffer.numel()
 
-    def upload(self, parts: dict[nn.Parameter, Tensor]) -> None:
+    def upload(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy weights to their parts of a buffer."""
-        for p, part in parts.items():
-            part.copy_(p.detach(), non_blocking=True)
-            self.uploaded += p.numel() * p.element_size()
+        for x, part in parts:
+            part.copy_(x, non_blocking=True)
+            self.uploaded += x.numel() * x.element_size()

@@ -76,12 +76,10 @@ class Aim:
         # A backward that kept what was in the memory before must fail.
         torch.autograd.graph.increment_version(outs)
 
-    def rows(self, p: nn.Parameter, index: Tensor) -> Tensor:
-        """Perturbed rows of a weight on the host."""
+    def rows(self, p: nn.Parameter, x: Tensor, index: Tensor) -> Tensor:
+        """Perturbed rows of a weight on the host, whose tensor is x."""
         stream, scale = self.passes.params[p]
-        return add_noise_rows(
-            p.detach(), index, *self.terms(p.device), stream, scale, self.passes.noise
-        )
+        return add_noise_rows(x, index, *self.terms(x.device), stream, scale, self.passes.noise)
 
 
 class Session(TorchFunctionMode):

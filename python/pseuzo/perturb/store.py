@@ -42,6 +42,8 @@ class Store:
 
     def __init__(self, regions: Regions, memory: DeviceMemory, buffers: int) -> None:
         self.regions, self.memory, self.device = regions, memory, memory.device
+        # The weights without autograd, in the same memory. A session does not replace these.
+        self._real = {p: p.detach() for p in regions.of}
         size = regions.largest()
         self._buffers = [Buffer(memory.take(size)) for _ in range(buffers)]
         self._kept = Buffer(memory.take(regions.residents.n_bytes()))
@@ -130,7 +132,7 @@ class Store:
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream is not None:
                 self._stream.wait_event(free)
-            self.memory.upload(parts)
+            self.memory.upload([(self._real[p], part) for p, part in parts.items()])
             if self._stream is not None:
                 region.uploaded = torch.cuda.Event()
                 region.uploaded.record(self._stream)
@@ -165,12 +167,14 @@ class Store:
         self,
         p: nn.Parameter,
         index: Tensor,
-        made: Callable[[nn.Parameter, Tensor], Tensor] | None = None,
+        made: Callable[[nn.Parameter, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Rows of a weight, on the device. made: makes others in their place, on the host."""
+        """Rows of a weight, on the device. made: makes others in their place, on the host, from the
+        parameter, its tensor and the index."""
         self.settle(self.regions.of[p])
-        index = index.to(p.device).long()
-        rows = F.embedding(index, p.detach()) if made is None else made(p, index)
+        x = self._real[p]
+        index = index.to(x.device).long()
+        rows = F.embedding(index, x) if made is None else made(p, x, index)
         return rows.to(self.device)
 
     def flush(self) -> None:

@@ -21,6 +21,7 @@ from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.positions import IGNORED
 from pseuzo.optim.together import Together
 from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.perturb.offloaded import device_of
 from pseuzo.tasks.data import Row, TaskData
 
 
@@ -94,7 +95,7 @@ def nondiff_loss(model: nn.Module, data: TaskData, batch_rows: Sequence[int] | T
     index = batch_rows.tolist() if isinstance(batch_rows, Tensor) else list(batch_rows)
     figures = _measure(model, data, index, Batches(16), loss=False)
     value = figures["f1" if data.task.kind == "generation" else "accuracy"]
-    return torch.tensor(1.0 - value, device=next(model.parameters()).device)
+    return torch.tensor(1.0 - value, device=device_of(model))
 
 
 def _measure(
@@ -119,7 +120,7 @@ def _measure(
 
 
 def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {k: v.to(device) for k, v in batch.items()}
 
 

@@ -42,7 +42,7 @@ UNUSED = (
 
 # What says how pseuzo, the default method, works may stay set under another method, where it does
 # nothing: runs of several methods share their settings.
-SHARED = set(METHODS["pseuzo"].options) - {"journal", "capture"}
+SHARED = set(METHODS["pseuzo"].options) - {"journal", "capture", "offload"}
 
 
 @dataclass
@@ -164,6 +164,12 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             )
         if self.objective == "metric" and self.capture:
             raise ValueError("capture records the loss; objective=metric is computed on the host")
+        if self.offload != "none" and (self.capture or self.head == "exact"):
+            other = "capture" if self.capture else "head=exact"
+            raise ValueError(
+                f"{other} needs weights that stay on the device, and offload={self.offload} "
+                "uploads them; leave off one of the two"
+            )
         if self.head == "exact" and self.journal:
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"

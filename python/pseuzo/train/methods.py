@@ -82,6 +82,8 @@ PERTURBING = (
     "direction_ranks",
 )
 EAGER = tuple(name for name in PERTURBING if name != "capture")  # for methods without CUDA graphs
+# For methods that only run passes at x + eps z, and whose updates are sums of seeded noise.
+SEEDED = (*PERTURBING, "offload")
 
 METHODS = {
     "pseuzo": Method(
@@ -89,7 +91,7 @@ METHODS = {
         build=builders.pseuzo,
         passes=costs.pseuzo_passes,
         options=(
-            *(*PERTURBING, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
+            *(*SEEDED, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
             *("weighting", "groups", "head", "head_lr"),
         ),
         momentum=1.0,
@@ -98,13 +100,13 @@ METHODS = {
         help="MeZO: the difference of the loss at two perturbed points.",
         build=builders.mezo,
         passes=costs.mezo_passes,
-        options=(*PERTURBING, "directions", "objective"),
+        options=(*SEEDED, "directions", "objective"),
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
         build=builders.mezo_momentum,
         passes=costs.mezo_passes,
-        options=(*PERTURBING, "directions", "objective", "window", "momentum"),
+        options=(*SEEDED, "directions", "objective", "window", "momentum"),
         momentum=0.9,
     ),
     "zo-adam": Method(
@@ -121,7 +123,7 @@ METHODS = {
         help="Evolution strategies: q directions, weighted by the ranks of their losses.",
         build=builders.evolution,
         passes=costs.evolution_passes,
-        options=(*PERTURBING, "directions", "objective", "weights", "split_batch"),
+        options=(*SEEDED, "directions", "objective", "weights", "split_batch"),
         rate="adam_lr",
         directions=8,
         refusal=_evolution_refusal,
@@ -130,7 +132,7 @@ METHODS = {
         help="FZOO: one-sided differences divided by the spread of the losses.",
         build=builders.fzoo,
         passes=costs.fzoo_passes,
-        options=(*PERTURBING, "directions", "objective", "split_batch"),
+        options=(*SEEDED, "directions", "objective", "split_batch"),
         rate="adam_lr",
         directions=8,
         refusal=_fzoo_refusal,
@@ -186,13 +188,13 @@ METHODS = {
         help="MeZO's step, no step or the opposite one: the one with the lowest loss on the batch.",
         build=builders.zo_conservative,
         passes=costs.conservative_passes,
-        options=(*PERTURBING, "objective"),
+        options=(*SEEDED, "objective"),
     ),
     "zo-blocks": Method(
         help="MeZO on one block of the weights per step, in a cycle over the blocks.",
         build=builders.zo_blocks,
         passes=costs.mezo_passes,
-        options=(*EAGER, "directions", "objective", "blocks"),
+        options=(*EAGER, "offload", "directions", "objective", "blocks"),
     ),
     "fo-sgd": Method(
         help="SGD with backpropagation, to compare.",

@@ -22,6 +22,7 @@ HEADS = ("frozen", "exact")
 OBJECTIVES = ("loss", "metric")
 MOMENTS = ("seeds", "state")
 MASKS = ("small", "random")
+OFFLOADS = ("none", "cpu")
 SCORES = ("grasp", "magnitude", "random")
 WEIGHTS = ("raw", "spread", "zscore", "rank")
 # The default of directions: 1 for every method that is not named.
@@ -209,6 +210,12 @@ class ZeroOrderOptions:
         1,
         "Under torchrun: number of ranks that share the passes of a step on the same rows; a batch "
         "is divided into as many parts as there are groups of such ranks.",
+    )
+    offload: str = _option(
+        "none",
+        "Where the weights live, if not on the device: cpu keeps them in host memory, and uploads "
+        "each layer once a step, for models larger than the GPU.",
+        OFFLOADS,
     )
     capture: bool = _option(
         False,

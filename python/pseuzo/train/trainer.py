@@ -22,6 +22,8 @@ from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.placement import param_groups
 from pseuzo.models.positions import IGNORED, with_positions
 from pseuzo.optim.seeds import step_seed
+from pseuzo.perturb.offload import offload
+from pseuzo.perturb.offloaded import store_of
 from pseuzo.tasks import TaskData
 from pseuzo.train import checks, noise_on
 from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -69,9 +71,13 @@ class PseuZOTrainer(ResumableTrainer):
         checks.check_parts(args, train_dataset)
         if isinstance(model, nn.Module):
             keep_as_loaded(model)
+            if args.offload != "none":
+                offload(model, args.device)
         with checks.head_alone(model):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         args.refuse()  # checked again, as Transformers changes some of them
+        if store_of(self.model) is not None:
+            self.accelerator.device_placement = False  # it would move the weights
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
@@ -91,6 +97,10 @@ class PseuZOTrainer(ResumableTrainer):
         # If true, a loss is divided by the labels of all accumulated batches, else by its batch's.
         self.model_accepts_loss_kwargs = own and data is None and not args.zeroth_order
         self._loss_only = False  # whether the prediction_step that is running needs no logits
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if store_of(model) is None:
+            super()._move_model_to_device(model, device)
 
     # The optimizer
 
