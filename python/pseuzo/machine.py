@@ -75,6 +75,15 @@ def peak_memory(device: torch.device | str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def available_memory() -> int | None:
+    """The bytes of host memory that programs can still take; None where Linux does not say."""
+    try:
+        free = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+    except (OSError, IndexError):
+        return None
+    return int(free) * 2**10
+
+
 def parts_of(x: Tensor) -> list[Tensor]:
     """Return the tensors that hold the numbers of x: x itself, or the parts of a quantised weight
     of torchao."""

@@ -50,8 +50,9 @@ from pseuzo.files import (
 )
 from pseuzo.machine import peak_memory, reset_peak, usable_device
 from pseuzo.models.kinds import kind_of
-from pseuzo.models.loading import load_model
+from pseuzo.models.loading import DTYPES, load_model
 from pseuzo.models.modes import MODES, tune
+from pseuzo.models.offloading import check_before_loading
 from pseuzo.optim.schedule import Schedule
 from pseuzo.optim.together import Together
 from pseuzo.perturb.graphs import check_device
@@ -98,6 +99,8 @@ class Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         stays = c["offload"] != "none"  # on the host
+        if stays:
+            check_before_loading(model_path(c["model"]), DTYPES[c["dtype"]], c["model_kind"])
         at_first = {"device": "cpu"} if stays or MODES[c["mode"]].on_host else {}
         model, self.tokenizer = load(c | at_first, self.task)
         mode_options = {name: c[name] for name in MODE_OPTIONS}
