@@ -11,15 +11,20 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-LIMIT = 120  # seconds, after which a wait is an error
+# What torch imports at the first step of an optimizer and at the first forward derivative.
+LATER = ("torch._dynamo", "torch._decomp.decompositions_for_jvp")
+LIMIT = 60  # seconds, after which a wait is an error
 
 
 class RankError(Exception):
     """What a rank raised: its type's name, and its message."""
 
     def __init__(self, kind: str, message: str, trace: str):
-        super().__init__(f"{kind}: {message}\n{trace}")
+        super().__init__(kind, message, trace)  # so that it can be pickled
         self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}\n{self.args[2]}"
 
 
 class RankPool:
@@ -31,7 +36,7 @@ class RankPool:
     def __init__(self, folder: Path, environments: list[dict[str, str]]):
         self._stores = (folder / f"store{i}" for i in itertools.count())
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "pseuzo.optim", "pseuzo.train.journal"])
+        context.set_forkserver_preload([*LATER, "pseuzo.optim", "pseuzo.train.journal"])
         self._pipes, self.processes = [], []
         for rank, environment in enumerate(environments):
             ours, theirs = context.Pipe()
@@ -83,7 +88,7 @@ def _serve(pipe, rank, environment):
     while True:
         try:
             world, store, limit, function, args = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         if distributed.is_initialized():  # all ranks have answered, so none needs the last group
             distributed.destroy_process_group()

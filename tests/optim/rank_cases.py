@@ -150,3 +150,82 @@ def run_all(rank, parts, direction_ranks, scalar):
         scalars = scalar and "clipped" not in name
         found[name] = run(name, rows, scalar=scalars, direction_ranks=direction_ranks)
     return found
+
+
+def bytes_of_steps(rank, name, parts, hidden):
+    """Return the bytes that a rank sent and received at each of three steps."""
+    optimizer, model = make(name, Exact(hidden))
+    found = []
+    for step in range(3):
+        inputs, options = arguments(name, optimizer, model, step, parts[rank])
+        optimizer.step(*inputs, **options)
+        found.append(optimizer.stats["network_bytes"])
+    return found
+
+
+def begun(rank, name, parts):
+    """Make steps 0 .. 2; return the state and the weights."""
+    optimizer, model = make(name)
+    for step in range(3):
+        inputs, options = arguments(name, optimizer, model, step, parts[rank])
+        optimizer.step(*inputs, **options)
+    return optimizer.state_dict(), model.state_dict()
+
+
+def continued(rank, name, state, weights, parts):
+    """Load a state and the weights, make steps 3 .. 5, and return losses and weights."""
+    model = Exact()
+    model.load_state_dict(weights)
+    optimizer, _ = make(name, model)
+    optimizer.load_state_dict(state)
+    found = []
+    for step in range(3, 6):
+        inputs, options = arguments(name, optimizer, model, step, parts[rank])
+        found.append((float(optimizer.step(*inputs, **options)), flat(model).tolist()))
+    return found
+
+
+FLOATS = {
+    "pseuzo": dict(window=3, momentum=0.5),
+    "pseuzo, clipped": dict(window=3, momentum=0.5, clip_examples=1.2),
+    "pseuzo, two-sided, by row": dict(window=3, weighting="mean", two_sided=True),
+}
+
+
+def ragged(rank, parts, scalar=False):
+    """Train a float model by PseuZO on rows of 1 to 3 positions; return losses and weights.
+
+    A rank pads its rows on the left to the longest of them.
+    """
+    found = {}
+    for name, options in FLOATS.items():
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+        g = torch.Generator().manual_seed(3)
+        for p in model.parameters():  # drawn as integers: floats depend on the instruction set
+            p.data = torch.randint(-16, 17, p.shape, generator=g) / 32
+        optimizer = PseuZO(model, lr=0.05, eps=0.25, seed=2, **options)
+        found[name] = []
+        for step in range(4):
+            g = torch.Generator().manual_seed(step)
+            x, y = (
+                torch.randint(-64, 65, (8, 3, 6), generator=g) / 32,
+                torch.randint(5, (8, 3), generator=g),
+            )
+            lengths, labels = torch.randint(1, 4, (2, 8), generator=g)
+            x, y, lengths, labels = (part[parts[rank]] for part in (x, y, lengths, labels))
+            longest = int(lengths.max())
+            x, y = x[:, -longest:], y[:, -longest:]
+            mask = (torch.arange(longest) >= longest - lengths[:, None]).float()
+
+            def forward(model=model, x=x, mask=mask):
+                return model(x) * mask[:, :, None]
+
+            def head(o, y=y, mask=mask):
+                each = nn.functional.cross_entropy(o.transpose(1, 2), y, reduction="none")
+                each = (each * mask).sum(1)
+                return each.mean() if scalar else each
+
+            groups = None if "by row" in name else labels
+            loss = optimizer.step(forward, head, groups, size=len(x))
+            found[name].append((float(loss), flat(model)))
+    return found

@@ -85,10 +85,10 @@ class Exchange(Rounds):
         all ranks, and with nothing changed.
         """
         o, ranks = self._optimizer, self.ranks
-        check_supported(o, ranks)
-        o.passes.restore()  # a hash is of the weights, without what a pass has left in them
         self._turn, self._rounds = SENDS, 0
         try:
+            check_supported(o, ranks)
+            o.passes.restore()  # a hash is of the weights, without what a pass has left in them
             self._size = None if size is None else checked_size(o, size)
             if not self._compared:
                 self._compare()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from pseuzo.machine import parts_of
 from pseuzo.optim import groups
 from pseuzo.optim.seeds import HASH_DOMAIN, step_seed
-from pseuzo.optim.wire import bytes_of
+from pseuzo.optim.wire import buffer_of
 from pseuzo_kernels import __version__
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -24,18 +26,20 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 14  # elements of the trained weights that are hashed at a step
 READ = 1 << 22  # elements that are copied to the host at a time
-# Attributes that ranks need not have alike.
-OF_A_RANK = ("check", "journal", "journal_run", "followed", "recorded_weights")
-PLAIN = (bool, int, float, str, tuple, type(None))
+PLAIN = (bool, int, float, str, tuple)
+
+
+@cache
+def arguments(kind: type) -> list[str]:
+    """The names of the arguments with which optimizers of this kind are made."""
+    inits = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    return sorted({name for init in inits for name in signature(init).parameters})
 
 
 def of_settings(o: ZeroOrder, ranks: Ranks) -> int:
     """A hash of the numbers and names that decide on an update, as they are now."""
-    plain = {
-        name: value
-        for name, value in vars(o).items()
-        if isinstance(value, PLAIN) and not name.startswith("_") and name not in OF_A_RANK
-    }
+    given = {name: getattr(o, name, None) for name in arguments(type(o))}
+    plain = {name: value for name, value in given.items() if isinstance(value, PLAIN)}
     schedule = getattr(o, "schedule", None)
     momentum = None if schedule is None else schedule(o.steps)
     of_groups = [
@@ -57,7 +61,7 @@ def of_chunk(o: ZeroOrder) -> int:
     for p in params:
         if at < last and at + p.numel() > first:
             part = p.detach().view(-1)[max(first - at, 0) : last - at]
-            crc = zlib.crc32(bytes_of(part), crc)
+            crc = zlib.crc32(buffer_of(part), crc)
         at += p.numel()
     return crc
 
@@ -75,9 +79,9 @@ def of_start(o: ZeroOrder, ranks: Ranks) -> dict[str, str]:
     weights = of_groups if o.model is None else o.model.parameters()
     return {
         "version": f"pseuzo {__version__}, rounding rule {ROUNDING_VERSION}",
+        "parameters": f"{zlib.crc32(repr(layout).encode()):08x}",
         "settings": f"{of_settings(o, ranks):08x}",
         "step": str(o.steps),
-        "parameters": f"{zlib.crc32(repr(layout).encode()):08x}",
         "weights": f"{of_weights(weights):08x}",
         "data": o.check,
     }
@@ -89,5 +93,5 @@ def of_weights(weights: Iterable[Tensor]) -> int:
     for part in (part for x in weights for part in parts_of(x)):
         if part.device.type != "meta":
             for some in part.detach().reshape(-1).split(READ):
-                crc = zlib.crc32(bytes_of(some), crc)
+                crc = zlib.crc32(buffer_of(some), crc)
     return crc

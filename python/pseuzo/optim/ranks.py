@@ -58,7 +58,7 @@ class Ranks:
         self.direction_ranks = direction_ranks
         self.rows = self.size // direction_ranks  # R, into how many parts a batch is divided
         self.row, self.direction = divmod(self.rank, direction_ranks)
-        on_cpu = "cpu:gloo" in distributed.get_backend_config(group)
+        on_cpu = "cpu:" in distributed.get_backend_config(group)
         self._device = torch.device("cpu" if on_cpu else "cuda")
         self.sent = self.received = 0
 

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def packed(*tensors: Tensor) -> bytes:
 def _parts(x: Tensor) -> Iterator[bytes]:
     yield HEAD.pack(DTYPES.index(x.dtype), x.dim())
     yield struct.pack(f"<{x.dim()}q", *x.shape)
-    yield bytes_of(x)
+    yield bytes(buffer_of(x))
 
 
 def unpacked(body: bytes | memoryview) -> list[Tensor]:
@@ -38,15 +39,16 @@ def unpacked(body: bytes | memoryview) -> list[Tensor]:
                 x = torch.frombuffer(bytearray(body[:size]), dtype=x.dtype).view(shape)
             tensors.append(x)
             body = body[size:]
-    except (struct.error, IndexError, RuntimeError) as error:
+    except (struct.error, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(f"a message of another rank is damaged: {error}") from None
     return tensors
 
 
-def bytes_of(x: Tensor) -> bytes:
-    """The data of x in the order of its elements."""
-    x = x.detach().reshape(-1).contiguous()
-    return x.view(torch.uint8).cpu().numpy().tobytes() if x.numel() else b""
+def buffer_of(x: Tensor) -> Any:
+    """The data of x in the order of its elements, on the host, as an array of bytes. It is not
+    copied if it is there."""
+    x = x.detach().reshape(-1)
+    return x.contiguous().view(torch.uint8).cpu().numpy() if x.numel() else b""
 
 
 def text(message: str) -> Tensor:
