@@ -63,6 +63,7 @@ class Backends:
         )
 
 
+TRITON = (3, 4)  # the oldest version that compiles the kernels, that of torch 2.8
 BUILD = "PSEUZO_BUILD={0} pip install --no-build-isolation -e ."
 
 
@@ -89,7 +90,11 @@ def backends() -> Backends:
         )
         cpu = _plain(f"{why}; install a compiler and run {BUILD.format('cpu')}")
     if ops.launch is None:
-        cuda = _plain("triton cannot be imported; pip install triton")
+        oldest = ".".join(map(str, TRITON))
+        cuda = _plain(
+            f"triton {oldest} or newer cannot be imported; install torch 2.8 or newer for CUDA, "
+            "which brings it"
+        )
     else:
         import triton
 

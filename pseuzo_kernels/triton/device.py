@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 
 from pseuzo_kernels.bits import KEY_MASK, KEY_ROUNDING
+from pseuzo_kernels.implementations import TRITON
 from pseuzo_kernels.laws import HADAMARD, LAWS, SIGNS
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+    raise ImportError(f"the kernels do not compile with Triton {triton.__version__}")
 
 NOISE_KEY0, NOISE_KEY1 = map(tl.constexpr, LAWS["normal"].keys[0])
 SECOND_KEY0 = tl.constexpr(LAWS["normal"].keys[1][0])  # in the place of NOISE_KEY0

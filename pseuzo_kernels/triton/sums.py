@@ -93,6 +93,9 @@ def _fp32_sums(
 ):
     """The 16 planes of sum_k coefs[k] b_k over first <= k < last."""
     acc = (zero.to(tl.float32, bitcast=True),) * 16
+    # outside of the loop, whose body Triton 3.4 reads twice
+    mask: tl.constexpr = px.HADAMARD_MASK if NOISE == "hadamard" else px.SIGNS_MASK
+    ones: tl.constexpr = px.HADAMARD_ONES if NOISE == "hadamard" else px.SIGNS_ONES
     k = first
     while k < last:  # not range: the interpreter of Triton 3.6 fails on it with numpy 2.4
         seed = tl.load(seeds_ptr + k)
@@ -112,8 +115,6 @@ def _fp32_sums(
                 )
         else:
             tl.static_assert(NOISE == "hadamard" or NOISE == "rademacher")
-            mask: tl.constexpr = px.HADAMARD_MASK if NOISE == "hadamard" else px.SIGNS_MASK
-            ones: tl.constexpr = px.HADAMARD_ONES if NOISE == "hadamard" else px.SIGNS_ONES
             w = px.philox(q, stream, seed, px.NOISE_KEY0, px.NOISE_KEY1, px.ROUNDS, ASM)
             b = px.patterns(w[0], mask, ones, ASM) + px.patterns(w[1], mask, ones, ASM)
             b = b + px.patterns(w[2], mask, ones, ASM) + px.patterns(w[3], mask, ones, ASM)

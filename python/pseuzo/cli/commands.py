@@ -358,12 +358,6 @@ def info() -> None:
     import pseuzo_kernels as pk
     from pseuzo.cli.selftest import checks
 
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     click.echo(
         f"python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}"
@@ -375,10 +369,7 @@ def info() -> None:
         else "plain torch (the extension is not built)"
     )
     click.echo(f"noise and window on CPU tensors: {cpp}")
-    click.echo(
-        "noise on CUDA tensors: "
-        f"{f'triton {triton_version}' if triton_version else 'plain torch (no triton)'}"
-    )
+    click.echo(f"noise on CUDA tensors: {pk.backends().cuda}")
     window = f"CUDA {built['cuda']}" if built.get("cuda") else "plain torch (built without nvcc)"
     click.echo(f"window on CUDA tensors: {window}")
     gpus = (
