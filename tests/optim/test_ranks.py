@@ -1,9 +1,13 @@
 """Several ranks make the steps of one process that has the whole batch."""
 
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import rank_cases
 import torch
 from pseuzo.optim.wire import packed, unpacked
+from rank_pool import RankPool
 
 from pseuzo_kernels import _C
 
@@ -85,6 +89,30 @@ def test_a_state_of_two_ranks_continues_on_one_and_three(rank_pool, name):
     assert all(found == alone for found in every)
     with pytest.raises(ValueError, match="the state is of rank 1, but only rank 0 keeps a window"):
         rank_cases.continued(0, name, other, weights, WHOLE)
+
+
+def run_example(rank, code):
+    """Run the example, whose process group is there already; return its weights and its loss."""
+    names = {}
+    with mock.patch("torch.distributed.init_process_group"):
+        exec(code, names)
+    return rank_cases.flat(names["model"]).tolist(), float(names["loss"])
+
+
+def test_the_example_of_the_page(rank_pool, tmp_path):
+    """Its random weights need ranks of the same instruction set."""
+    page = (
+        (Path(__file__).parents[2] / "docs" / "scale.md").read_text().split("## Several processes")
+    )
+    code = page[1].split("```python\n")[1].split("```")[0]
+    pool = RankPool(tmp_path, [{}, {}])
+    (weights, loss), other = pool.run(2, run_example, code)
+    pool.close()
+    assert (weights, loss) == other
+    (first, _), *_ = rank_pool.run(1, run_example, code)
+    # Outputs of about 1 are rounded by 2^-24, so their changes, of about eps, by 1e-4 of their
+    # size, and weights move by less than 1 in all.
+    assert first == pytest.approx(weights, abs=1e-3)
 
 
 def test_tensors_as_bytes():

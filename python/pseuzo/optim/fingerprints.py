@@ -38,7 +38,7 @@ def arguments(kind: type) -> list[str]:
 
 def of_settings(o: ZeroOrder, ranks: Ranks) -> int:
     """A hash of the numbers and names that decide on an update, as they are now."""
-    given = {name: getattr(o, name, None) for name in arguments(type(o))}
+    given = {name: getattr(o, name, None) for name in arguments(type(o))}  # type: ignore[arg-type]
     plain = {name: value for name, value in given.items() if isinstance(value, PLAIN)}
     schedule = getattr(o, "schedule", None)
     momentum = None if schedule is None else schedule(o.steps)

@@ -245,7 +245,8 @@ class MeZO(ZeroOrder):
 
         Returns the mean of both (the clean loss if not two_sided), on the device: reading it waits.
         Without a closure, applies the last estimate; RuntimeError if there is none. If a loss is
-        NaN or infinite, the update is skipped, counted (`skipped_steps`) and warned about.
+        NaN or infinite, the update is skipped, counted (`skipped_steps`) and warned about. size: of
+        this rank's part of the batch, see pseuzo.optim.ranks.
         """
         return super().step() if closure is None else super().step(closure, size=size)
 

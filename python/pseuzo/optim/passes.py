@@ -245,7 +245,7 @@ class Passes:
         """Note that passes of this kind have used these weights, in a step that is not measured."""
         known = self.used()
         if self._optimizer.model is not None and not streams <= set(known.get(kind, ())):
-            self.load(known | {kind: sorted(streams.union(known.get(kind, ())))})
+            self.load(known | {kind: sorted({*streams, *known.get(kind, ())})})
 
     def _find_places(self) -> dict[nn.Parameter, tuple[int, float]]:
         """The stream and noise scale of each parameter that may take noise.

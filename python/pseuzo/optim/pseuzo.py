@@ -89,8 +89,9 @@ class PseuZO(ZeroOrder):
         groups: [B] integers, see EmaWindow: rows of old batches are paired with rows of the same
         group (the label, for classification); None pairs row by row, as published. examples: [B]
         integers, for clip_examples: rows with the same number belong to one example; None: each row
-        is an example. If the loss or a coefficient is NaN or infinite, the update is skipped,
-        counted (`skipped_steps`) and warned about.
+        is an example. size: of this rank's part of the batch, see pseuzo.optim.ranks. If the loss
+        or a coefficient is NaN or infinite, the update is skipped, counted (`skipped_steps`) and
+        warned about.
         """
         if forward is None and head is None:
             return super().step()
