@@ -1,7 +1,8 @@
 """`pseuzo train` in several processes: how they find each other, and what they check together.
 
 torchrun or accelerate launches them, and says in the environment who is who (pseuzo.launch).
-Transformers and accelerate make the process group: gloo for CPUs, NCCL for GPUs.
+Transformers and accelerate make the process group, or pseuzo.meeting does, where torchrun's agents
+start the processes again after a loss: gloo for CPUs, NCCL for GPUs.
 """
 
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import torch
 from torch import distributed
 
 from pseuzo.launch import launched, rank
+from pseuzo.meeting import join_group
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.together import Together, one_speaks
 from pseuzo.train.journal_file import held
@@ -35,6 +37,7 @@ def join(device: str | None, seconds: int, direction_ranks: int) -> Together:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with one_speaks(rank() == 0):
         try:
+            join_group("gloo" if name == "cpu" else "nccl", seconds)
             PartialState(cpu=name == "cpu", timeout=timedelta(seconds=seconds))
         except RuntimeError as error:
             raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments
 
+from pseuzo.meeting import join_group
 from pseuzo.train.methods import (
     METHODS,
     OF_METHOD,
@@ -82,6 +83,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             # A step must not wait for its batch to be copied.
             self.accelerator_config = {"non_blocking": True}
         self._refuse_unused()  # before super(), where some of them take effect beyond this object
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        join_group("gloo" if on_cpu else "nccl", self.ddp_timeout)
         super().__post_init__()
         self.refuse()
 
