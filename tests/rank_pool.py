@@ -30,13 +30,19 @@ class RankError(Exception):
 class RankPool:
     """`run` runs a function on the ranks of a new group, and returns what each returned.
 
-    environments: the variables of each process, set before anything is computed in it.
+    environments: the variables of each process, set before anything is computed in it. preload:
+    modules that the server imports, unless it has been started already.
     """
 
-    def __init__(self, folder: Path, environments: list[dict[str, str]]):
+    def __init__(
+        self,
+        folder: Path,
+        environments: list[dict[str, str]],
+        preload: tuple[str, ...] = ("pseuzo.optim", "pseuzo.train.journal"),
+    ):
         self._stores = (folder / f"store{i}" for i in itertools.count())
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*LATER, "pseuzo.optim", "pseuzo.train.journal"])
+        context.set_forkserver_preload([*LATER, *preload])
         self._pipes, self.processes = [], []
         for rank, environment in enumerate(environments):
             ours, theirs = context.Pipe()

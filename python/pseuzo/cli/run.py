@@ -4,7 +4,6 @@ pseuzo.cli.folder says what a run writes into its folder.
 """
 
 import gc
-import hashlib
 import math
 import os
 import sys
@@ -61,6 +60,7 @@ from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with
 from pseuzo.train.options import OPTIONS
+from pseuzo.train.ranked import digest
 from pseuzo.train.trainer import PseuZOTrainer
 from pseuzo_kernels import _C
 
@@ -116,11 +116,6 @@ class Run:
                 split: cut_prompts(data, split)["cut_prompts"] for split, data in self.data.items()
             }
         return model
-
-    def digest(self) -> str:
-        """Return a hash of the training rows."""
-        rows = "\n".join(map(repr, self.examples["train"]))
-        return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
     def part(self, split: str, most: int | None = None) -> TaskData:
         """Return the first examples of a split (all if most is None) as the model's tokens."""
@@ -282,7 +277,7 @@ def _train(
                 # The lock keeps other runs from taking the journal while the model loads.
                 together.of_root(lambda: hold(lock, journal))
             run = together.agreed(lambda: Run(c, together))
-            together.alike({"training data": run.digest()})
+            together.alike({f"{name} rows": digest(x) for name, x in run.examples.items()})
             model, trainer = together.agreed(lambda: _prepared(run, output))
             c = run.c
             starts_again = journal and newest and not c["resume"]

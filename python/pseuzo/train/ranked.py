@@ -6,8 +6,10 @@ process would, and cut their part out of each: so every row has the padding that
 process, every collator draws the same random numbers, and each rank knows the sizes of all parts.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers.training_args import ParallelMode
 
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.together import Together
+from pseuzo.tasks import Example, TaskData
 from pseuzo.train.arguments import PseuZOTrainingArguments
 
 
@@ -50,6 +53,25 @@ def leave_as_they_are(accelerator: Any) -> None:
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
     prepare = accelerator.prepare_optimizer
     accelerator.prepare_optimizer = lambda optimizer, **how: prepare(optimizer, False)
+
+
+def digest(data: Any) -> str:
+    """Return the number of rows and a hash of them, or of about a thousand of many; "" if their
+    number is not known. Where an example was read is left out, as paths differ among machines."""
+    if not hasattr(data, "__len__"):
+        return ""
+    rows = data.examples if isinstance(data, TaskData) else data
+    hashed, n = hashlib.sha256(), len(rows)
+    for i in range(0, n, max(1, n // 1000)):
+        hashed.update(f"{_plain(rows[i])!r}\n".encode())
+    return f"{n} rows, hash {hashed.hexdigest()[:16]}"
+
+
+def _plain(row: Any) -> Any:
+    if isinstance(row, Example):
+        return replace(row, place="")
+    items = row.items() if isinstance(row, Mapping) else [("", row)]
+    return [(name, x.tolist() if hasattr(x, "tolist") else x) for name, x in items]
 
 
 class RankedTrainer(Trainer):

@@ -31,6 +31,7 @@ from pseuzo.train.batches import even_batches
 from pseuzo.train.builders import Setup
 from pseuzo.train.losses import Losses
 from pseuzo.train.methods import METHODS
+from pseuzo.train.ranked import digest
 from pseuzo.train.resume import ResumableTrainer
 
 
@@ -117,6 +118,8 @@ class PseuZOTrainer(ResumableTrainer):
                 Setup(args, self.model, groups, lr, eps, *steps)
             )
             self.zero_order = self.optimizer if args.zeroth_order else None
+            if self.together.ranks is not None:
+                self.zero_order.check = digest(self.train_dataset)
         return self.optimizer
 
     def find_placement(self) -> dict[str, Any]:
