@@ -79,7 +79,9 @@ def missing_for_cpu() -> str | None:
 
 
 def extension(mode: str):
-    names = [f"noise/{name}.cpp" for name in ("cpu", "cpu_isa", "cpu_rows")]
+    names = [
+        f"noise/{name}.cpp" for name in ("cpu", "cpu_isa", "cpu_parts", "cpu_pieces", "cpu_rows")
+    ]
     names += ["window/cpu.cpp", "module.cpp"]
     if mode == "cuda":
         names += ["window/window.cu", "window/cuda.cpp"]

@@ -19,9 +19,11 @@ from pseuzo_kernels.ops import (
     perturb,
     perturb_,
     restore_,
+    sign_update_,
     update,
     update_,
 )
+from pseuzo_kernels.selection import Part, RandomMask, SmallMask, part_of
 from pseuzo_kernels.streams import StreamWarning, stream_of_name
 from pseuzo_kernels.window import EmaWindow
 
@@ -43,17 +45,22 @@ __all__ = [
     "Backend",
     "Backends",
     "EmaWindow",
+    "Part",
+    "RandomMask",
     "SlowWarning",
+    "SmallMask",
     "StreamWarning",
     "adam_update_",
     "add_noise",
     "add_noise_",
     "backends",
     "noise",
+    "part_of",
     "perturb",
     "perturb_",
     "reference",
     "restore_",
+    "sign_update_",
     "stream_of_name",
     "update",
     "update_",

@@ -25,6 +25,7 @@ from pseuzo_kernels.checks import (
     seeds_and_coefs,
 )
 from pseuzo_kernels.model_api import ModelApi
+from pseuzo_kernels.selection import EVERYTHING, Part, RandomMask, SmallMask, places_of
 
 
 class NoiseApi(ModelApi):
@@ -40,6 +41,7 @@ class NoiseApi(ModelApi):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         out: Tensor | None = None,
+        offset: int | Part | None = None,
     ) -> Tensor:
         """z(seed, stream) of the given shape: mean 0, variance 1, the same on every device.
 
@@ -50,6 +52,7 @@ class NoiseApi(ModelApi):
         backends agree to 4 ulp of max(|z|, 1) on CPUs, and on GPUs to the 5e-5 that the documented
         errors of their fast logarithm and sine allow). out: a tensor of this shape to write and
         return; its dtype and device are then those of z, else float32 and the CPU are the defaults.
+        offset: where the shape is in a whole tensor, if it is a shard of it: see perturb_.
         """
         check_noise("noise", noise)
         if out is None:
@@ -65,7 +68,9 @@ class NoiseApi(ModelApi):
             raise ValueError(f"noise: out must be on {device}, got {out.device}")
         s, c = seeds_and_coefs("noise", seed, 1.0, out.device)
         streams = [check_stream("noise", stream)]
-        call_out(self._out, [], [out], s, c, streams, [1.0], [1.0], noise, False, 0, None)
+        ops, rest = self._op_for(EVERYTHING, places_of("noise", offset, [out]))
+        args = s, c, streams, [1.0], [1.0], noise, False, 0, None, *rest
+        call_out(ops[1], [], [out], *args)
         bump_versions([out])
         return out
 
@@ -82,6 +87,8 @@ class NoiseApi(ModelApi):
         rounding_seed: int | None = None,
         noise_scale: float = 1.0,
         found_inf: Tensor | None = None,
+        mask: Tensor | SmallMask | RandomMask | None = None,
+        offset: int | Part | None = None,
     ) -> None:
         """x <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream), in place, in one
         pass.
@@ -97,14 +104,16 @@ class NoiseApi(ModelApi):
         The same happens if a tensor of coefs holds a NaN or an infinity (for "hadamard-fp16" with
         several seeds, anything above 2^126); that also sets found_inf to 1, for callers that count
         skipped updates. Nothing waits for the device. Numbers that are not finite are refused.
+        mask, offset: as in perturb_, for one tensor; elements that a mask leaves out stay as they
+        are, without keep.
         Raises ValueError or TypeError before anything is written.
         """
         self._lists.check("add_noise_", [x], "x")
         how = How(noise, rounding, rounding_seed, found_inf)
         scale = check_not_negative("add_noise_", "noise_scale", noise_scale)
-        args = self._one("add_noise_", x, seeds, coefs, stream, keep, scale, how)
+        ops, args = self._one("add_noise_", x, seeds, coefs, stream, keep, scale, how, mask, offset)
         if scale:
-            call_in_place(self._in_place, [x], *args)
+            call_in_place(ops[0], [x], *args)
             bump_versions([x])
 
     def add_noise(
@@ -121,6 +130,8 @@ class NoiseApi(ModelApi):
         rounding_seed: int | None = None,
         noise_scale: float = 1.0,
         found_inf: Tensor | None = None,
+        mask: Tensor | SmallMask | RandomMask | None = None,
+        offset: int | Part | None = None,
     ) -> Tensor:
         """out <- keep * x + noise_scale * sum_k coefs[k] * z(seeds[k], stream); x is untouched.
 
@@ -134,10 +145,10 @@ class NoiseApi(ModelApi):
             out = torch.empty_like(x, requires_grad=False)
         how = How(noise, rounding, rounding_seed, found_inf)
         scale = check_not_negative(op, "noise_scale", noise_scale)
-        args = self._one(op, x, seeds, coefs, stream, keep, scale, how)
+        ops, args = self._one(op, x, seeds, coefs, stream, keep, scale, how, mask, offset)
         if out is x and scale:
-            call_in_place(self._in_place, [x], *args)
+            call_in_place(ops[0], [x], *args)
         else:
-            call_out(self._out, [x], [out], *args)
+            call_out(ops[1], [x], [out], *args)
         bump_versions([out])
         return out

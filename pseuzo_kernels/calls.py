@@ -21,6 +21,19 @@ from pseuzo_kernels.checks import (
     signed64,
 )
 from pseuzo_kernels.lists import Checked, CheckedLists, Params, named
+from pseuzo_kernels.selection import (
+    Mask,
+    Offset,
+    Part,
+    RandomMask,
+    Selected,
+    SmallMask,
+    dtensors,
+    local,
+    part_of,
+    places_of,
+    selected,
+)
 from pseuzo_kernels.streams import StreamWatch, streams_of_names
 
 Seeds = int | Sequence[int] | Tensor
@@ -96,9 +109,31 @@ def call_out(op: Callable, xs: Sequence[Tensor], out: Sequence[Tensor], *args: A
 class Calls:
     """The calls of one implementation of the ops; `pseuzo_kernels.reference` defines them."""
 
-    def __init__(self, add_noise_list_: Callable, add_noise_list_out: Callable):
-        self._in_place, self._out = add_noise_list_, add_noise_list_out
+    def __init__(
+        self,
+        add_noise_list_: Callable,
+        add_noise_list_out: Callable,
+        masked: tuple[Callable, ...] = (),
+        parts: tuple[Callable, ...] = (),
+    ):
+        """Each pair of ops is one that writes in place, and one that writes out. masked, parts:
+        add_noise_masked_list_ and add_noise_parts_."""
+        self._plain, self._masked, self._parts = (
+            (add_noise_list_, add_noise_list_out),
+            masked,
+            parts,
+        )
         self._lists, self._watch = CheckedLists(), StreamWatch()
+
+    def _op_for(
+        self, chosen: Selected, places: list[int], sign: bool = False
+    ) -> tuple[tuple[Callable, ...], tuple[Any, ...]]:
+        """The pair of ops that does this, the simplest one, and its last arguments."""
+        if places or chosen.takes or sign:
+            return self._parts, (places, *chosen, sign)
+        if chosen.limits:
+            return self._masked, chosen[:2]
+        return self._plain, ()
 
     def _streams_of(
         self, op: str, streams: Streams, names: tuple[str, ...] | None, n: int
@@ -120,12 +155,18 @@ class Calls:
             raise ValueError(f"{op}: one stream per tensor ({n}) is needed, got {len(numbers)}")
         return numbers, False
 
-    def _one(self, op, x, seeds, coefs, stream, keep, scale, how) -> tuple:
-        """The arguments of the ops after the tensors, for one tensor."""
+    def _one(
+        self, op, x, seeds, coefs, stream, keep, scale, how, mask, offset
+    ) -> tuple[tuple[Callable, ...], tuple[Any, ...]]:
+        """The pair of ops for one tensor, and their arguments after the tensors."""
         keep = check_finite(op, "keep", keep)
         how = how.resolved(op, x.device, coefs)
         streams = [check_stream(op, stream)]
-        return *seeds_and_coefs(op, seeds, coefs, x.device), streams, [keep], [scale], *how
+        if not isinstance(mask, Tensor | SmallMask | RandomMask) and mask is not None:
+            raise TypeError(f"{op}: mask must be a bool tensor, a SmallMask or a RandomMask")
+        ops, rest = self._op_for(selected(op, mask, [x]), places_of(op, offset, [x]))
+        terms = seeds_and_coefs(op, seeds, coefs, x.device)
+        return ops, (*terms, streams, [keep], [scale], *how, *rest)
 
     def _list(
         self,
@@ -141,6 +182,9 @@ class Calls:
         weight_decay: float | Sequence[float] = 0.0,
         out: Out = None,
         in_place: bool = True,
+        mask: Mask = None,
+        offset: Offset = None,
+        sign: bool = False,
         run: Callable | None = None,
     ) -> Any:
         """Check the arguments, and call the op once.
@@ -153,11 +197,22 @@ class Calls:
         ys = None
         if out is not None:
             ys = [out] if isinstance(out, Tensor) else list(out)
+        by_hand = offset is not None  # two shards may have one stream and other noise
+        if sharded := dtensors(xs):
+            if offset is not None or run is not None:
+                raise ValueError(
+                    f"{op}: DTensors know their offset; pass tensors, or no offset"
+                    if run is None
+                    else f"{op}: DTensors are not supported; pass whole tensors"
+                )
+            pairs = zip(xs, sharded, strict=True)
+            offset = [part_of(x) if is_shard else Part() for x, is_shard in pairs]
+            xs, ys = list(map(local, xs)), ys and list(map(local, ys))
         known = self._lists.check(op, xs, "params", ys)
         if ys is None and not in_place:
             ys = [torch.empty_like(x, requires_grad=False) for x in xs]
         n = len(xs)
-        numbers, chosen = self._streams_of(op, streams, names, n)
+        numbers, by_us = self._streams_of(op, streams, names, n)
         scales = per_tensor(op, "noise_scale", noise_scale, n)
         keeps = _keeps(op, lr, weight_decay, n)
         if not all(scales):  # a tensor without noise is left alone: nothing decays it either
@@ -168,18 +223,22 @@ class Calls:
                 seeds = list(seeds)
             rest = how.resolved(op, device, coefs)
             s, c = seeds_and_coefs(op, seeds, coefs, device)
-            if chosen and known is not None:
+            if by_us and known is not None and not by_hand:
                 repeats = op not in ("perturb_", "perturb")
                 self._watch.note(op, seeds, numbers, known.tensors, names, repeats)
-            if lr is not None and run is None:
+            if lr is not None and run is None and not sign:
                 c = c * -lr
-            args = s, c, list(numbers), keeps, scales, *rest
+            chosen = selected(op, mask, xs, in_place_noise=op in ("perturb_", "restore_"))
+            ops, more = self._op_for(chosen, places_of(op, offset, xs), sign)
+            if sign and lr is not None:
+                scales = [-lr * scale for scale in scales]
+            args = s, c, list(numbers), keeps, scales, *rest, *more
             written = xs if all(scales) else [x for x, k in zip(xs, scales, strict=True) if k]
             if ys is not None:
-                call_out(run or self._out, xs, ys, *args)
+                call_out(ops[1], xs, ys, *args)
                 bump_versions(ys)
             elif written:
-                call_in_place(run or self._in_place, xs, *args, known=known)
+                call_in_place(run or ops[0], xs, *args, known=known)
                 bump_versions(written)
         return ys[0] if ys and isinstance(params, Tensor) else ys
 

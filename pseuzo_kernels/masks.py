@@ -26,10 +26,15 @@ from pseuzo_kernels.bits import CHUNK, KEY_MASK, PLANE, hash_seeds, rounding_dit
 
 
 def takes_noise(
-    x: Tensor, stream: int, limit: float, mask_seed: Tensor | None, at: Tensor | None = None
+    x: Tensor,
+    stream: int,
+    limit: float,
+    mask_seed: Tensor | None,
+    at: Tensor | None = None,
+    offset: int = 0,
 ) -> Tensor:
     """The mask of the elements x, bool. at: their positions in their tensor, int64, of x's shape;
-    None: x is the whole tensor."""
+    None: they follow each other from the position `offset` on."""
     bound = torch.tensor(limit, dtype=torch.float32, device=x.device)
     if mask_seed is None:
         return x.float().abs() <= bound
@@ -40,13 +45,14 @@ def takes_noise(
         bits = rounding_dither(q, stream, seed_hash, KEY_MASK).gather(0, planes[None])
         return (bits.float() < 65536 * bound).view(x.shape)
     mask = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
-    chunks, together = -(-x.numel() // CHUNK), reference.COUNTERS_AT_ONCE // PLANE
-    for first in range(0, chunks, together):
+    end = offset + x.numel()
+    chunks, together = -(-end // CHUNK), reference.COUNTERS_AT_ONCE // PLANE
+    for first in range(offset // CHUNK, chunks, together):
         last = min(first + together, chunks)
         q, elements = reference.columns_of_chunks(first, last, x.device)
-        inside = elements < x.numel()
+        inside = (elements >= offset) & (elements < end)
         bits = rounding_dither(q, stream, seed_hash, KEY_MASK)
-        mask[elements[inside]] = (bits.float() < 65536 * bound)[inside]
+        mask[elements[inside] - offset] = (bits.float() < 65536 * bound)[inside]
     return mask.view(x.shape)
 
 

@@ -1,12 +1,14 @@
 """The public functions over all tensors of a model, or of a part of it, in one call of an op."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pseuzo_kernels.calls import Calls, Coefs, How, Out, Seeds, Streams
 from pseuzo_kernels.checks import check_finite, check_not_negative
 from pseuzo_kernels.lists import Params
+from pseuzo_kernels.selection import Mask, Offset
 
 
 class ModelApi(Calls):
@@ -24,6 +26,8 @@ class ModelApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> None:
         """x <- x + scale * noise_scale * z(seed) for each tensor x of params, in place.
 
@@ -35,11 +39,20 @@ class ModelApi(Calls):
         says so. scale: of either sign; noise_scale: a float or one per tensor, not negative, 0
         skips the tensor. restore_ undoes it up to the rounding of x's dtype; `perturb` leaves x as
         it is, so that nothing has to be undone. noise, rounding, rounding_seed, found_inf: as
-        add_noise_. Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
+        add_noise_.
+
+        mask: which elements take noise; any other stays as it is, to the bit. A bool tensor for
+        each of params (of its shape, on its device), a RandomMask(share, seed), or, where x itself
+        does not move meanwhile (perturb, update_), a SmallMask(limit). offset: for tensors that are
+        shards, where each is in its whole tensor: the position of its first element, or a Part; one
+        for all or one for each. The shard then becomes what these elements of the whole tensor
+        become, to the bit. A DTensor brings its own: its local part is written.
+        Source: MeZO (Malladi et al. 2023), Algorithm 1, PerturbParameters.
         """
         scale = check_finite("perturb_", "scale", scale)
         how = How(noise, rounding, rounding_seed, found_inf)
-        self._list("perturb_", params, seed, scale, streams, noise_scale, how)
+        terms = params, seed, scale, streams, noise_scale, how
+        self._list("perturb_", *terms, mask=mask, offset=offset)
 
     def restore_(
         self,
@@ -53,6 +66,8 @@ class ModelApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> None:
         """x <- x - scale * noise_scale * z(seed): undoes perturb_ with the same arguments, up to
         rounding.
@@ -62,7 +77,8 @@ class ModelApi(Calls):
         """
         scale = check_finite("restore_", "scale", scale)
         how = How(noise, rounding, rounding_seed, found_inf)
-        self._list("restore_", params, seed, -scale, streams, noise_scale, how)
+        terms = params, seed, -scale, streams, noise_scale, how
+        self._list("restore_", *terms, mask=mask, offset=offset)
 
     def perturb(
         self,
@@ -77,6 +93,8 @@ class ModelApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> Tensor | list[Tensor]:
         """out <- x + scale * noise_scale * z(seed) for each tensor x of params, which stay as they
         are.
@@ -89,8 +107,9 @@ class ModelApi(Calls):
         """
         scale = check_finite("perturb", "scale", scale)
         how = How(noise, rounding, rounding_seed, found_inf)
-        terms = seed, scale, streams, noise_scale, how
-        return self._list("perturb", params, *terms, out=out, in_place=False)
+        terms = params, seed, scale, streams, noise_scale, how
+        where: dict[str, Any] = dict(mask=mask, offset=offset, out=out, in_place=False)
+        return self._list("perturb", *terms, **where)
 
     def update_(
         self,
@@ -106,6 +125,8 @@ class ModelApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> None:
         """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]), in one
         pass.
@@ -117,8 +138,9 @@ class ModelApi(Calls):
         """
         lr = check_not_negative("update_", "lr", lr)
         how = How(noise, rounding, rounding_seed, found_inf)
-        terms = seeds, coefs, streams, noise_scale, how
-        self._list("update_", params, *terms, lr=lr, weight_decay=weight_decay)
+        terms = params, seeds, coefs, streams, noise_scale, how
+        numbers: dict[str, Any] = dict(lr=lr, weight_decay=weight_decay)
+        self._list("update_", *terms, **numbers, mask=mask, offset=offset)
 
     def update(
         self,
@@ -135,6 +157,8 @@ class ModelApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> Tensor | list[Tensor]:
         """out <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]).
 
@@ -143,6 +167,35 @@ class ModelApi(Calls):
         lr = check_not_negative("update", "lr", lr)
         how = How(noise, rounding, rounding_seed, found_inf)
         terms = params, seeds, coefs, streams, noise_scale, how
-        return self._list(
-            "update", *terms, lr=lr, weight_decay=weight_decay, out=out, in_place=False
-        )
+        numbers: dict[str, Any] = dict(lr=lr, weight_decay=weight_decay)
+        numbers |= dict(mask=mask, offset=offset, out=out, in_place=False)
+        return self._list("update", *terms, **numbers)
+
+    def sign_update_(
+        self,
+        params: Params,
+        seeds: Seeds,
+        coefs: Coefs,
+        *,
+        lr: float,
+        weight_decay: float | Sequence[float] = 0.0,
+        streams: Streams = None,
+        noise: str = "hadamard",
+        rounding: str = "nearest",
+        rounding_seed: int | None = None,
+        noise_scale: float | Sequence[float] = 1.0,
+        found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
+    ) -> None:
+        """x <- (1 - lr * weight_decay) x - lr * noise_scale * sgn(sum_k coefs[k] z(seeds[k])), in
+        one pass: the sign of each element of the estimate, which is made in registers.
+
+        Arguments as update_. An element whose sum is 0 only decays. Source: ZO-signSGD (Liu et al.
+        2019), Algorithm 1.
+        """
+        lr = check_not_negative("sign_update_", "lr", lr)
+        how = How(noise, rounding, rounding_seed, found_inf)
+        terms = params, seeds, coefs, streams, noise_scale, how
+        numbers: dict[str, Any] = dict(lr=lr, weight_decay=weight_decay)
+        self._list("sign_update_", *terms, **numbers, mask=mask, offset=offset, sign=True)

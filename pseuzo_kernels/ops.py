@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pseuzo_kernels import adam, masks, reference
+from pseuzo_kernels import adam, masks, parts, reference
 from pseuzo_kernels.api import NoiseApi
 from pseuzo_kernels.implementations import say_slow
 from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
@@ -23,8 +23,9 @@ from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 try:
     from pseuzo_kernels.triton import adam as triton_adam
     from pseuzo_kernels.triton import launch
+    from pseuzo_kernels.triton import parts as triton_parts
 except ImportError:  # a build of torch without CUDA may come without triton: CPU tensors need none
-    launch = triton_adam = None  # type: ignore[assignment]
+    launch = triton_adam = triton_parts = None  # type: ignore[assignment]
 
 __all__ = [
     "RepeatedPerturb",
@@ -37,12 +38,15 @@ __all__ = [
     "add_noise_masked_list_",
     "add_noise_masked_list_out",
     "add_noise_masked_rows",
+    "add_noise_parts_",
+    "add_noise_parts_out",
     "add_noise_rows",
     "add_noise_steps_",
     "noise",
     "perturb",
     "perturb_",
     "restore_",
+    "sign_update_",
     "tables_of_a_graph",
     "update",
     "update_",
@@ -67,13 +71,17 @@ lib.define(
     "adam_list_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int directions, SymInt[] streams, "
     f"float[] keeps, float[] scales, float[] numbers, {_HOW}) -> ()"
 )
-_rest = f"{_TERMS.format('float[]')}, {_HOW}, float[] limits, Tensor? mask_seed"
-lib.define(f"add_noise_masked_list_(Tensor(a!)[] xs, {_rest}) -> ()")
-lib.define(f"add_noise_masked_list_out(Tensor[] xs, {_rest}, *, Tensor(a!)[] out) -> ()")
+_rest = f"{_TERMS.format('float[]')}, {_HOW}"
+_masked = f"{_rest}, float[] limits, Tensor? mask_seed"
+lib.define(f"add_noise_masked_list_(Tensor(a!)[] xs, {_masked}) -> ()")
+lib.define(f"add_noise_masked_list_out(Tensor[] xs, {_masked}, *, Tensor(a!)[] out) -> ()")
 lib.define(
     "add_noise_masked_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, "
     "float scale, str noise, float limit, Tensor? mask_seed) -> Tensor"
 )
+_rest += ", SymInt[] places, float[] limits, Tensor? mask_seed, Tensor[] takes, bool sign"
+lib.define(f"add_noise_parts_(Tensor(a!)[] xs, {_rest}) -> ()")
+lib.define(f"add_noise_parts_out(Tensor[] xs, {_rest}, *, Tensor(a!)[] out) -> ()")
 
 
 def _fake(*args, out=()) -> None:
@@ -99,6 +107,8 @@ def _in_plain_torch(op: Callable) -> Callable:
 
 
 for _name, _triton, _its_fake in (
+    ("add_noise_parts_", "add_noise_parts_triton_", _fake),
+    ("add_noise_parts_out", "add_noise_parts_out_triton", _fake),
     ("add_noise_list_", "add_noise_list_triton_", _fake),
     ("add_noise_list_out", "add_noise_list_out_triton", _fake),
     ("add_noise_steps_", "add_noise_steps_triton_", _fake),
@@ -109,7 +119,10 @@ for _name, _triton, _its_fake in (
     ("add_noise_masked_rows", "add_noise_rows_triton", _fake_rows),
 ):
     _defined, _launched = (adam, triton_adam) if "adam" in _name else (reference, launch)
-    _defined = masks if "masked" in _name else _defined
+    if "masked" in _name:
+        _defined = masks
+    if "parts" in _name:
+        _defined, _launched = parts, triton_parts
     lib.impl(_name, _in_plain_torch(getattr(_defined, _name)), "CompositeExplicitAutograd")
     if launch is not None:
         lib.impl(_name, getattr(_launched, _triton), "CUDA")
@@ -136,6 +149,9 @@ add_noise_rows = _ops.add_noise_rows.default
 add_noise_masked_list_ = _ops.add_noise_masked_list_.default
 add_noise_masked_list_out = _ops.add_noise_masked_list_out.default
 add_noise_masked_rows = _ops.add_noise_masked_rows.default
+# the same for parts of tensors, under any mask, or with the sign alone: see pseuzo_kernels.parts
+add_noise_parts_ = _ops.add_noise_parts_.default
+add_noise_parts_out = _ops.add_noise_parts_out.default
 
 
 def _traceable(op: Any) -> Callable[..., None]:
@@ -168,10 +184,15 @@ def _traceable(op: Any) -> Callable[..., None]:
     return call
 
 
-_api = NoiseApi(_traceable(_ops.add_noise_list_), _traceable(_ops.add_noise_list_out))
+_api = NoiseApi(
+    _traceable(_ops.add_noise_list_),
+    _traceable(_ops.add_noise_list_out),
+    (add_noise_masked_list_, add_noise_masked_list_out),
+    (add_noise_parts_, add_noise_parts_out),
+)
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
-perturb, update = _api.perturb, _api.update
+perturb, update, sign_update_ = _api.perturb, _api.update, _api.sign_update_
 adam_update_ = adam.AdamApi(adam_list_, _api).adam_update_
 
 

@@ -147,25 +147,24 @@ def add_noise_into(
     rounding_hash,
     skipped,
     sum_of=noise_sum,
+    offset=0,
 ) -> None:
     """Write the result of an op for one tensor. out and x are flat; x may be None or out itself.
 
     skipped: [] bool; if it is True, out <- x, or 0 without x. sum_of: makes the sum that is added,
-    as noise_sum does.
+    as noise_sum does. offset: the position of the first element in the whole tensor.
     """
-    n = out.numel()
-    chunks_at_once = COUNTERS_AT_ONCE // PLANE
-    for first in range(0, -(-n // CHUNK), chunks_at_once):
-        q, elements = columns_of_chunks(
-            first, min(first + chunks_at_once, -(-n // CHUNK)), out.device
-        )
+    last = offset + out.numel()
+    chunks, together = -(-last // CHUNK), COUNTERS_AT_ONCE // PLANE
+    for first in range(offset // CHUNK, chunks, together):
+        q, elements = columns_of_chunks(first, min(first + together, chunks), out.device)
         if scale:
             y = sum_of(noise, q, stream, hashes, coefs, scale)
         else:  # adding -0 changes nothing
             nothing = 0.0 if x is None else -0.0
             y = torch.full(elements.shape, nothing, dtype=torch.float32, device=out.device)
-        inside = elements < n
-        at = elements[inside]
+        inside = (elements >= offset) & (elements < last)
+        at = elements[inside] - offset
         y = y[inside]
         if x is not None:
             y = x[at].float() * keep + y
@@ -350,10 +349,18 @@ def window_step(
     return seeds[(slot - ages) % slots_in_ring], coefs, (~ok).float().view(1)
 
 
-_api = NoiseApi(add_noise_list_, add_noise_list_out)
+# The ops below are defined by those above.
+from pseuzo_kernels import masks, parts  # noqa: E402
+
+_api = NoiseApi(
+    add_noise_list_,
+    add_noise_list_out,
+    (masks.add_noise_masked_list_, masks.add_noise_masked_list_out),
+    (parts.add_noise_parts_, parts.add_noise_parts_out),
+)
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
-perturb, update = _api.perturb, _api.update
+perturb, update, sign_update_ = _api.perturb, _api.update, _api.sign_update_
 
 
 class EmaWindow(window.EmaWindow):

@@ -1,8 +1,8 @@
 // The noise ops on the CPU: add_noise_list_ and add_noise_list_out, with and without masks,
 // add_noise_steps_, adam_list_. Those of rows are in cpu_rows.cpp.
 //
-// This file checks arguments and divides the work among threads; the arithmetic is in cpu_isa.cpp.
-#include <ATen/Parallel.h>
+// This file checks arguments; cpu_pieces.cpp divides the work among threads; the arithmetic is in
+// cpu_isa.cpp. cpu_parts.cpp has the ops on parts of tensors.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu_pieces.h"
 #include "cpu_task.h"
 #include "cpu_terms.h"
 #include "isa.h"
@@ -20,78 +21,6 @@
 
 namespace pseuzo {
 namespace {
-
-struct Piece {
-  const char* src;  // or null
-  char* dst;
-  int64_t n;
-  std::vector<Task> tasks;  // one; or several in a row, all in place
-};
-
-// Several tasks go over this many chunks in turn before the next chunks are read: 16 or 32 KiB stay
-// in the L1 cache.
-constexpr int64_t kBlock = 4;
-
-// adam: the tasks of a piece are the steps that make its moments.
-void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms,
-                      const Adam* adam = nullptr) {
-  // The chunks of all tensors are numbered in one row, so a list of a thousand small tensors is
-  // divided as a large one is.
-  std::vector<int64_t> starts;
-  int64_t total = 0;
-  for (const Piece& piece : pieces) {
-    starts.push_back(total);
-    total += (piece.n + kChunk - 1) / kChunk;
-  }
-  const Isa* const isa = chosen_isa();
-  at::parallel_for(0, total, grain_of(terms), [&](int64_t begin, int64_t end) {
-    const FloatMode mode;
-    std::vector<Seed> room;
-    std::vector<Task> tasks, steps;
-    Adam own = {};
-    size_t t = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; t < pieces.size() && starts[t] < end; t++) {
-      const Piece& piece = pieces[t];
-      tasks = piece.tasks;
-      if (tasks.empty()) continue;
-      terms.set(tasks, room);
-      if (adam) {
-        steps = tasks;
-        own = *adam;
-        own.steps = steps.data();
-        own.n = static_cast<int64_t>(steps.size());
-        tasks.resize(1);
-        tasks[0].adam = &own;
-      }
-      const int64_t size = tasks[0].dtype == Dtype::kFp32 ? 4 : 2;
-      const int64_t stop = std::min(piece.n, (end - starts[t]) * kChunk);
-      const int64_t block = tasks.size() == 1 ? stop : kBlock * kChunk;
-      for (int64_t first = (std::max(begin, starts[t]) - starts[t]) * kChunk; first < stop;
-           first += block) {
-        const int64_t last = std::min(stop, first + block);
-        const char* const src = piece.src ? piece.src + first * size : nullptr;
-        for (const Task& task : tasks)
-          isa->add_noise_span(task, first, last, src, piece.dst + first * size);
-      }
-    }
-  });
-}
-
-void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf) {
-  if (!found_inf) return;
-  check_dense(op, "found_inf", *found_inf);
-  TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
-              ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ",
-              found_inf->sizes());
-}
-
-// Whether the op is skipped: because of its coefficients, which sets the flag, or by the flag.
-bool skips(bool by_coefs, const std::optional<at::Tensor>& found_inf) {
-  if (!found_inf) return by_coefs;
-  float* const found = found_inf->mutable_data_ptr<float>();
-  if (by_coefs) *found = 1;
-  return *found != 0;
-}
 
 // in_place: xs is out, and tensors with scale 0 are left alone. Else xs is empty, or like out.
 void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool in_place,
@@ -133,18 +62,9 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
                   y.sizes(), " ", y.scalar_type());
       src = static_cast<const char*>(xs[t].const_data_ptr());
     }
-    pieces.push_back({src, dst, y.numel(), {task}});
+    pieces.push_back({src, dst, y.numel(), 0, {task}});
   }
-  // All arguments have been checked before anything is written. If there is nothing to do, nothing
-  // is written at all, and found_inf stays as it is.
-  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
-    return;
-  if (!skips(terms.skips(0), found_inf)) return add_noise_pieces(pieces, terms);
-  for (const Piece& piece : pieces) {
-    const size_t n_bytes = piece.n * (piece.tasks[0].dtype == Dtype::kFp32 ? 4 : 2);
-    if (!piece.src) std::memset(piece.dst, 0, n_bytes);
-    if (piece.src && piece.src != piece.dst) std::memcpy(piece.dst, piece.src, n_bytes);
-  }
+  add_noise_unless_skipped(pieces, terms, found_inf);
 }
 
 void add_noise_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
@@ -243,7 +163,7 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
     task.stochastic = stochastic;
     task.stream = static_cast<uint32_t>(streams[t]);
     char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
-    pieces.push_back({x, x, xs[t].numel(), {}});
+    pieces.push_back({x, x, xs[t].numel(), 0, {}});
     for (size_t s = 0; s < steps; s++, task.first_term += task.K) {
       const size_t i = s * xs.size() + t;
       task.K = counts[s];
@@ -298,7 +218,7 @@ void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor
     task.keep = static_cast<float>(keeps[t]);
     task.noisy = true;
     char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
-    pieces.push_back({x, x, xs[t].numel(), {}});
+    pieces.push_back({x, x, xs[t].numel(), 0, {}});
     for (size_t s = 0; s < counts.size(); s++, task.first_term += directions) {
       by_coefs = by_coefs || terms.skips(s);
       task.scale = terms.scale_for(s, scales[t]);

@@ -14,8 +14,9 @@ namespace pseuzo {
 
 enum class Noise { kHadamard, kHadamardFp16, kRademacher, kNormal };
 enum class Dtype { kFp32, kBf16, kFp16 };
-// Which elements take noise: all, those with |x| <= limit, or a share `limit` of all, at random.
-enum class Mask { kNone, kSmall, kRandom };
+// Which elements take noise: all, those with |x| <= limit, a share `limit` of all, at random, or
+// those that bytes are given for.
+enum class Mask { kNone, kSmall, kRandom, kGiven };
 
 constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
 
@@ -37,6 +38,10 @@ struct Task {
   Mask mask;   // with one there is an src, whose other elements are copied, to the bit
   float limit;
   uint64_t mask_hash;
+  const uint8_t* takes;  // kGiven: a byte for each element of a piece, not 0 where it takes noise
+  int64_t takes_first;   // the position of the first one in the whole tensor
+  bool sign;             // only the sign of the sum is added, times step
+  float step;
   const Adam* adam;  // null: the sum of the noise is added, and not Adam's step
 };
 

@@ -211,6 +211,8 @@ def add_chunks(
     HASH: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ASM: tl.constexpr,
+    takes_ptr=None,  # to the bytes of a given mask, where x_ptr is
+    step=None,  # only the sign of the sum is added, times this; then there is an x
 ):
     lane = tl.arange(0, COUNTERS)
     offs = lane // 128 * 2048 + lane % 128
@@ -239,12 +241,19 @@ def add_chunks(
                 xs = xs + (load(x_ptr, offs, lo, hi, j, FULL, PLANES),)
         for j in tl.static_range(first, first + GROUP):
             y = acc[j] * scale
+            if step is not None:
+                # -0 by its bits, as above
+                nothing = tl.full((), 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
+                y = tl.where(y > 0, step, tl.where(y < 0, -step, nothing))
             if HAS_X:
                 y = px.widen(xs[j - first], ASM) * keep + y
             y = px.cast(y, words, j, out_ptr.dtype.element_ty, STOCHASTIC, ASM)
             if limit is not None:
                 takes = px.takes_noise(xs[j - first], mask_words, j, limit, RANDOM, ASM)
                 y = tl.where(takes, y, xs[j - first])
+            if takes_ptr is not None:
+                takes = load(takes_ptr, offs, lo, hi, j, FULL, PLANES)
+                y = tl.where(takes != 0, y, xs[j - first])
             if FULL:
                 tl.store(out_ptr + offs + j * 128, y)
             else:

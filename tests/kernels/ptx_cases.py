@@ -17,10 +17,11 @@ from helpers import assert_same_bits
 from triton.runtime import JITFunction
 from triton_ops import assert_close_normal, seeds_coefs, values
 
-from pseuzo_kernels import adam, masks, reference
+from pseuzo_kernels import adam, masks, parts, reference
 from pseuzo_kernels.triton import adam as adam_kernels
 from pseuzo_kernels.triton import device as philox
 from pseuzo_kernels.triton import kernels, sums
+from pseuzo_kernels.triton import parts as parts_kernels
 from pseuzo_kernels.triton.launch import (
     add_noise_list_out_triton,
     add_noise_list_triton_,
@@ -166,6 +167,22 @@ def test_masked():
         assert_same_bits(g, w)
 
 
+def test_parts():
+    """Shards that are aligned or not, of whole programs or tails, with a given mask or signs."""
+    xs = [values(n, BF16) for n in (3 * 8192, 75, 100)]
+    places = [2048, 0, 0, 2047, 25, 130, 8, 0, 0]
+    takes = [torch.arange(x.numel()) % 3 > 0 for x in xs]
+    terms = *seeds_coefs(1), [7, 3, 0], [0.75] * 3, [1.0, 0.5, 2.0], "hadamard", False, 0, None
+    for masks_of, sign in ((takes, False), ([], True)) if SM_90 else (([], True),):
+        got, want = [x.clone() for x in xs], [x.clone() for x in xs]
+        rest = places, [], None, masks_of, sign
+        with ptx_emulator.memory_of(*got, *takes):
+            parts_kernels.add_noise_parts_triton_(got, *terms, *rest)
+        parts.add_noise_parts_(want, *terms, *rest)
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g, w)
+
+
 def test_steps():
     """Some steps have no seed and some tensors get no noise. The sizes are close to a program's
     block."""
@@ -203,11 +220,11 @@ def test_all_kernels_and_all_inline_asm_were_run():
     """This test comes last, since it checks what the cases above have run."""
     names = {
         name
-        for name, f in (vars(kernels) | vars(adam_kernels)).items()
+        for name, f in (vars(kernels) | vars(adam_kernels) | vars(parts_kernels)).items()
         if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
     assert ptx_emulator.kernels_run == names
-    source = "".join(map(inspect.getsource, (philox, sums, kernels, adam_kernels)))
+    source = "".join(map(inspect.getsource, (philox, sums, kernels, adam_kernels, parts_kernels)))
     asm = " ".join(
         re.findall(r"inline_asm_elementwise\(\s*(\"\"\"[^\"]*\"\"\"|\"[^\"]*\")", source)
     )

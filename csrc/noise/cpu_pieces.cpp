@@ -1,0 +1,103 @@
+// Divides the work of the noise ops on the CPU among threads.
+#include "cpu_pieces.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu_task.h"
+#include "cpu_terms.h"
+#include "noise.h"
+
+namespace pseuzo {
+namespace {
+
+// Several tasks go over this many chunks in turn before the next chunks are read: 16 or 32 KiB stay
+// in the L1 cache.
+constexpr int64_t kBlock = 4;
+
+// The number of the chunk where a piece begins, and how many chunks it touches.
+int64_t first_chunk(const Piece& piece) { return piece.first / kChunk; }
+
+int64_t chunks_of(const Piece& piece) {
+  return piece.n ? (piece.first + piece.n - 1) / kChunk - first_chunk(piece) + 1 : 0;
+}
+
+}  // namespace
+
+void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms, const Adam* adam) {
+  // The chunks of all tensors are numbered in one row, so a list of a thousand small tensors is
+  // divided as a large one is.
+  std::vector<int64_t> starts;
+  int64_t total = 0;
+  for (const Piece& piece : pieces) {
+    starts.push_back(total);
+    total += chunks_of(piece);
+  }
+  const Isa* const isa = chosen_isa();
+  at::parallel_for(0, total, grain_of(terms), [&](int64_t begin, int64_t end) {
+    const FloatMode mode;
+    std::vector<Seed> room;
+    std::vector<Task> tasks, steps;
+    Adam own = {};
+    size_t t = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; t < pieces.size() && starts[t] < end; t++) {
+      const Piece& piece = pieces[t];
+      tasks = piece.tasks;
+      if (tasks.empty()) continue;
+      terms.set(tasks, room);
+      if (adam) {
+        steps = tasks;
+        own = *adam;
+        own.steps = steps.data();
+        own.n = static_cast<int64_t>(steps.size());
+        tasks.resize(1);
+        tasks[0].adam = &own;
+      }
+      const int64_t size = tasks[0].dtype == Dtype::kFp32 ? 4 : 2;
+      const int64_t from = first_chunk(piece);
+      const int64_t start =
+          std::max(piece.first, (from + std::max(begin - starts[t], {0})) * kChunk);
+      const int64_t stop = std::min(piece.first + piece.n, (from + end - starts[t]) * kChunk);
+      const int64_t block = tasks.size() == 1 ? piece.n : kBlock * kChunk;
+      for (int64_t first = start; first < stop; first += block) {
+        const int64_t last = std::min(stop, first + block);
+        const int64_t at = (first - piece.first) * size;
+        const char* const src = piece.src ? piece.src + at : nullptr;
+        for (const Task& task : tasks) isa->add_noise_span(task, first, last, src, piece.dst + at);
+      }
+    }
+  });
+}
+
+void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf) {
+  if (!found_inf) return;
+  check_dense(op, "found_inf", *found_inf);
+  TORCH_CHECK(found_inf->scalar_type() == at::kFloat && found_inf->numel() == 1, op,
+              ": found_inf must be float32 [1], got ", found_inf->scalar_type(), " ",
+              found_inf->sizes());
+}
+
+// Whether the op is skipped: because of its coefficients, which sets the flag, or by the flag.
+bool skips(bool by_coefs, const std::optional<at::Tensor>& found_inf) {
+  if (!found_inf) return by_coefs;
+  float* const found = found_inf->mutable_data_ptr<float>();
+  if (by_coefs) *found = 1;
+  return *found != 0;
+}
+
+void add_noise_unless_skipped(const std::vector<Piece>& pieces, const Terms& terms,
+                              const std::optional<at::Tensor>& found_inf) {
+  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
+    return;
+  if (!skips(terms.skips(0), found_inf)) return add_noise_pieces(pieces, terms);
+  for (const Piece& piece : pieces) {
+    const size_t n_bytes = piece.n * (piece.tasks[0].dtype == Dtype::kFp32 ? 4 : 2);
+    if (!piece.src) std::memset(piece.dst, 0, n_bytes);
+    if (piece.src && piece.src != piece.dst) std::memcpy(piece.dst, piece.src, n_bytes);
+  }
+}
+
+}  // namespace pseuzo
