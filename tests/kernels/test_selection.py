@@ -168,11 +168,12 @@ def test_cpp(noise):
 
 
 @(pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow)
-@pytest.mark.parametrize("noise, k", [("hadamard", 1), ("rademacher", 5), ("hadamard-fp16", 4)])
-def test_triton(noise, k):
+def test_triton(noise="hadamard", k=1):
+    """All other paths are run as machine code, in ptx_cases.py."""
     launch = pytest.importorskip("pseuzo_kernels.triton.parts")
-    xs = [normals(n, dtype, n) for n in (3, 5000, 16000) for dtype in DTYPES[:2]]
-    for args in cases(xs, noise, k)[:: 1 if DEVICE == "cuda" else 2]:
+    sizes = (3, 5000, 16000) if DEVICE == "cuda" else (3, 2500)
+    xs = [normals(n, torch.bfloat16, n) for n in sizes]
+    for args in cases(xs, noise, k):
         want = [torch.empty_like(x) for x in xs]
         parts.add_noise_parts_out(xs, *args, out=want)
         there = [
