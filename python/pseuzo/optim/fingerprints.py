@@ -17,6 +17,8 @@ from pseuzo.machine import parts_of
 from pseuzo.optim import groups
 from pseuzo.optim.seeds import HASH_DOMAIN, step_seed
 from pseuzo.optim.wire import buffer_of
+from pseuzo.perturb.offload import flush
+from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels import __version__
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -57,9 +59,11 @@ def of_chunk(o: ZeroOrder) -> int:
     total, crc = sum(p.numel() for p in params), 0
     first = step_seed(o.seed, o.steps, HASH_DOMAIN) % -(-total // CHUNK) * CHUNK
     last = min(first + CHUNK, total)
-    at = 0
+    at, store = 0, store_of(o.model)
     for p in params:
         if at < last and at + p.numel() > first:
+            if store is not None:  # offloaded weights are updated late
+                store.settle(store.regions.of[p])
             part = p.detach().view(-1)[max(first - at, 0) : last - at]
             crc = zlib.crc32(buffer_of(part), crc)
         at += p.numel()
@@ -69,6 +73,7 @@ def of_chunk(o: ZeroOrder) -> int:
 def of_start(o: ZeroOrder, ranks: Ranks) -> dict[str, str]:
     """What ranks compare once, before their first step: version, options, parameters, weights and
     data (`ZeroOrder.check`)."""
+    flush(o.model)
     names = {} if o.model is None else {p: name for name, p in o.model.named_parameters()}
     layout = [
         (names.get(p), o.streams[p], tuple(p.shape), str(p.dtype))  # type: ignore[call-overload]

@@ -82,7 +82,7 @@ class Ranks:
         header = HEADER.pack(FORMAT, kind, len(body))
         parts = [self._tensor(part) for part in (header, body) if part]
         work = [
-            distributed.isend(part, group=self._group, group_dst=rank)
+            distributed.isend(part, self._global(rank), self._group)
             for rank in to
             for part in parts
         ]
@@ -102,9 +102,12 @@ class Ranks:
 
     def _received(self, rank: int, length: int) -> bytes:
         part = torch.empty(length, dtype=torch.uint8, device=self._device)
-        distributed.recv(part, group=self._group, group_src=rank)
+        distributed.recv(part, self._global(rank), self._group)
         self.received += length
         return part.cpu().numpy().tobytes()
+
+    def _global(self, rank: int) -> int:
+        return rank if self._group is None else distributed.get_global_rank(self._group, rank)
 
     def _tensor(self, part: bytes) -> Tensor:
         return torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self._device)
