@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # What comes before the tensors. Of a rank: step; hashes of the settings, of some weights and of the
 # kind of pass; how many streams of parameters follow; size, NaN if not given. Of the root: how many
-# streams follow.
-STATE, NEWS = struct.Struct("<qIIIId"), struct.Struct("<Q")
+# streams follow. Of outputs for another rank: step.
+STATE, NEWS, STEP_OF = struct.Struct("<qIIIId"), struct.Struct("<Q"), struct.Struct("<q")
 ALIKE = ("step", "settings", "weights", "kind of pass")
 
 
@@ -172,14 +172,16 @@ class Exchange(Rounds):
             raise
         if ranks.direction:
             if ranks.direction in others:
-                ranks.send([first], STEP, packed(*found))
+                ranks.send([first], STEP, STEP_OF.pack(self._state[0]) + packed(*found))
             return []
         by_direction = [found]
         heard = [self._heard(first + direction) for direction in others]
         for kind, body in heard:
             if kind != STEP:
                 raise RankFailed(body.decode())
-            by_direction.append(unpacked(body))
+            if STEP_OF.unpack_from(body) != self._state[:1]:
+                raise RankFailed(f"{self._op}: a rank was interrupted and is at another step")
+            by_direction.append(unpacked(memoryview(body)[STEP_OF.size :]))
         d = ranks.direction_ranks
         return [by_direction[i % d][i // d] for i in range(n)]
 
