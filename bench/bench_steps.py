@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from harness import MODELS, QUANTILES, Table, floor_of, parser
+from harness import LARGER, MODELS, QUANTILES, Table, floor_of, parser
 from opt_models import make_batch, make_model
 from pseuzo.perturb.module import forget_passes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,9 @@ COLUMNS = (
     "model", "params", "dtype", "rows", "tokens", "impl", "part", *QUANTILES, "peak_gb", "ops",
     "syncs", "reserved_gb", "device_gb",
 )  # fmt: skip
+
+
+FITTING = [name for name in MODELS if name not in ("tiny", *LARGER)]
 
 
 class Count(TorchDispatchMode):
@@ -159,7 +162,7 @@ def main() -> None:
     table, all_ran = Table("steps", args, COLUMNS), True
     on_cpu = table.device.type == "cpu"
     # The largest model comes last.
-    for name in args.model or (["tiny"] if on_cpu else list(MODELS)[1:]):
+    for name in args.model or (["tiny"] if on_cpu else FITTING):
         all_ran &= measure(table, name, args)
         gc.collect()
         if not on_cpu:

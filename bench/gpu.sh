@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the three scripts of bench/gpu/ one after the other, in about a quarter of an hour. See
+# Runs the scripts of bench/gpu/ one after the other, in about twenty minutes. See
 # docs/gpu.md. --dry-run runs them with small sizes, as far as that is possible without a GPU.
 cd "$(dirname "$0")/.." || exit
 failed=0
-for script in bench/gpu/[1-3]_*.sh; do bash "$script" "$@" || failed=1; done
+for script in bench/gpu/[1-4]_*.sh; do bash "$script" "$@" || failed=1; done
 exit $failed

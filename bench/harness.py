@@ -33,7 +33,10 @@ MODELS = {
     "opt-6.7b": (32, 4096, 32, 4096),
     "opt-13b": (40, 5120, 40, 5120),
     "opt-30b": (48, 7168, 56, 7168),
+    "opt-66b": (64, 9216, 72, 9216),
+    "opt-175b": (96, 12288, 96, 12288),
 }
+LARGER = ("opt-66b", "opt-175b")  # than any GPU; only offload_plan.py has these
 
 
 def floor_of(impl: str) -> str:

@@ -41,7 +41,7 @@ def test_the_gpu_scripts_run_dry_and_report(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     scripts = [script.stem for script in BENCH.glob("gpu/*.sh") if script.stem != "common"]
     files = list(tmp_path.iterdir())
-    assert len(scripts) == 3 and len(files) <= 7, "not a log of each script and the measurements"
+    assert len(scripts) == 4 and len(files) <= 9, "not a log of each script and the measurements"
     for script in scripts:
         assert ": ok, " in (tmp_path / f"{script}.log").read_text()
     run(tmp_path, "report.py")
