@@ -22,6 +22,7 @@ from pseuzo_kernels.checks import (
     check_noise,
     check_not_negative,
     check_stream,
+    check_tensors,
     seeds_and_coefs,
 )
 from pseuzo_kernels.model_api import ModelApi
@@ -57,7 +58,9 @@ class NoiseApi(ModelApi):
         check_noise("noise", noise)
         if out is None:
             out = torch.empty(shape, dtype=dtype or torch.float32, device=device or "cpu")
-        self._lists.check("noise", [out], "out")
+            check_tensors("noise", [out])  # it is new, so there is nothing to remember
+        else:
+            self._lists.check("noise", [out], "out")
         wanted = torch.Size([shape] if isinstance(shape, int) else shape)
         if out.shape != wanted or out.dtype != (dtype or out.dtype):
             raise ValueError(

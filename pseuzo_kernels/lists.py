@@ -99,12 +99,11 @@ class CheckedLists:
 
     def _keep(self, key: tuple, known: Checked) -> None:
         with self._lock:
-            for old in (key, *self._known):
-                if old == key or self._n_tensors > MAX_TENSORS:
-                    forgotten = self._known.pop(old, None)
-                    self._n_tensors -= len(forgotten.ptrs) if forgotten else 0
+            replaced = self._known.pop(key, None)
             self._known[key] = known
-            self._n_tensors += len(known.ptrs)
+            self._n_tensors += len(known.ptrs) - (len(replaced.ptrs) if replaced else 0)
+            while self._n_tensors > MAX_TENSORS and len(self._known) > 1:
+                self._n_tensors -= len(self._known.popitem(last=False)[1].ptrs)
 
 
 def _check(op: str, xs: Sequence[Tensor], name: str, out: Sequence[Tensor] | None) -> None:

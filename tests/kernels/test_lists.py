@@ -1,5 +1,7 @@
 """Lists of tensors: out of place, in any dense layout, checked once and when something changes."""
 
+from weakref import getweakrefcount
+
 import pytest
 import torch
 from cpu_ops import DTYPES
@@ -7,7 +9,7 @@ from helpers import assert_same_bits
 from torch import nn
 
 import pseuzo_kernels as pk
-from pseuzo_kernels import reference
+from pseuzo_kernels import lists, reference
 
 apis = pytest.mark.parametrize("api", [pk, reference], ids=["ops", "reference"])
 STREAMS = [4, 9, 2, 0]
@@ -154,3 +156,14 @@ def test_autograd_is_told_of_every_write(api):
     before = [x._version for x in xs]
     api.perturb(xs, 2, 1.0, streams=[0, 1])
     assert [x._version for x in xs] == before
+
+
+def test_lists_are_forgotten_when_newer_ones_come(monkeypatch):
+    monkeypatch.setattr(lists, "MAX_TENSORS", 4)
+    known = lists.CheckedLists()
+    pairs = [[torch.ones(2), torch.ones(2)] for _ in range(3)]
+    for pair in (*pairs[:2], pairs[1], pairs[2]):
+        known.check("perturb_", pair)
+    remembered = [[getweakrefcount(x) > 0 for x in pair] for pair in pairs]
+    assert remembered == [[False] * 2, [True] * 2, [True] * 2]
+    assert not getweakrefcount(pk.noise((4,), 1, 0))  # no call gets this tensor as a list again
