@@ -139,9 +139,10 @@ def _sentence(error: BaseException) -> str | None:
         return (
             f"{what} is missing in the results of a run (PSEUZO_DEBUG=1 shows where); run it again"
         )
-    if launched() > 1 and _lost_others(error):
-        how = re.sub(r"\[[^]]*\] *", "", text).partition(".")[0]  # no lines of source, no addresses
-        return f"another rank was lost ({how}); --resume continues from the last checkpoint"
+    if type(error).__name__ == "RankFailed" or (launched() > 1 and _lost_others(error)):
+        # Without the lines of source and the addresses that gloo gives.
+        how = re.sub(r"\[[^]]*\]:? *", "", text).partition(". This is typically")[0]
+        return f"another rank was lost ({how}); --resume continues the run"
     if isinstance(error, RuntimeError) and _module(error).startswith("pseuzo"):
         return text
     return text if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
