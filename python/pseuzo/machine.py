@@ -3,6 +3,7 @@ wrap other tensors."""
 
 import platform
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -97,6 +98,16 @@ def holds_codes(x: Tensor) -> bool:
     """Return whether x is quantised: whether it holds codes for numbers (bitsandbytes, torchao,
     8-bit floats)."""
     return not x.is_floating_point() or x.element_size() < 2 or hasattr(x, "__tensor_flatten__")
+
+
+def refuse_meta(op: str, params: Iterable[Tensor]) -> None:
+    """Raise ValueError if one of the weights is on the meta device."""
+    if n := sum(p.device.type == "meta" for p in params):
+        raise ValueError(
+            f"{op}: {n} weights are on the meta device, where accelerate leaves those that its "
+            "device_map puts on the cpu or the disk; load the model on the CPU, and call "
+            "pseuzo.offload(model, device), which keeps its weights there"
+        )
 
 
 class Fetched:

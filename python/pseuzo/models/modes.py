@@ -157,8 +157,8 @@ def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: An
     first three `peft` wraps the model. seed decides what is drawn at random; torch's own generator
     is not used. An option of another mode has no effect. The given model is changed.
 
-    ValueError if the mode is unknown, if the model has adapters already, or if it cannot have the
-    mode.
+    ValueError if the mode is unknown, if the model has adapters already, if its weights are not in
+    memory (offloaded by accelerate), or if it cannot have the mode.
     """
     if mode not in MODES:
         raise ValueError(f"tune: mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -168,6 +168,9 @@ def tune(model: "nn.Module", mode: str = "full", *, seed: int = 0, **options: An
         raise ValueError(
             "tune: the model has an adapter already; tune the model that it was made from"
         )
+    from pseuzo.machine import refuse_meta  # which imports torch
+
+    refuse_meta("tune", model.parameters())
     row = MODES[mode]
     module, _, name = row.function.rpartition(".")
     function = getattr(importlib.import_module(module), name)

@@ -220,7 +220,8 @@ def tune_prefix(
         num_attention_heads=heads,
     )
     # peft has a row per token, which holds, layer by layer, the key of each head, then the value.
-    start = torch.stack([x[0] for x in layers]).permute(2, 0, 1, 3).reshape(prefix_tokens, -1)
+    rows = [x[0].to(layers[0].device) for x in layers]  # a model may be on several devices
+    start = torch.stack(rows).permute(2, 0, 1, 3).reshape(prefix_tokens, -1)
     unlike = "it does not see past keys and values as the tokens they were made of"
     return _before_text(model, config, "prefix", start, prefix, text, unlike)
 

@@ -49,11 +49,13 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
                 f"CausalLMObjective: {kind} computes no loss for labels by itself: "
                 f"{' '.join(str(error).split())}"
             ) from error
+    # A model on several devices may return its logits on that of its inputs.
+    logits = output.logits.to(o.device)
     if split.kind == "classifier":
-        logits = theirs = output.logits[:, None].float()
+        logits = theirs = logits[:, None].float()
     else:
         # The slice leaves out logits of a learned prompt.
-        logits = output.logits[:, -row["input_ids"].shape[1] :].float()
+        logits = logits[:, -row["input_ids"].shape[1] :].float()
         theirs = logits[:, row["positions"][0]]
     if split.options is not None:
         theirs = theirs[..., split.options]
@@ -63,7 +65,7 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
         raise split.does_more()
     loss = getattr(output, "loss", None)
     if "labels" in inputs and loss is not None:
-        want = float(F.cross_entropy(logits[0, :-1], labels[0, 1:]))
+        want = float(F.cross_entropy(logits[0, :-1], labels[0, 1:].to(o.device)))
         # The limit allows for a different order of the same sum.
         limit = max(32 * torch.finfo(loss.dtype).eps, 1e-5) * max(1.0, abs(want))
         if math.isfinite(want) and not abs(float(loss) - want) <= limit:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pseuzo.machine import refuse_meta
 from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels.checks import check_not_negative, check_tensors
 
@@ -91,11 +92,8 @@ def check_group(
         if meant := get_close_matches(key, known, n=1, cutoff=0.8):
             raise ValueError(f"{name}: a group has no option {key!r}; did you mean {meant[0]!r}?")
     used = not_frozen(group["params"])
+    refuse_meta(name, used)
     for device in {p.device for p in used}:
-        if device.type == "meta":
-            raise ValueError(
-                f"{name}: a parameter is on the meta device (offloaded?); load the weights first"
-            )
         check_tensors(name, [p for p in used if p.device == device], "parameter")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pseuzo.machine import refuse_meta
 from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo.perturb.masks import Mask, Masks, mask_of, op_out
 from pseuzo_kernels.checks import check_noise, check_tensors, signed64
@@ -62,6 +63,7 @@ class Perturbation:
         self.noise = noise
         self.params = {p: place for p, place in params.items() if place[1] != 0}
         self.streams = {p: stream for p, (stream, _) in self.params.items()}
+        refuse_meta("perturbed", self.params)
         # The weights as the ops take them: without autograd, in the same memory.
         with outside_inference_mode():  # because they are used outside of that mode, too
             self.real = {p: p.detach() for p in self.params}

@@ -150,7 +150,8 @@ class PseuZOTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Estimate a step, which the Trainer's optimizer.step() applies; return the loss. A step
-        that is made from its record in the journal needs no estimate."""
+        that is made from its record in the journal needs no estimate. A model on several devices
+        may have the loss on any of them; it is returned on that of the arguments."""
         self.step_log.emit()
         inputs = self._prepare_inputs(inputs)
         self.repeats = self.zero_order is not None and self.zero_order.repeats
@@ -162,11 +163,11 @@ class PseuZOTrainer(ResumableTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if "targets" in inputs:  # a batch without labels has a loss of NaN and no gradient
                 loss = torch.where((inputs["targets"] != IGNORED).any(), loss, self._mean_loss())
-            return loss
+            return loss.to(self.args.device)
         functions, more = self.losses.step_inputs(inputs, self.zero_order)
         if self.zero_order.needs_data:
             more["batches"] = self.data_losses
-        loss = self.zero_order.estimate(*functions, **more)
+        loss = self.zero_order.estimate(*functions, **more).to(self.args.device)
         return self.step_log.finite(loss, self._mean_loss())
 
     def data_losses(self) -> Iterator[Callable[[], Tensor]]:
