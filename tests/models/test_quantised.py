@@ -10,7 +10,7 @@ import io
 
 import pytest
 import torch
-from pseuzo import CausalLMObjective, PseuZOTrainer, PseuZOTrainingArguments
+from pseuzo import CausalLMObjective, PseuZOTrainer, PseuZOTrainingArguments, offload
 from pseuzo.files import save_model
 from pseuzo.machine import parts_of
 from pseuzo.models.loading import keep_as_loaded, load_model, quantised
@@ -150,6 +150,10 @@ def test_what_steps_cannot_change_is_refused(tmp_path, folder, kind):
         match=r"14 weights of LlamaForCausalLM are quantised, model\.layers\.0.* use mode lora",
     ):
         tune(model, "full")
+    with pytest.raises(ValueError, match=r"14 weights .* are quantised by another library"):
+        tune(model, "scales")
+    with pytest.raises(ValueError, match="offload: the model is quantised, so its weights cannot"):
+        offload(tune(load(folder(kind)), "lora"), "cpu")
     with pytest.raises(ValueError, match="purely quantized models"):  # from the stock Trainer
         trainer(model, tmp_path)
     if "activations" in kind:
