@@ -115,6 +115,28 @@ def test_the_example_of_the_page(rank_pool, tmp_path):
     assert first == pytest.approx(weights, abs=1e-3)
 
 
+def run_own(rank, code, parts):
+    """Run four steps of the estimator that the code defines; return what it found."""
+    names = {"torch": torch}
+    exec(code, names)
+    model = rank_cases.Exact()
+    optimizer, found = names["Normalized"](model, lr=2**-6, eps=2**-2), []
+    for step in range(4):
+        x, y, _ = (part[parts[rank]] for part in rank_cases.batch(step))
+        loss = optimizer.step(lambda x=x, y=y: rank_cases.losses(model(x), y))
+        found.append((float(loss), rank_cases.flat(model).tolist()))
+    return found
+
+
+def test_an_estimator_of_ones_own(rank_pool):
+    """That of docs/extending.md knows nothing of ranks."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    code = next(part for part in page.split("```python\n") if "class Normalized" in part)
+    code = code.split("```")[0]
+    every = rank_pool.run(2, run_own, code, HALVES)
+    assert every == [run_own(0, code, WHOLE)] * 2
+
+
 def test_tensors_as_bytes():
     tensors = [
         torch.randn(()),

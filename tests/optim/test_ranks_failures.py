@@ -280,14 +280,14 @@ def test_parts_that_cannot_be_merged(rank_pool):
         )
 
 
-def dying(rank):
-    """The second rank ends in its second step; return the error of the first."""
+def dying(rank, which):
+    """A rank ends in its second step; return the error of the other, what moved and its steps."""
     model = Exact()
     optimizer = MeZO(model, **OPTIONS)
     x, y, _ = (part[HALVES[rank]] for part in rank_cases.batch(0))
 
     def closure():
-        if rank and optimizer.steps == 1:
+        if rank == which and optimizer.steps == 1:
             os._exit(1)
         return rank_cases.losses(model(x), y)
 
@@ -297,12 +297,14 @@ def dying(rank):
     return error, float((flat(model) - before).abs().max()), optimizer.steps
 
 
-def test_a_rank_that_dies(tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_dies(tmp_path, which):
     pool = RankPool(tmp_path, [{}, {}])
-    pool.start(2, dying)
-    (error, moved, steps), ended = pool.results(2)
+    pool.start(2, dying, which)
+    results = pool.results(2)
     pool.close()
-    assert isinstance(ended, EOFError)
-    assert error[0] == "RankFailed"
-    assert "rank 1 cannot be heard" in error[1]
+    assert isinstance(results.pop(which), EOFError)
+    (((kind, text), moved, steps),) = results
+    assert kind == "RankFailed"
+    assert f"rank {which} cannot be heard" in text
     assert (moved, steps) == (0.0, 1)

@@ -172,7 +172,7 @@ class Exchange(Rounds):
             raise
         if ranks.direction:
             if ranks.direction in others:
-                ranks.send([first], STEP, STEP_OF.pack(self._state[0]) + packed(*found))
+                self._send([first], STEP, STEP_OF.pack(self._state[0]) + packed(*found))
             return []
         by_direction = [found]
         heard = [self._heard(first + direction) for direction in others]

@@ -40,7 +40,8 @@ class Rounds:
         """Send this rank's body to the root, which returns those of all ranks, in order."""
         if self.ranks.is_root:
             return self._received(kind, body)
-        self.ranks.send([0], kind, body)
+        self._turn = OVER
+        self._send([0], kind, body)
         self._turn = WAITS
         return None
 
@@ -63,6 +64,14 @@ class Rounds:
             raise RankFailed(f"{self._op}: {'; '.join(dict.fromkeys(failures))}")
         return bodies
 
+    def _send(self, to: Sequence[int], kind: int, body: bytes) -> None:
+        """Send a body to other ranks. RankFailed if one of them is gone."""
+        try:
+            self.ranks.send(to, kind, body)
+        except RuntimeError as error:
+            names, reason = ", ".join(map(str, to)), first_line(error)
+            raise RankFailed(f"{self._op}: rank {names} cannot be heard ({reason})") from error
+
     def _heard(self, rank: int) -> tuple[int, bytes]:
         """The kind and the body of a rank's message. A rank that cannot be heard has failed."""
         try:
@@ -75,7 +84,7 @@ class Rounds:
         ranks, self._turn = self.ranks, OVER
         kind = GO
         if ranks.is_root:
-            ranks.send(range(1, ranks.size), GO, body)
+            self._send(range(1, ranks.size), GO, body)
         else:
             kind, body = self._heard(0)
         if kind != GO:
