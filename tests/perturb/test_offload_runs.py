@@ -1,6 +1,9 @@
 """Offloaded models with adapters, journals, states and label words; what is refused."""
 
+import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -171,6 +174,39 @@ def test_weights_used_outside_of_their_layer_have_the_same_bits():
         optimizer = MeZO(model, lr=1e-3)
         runs.append([optimizer.step(lambda m=model: loss(m)) for _ in range(4)])
     assert runs[0] == runs[1]
+
+
+def test_a_copy_of_the_model_is_not_offloaded_and_the_model_can_be_freed():
+    model, ids = offload(llm("opt"), "cpu"), labelled()["input_ids"]
+    optimizer = MeZO(model, lr=1e-3)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
+        other.model.decoder.final_layer_norm.bias.add_(1)
+        assert not torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
+    optimizer.step(lambda m=model: m(input_ids=ids).logits.mean())
+    models = [weakref.ref(model), weakref.ref(other)]
+    del model, other, optimizer
+    gc.collect()
+    assert [m() for m in models] == [None, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [MeZO, PseuZO])
+def test_on_a_gpu_the_bits_are_those_of_the_resident_model(make):
+    seen = []
+    for offloads in (False, True):
+        model = llm("opt", dtype=torch.bfloat16)
+        model = offload(model, "cuda") if offloads else model.cuda()
+        optimizer, objective = make(model, lr=1e-3), CausalLMObjective(model)
+        losses = []
+        for i in range(4):
+            forward, head = objective({k: v.cuda() for k, v in labelled(i).items()})
+            step = (forward, head) if make is PseuZO else (lambda f=forward, h=head: h(f()),)
+            losses.append(float(optimizer.step(*step)))
+        seen.append((losses, [x.cpu() for x in model.state_dict().values()]))
+    assert seen[0][0] == seen[1][0]
+    assert all(torch.equal(x, y) for x, y in zip(seen[0][1], seen[1][1], strict=True))
 
 
 @pytest.mark.slow

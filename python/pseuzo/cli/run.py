@@ -220,6 +220,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     if c["journal"]:
         # The path in config.yaml must not depend on the current folder.
         c["journal"] = os.path.abspath(c["journal"])
+    if c["offload"] != "none" and torch.device(c["device"]).type == "cpu":
+        print("--offload: --device cpu uploads into other host memory", file=sys.stderr, flush=True)
     if c["capture"]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:

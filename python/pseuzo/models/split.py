@@ -238,7 +238,8 @@ class SplitModel:
             return after(self.head(o).index_select(-1, self._option_ids).float(), cut=False)
         weight, bias = self.head.weight, self.head.bias
         rows = rows_of(self.model, weight, self._option_ids).float()
-        bias = None if bias is None else bias.index_select(0, self._option_ids).float()
+        if bias is not None:  # it may be on the host, see perturb.offload
+            bias = bias.index_select(0, self._option_ids.to(bias.device)).to(o.device).float()
         return after(F.linear(o.float(), rows, bias), cut=False)
 
     def does_more(self) -> RuntimeError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,13 +58,18 @@ def pooled_outputs(
         return output, *head_gradients(counted, output, [])
 
     def run() -> list[Tensor]:
+        mine = exchange.mine(len(scales))
+        calls = [
+            partial(o.passes.clean, clean)
+            if i == 0
+            else partial(o.passes.perturbed, seed, scales[i], KIND, forward)
+            for i in mine
+        ]
         found = []
-        for i in exchange.mine(len(scales)):
+        for i, output in zip(mine, o.passes.together(calls), strict=True):
             if i == 0:
-                output, *of_head[:] = o.passes.clean(clean)
-            else:
-                output = as_output(o.passes.perturbed(seed, scales[i], KIND, forward))
-            found.append(output)
+                output, *of_head[:] = output
+            found.append(as_output(output))
         return found
 
     def measured() -> list[Tensor]:

@@ -8,7 +8,9 @@ are. They only ever travel up: a layer's update is made just before its upload, 
 step run on the layer while it is there.
 """
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import update_wrapper
 from typing import Any
 from weakref import finalize, ref
@@ -51,7 +53,7 @@ def offload(
     On CUDA, trained weights are page-locked where they are, and copied on a stream of their own.
     This part has not run on a GPU yet.
     """
-    where = usable_device(device)
+    where = torch.empty(0, device=usable_device(device)).device  # with its index
     if not isinstance(buffers, int) or buffers < 1:
         raise ValueError(f"offload: buffers must be at least 1, got {buffers}")
     found, regions = outline(model), Regions(model)
@@ -70,7 +72,7 @@ def offload(
     if sessions_of(model) is None:
         _attach(model, found)
     if where.type == "cuda":
-        _lock_pages(model)
+        _lock_pages(model, where)
     for module in model.modules():
         for name, x in module.named_buffers(recurse=False):
             setattr(module, name, x.to(where))
@@ -140,16 +142,24 @@ def _attach(model: nn.Module, found: Outline) -> None:
         module.register_forward_hook(hooks.after, always_call=True)
 
 
-def _lock_pages(model: nn.Module) -> None:
+def _lock_pages(model: nn.Module, device: torch.device) -> None:
     """Page-lock the weights where they are, so that copies of them need no staging.
 
     Frozen weights that are mapped from a file stay as they are: they would be read into memory.
     """
+    cuda = torch.cuda.cudart()
     for p in model.parameters():
         storage = p.untyped_storage()
         mapped = getattr(storage, "filename", None) is not None
         if storage.is_pinned() or (mapped and not p.requires_grad):
             continue
-        cuda = torch.cuda.cudart()
         if int(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0:
             finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
+            continue
+        with suppress(RuntimeError):  # CUDA reports the failure once more, at its next call
+            torch.zeros(1, device=device)
+        warnings.warn(
+            "offload: the weights cannot be page-locked (see ulimit -l), so uploads are slower",
+            stacklevel=3,
+        )
+        return

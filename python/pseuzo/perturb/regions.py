@@ -175,7 +175,8 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, promised: int | None = None) -> None:
-        self.device, self.promised = device, promised
+        self.device = torch.empty(0, device=device).device  # with its index
+        self.promised = promised
         self.taken = self.uploaded = 0
 
     def take(self, n_bytes: int) -> Tensor:

@@ -177,7 +177,8 @@ class Session(TorchFunctionMode):
         """The rows that a call looks up in a large weight outside of the layers, if that is all
         that it does."""
         region = self._store.regions.of[found[0]]
-        if region.by_layer or region is self._store.regions.residents or len(args) < 2:
+        elsewhere = region.by_layer or region is self._store.regions.residents
+        if elsewhere or len(args) < 2 or found[0].dim() != 2:
             return None
         if func is F.embedding and args[1] is found[0]:
             max_norm = args[3] if len(args) > 3 else kwargs.get("max_norm")
