@@ -80,7 +80,8 @@ def missing_for_cpu() -> str | None:
 
 def extension(mode: str):
     names = [
-        f"noise/{name}.cpp" for name in ("cpu", "cpu_isa", "cpu_parts", "cpu_pieces", "cpu_rows")
+        f"noise/{name}.cpp"
+        for name in ("cpu", "cpu_isa", "cpu_outer", "cpu_parts", "cpu_pieces", "cpu_rows")
     ]
     names += ["window/cpu.cpp", "module.cpp"]
     if mode == "cuda":

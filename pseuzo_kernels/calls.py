@@ -224,7 +224,7 @@ class Calls:
             rest = how.resolved(op, device, coefs)
             s, c = seeds_and_coefs(op, seeds, coefs, device)
             if by_us and known is not None and not by_hand:
-                repeats = op not in ("perturb_", "perturb")
+                repeats = "perturb" not in op
                 self._watch.note(op, seeds, numbers, known.tensors, names, repeats)
             if lr is not None and run is None and not sign:
                 c = c * -lr
@@ -235,7 +235,7 @@ class Calls:
             args = s, c, list(numbers), keeps, scales, *rest, *more
             written = xs if all(scales) else [x for x, k in zip(xs, scales, strict=True) if k]
             if ys is not None:
-                call_out(ops[1], xs, ys, *args)
+                call_out(run or ops[1], xs, ys, *args)
                 bump_versions(ys)
             elif written:
                 call_in_place(run or ops[0], xs, *args, known=known)

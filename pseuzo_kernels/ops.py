@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pseuzo_kernels import adam, masks, parts, reference
+from pseuzo_kernels import adam, low_rank, masks, parts, reference
 from pseuzo_kernels.api import NoiseApi
 from pseuzo_kernels.implementations import say_slow
 from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
@@ -42,6 +42,11 @@ __all__ = [
     "add_noise_parts_out",
     "add_noise_rows",
     "add_noise_steps_",
+    "add_outer_out",
+    "low_rank_factors",
+    "low_rank_perturb",
+    "low_rank_perturb_",
+    "low_rank_update_",
     "noise",
     "perturb",
     "perturb_",
@@ -82,6 +87,11 @@ lib.define(
 _rest += ", SymInt[] places, float[] limits, Tensor? mask_seed, Tensor[] takes, bool sign"
 lib.define(f"add_noise_parts_(Tensor(a!)[] xs, {_rest}) -> ()")
 lib.define(f"add_noise_parts_out(Tensor[] xs, {_rest}, *, Tensor(a!)[] out) -> ()")
+lib.define(
+    "add_outer_out(Tensor[] xs, Tensor[] lefts, Tensor[] rights, Tensor coefs, SymInt[] streams, "
+    "float[] keeps, float[] factors, bool stochastic, SymInt rounding_seed, Tensor(b!)? found_inf, "
+    "*, Tensor(a!)[] out) -> ()"
+)
 
 
 def _fake(*args, out=()) -> None:
@@ -127,6 +137,8 @@ for _name, _triton, _its_fake in (
     if launch is not None:
         lib.impl(_name, getattr(_launched, _triton), "CUDA")
     torch.library.register_fake(f"pseuzo::{_name}", _its_fake, lib=lib)
+lib.impl("add_outer_out", low_rank.add_outer_out, "CompositeExplicitAutograd")
+torch.library.register_fake("pseuzo::add_outer_out", _fake, lib=lib)
 for _name in ("add_noise_list_", "add_noise_list_out"):
     torch.library.register_fake(f"pseuzo::{_name}.traced", _fake, lib=lib)
 lib.impl("window_step", _in_plain_torch(reference.window_step), "CompositeExplicitAutograd")
@@ -152,6 +164,8 @@ add_noise_masked_rows = _ops.add_noise_masked_rows.default
 # the same for parts of tensors, under any mask, or with the sign alone: see pseuzo_kernels.parts
 add_noise_parts_ = _ops.add_noise_parts_.default
 add_noise_parts_out = _ops.add_noise_parts_out.default
+# keep x + a product of thin factors: see pseuzo_kernels.low_rank
+add_outer_out = _ops.add_outer_out.default
 
 
 def _traceable(op: Any) -> Callable[..., None]:
@@ -194,6 +208,9 @@ noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 perturb, update, sign_update_ = _api.perturb, _api.update, _api.sign_update_
 adam_update_ = adam.AdamApi(adam_list_, _api).adam_update_
+_low_rank = low_rank.LowRankApi(add_outer_out, _api)
+low_rank_factors, low_rank_update_ = _low_rank.low_rank_factors, _low_rank.low_rank_update_
+low_rank_perturb, low_rank_perturb_ = _low_rank.low_rank_perturb, _low_rank.low_rank_perturb_
 
 
 class RepeatedPerturb:

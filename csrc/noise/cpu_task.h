@@ -21,6 +21,7 @@ enum class Mask { kNone, kSmall, kRandom, kGiven };
 constexpr int kBatch = 16;  // seeds at a time; "hadamard-fp16" is defined by it
 
 struct Adam;
+struct Outer;
 
 // The work on one tensor.
 struct Task {
@@ -42,7 +43,15 @@ struct Task {
   int64_t takes_first;   // the position of the first one in the whole tensor
   bool sign;             // only the sign of the sum is added, times step
   float step;
-  const Adam* adam;  // null: the sum of the noise is added, and not Adam's step
+  const Outer* outer;  // null, or what is added in place of noise, times scale
+  const Adam* adam;    // null: the sum of the noise is added, and not Adam's step
+};
+
+// A product of thin factors, left [m, R] and right [R, n]; see pseuzo_kernels/low_rank.py.
+struct Outer {
+  const float* left;
+  const float* right;
+  int64_t m, n, R;
 };
 
 // Adam's step from the seeds of the last steps, one task each; see pseuzo_kernels/adam.py.
