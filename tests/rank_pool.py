@@ -13,7 +13,7 @@ from pathlib import Path
 
 # What torch imports at the first step of an optimizer and at the first forward derivative.
 LATER = ("torch._dynamo", "torch._decomp.decompositions_for_jvp")
-LIMIT = 60  # seconds, after which a wait is an error
+LIMIT = 240  # seconds, after which a wait is an error
 
 
 class RankError(Exception):

@@ -27,12 +27,12 @@ def test_ranks_of_these_tests_run_different_instruction_sets(rank_pool):
 
 @pytest.mark.parametrize(
     "world, parts, directions, scalar",
-    [(2, HALVES, 1, True), (3, QUARTERS, 1, False), (2, WHOLE, 2, True)],
-    ids=["2 parts", "3 parts", "2 directions"],
+    [(2, HALVES, 1, True), (3, QUARTERS, 1, False), (2, WHOLE, 2, True), (3, WHOLE, 3, False)],
+    ids=["2 parts", "3 parts", "2 directions", "3 directions"],
 )
 def test_ranks_make_the_steps_of_one_process(rank_pool, world, parts, directions, scalar):
     """All losses are exact here, so losses and weights have the same bits after every step, on
-    ranks that run different instruction sets."""
+    ranks that run different instruction sets. With 3 directions, some steps leave a rank idle."""
     every = rank_pool.run(world, rank_cases.run_all, parts, directions, scalar)
     for name in rank_cases.CASES:
         alone = rank_cases.run(name)

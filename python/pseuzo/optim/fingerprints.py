@@ -63,7 +63,7 @@ def of_chunk(o: ZeroOrder) -> int:
     for p in params:
         if at < last and at + p.numel() > first:
             if store is not None:  # offloaded weights are updated late
-                store.settle(store.regions.of[p])
+                store.settle(store.regions.of[p])  # type: ignore[index]
             part = p.detach().view(-1)[max(first - at, 0) : last - at]
             crc = zlib.crc32(buffer_of(part), crc)
         at += p.numel()
