@@ -9,6 +9,7 @@ import rank_runs
 import torch
 from pseuzo.tasks import evaluate
 from pseuzo.train.parts import examples_in, part_of
+from pseuzo.train.ranked import digest
 from pseuzo.train.replay import replay
 from rank_pool import RankPool
 from test_parts import of_answers, of_labels, of_options
@@ -175,3 +176,13 @@ def test_what_ranks_cannot_share_is_refused(tmp_path, settings, sentence):
     args.distributed_state = SimpleNamespace(num_processes=4, process_index=0)
     with pytest.raises(ValueError, match=sentence):
         args.refuse()
+
+
+def test_the_hash_of_data_is_that_of_its_rows(demo):
+    data, _ = demo
+    assert digest(data["train"]).startswith("50 rows, hash ")
+    assert digest(data["dev"]) != digest(data["test"])
+    rows = [{"ids": torch.arange(3) + i, "n": np.float32(i), "what": [object()]} for i in range(9)]
+    again = [row | {"what": [object()]} for row in rows]
+    assert digest(rows) == digest(again) != digest(rows[::-1])
+    assert digest(iter(rows)) == ""

@@ -7,20 +7,22 @@ start the processes again after a loss: gloo for CPUs, NCCL for GPUs.
 
 from contextlib import ExitStack
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import distributed
 
+import pseuzo_kernels
 from pseuzo.launch import launched, rank
 from pseuzo.meeting import join_group
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.together import Together, one_speaks
 from pseuzo.train.journal_file import held
 
-OWN = {"device", "output", "journal", "data", "quiet", "resume"}  # may differ among machines
+# Settings that may differ among machines, as paths do. Weights and rows are compared themselves.
+OWN = {"model", "task", "data", "output", "journal", "resume", "device", "quiet"}
 
 
 def row_parts(c: dict[str, Any]) -> int:
@@ -61,8 +63,9 @@ def leave(together: Together) -> None:
 
 def facts(c: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same for all ranks before any of them loads a model."""
-    versions = {name: version(name) for name in ("pseuzo", "torch", "transformers")}
-    return versions | {f"{name}": value for name, value in c.items() if name not in OWN}
+    versions = {"pseuzo": pseuzo_kernels.__version__, "transformers": transformers.__version__}
+    versions["torch"] = torch.__version__.partition("+")[0]  # it may be built for another device
+    return versions | {name: value for name, value in c.items() if name not in OWN}
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

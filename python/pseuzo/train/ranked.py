@@ -13,7 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.data_loader import BatchSamplerShard
+from numpy import generic, ndarray
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.training_args import ParallelMode
@@ -62,16 +65,23 @@ def digest(data: Any) -> str:
         return ""
     rows = data.examples if isinstance(data, TaskData) else data
     hashed, n = hashlib.sha256(), len(rows)
-    for i in range(0, n, max(1, n // 1000)):
-        hashed.update(f"{_plain(rows[i])!r}\n".encode())
+    with torch.random.fork_rng(devices=[]):  # a row may be drawn with random numbers
+        for i in range(0, n, max(1, n // 1000)):
+            hashed.update(f"{_plain(rows[i])!r}\n".encode())
     return f"{n} rows, hash {hashed.hexdigest()[:16]}"
 
 
-def _plain(row: Any) -> Any:
-    if isinstance(row, Example):
-        return replace(row, place="")
-    items = row.items() if isinstance(row, Mapping) else [("", row)]
-    return [(name, x.tolist() if hasattr(x, "tolist") else x) for name, x in items]
+def _plain(x: Any) -> Any:
+    """Return what is the same in all processes, as an address would not be."""
+    if isinstance(x, Example):
+        return replace(x, place="")
+    if isinstance(x, Tensor | ndarray | generic):
+        return x.tolist()
+    if isinstance(x, Mapping):
+        return {str(name): _plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    return x if isinstance(x, str | bytes | int | float | None) else type(x).__name__
 
 
 class RankedTrainer(Trainer):
