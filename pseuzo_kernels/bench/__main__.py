@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -174,6 +173,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.device.type == "cpu":
         title += f", {here['threads']} thread(s) of {os.cpu_count()}, load {here['load']:.1f}"
     print(f"{title}, pseuzo_kernels {here['pseuzo_kernels']}, {here['date']}", flush=True)
+    backend = getattr(pseuzo_kernels.backends(), args.device.type)
+    if not backend.fast:
+        print(f"our ops are slow here: {backend}")
     dtypes = list(dict.fromkeys(args.dtypes))
     rows: list[Row] = []
     for name in dtypes:
@@ -188,4 +190,4 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,12 +1,14 @@
 """The kernels and optimizers run without the extra `train`; the rest says how to install it."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from pseuzo import extras
 from pseuzo.extras import TRAIN_MODULES, how_to_install
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,20 @@ def test_the_sentence_names_what_is_missing():
     assert how_to_install("x", ["yaml"]) == f"x needs yaml, which is not installed: {INSTALL}"
     several = how_to_install("x", ["click", "yaml"])
     assert several == f"x needs click, yaml, which are not installed: {INSTALL}"
+
+
+def test_a_transformers_that_another_library_pins_is_named(monkeypatch):
+    """The kernels and the optimizers run beside it."""
+    monkeypatch.setattr(extras, "version", lambda name: "4.28.1")
+    needed = "transformers>=5.4 (not 4.28.1)"
+    assert extras.missing_train_modules()[-1] == needed
+    with pytest.raises(ImportError, match=re.escape(f"pseuzo.models needs {needed}")):
+        runpy.run_path(str(ROOT / "python/pseuzo/models/__init__.py"))
+    for installed in ("5.4.0", "5.10.0.dev0", "main"):
+        monkeypatch.setattr(extras, "version", lambda name, installed=installed: installed)
+        assert extras.outdated() == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "transformers>=5.4" in project["optional-dependencies"]["train"]
 
 
 def test_the_modules_are_those_of_the_extra():
