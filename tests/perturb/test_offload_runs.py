@@ -244,3 +244,12 @@ def test_the_trainer_offloads(tmp_path):
         )
     assert json.dumps(logs[0]) == json.dumps(logs[1])
     assert all(torch.equal(x, models[1][name]) for name, x in models[0].items())
+
+
+@pytest.mark.slow
+def test_the_trainer_refuses_backpropagation_through_an_offloaded_model(tmp_path):
+    from pseuzo import PseuZOTrainer, PseuZOTrainingArguments
+
+    args = PseuZOTrainingArguments(str(tmp_path), method="fo-sgd", use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="fo-sgd needs its weights on the device"):
+        PseuZOTrainer(offload(llm("opt"), "cpu"), args, train_dataset=[labelled()])

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as push_dispatch_mode
 
-from pseuzo.interrupts import uninterrupted
+from pseuzo.interrupts import cleanly, uninterrupted
 
 
 class _Cancelled(BaseException):
@@ -124,6 +124,7 @@ class LockStep:
     def __init__(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
         self._count = 0
+        self._running: Lane | None = None
 
     def run(
         self,
@@ -139,8 +140,9 @@ class LockStep:
         """
         threads, state = self._threads_for(len(calls)), ThreadState(device)
         lanes = [Lane(call) for call in calls]
-        running = lanes[0]
-        try:
+        self._running = lanes[0]
+
+        def in_turn() -> None:
             uninterrupted(_begin, lanes, threads, state)
             while waiting := [lane for lane in lanes if not lane.done]:
                 by_want: dict[Hashable, list[Lane]] = {}
@@ -149,13 +151,17 @@ class LockStep:
                 for wanted, together in by_want.items():
                     if wanted is not None:
                         serve(wanted)
-                    for running in together:
-                        running.go_on()
-                        if running.error is not None:
-                            raise running.error
-        except BaseException:
-            uninterrupted(_cancel, [running, *lanes])  # never two at a time
-            raise
+                    for lane in together:
+                        self._running = lane
+                        lane.go_on()
+                        if lane.error is not None:
+                            raise lane.error
+
+        def end() -> None:
+            uninterrupted(_cancel, [self._running, *lanes])  # never two at a time
+            self._running = None
+
+        cleanly(in_turn, end)
         return [lane.result for lane in lanes]
 
     def _threads_for(self, count: int) -> ThreadPoolExecutor:
@@ -172,6 +178,7 @@ def _begin(lanes: Sequence[Lane], threads: ThreadPoolExecutor, state: ThreadStat
         lane.begin(threads, state)
 
 
-def _cancel(lanes: Sequence[Lane]) -> None:
+def _cancel(lanes: Sequence[Lane | None]) -> None:
     for lane in lanes:
-        lane.cancel()
+        if lane is not None and not lane.done:
+            lane.cancel()

@@ -45,10 +45,11 @@ def offload(
     layer is next uploaded, or in `flush(model)`, which state_dict() calls too: call it before you
     read weights yourself. What is registered as a buffer moves to the device.
 
-    device: None means cuda if there is one. A device of its own kind, cpu, uploads into other host
-    memory, for tests. buffers: how many regions are on the device at once; with 1, nothing is
-    uploaded ahead. memory: counts and limits what is taken of the device, see device_bytes.
-    ValueError if the layers cannot be found, if a weight is not on the CPU, or is quantised.
+    device: to compute on; None means cuda if there is one. With cpu, the buffers are other host
+    memory, which is of use for tests. buffers: how many regions are on the device at once; with 1,
+    nothing is uploaded ahead. memory: counts and limits what is taken of the device, see
+    device_bytes. ValueError if the layers cannot be found, or if a weight is quantised or not on
+    the CPU. Idea: ZO2 (Wang et al. 2025), which also brings the weights back.
 
     On CUDA, trained weights are page-locked where they are, and copied on a stream of their own.
     This part has not run on a GPU yet.

@@ -79,6 +79,11 @@ class PseuZOTrainer(ResumableTrainer):
         args.refuse()  # checked again, as Transformers changes some of them
         if store_of(self.model) is not None:
             self.accelerator.device_placement = False  # it would move the weights
+            if not args.zeroth_order:
+                raise ValueError(
+                    f"PseuZOTrainer: the model is offloaded, and method {args.method} needs its "
+                    "weights on the device; use mezo or pseuzo, or a model that is not offloaded"
+                )
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
