@@ -20,7 +20,7 @@ from pseuzo_kernels.streams import Tensors
 
 Params = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 MAX_TENSORS = 1 << 16  # of all lists that are remembered
-_ptr, _shape, _dtype = Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype")
+_ptr, _size, _dtype = Tensor.data_ptr, Tensor.numel, attrgetter("dtype")
 
 
 def named(op: str, params: Params) -> tuple[list[Tensor], tuple[str, ...] | None]:
@@ -49,15 +49,15 @@ class Checked:
     def __init__(self, xs: Sequence[Tensor], n: int):
         self.ptrs, self.refs = tuple(map(_ptr, xs)), tuple(map(weakref.ref, xs))
         self.tensors = Tensors.of(xs[:n], self.ptrs[:n], self.refs[:n])
-        self.shapes, self.dtypes = tuple(map(_shape, xs)), tuple(map(_dtype, xs))
+        self.sizes, self.dtypes = tuple(map(_size, xs)), tuple(map(_dtype, xs))
         self.contiguous = all(map(Tensor.is_contiguous, xs))
 
     def still_holds(self, xs: Sequence[Tensor]) -> bool:
-        """Whether xs are these tensors, in the same memory, shapes and dtypes."""
+        """Whether xs are these tensors, in the same memory, sizes and dtypes."""
         return (
             all(map(is_, [ref() for ref in self.refs], xs))
             and tuple(map(_ptr, xs)) == self.ptrs
-            and tuple(map(_shape, xs)) == self.shapes
+            and tuple(map(_size, xs)) == self.sizes
             and tuple(map(_dtype, xs)) == self.dtypes
             and all(map(Tensor.is_contiguous, xs))
         )
