@@ -5,11 +5,14 @@ widths is exact in fp32: no order of a sum, instruction set or division into par
 1/8 of the batch can change a bit of losses, output changes and gradients.
 """
 
+from contextlib import ExitStack
+
 import torch
 from pseuzo import (
     FZOO,
     Evolution,
     ForwardGradient,
+    Journal,
     MeZO,
     PseuZO,
     ZOAdam,
@@ -18,6 +21,8 @@ from pseuzo import (
     ZOSign,
 )
 from pseuzo.optim import Schedule, SparseMeZO
+from pseuzo.optim.together import Together
+from pseuzo.train.following import share_records
 from torch import nn
 
 ROWS, WIDTH = 8, 4
@@ -182,6 +187,25 @@ def continued(rank, name, state, weights, parts):
     for step in range(3, 6):
         inputs, options = arguments(name, optimizer, model, step, parts[rank])
         found.append((float(optimizer.step(*inputs, **options)), flat(model).tolist()))
+    return found
+
+
+def followed(rank, names, folder, parts):
+    """Make steps 0 .. 5 of each case; rank 0 has the journal of the first of them. Return the steps
+    that ran passes, and the weights."""
+    found = {}
+    for name in names:
+        optimizer, model = make(name)
+        with ExitStack() as stack:
+            if rank == 0:
+                stack.enter_context(Journal(folder / f"{name}.pzj", optimizer, follow=True))
+            share_records(optimizer, Together(optimizer.ranks))
+            measured = []
+            for step in range(6):
+                inputs, options = arguments(name, optimizer, model, step, parts[rank])
+                if optimizer.step(*inputs, **options) is not None:
+                    measured.append(step)
+        found[name] = measured, flat(model).tolist()
     return found
 
 
