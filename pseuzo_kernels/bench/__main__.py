@@ -173,6 +173,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if args.device.type == "cpu":
         title += f", {here['threads']} thread(s) of {os.cpu_count()}, load {here['load']:.1f}"
     print(f"{title}, pseuzo_kernels {here['pseuzo_kernels']}, {here['date']}", flush=True)
+    if here["load"] and here["load"] > (os.cpu_count() or 1):
+        print("other programs keep the CPU busy: times are too long, most of all with many threads")
     backend = getattr(pseuzo_kernels.backends(), args.device.type)
     if not backend.fast:
         print(f"our ops are slow here: {backend}")

@@ -82,7 +82,13 @@ def svg(rows: Sequence[Row], title: str) -> str:
     def text(x: float, y: float, words: str, anchor: str = "start") -> str:
         return f'<text x="{x:.0f}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
 
-    parts, y = [text(8, 18, title), text(8, 36, "time in copies of the same tensor")], 48
+    parts, y = (
+        [
+            text(8, 18, title),
+            text(8, 36, "time in copies of the same tensor, logarithmic; dark: pseuzo"),
+        ],
+        48,
+    )
     for i, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
         if i and row["dtype"] != rows[i - 1]["dtype"]:
             y += HIGH
