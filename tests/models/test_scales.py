@@ -19,6 +19,7 @@ from pseuzo.files import save_model
 from pseuzo.models.groupwise import GroupwiseLinear, layers_in_groups, quantise
 from pseuzo.models.loading import load_model, quantised
 from pseuzo.models.modes import tune
+from pseuzo.models.offloading import skeleton
 from pseuzo.perturb.module import known_passes
 from pseuzo.tasks import TaskData, evaluate, load_task
 from pseuzo.train.journal_file import read_journal
@@ -199,6 +200,9 @@ def test_a_model_is_saved_and_loaded_to_the_bit(tmp_path, dtype):
     assert torch.equal(again(**batch_of()).logits, model.eval()(**batch_of()).logits)
     tune(again, "scales", group_size=24)
     save_model(again, None, tmp_path / "saved")
+    # Offloading it needs no room for weights of 32 bits.
+    assert skeleton(str(tmp_path / "base"), torch.float32) is not None
+    assert skeleton(str(tmp_path / "saved"), torch.float32) is None
     assert torch.equal(load("saved").eval()(**batch_of()).logits, again(**batch_of()).logits)
 
 

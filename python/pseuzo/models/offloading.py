@@ -34,7 +34,8 @@ def check_before_loading(name: str, dtype: torch.dtype, kind: str = "auto") -> N
 
 def skeleton(name: str, dtype: torch.dtype, kind: str = "auto") -> nn.Module | None:
     """The model of a config, or the base of an adapter's, on the meta device: with shapes, and
-    without numbers. None if it cannot be made."""
+    without numbers. None if it cannot be made, or if it is quantised, so that its shapes are not
+    those of its config."""
     from transformers import AutoConfig
 
     adapter = Path(name).expanduser() / "adapter_config.json"
@@ -42,6 +43,8 @@ def skeleton(name: str, dtype: torch.dtype, kind: str = "auto") -> nn.Module | N
         if adapter.is_file():
             name = json.loads(adapter.read_text())["base_model_name_or_path"]
         config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
         with torch.device("meta"):
             return auto_class(name, config, kind).from_config(config, dtype=dtype)
     except Exception:  # a config may be wrong in any way; load_model says in which one
