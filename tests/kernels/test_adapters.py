@@ -203,16 +203,15 @@ def test_lozo():
     trainer = peers.LOZOTrainer(small_model(), LOSSES, rank_r=2, step_interval=2)
     lozo.patch(trainer)
     want = {name: x.double() for name, x in weights_of(trainer.model).items()}
-    draw = dict(noise="normal")
     for step, slope in enumerate(slopes()):
         trainer.lowrank_zo_step(trainer.model, None)
         trainer.lowrank_zo_update()
         seed, v_seed, lr = 10 + step, 10 + step // 2 * 2, RATE / (1 + step)
         for name, x in want.items():
             if x.ndim == 2:
-                u = pk.noise((x.shape[0], 2), seed, pk.stream_of_name(name), **draw).double()
-                stream = pk.stream_of_name(name + " V")
-                v = pk.noise((x.shape[1], 2), v_seed, stream, **draw).double()
+                shape, stream = tuple(x.shape), pk.stream_of_name(name)
+                how = dict(rank=2, right_seed=v_seed, noise="normal")
+                u, v = (f.double() for f in pk.low_rank_factors(shape, seed, stream, **how))
                 along = u @ v.T
             else:
                 along = z(name, x, seed)
