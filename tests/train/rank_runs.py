@@ -15,7 +15,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from trainer_cases import arguments
 
-ROWS = {"train": 48, "dev": 20, "test": 16}
+ROWS = {"dev": 20, "test": 16}
 
 
 def launched_as(rank: int) -> None:
@@ -26,9 +26,9 @@ def launched_as(rank: int) -> None:
     os.environ["MASTER_ADDR"] = "localhost"  # the group is there already, so nothing connects
 
 
-def demo_data(seed: int = 0) -> tuple[torch.nn.Module, dict[str, TaskData]]:
+def demo_data(seed: int = 0, train: int = 48) -> tuple[torch.nn.Module, dict[str, TaskData]]:
     task = load_task("demo")
-    examples = task.load(None, **ROWS, seed=seed)
+    examples = task.load(None, train=train, **ROWS, seed=seed)
     model, tokenizer = load_model(model_path("demo"))
     return model, {
         k: TaskData(e, task, tokenizer, max_length=max_length(model)) for k, e in examples.items()
@@ -42,9 +42,9 @@ def bits(model: torch.nn.Module) -> str:
     return hashed.hexdigest()
 
 
-def train(folder: Path, resume=None, model=None, data=None, **settings) -> dict:
+def train(folder: Path, resume=None, model=None, data=None, rows=48, **settings) -> dict:
     """Train as the settings say, and return what may be compared."""
-    own, own_data = demo_data()
+    own, own_data = demo_data(train=rows)
     model, data = model or own, data or own_data
     args = arguments(folder, **settings)
     trainer = PseuZOTrainer(model, args, train_dataset=data["train"], eval_dataset=data["dev"])

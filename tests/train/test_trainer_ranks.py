@@ -18,9 +18,9 @@ from trainer_cases import arguments, fresh
 # The loss is 1 - accuracy of parts of 8 or 16 rows: multiples of 1/16, whose sums are exact.
 EXACT = dict(method="mezo", objective="metric", learning_rate=2e-3, eps=0.05, directions=2)
 EXACT |= dict(eval_strategy="steps", eval_steps=5, max_steps=7)
-# 48 rows in batches of 22: the last one has 4, and then 2 for a rank.
-UNEVEN = dict(method="mezo", max_steps=4, eval_strategy="steps", eval_steps=2)
-PSEUZO = UNEVEN | dict(method="pseuzo", window=3, momentum=0.9)
+# In batches of 22 the last one has 1 row, so that rank 0 has none, or 3 rows.
+UNEVEN = dict(method="mezo", rows=45, max_steps=4, eval_strategy="steps", eval_steps=2)
+PSEUZO = UNEVEN | dict(method="pseuzo", rows=47, window=3, momentum=0.9)
 
 
 def per_rank(size, parts):
