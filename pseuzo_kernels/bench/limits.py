@@ -4,7 +4,7 @@ COSTS has instructions of our Triton kernels per element, counted in their machi
 bench/sass_cost.py. A time from them is a lower bound: nothing waits, and memory is free.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,9 +70,9 @@ def chip_of(device: torch.device) -> Chip | None:
     kernel was counted for it."""
     if device.type != "cuda":
         return None
-    if known := chip_named(torch.cuda.get_device_name(device)):
-        return known
     properties = torch.cuda.get_device_properties(device)
+    if known := chip_named(properties.name):  # on a PCIe card it has fewer multiprocessors
+        return replace(known, multiprocessors=properties.multi_processor_count)
     khz = getattr(properties, "clock_rate", 0)  # torch 2.6 does not tell
     if not khz or properties.major not in (8, 9):
         return None

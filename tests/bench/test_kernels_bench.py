@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -169,6 +170,26 @@ def test_the_limit_of_a_known_gpu_is_its_issue_rate():
     assert limits.issue_ms(chip, "", torch.bfloat16, 1000, 1) is None, "this was not counted"
     assert limits.issue_ms(None, "update", torch.bfloat16, 1000, 1) is None
     assert limits.chip_named("AMD EPYC") is None and limits.chip_of(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "name, major, khz, arch, rate",
+    [
+        ("NVIDIA H100 PCIe", 9, 0, 90, 114 * 1.755),  # of a chip in the table, on a smaller card
+        ("NVIDIA GeForce RTX 4090", 8, 2_520_000, 80, 114 * 2.52),
+        ("NVIDIA GeForce RTX 4090", 8, 0, None, None),  # torch does not tell the clock
+        ("NVIDIA B200", 10, 1_965_000, None, None),  # no kernel was counted for it
+    ],
+)
+def test_the_limit_of_another_gpu_is_what_its_driver_says(
+    name, major, khz, arch, rate, monkeypatch
+):
+    said = SimpleNamespace(name=name, major=major, clock_rate=khz, multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    chip = limits.chip_of(torch.device("cuda"))
+    assert (chip and chip.arch) == arch
+    if chip:
+        assert chip.multiprocessors * chip.ghz == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
