@@ -205,7 +205,7 @@ def test_a_prefix_or_prompt_that_does_not_work_is_refused():
 
 
 @pytest.mark.parametrize("mode, options, sentence", [
-    ("lroa", {}, "mode must be one of full, lora, prefix, prompt, head, got 'lroa'"),
+    ("lroa", {}, "mode must be one of full, lora, prefix, prompt, head, scales, got 'lroa'"),
     ("lora", {"lora_r": 0}, "lora_r must be a whole number from 1"),
     ("lora", {"lora_targets": ["nope"]}, "has no layers named nope; give lora_targets, some of "),
     ("prompt", {"prompt_tokens": 0}, "prompt_tokens must be a whole number from 1, got 0"),
