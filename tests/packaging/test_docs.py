@@ -49,5 +49,16 @@ def test_every_page_is_in_the_navigation():
     assert sorted(in_nav) == sorted(page.name for page in PAGES if page.parent == ROOT / "docs")
 
 
+def test_every_public_name_is_on_a_page_of_the_api():
+    pages = "".join(page.read_text() for page in PAGES if page.stem.startswith("api-"))
+    shown = set(re.findall(r"^::: [\w.]+?(\w+)$", pages, re.MULTILINE))
+    for members in re.findall(r"members: \[(.*)\]", pages):
+        shown.update(members.split(", "))
+    for package in ("pseuzo", "pseuzo_kernels"):
+        public = set(importlib.import_module(package).__all__)
+        # Two tuples of names, and a module with the same functions again.
+        assert public - {"NOISES", "ROUNDINGS", "reference"} <= shown, package
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
