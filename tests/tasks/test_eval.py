@@ -246,3 +246,16 @@ def test_a_perturbed_model_is_seen_perturbed(tokenizer):
             values.append(got)
         assert set(values) != {clean}, "the losses are all equal"
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_model_is_verified_once_however_its_weights_change(tokenizer, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    examples = [Example(q, ("x", "y"), 0, ("x",)) for q in ("a =", "some longer words =")]
+    data = TaskData(examples, CHOICE, tokenizer, max_length=60)
+    evaluate(model, data)
+
+    def diverged(split, plan):
+        split.known.padding = "nowhere"  # what noise in the weights may look like
+
+    monkeypatch.setattr(pseuzo.models.objective, "find_padding", diverged)
+    assert evaluate(model, data)["examples"] == 2

@@ -106,16 +106,15 @@ def _measure(
     loss: bool,
     domain: TaskData | None = None,
 ) -> dict[str, float]:
-    verify = True if loss else "once"  # a training step asks for no loss
     with frozen_mode(model):
         if data.task.kind == "generation":
             figures = _generated(model, data, index, batches)
             if loss:
                 figures["loss"] = _answer_loss(model, data, index, batches)
         elif data.options is not None:
-            figures = _by_label_words(model, data, domain, index, batches, verify)
+            figures = _by_label_words(model, data, domain, index, batches)
         else:
-            figures = _by_options(model, data, domain, index, batches, verify)
+            figures = _by_options(model, data, domain, index, batches)
     return figures | ({"examples": len(index)} if loss else {})
 
 
@@ -124,10 +123,10 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _by_label_words(model, data, domain, index, batches, verify) -> dict[str, float]:
+def _by_label_words(model, data, domain, index, batches) -> dict[str, float]:
     def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
         assert data.options is not None  # evaluate() calls this for label words alone
-        objective = CausalLMObjective(model, data.options, verify=verify)
+        objective = CausalLMObjective(model, data.options, verify="once")
         found: dict[int, list[float]] = {}
         for numbers, some in batches.of(rows, "evaluating"):
             batch = data.pad_rows(some)
@@ -155,9 +154,9 @@ def _once(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return [rows[places.index(place)] for place in range(len(found))], places
 
 
-def _row_scores(model, data, rows, batches, verify) -> tuple[Tensor, Tensor]:
+def _row_scores(model, data, rows, batches) -> tuple[Tensor, Tensor]:
     """Return the mean log-likelihood of each row's scored tokens, and their number; [R], on CPU."""
-    objective = CausalLMObjective(model, verify=verify)
+    objective = CausalLMObjective(model, verify="once")
     found: dict[int, tuple[float, float]] = {}
     for numbers, some in batches.of(rows, "evaluating"):
         batch = data.pad_rows(some)
@@ -169,16 +168,16 @@ def _row_scores(model, data, rows, batches, verify) -> tuple[Tensor, Tensor]:
     return table[:, 0], table[:, 1]
 
 
-def _by_options(model, data, domain, index, batches, verify) -> dict[str, float]:
+def _by_options(model, data, domain, index, batches) -> dict[str, float]:
     rows, bounds = [], [0]
     for i in index:
         rows += data.token_rows(i, "options")
         bounds.append(len(rows))
-    scores, counts = _row_scores(model, data, rows, batches, verify)
+    scores, counts = _row_scores(model, data, rows, batches)
     chosen_by = scores
     if domain is not None:
         some, places = _once([row for i in index for row in domain.token_rows(i, "options")])
-        chosen_by = scores - _row_scores(model, data, some, batches, verify)[0][places]
+        chosen_by = scores - _row_scores(model, data, some, batches)[0][places]
     right, losses, tokens = 0, 0.0, 0.0
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine, by = data.examples[i], scores[first:end], chosen_by[first:end]
@@ -195,7 +194,7 @@ def _by_options(model, data, domain, index, batches, verify) -> dict[str, float]
 
 def _answer_loss(model, data, index, batches) -> float:
     rows = [data.token_rows(i, "answer")[0] for i in index]
-    scores, counts = _row_scores(model, data, rows, batches, True)
+    scores, counts = _row_scores(model, data, rows, batches)
     return -float((scores * counts).sum() / counts.sum())
 
 
