@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,9 +177,32 @@ def test_weights_used_outside_of_their_layer_have_the_same_bits():
     assert runs[0] == runs[1]
 
 
+def test_a_forward_in_another_thread_at_the_same_time_is_refused():
+    model, ids = offload(llm("opt"), "cpu"), labelled()["input_ids"]
+    optimizer = MeZO(model, lr=1e-3)
+
+    def run() -> torch.Tensor:
+        return model(input_ids=ids).logits.mean()
+
+    with ThreadPoolExecutor(1) as other:
+
+        def both() -> torch.Tensor:
+            with pytest.raises(RuntimeError, match="another thread"):
+                other.submit(run).result()
+            return run()
+
+        loss = optimizer.step(both)
+        model.get_input_embeddings()(ids)
+        in_turn = other.submit(run).result()
+    assert torch.equal(in_turn, run())
+    same = MeZO(llm("opt"), lr=1e-3)
+    assert torch.equal(loss, same.step(lambda: same.model(input_ids=ids).logits.mean()))
+
+
 def test_a_copy_of_the_model_is_not_offloaded_and_the_model_can_be_freed():
     model, ids = offload(llm("opt"), "cpu"), labelled()["input_ids"]
     optimizer = MeZO(model, lr=1e-3)
+    optimizer.step(lambda m=model: m(input_ids=ids).logits.mean())
     other = copy.deepcopy(model)
     with torch.no_grad():
         assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)

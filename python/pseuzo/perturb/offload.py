@@ -130,13 +130,28 @@ class _Hooks:
         return None
 
 
+class _Flush:
+    """A hook that brings the weights on the host up to date. A module is copied with its hooks
+    first, so that a deep copy has all updates as well."""
+
+    def __init__(self, model: ref[nn.Module]) -> None:
+        self._model = model
+
+    def __call__(self, *ignored: Any) -> None:
+        flush(self._model())
+
+    def __deepcopy__(self, memo: dict) -> "_Flush":
+        self()
+        return self
+
+
 def _attach(model: nn.Module, found: Outline) -> None:
     """Have the modules of a model run in sessions, and states made of updated weights."""
     model_ref = ref(model)
     for module in found.path:
         module.forward = _Forward(model_ref, module.forward)
-        module.register_state_dict_pre_hook(lambda *ignored: flush(model_ref()))
-        module.register_load_state_dict_pre_hook(lambda *ignored: flush(model_ref()))
+        module.register_state_dict_pre_hook(_Flush(model_ref))
+        module.register_load_state_dict_pre_hook(_Flush(model_ref))
     hooks = _Hooks(model_ref)
     for module in (*found.parts.values(), *found.layers.values()):
         module.register_forward_pre_hook(hooks.before)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from threading import local
+from threading import Thread, current_thread, local
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ class Sessions:
         self.store, self._thread = store, local()  # .session: that of the thread
         self._lock_step = LockStep()
         self._memory: dict[int, Tensor] = {}
+        self._owner: dict[str, Thread] = {}  # whose forward or step has the buffers now
 
     def __deepcopy__(self, memo: dict) -> "Sessions":
         return self  # a copy of the model has other weights, which no session knows
@@ -53,7 +54,7 @@ class Sessions:
     def start(self, number: int = 0, lane: Lane | None = None, by_hook: bool = False) -> Session:
         """Start a session of this thread, which close() ends."""
         if lane is None:
-            self.store.begin()
+            self._begin()
         session = self._thread.session = Session(self.store, number, lane, by_hook)
         session.__enter__()
         return session
@@ -63,6 +64,7 @@ class Sessions:
         if self.now is not None:
             leave(self.now)
             self._thread.session = None
+            self._end()
 
     def rows(self, p: nn.Parameter, index: Tensor) -> Tensor:
         """Rows of a weight as the session of this thread sees them, at x if there is none."""
@@ -78,11 +80,28 @@ class Sessions:
 
         if len(calls) < 2 or self.now is not None:
             return [call() for call in calls]
-        self.store.begin()
+        self._begin()
         lanes = [partial(in_lane, number, call) for number, call in enumerate(calls)]
-        results = self._lock_step.run(lanes, self.store.serve, self.store.device)
+        with undoing(self._end):
+            results = self._lock_step.run(lanes, self.store.serve, self.store.device)
         self.store.end()
         return results
+
+    def _begin(self) -> None:
+        """Begin a round of the store. RuntimeError while another thread is in one."""
+        owner = self._owner.setdefault("thread", current_thread())
+        if owner is not current_thread() and owner.is_alive():
+            raise RuntimeError(
+                "offload: the model runs in another thread at this time, and its buffers are for "
+                "one; let the threads take turns"
+            )
+        self._owner["thread"] = current_thread()
+        self.store.begin()
+
+    def _end(self) -> None:
+        """Let other threads begin a round, if this one has."""
+        if self._owner.get("thread") is current_thread():
+            self._owner.pop("thread", None)
 
     def holds(self, x: object) -> bool:
         """Whether x is in a buffer, or in scratch."""
