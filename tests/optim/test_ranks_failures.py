@@ -247,6 +247,23 @@ def test_a_loss_that_is_not_finite(rank_pool, name):
         assert list(zip(losses, weights[1:], strict=True)) == rank_cases.run(name, steps=3)
 
 
+def no_examples(rank, name):
+    optimizer, model = make(name)
+    losses, weights = [], []
+    for step in range(3):
+        rows = slice(0, 0 if rank else 8)
+        inputs, _ = arguments(name, optimizer, model, step, rows)
+        losses.append(float(optimizer.step(*inputs, size=rows.stop)))
+        weights.append(flat(model).tolist())
+    return list(zip(losses, weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mezo", "pseuzo"])
+def test_losses_of_no_examples_are_ignored(rank_pool, name):
+    for steps in rank_pool.run(2, no_examples, name):
+        assert steps == rank_cases.run(name, steps=3)
+
+
 def without_rows(rank):
     optimizer, model = make("mezo")
     (closure,), _ = arguments("mezo", optimizer, model, 0, HALVES[rank])

@@ -4,6 +4,7 @@ Source: Malladi et al., "Fine-tuning language models with just forward passes" (
 and 2.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,6 +152,9 @@ def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) ->
 def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
     """The loss in fp32 on the device: [] for a scalar tensor or a number, [B] for per-example
     losses."""
+    exchange = optimizer.exchange
+    if exchange is not None and exchange.size == 0:  # what a part without rows finds is ignored
+        loss = math.nan
     if isinstance(loss, Tensor):
         if loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0):
             raise ValueError(
