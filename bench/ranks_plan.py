@@ -5,13 +5,12 @@ python bench/ranks_plan.py [--only bytes] [--only times] [--only delays] [--only
 Bytes: those that the ranks of a real process group (gloo, loopback) count in a step. Time of a
 round, with N ranks:
 
-    (2 N - 1) round trips + (N - 1) (up + down) / bandwidth + own + (N - 1) per_rank
+    3 round trips + (N - 1) (up + down) / bandwidth + own + (N - 1) per_rank
 
 A message is a header and a body, and gloo sends each when the receiver has asked for it. So a
-message that rank 0 waits for takes 1.5 round trips, and its answer 1.5. Rank 0 asks the ranks one
-after another, and each further rank takes 2. own and per_rank are the CPU time of rank 0 in a step
-of a tiny module, measured here with few ranks. A delay is measured between two namespaces, which
-takes root.
+message that rank 0 waits for takes 1.5 round trips, and its answer 1.5. Rank 0 asks all ranks at
+once. own and per_rank are the CPU time of rank 0 in a step of a tiny module, measured here with few
+ranks. A delay is measured between two namespaces, which takes root.
 """
 
 import argparse
@@ -31,6 +30,7 @@ from slow_network import End, slow_network, why_not
 from torch import distributed, nn
 
 WIDTH, GROUPS, WINDOW = 2048, 2, 14  # of OPT-1.3B's outputs, of a task's labels, of PseuZO
+ROUND_TRIPS = 3  # of a round: 1.5 for a message that is waited for, and 1.5 for its answer
 RANKS = (8, 64, 1024)
 
 
@@ -144,14 +144,10 @@ def costs(name: str, steps: int) -> Costs:
     return Costs(few[1].up, few[1].down, few[0].cpu - (case.few - 1) * per_rank, per_rank)
 
 
-def round_trips(ranks: int) -> int:
-    return 2 * ranks - 1
-
-
 def seconds(link: Link, ranks: int, c: Costs) -> float:
     """The predicted time of a step without a model's passes."""
     moved = (c.up + c.down) / link.bandwidth
-    return round_trips(ranks) * link.round_trip + c.own + (ranks - 1) * (moved + c.per_rank)
+    return ROUND_TRIPS * link.round_trip + c.own + (ranks - 1) * (moved + c.per_rank)
 
 
 def slowdown(ranks: int, spread: float, slow: float = 1.0, draws: int = 4000) -> float:

@@ -161,22 +161,21 @@ class Exchange(Rounds):
         """
         ranks = self.ranks
         first, others = ranks.rank - ranks.direction, range(1, min(ranks.direction_ranks, n))
+        mates = [first + direction for direction in others]
         try:
             found = measure()
         except Exception as error:
             if ranks.direction in others:
                 ranks.send([first], FAILED, self._reason(error))
             elif ranks.direction == 0:
-                for direction in others:  # so that none waits for this rank to take its tensors
-                    self._heard(first + direction)
+                self._heard(*mates)  # so that none waits for this rank to take its tensors
             raise
         if ranks.direction:
             if ranks.direction in others:
                 self._send([first], STEP, STEP_OF.pack(self._state[0]) + packed(*found))
             return []
         by_direction = [found]
-        heard = [self._heard(first + direction) for direction in others]
-        for kind, body in heard:
+        for kind, body in self._heard(*mates):
             if kind != STEP:
                 raise RankFailed(body.decode())
             if STEP_OF.unpack_from(body) != self._state[:1]:

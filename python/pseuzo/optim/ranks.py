@@ -16,7 +16,8 @@ waiting in between, so a receiver needs to know no sizes. Nothing is pickled.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,6 +79,14 @@ class Ranks:
         """
         return uninterrupted(self._receive, rank)
 
+    def receive_all(self, ranks: Sequence[int]) -> list[tuple[int, bytes] | RuntimeError]:
+        """Wait for a message of each of these ranks; return their kinds and bodies, or the error of
+        a rank that is not there or does not answer.
+
+        All are asked at once, so that many ranks far away take as long as one.
+        """
+        return uninterrupted(self._receive_all, ranks)
+
     def _send(self, to: Sequence[int], kind: int, body: bytes) -> None:
         header = HEADER.pack(FORMAT, kind, len(body))
         parts = [self._tensor(part) for part in (header, body) if part]
@@ -92,25 +101,67 @@ class Ranks:
         self.sent += len(to) * (len(header) + len(body))
 
     def _receive(self, rank: int) -> tuple[int, bytes]:
-        found, kind, length = HEADER.unpack(self._received(rank, HEADER.size))
-        if found != FORMAT:
-            raise RanksDiffer(
-                f"rank {rank} sends messages of another format: run the same version of pseuzo on "
-                "all ranks"
-            )
-        return kind, self._received(rank, length) if length else b""
+        (found,) = self._receive_all([rank])
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
 
-    def _received(self, rank: int, length: int) -> bytes:
+    def _receive_all(self, ranks: Sequence[int]) -> list[tuple[int, bytes] | RuntimeError]:
+        headers = [(rank, self._asked(rank, HEADER.size)) for rank in ranks]
+        found: list[tuple[int, Callable[[], bytes]] | RuntimeError] = []
+        for rank, header in headers:  # a body is asked for while other headers are on their way
+            try:
+                kind, length = _read_header(rank, header())
+                found.append((kind, self._asked(rank, length)))
+            except RuntimeError as error:
+                found.append(error)
+        messages: list[tuple[int, bytes] | RuntimeError] = []
+        for one in found:
+            try:
+                messages.append(one if isinstance(one, RuntimeError) else (one[0], one[1]()))
+            except RuntimeError as error:
+                messages.append(error)
+        return messages
+
+    def _asked(self, rank: int, length: int) -> Callable[[], bytes]:
+        """Ask a rank for its next bytes. Returns a function that waits for them, and returns them
+        or raises RuntimeError."""
+        if not length:
+            return bytes
         part = torch.empty(length, dtype=torch.uint8, device=self._device)
-        distributed.recv(part, self._global(rank), self._group)
-        self.received += length
-        return part.cpu().numpy().tobytes()
+        try:
+            work = distributed.irecv(part, self._global(rank), self._group)
+        except RuntimeError as error:
+            return partial(_raised, error)
+
+        def wait() -> bytes:
+            if work is not None:
+                work.wait()
+            self.received += length
+            return part.cpu().numpy().tobytes()
+
+        return wait
 
     def _global(self, rank: int) -> int:
         return rank if self._group is None else distributed.get_global_rank(self._group, rank)
 
     def _tensor(self, part: bytes) -> Tensor:
         return torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self._device)
+
+
+def _read_header(rank: int, header: bytes) -> tuple[int, int]:
+    """The kind of a message, and the bytes of its body."""
+    found, kind, length = HEADER.unpack(header)
+    if found != FORMAT:
+        raise RanksDiffer(
+            f"rank {rank} sends messages of another format: run the same version of pseuzo on all "
+            "ranks"
+        )
+    return kind, length
+
+
+def _raised(error: RuntimeError) -> bytes:
+    raise error
 
 
 def world_size() -> int:

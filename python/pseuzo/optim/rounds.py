@@ -48,8 +48,8 @@ class Rounds:
     def _received(self, kind: int, own: bytes) -> list[bytes]:
         """On the root: the bodies that all ranks send in this round, in order."""
         bodies, failures = [own], []
-        for rank in range(1, self.ranks.size):
-            found, body = self._heard(rank)
+        others = range(1, self.ranks.size)
+        for rank, (found, body) in zip(others, self._heard(*others), strict=True):
             bodies.append(body)
             if found == FAILED:
                 failures.append(body.decode())
@@ -72,12 +72,14 @@ class Rounds:
             names, reason = ", ".join(map(str, to)), first_line(error)
             raise RankFailed(f"{self._op}: rank {names} cannot be heard ({reason})") from error
 
-    def _heard(self, rank: int) -> tuple[int, bytes]:
-        """The kind and the body of a rank's message. A rank that cannot be heard has failed."""
-        try:
-            return self.ranks.receive(rank)
-        except RuntimeError as error:
-            return FAILED, f"rank {rank} cannot be heard ({first_line(error)})".encode()
+    def _heard(self, *ranks: int) -> list[tuple[int, bytes]]:
+        """The kind and the body of each rank's message. A rank that cannot be heard has failed."""
+        heard = []
+        for rank, found in zip(ranks, self.ranks.receive_all(ranks), strict=True):
+            if isinstance(found, RuntimeError):
+                found = FAILED, f"rank {rank} cannot be heard ({first_line(found)})".encode()
+            heard.append(found)
+        return heard
 
     def _shared(self, body: bytes) -> bytes:
         """The root's body, on all ranks; an error, if that is what the root sends."""
@@ -86,7 +88,7 @@ class Rounds:
         if ranks.is_root:
             self._send(range(1, ranks.size), GO, body)
         else:
-            kind, body = self._heard(0)
+            ((kind, body),) = self._heard(0)
         if kind != GO:
             raise (RanksDiffer if kind == DIFFER else RankFailed)(body.decode())
         self._turn = SENDS
@@ -103,8 +105,8 @@ class Rounds:
                 ranks.send([0], FAILED, body)
                 ranks.receive(0)
             return
-        for rank in range(1, ranks.size) if turn == SENDS else ():
-            self._heard(rank)
+        if turn == SENDS:
+            self._heard(*range(1, ranks.size))
         kind = DIFFER if isinstance(error, RanksDiffer) else STOP
         for rank in range(1, ranks.size):
             with suppress(RuntimeError):
