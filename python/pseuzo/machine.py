@@ -23,12 +23,17 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     return where
 
 
+def world_size() -> int:
+    """The number of ranks of the default process group; 1 if there is none."""
+    grouped = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if grouped else 1
+
+
 def refuse_replicas(op: str, ranks: int | None = None) -> None:
     """Raise ValueError if there are several ranks. ranks=None counts those of the default process
     group, if there is one."""
     if ranks is None:
-        grouped = distributed.is_available() and distributed.is_initialized()
-        ranks = distributed.get_world_size() if grouped else 1
+        ranks = world_size()
     if ranks > 1:
         raise ValueError(
             f"{op}: runs in one process, but this is one of {ranks} ranks: each would step by its "

@@ -5,7 +5,6 @@ Transformers and accelerate make the process group, or pseuzo.meeting does, wher
 start the processes again after a loss: gloo for CPUs, NCCL for GPUs.
 """
 
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from pseuzo.launch import launched, rank
 from pseuzo.meeting import join_group
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.together import Together, one_speaks
-from pseuzo.train.journal_file import held
 
 # Settings that may differ among machines, as paths do. Weights and rows are compared themselves.
 OWN = {"model", "task", "data", "output", "journal", "resume", "device", "quiet"}
@@ -80,8 +78,3 @@ def check_shared(output: Path, rank: int) -> None:
             f"rank {rank} does not see the folder {output} that rank 0 made: --output must be on a "
             "disk that all machines share"
         )
-
-
-def hold(lock: ExitStack, journal: Path) -> None:
-    """Lock the journal until the lock is closed."""
-    lock.enter_context(held(journal))

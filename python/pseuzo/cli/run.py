@@ -35,7 +35,7 @@ from pseuzo.cli.folder import (
 )
 from pseuzo.cli.options import MODE_OPTIONS, setting_name
 from pseuzo.cli.plots import plot_runs
-from pseuzo.cli.ranks import changes, check_shared, facts, hold, join, leave, row_parts
+from pseuzo.cli.ranks import changes, check_shared, facts, join, leave, row_parts
 from pseuzo.cli.results import results_of
 from pseuzo.cli.rows import cut_prompts, max_length
 from pseuzo.cli.search import search_lr
@@ -58,6 +58,7 @@ from pseuzo.perturb.graphs import check_device
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.journal_file import held
 from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with
 from pseuzo.train.options import OPTIONS
 from pseuzo.train.ranked import digest
@@ -277,7 +278,7 @@ def _train(
         with ExitStack() as lock:
             if journal:
                 # The lock keeps other runs from taking the journal while the model loads.
-                together.of_root(lambda: hold(lock, journal))
+                together.of_root(lambda: lock.enter_context(held(journal)))
             run = together.agreed(lambda: Run(c, together))
             together.alike({f"{name} rows": digest(x) for name, x in run.examples.items()})
             model, trainer = together.agreed(lambda: _prepared(run, output))

@@ -25,7 +25,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
 from pseuzo.interrupts import uninterrupted
-from pseuzo.machine import refuse_replicas
+from pseuzo.machine import refuse_replicas, world_size
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -162,12 +162,6 @@ def _read_header(rank: int, header: bytes) -> tuple[int, int]:
 
 def _raised(error: RuntimeError) -> bytes:
     raise error
-
-
-def world_size() -> int:
-    """The number of ranks of the default process group; 1 if there is none."""
-    grouped = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if grouped else 1
 
 
 def check_directions(name: str, size: int, direction_ranks: int) -> None:

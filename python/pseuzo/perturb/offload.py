@@ -16,14 +16,13 @@ from typing import Any
 from weakref import finalize, ref
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
 from pseuzo.machine import usable_device
 from pseuzo.perturb.module import forget_passes
 from pseuzo.perturb.offloaded import Sessions, sessions_of, set_sessions
 from pseuzo.perturb.regions import DeviceMemory, Outline, Regions, device_bytes, outline
-from pseuzo.perturb.scratch import SMALL
+from pseuzo.perturb.scratch import SMALL, copied
 from pseuzo.perturb.store import Store
 
 __all__ = ["device_bytes", "flush", "offload"]
@@ -124,10 +123,7 @@ class _Hooks:
         if sessions.now is not None and sessions.now.by_hook:
             sessions.close()
             sessions.store.end()
-        holds = sessions.holds
-        if any(map(holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
-            return tree_map_only(Tensor, lambda x: x.clone() if holds(x) else x, output)
-        return None
+        return copied(output, sessions.holds)
 
 
 class _Flush:

@@ -8,14 +8,14 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from pseuzo.interrupts import undoing
 from pseuzo.perturb.contexts import leave, no_cached_casts
 from pseuzo.perturb.layout import Blocks, Layout
 from pseuzo.perturb.perturbation import Base
-from pseuzo.perturb.scratch import Place, Scratch, bare
+from pseuzo.perturb.scratch import Place, Scratch, bare, copied
 from pseuzo.perturb.watch import Watch
 
 
@@ -267,7 +267,4 @@ class RunningPass:
             put_back(self._originals[first:])
             del self._originals[first:]
             self._inside.pop()
-        holds = self._scratch.holds
-        if any(map(holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
-            return tree_map_only(Tensor, lambda x: x.clone() if holds(x) else x, output)
-        return None
+        return copied(output, self._scratch.holds)

@@ -13,12 +13,13 @@ A pass uses only this of it:
                                   before must not run any more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pseuzo.perturb.contexts import outside_inference_mode
 from pseuzo.perturb.perturbation import Launch, Perturbation
@@ -96,6 +97,14 @@ def room(x: Tensor) -> int:
 def most_together(params: Iterable[nn.Parameter]) -> int:
     """The most elements that are made in one launch, in a model with these weights."""
     return min(TOGETHER, max(sum(p.numel() for p in params) // PART, SMALL_TOGETHER))
+
+
+def copied(output: object, holds: Callable[[object], bool]) -> object:
+    """The output of a module with copies of the tensors that are in memory which is used again;
+    None, which leaves an output as it is, if it has no such tensors. holds: see above."""
+    if any(map(holds, (output,) if isinstance(output, Tensor) else tree_leaves(output))):
+        return tree_map_only(Tensor, lambda x: x.clone() if holds(x) else x, output)
+    return None
 
 
 class Made(NamedTuple):

@@ -10,7 +10,7 @@ that the model writes greedily with each accepted answer and take the best, as S
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -29,12 +29,12 @@ from pseuzo.tasks.data import Row, TaskData
 class Batches:
     """How rows are put into batches, and which of them this rank computes.
 
-    size: rows of a batch. together: the ranks that share the batches; None: this process has all.
+    size: rows of a batch. together: the ranks that share the batches.
     """
 
     size: int
     progress: bool = False
-    together: Together | None = None
+    together: Together = field(default_factory=Together)
 
     def of(
         self, rows: Sequence[Row], what: str, one_length: bool = False
@@ -51,15 +51,12 @@ class Batches:
             for part in (list(p) for _, p in parts)
             for first in range(0, len(part), self.size)
         ]
-        if self.together is not None:
-            some = some[self.together.rank :: self.together.size]
+        some = some[self.together.rank :: self.together.size]
         for numbers in tqdm(some, desc=what, unit="batch", leave=False, disable=not self.progress):
             yield numbers, [rows[i] for i in numbers]
 
     def complete(self, found: dict[int, Any]) -> dict[int, Any]:
         """Return what all ranks found, by number of the row. found: what this one did."""
-        if self.together is None or self.together.ranks is None:
-            return found
         ranks = self.together.all_of(list(found.items()))
         return {number: value for items in ranks for number, value in items}
 
@@ -82,7 +79,8 @@ def evaluate(
     no sfc template. together: ranks that share the batches, which are those of a single process,
     and get the same figures.
     """
-    domain, batches = data.of_domain() if sfc else None, Batches(batch_size, progress, together)
+    domain = data.of_domain() if sfc else None
+    batches = Batches(batch_size, progress, together or Together())
     return _measure(model, data, range(len(data)), batches, loss=True, domain=domain)
 
 
