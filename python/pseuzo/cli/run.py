@@ -252,7 +252,7 @@ def train(c: dict[str, Any]) -> dict[str, Any] | None:
     together = join(c["device"], c["ddp_timeout"], c["direction_ranks"])
     with together.one_speaks(), ExitStack() as lock:
         c = together.agreed(lambda: resolve(c))
-        together.alike(facts(c))
+        together.alike(lambda: facts(c))
         output = Path(c["output"])
         resume, run_id = together.of_root(
             lambda: lock.enter_context(start_folder(output, c["resume"]))
@@ -280,7 +280,7 @@ def _train(
                 # The lock keeps other runs from taking the journal while the model loads.
                 together.of_root(lambda: lock.enter_context(held(journal)))
             run = together.agreed(lambda: Run(c, together))
-            together.alike({f"{name} rows": digest(x) for name, x in run.examples.items()})
+            together.alike(lambda: {f"{name} rows": digest(x) for name, x in run.examples.items()})
             model, trainer = together.agreed(lambda: _prepared(run, output))
             c = run.c
             starts_again = journal and newest and not c["resume"]

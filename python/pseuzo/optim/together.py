@@ -97,11 +97,12 @@ class Together:
         found = self.all_of(mine)[0]
         return mine if self.is_root else found  # type: ignore[return-value]
 
-    def alike(self, facts: Mapping[str, Any]) -> None:
-        """Raise, on all ranks, if one has other facts than rank 0: ValueError on rank 0."""
+    def alike(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise, on all ranks, if one has other facts than rank 0: ValueError on rank 0. A single
+        process does not ask for its facts."""
         if self.ranks is None:
             return
-        root, *others = self.all_of({name: str(fact) for name, fact in facts.items()})
+        root, *others = self.all_of({name: str(fact) for name, fact in facts().items()})
         for rank, theirs in enumerate(others, 1):
             for name in root:
                 if theirs.get(name) == root[name]:

@@ -1,6 +1,7 @@
 """PseuZOTrainingArguments: Transformers' arguments, and the options of the methods."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -121,14 +122,13 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         """The number of examples of a step, on all ranks together."""
         return self.train_batch_size * self.row_parts
 
-    def _refuse_ranks(self) -> None:
+    def _refuse_ranks(self, options: dict[str, Any]) -> None:
         """Raise ValueError for what several ranks cannot do together."""
         if self.world_size % self.direction_ranks:
             raise ValueError(
                 f"direction_ranks must divide the number of ranks, {self.world_size}, got "
                 f"{self.direction_ranks}"
             )
-        options = {name: getattr(self, name) for name in OPTIONS}
         if self.world_size > 1 and (why := refused_in_ranks(self.method, options)):
             raise ValueError(
                 f"{why} is for one process, but this is one of {self.world_size} ranks"
@@ -140,7 +140,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         The trainer calls this again, since arguments may be assigned after they were made.
         """
         self._refuse_unused()
-        self._refuse_ranks()
+        options = {name: getattr(self, name) for name in OPTIONS}
+        self._refuse_ranks(options)
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "
@@ -151,7 +152,6 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
                 self._refuse_of_other_methods(name)
         if not self.zeroth_order:
             return
-        options = {name: getattr(self, name) for name in OPTIONS}
         why = METHODS[self.method].refusal(**options, batch_size=self.global_batch_size)
         if why is not None:
             raise ValueError(f"method {self.method}: {why}")
