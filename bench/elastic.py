@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from agents import Job, end, lose, wait
+from agents import LIMIT, Job, end, lose, wait
 from pseuzo.cli.run import model_path
 from pseuzo.models.loading import load_model
 from pseuzo.train.journal_file import owner, read_journal
@@ -87,8 +87,8 @@ class Trial:
     def finish(self, ranks: str, usual: "Trial | None", bits: bool = True) -> bool:
         """Wait for the end, and print the line of this run."""
         for agent in self.agents:
-            agent.join(900)
-        if any(agent.exitcode for agent in self.agents if agent in self.agents[:1]):
+            agent.join(LIMIT)
+        if self.agents[0].exitcode:
             raise RuntimeError(f"the run did not end well; see {self.folder}/agents.log")
         seconds = time.monotonic() - self.began
         context = get_context("fork")
@@ -100,7 +100,7 @@ class Trial:
         alike = "" if usual is None else "yes" if same else f"no ({apart:.0e})"
         row = self.name, ranks, self.happened, self.starts, yes(once), yes(weights), alike
         print(LINE.format(*row, f"{seconds:.0f}"), flush=True)
-        return once and weights and (same or not bits or usual is None)
+        return once and weights and (same or not bits)
 
     def _judge(self, answers, usual: Path | None) -> None:
         torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pseuzo_kernels.bench.timing import device_name, measure_ms
+from pseuzo_kernels.bench.timing import device_name, measure_ms, quantile
 
 HERE = Path(__file__).parent
 RESULTS = Path(os.environ.get("OUT", HERE / "results"))
@@ -103,8 +103,7 @@ def quantiles_ms(
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         times.append(measure_ms(call, device))
-    times.sort()
-    return tuple(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+    return tuple(quantile(times, q) for q in (0.2, 0.5, 0.8))
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """Two network namespaces of Linux, and between them a slow link that loses frames.
 
-    with slow_network(delay=0.02, loss=0.01) as (one, other):
+    with slow_network(delay=0.02, loss=0.01) as (one, other, link):
         subprocess.run([*one.enter, "ping", "-c3", other.address])
 
 Each namespace has one device, the end of a veth pair whose other end is in the namespace of this
@@ -51,7 +51,7 @@ class End:
 
 
 class Link(threading.Thread):
-    """Copies frames between two devices, late or not at all. counts: frames copied and dropped."""
+    """Copies frames between two devices, late or not at all. copied, dropped: how many."""
 
     def __init__(self, devices: tuple[str, str], delay: float, loss: float, seed: int):
         super().__init__(daemon=True)

@@ -9,6 +9,7 @@ import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from pseuzo_kernels.adapters.mezo import WITHOUT_DECAY
 from pseuzo_kernels.adapters.patching import Peer, WeightsOf, replace
 from pseuzo_kernels.adapters.weights import decayed
 from pseuzo_kernels.checks import check_finite
@@ -19,7 +20,6 @@ LOZO = Peer(
     "optsuite/LOZO at 5d1ade5 (large_models/LOZOtrainer.py)",
     ("lowrank_zo_perturb_parameters", "lowrank_zo_update"),
 )
-WITHOUT_DECAY = ("bias", "layer_norm", "layernorm")
 
 
 def patch(trainer: Any, *, noise: str = "normal", rounding: str = "nearest") -> Any:

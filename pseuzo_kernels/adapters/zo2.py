@@ -65,8 +65,8 @@ def patch(
             return original(self, own_update, module, weight_decay)
         moved = part(self, module)
         delayed = hasattr(self, "rstate_queue")
-        decay = [self.weight_decay if weight_decay is None else weight_decay] * len(moved.names)
-        if weight_decay is None:
+        decay = weight_decay
+        if decay is None:
             names = [n for n, x in module.named_parameters() if x.requires_grad]
             decay = decayed(names, self.weight_decay, WITHOUT_DECAY)
         seed = seeds(self)[0 if delayed else -1]

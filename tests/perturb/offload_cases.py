@@ -1,11 +1,11 @@
 """Models with and without offloading, side by side, and a watch over ops on the host's weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pseuzo import CausalLMObjective, PseuZO, device_bytes, offload
+from pseuzo.perturb.offloaded import store_of
 from pseuzo.perturb.regions import DeviceMemory
 from pseuzo.perturb.store import Store
 from tiny_models import batch_of, causal_lm
@@ -95,15 +95,7 @@ def llm(kind: str, tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.
     return causal_lm(kind, tied).to(dtype).eval()
 
 
-@contextmanager
-def only_the_device(model: nn.Module) -> Iterator[None]:
-    with NoWeightsOfTheHost(model):
-        yield
-
-
 def store_of_run(run: Run) -> Store:
-    from pseuzo.perturb.offloaded import store_of
-
     store = store_of(run.model)
     assert store is not None
     return store

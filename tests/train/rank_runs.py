@@ -6,6 +6,7 @@ import io
 import os
 from pathlib import Path
 
+import rank_commands
 import torch
 from pseuzo.cli.run import max_length, model_path
 from pseuzo.models.loading import load_model
@@ -20,10 +21,7 @@ ROWS = {"dev": 20, "test": 16}
 
 def launched_as(rank: int) -> None:
     """Say in the environment what torchrun would say."""
-    world = distributed.get_world_size()
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["MASTER_ADDR"] = "localhost"  # the group is there already, so nothing connects
+    os.environ.update(rank_commands.launched_as(rank, distributed.get_world_size()))
 
 
 def demo_data(seed: int = 0, train: int = 48) -> tuple[torch.nn.Module, dict[str, TaskData]]:
