@@ -1,20 +1,25 @@
 """Processes find those of their own start in a store that has traces of earlier starts."""
 
+import itertools
+import time
 from datetime import timedelta
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
+from pseuzo import meeting
 from pseuzo.meeting import meet
 from torch.distributed import HashStore
 
 
-def start(store, world, absent=()):
-    """The stores of the ranks that come, which all of them do but those that are absent."""
-    met = {}
+def start(store, world, absent=(), met=None):
+    """The stores of the ranks that come, which all of them do but those that are absent. They are
+    put into met as they come."""
+    met = {} if met is None else met
 
     def come(rank):
         try:
-            met[rank] = meet(store, rank, world, 20 if not absent else 0.2)
+            met[rank] = meet(store, rank, world, 20)
         except Exception as error:
             met[rank] = error
 
@@ -37,11 +42,17 @@ def test_each_start_has_a_part_of_the_store_for_itself():
         assert all(own.check([f"address {r}"]) for own in met.values() for r in range(world))
 
 
-def test_a_rank_that_does_not_come():
-    store = HashStore()
-    store.set_timeout(timedelta(seconds=0.2))
+def test_a_rank_that_does_not_come(monkeypatch):
+    store, found, looks = HashStore(), {}, itertools.count()
+    store.set_timeout(timedelta(seconds=20))
     assert start(store, 3).keys() == {0, 1, 2}
-    found = start(store, 3, absent=(2,))
+    # Time passes as rank 0 looks for the others, once rank 1 has been there.
+    clock = SimpleNamespace(
+        monotonic=lambda: 7 * next(looks) if 1 in found else 0, sleep=time.sleep
+    )
+    monkeypatch.setattr(meeting, "time", clock)
+    start(store, 3, absent=(2,), met=found)
     assert isinstance(found[0], RuntimeError) and "rank 2 did not come" in str(found[0])
+    store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(RuntimeError):
         meet(store, 1, 3, 0.2)
