@@ -11,6 +11,7 @@ import triton.language as tl
 
 from pseuzo_kernels.triton import device as px
 from pseuzo_kernels.triton.sums import (
+    add_block,
     add_chunks,
     inside,
     load,
@@ -58,56 +59,28 @@ def _program(
     if HAS_X:
         in_place = out_ptr.to(tl.int64) == x_ptr.to(tl.int64)
         left = tl.where(skipped & in_place, 0, left)  # then nothing is read or written
-    if left == 16 * COUNTERS:
-        add_chunks(
-            out_ptr + start,
-            x_ptr + start,
-            0,
-            left,
-            q,
-            stream,
-            seeds_ptr,
-            coefs_ptr,
-            K,
-            keep,
-            scale,
-            rounding_hash,
-            limit,
-            mask_seed_ptr,
-            NOISE,
-            COUNTERS,
-            HAS_X,
-            True,
-            False,
-            HASH,
-            STOCHASTIC,
-            ASM,
-        )
-    else:
-        add_chunks(
-            out_ptr + start,
-            x_ptr + start,
-            0,
-            left,
-            q,
-            stream,
-            seeds_ptr,
-            coefs_ptr,
-            K,
-            keep,
-            scale,
-            rounding_hash,
-            limit,
-            mask_seed_ptr,
-            NOISE,
-            COUNTERS,
-            HAS_X,
-            False,
-            False,
-            HASH,
-            STOCHASTIC,
-            ASM,
-        )
+    add_block(
+        out_ptr + start,
+        x_ptr + start,
+        0,
+        left,
+        q,
+        stream,
+        seeds_ptr,
+        coefs_ptr,
+        K,
+        keep,
+        scale,
+        rounding_hash,
+        limit,
+        mask_seed_ptr,
+        NOISE,
+        COUNTERS,
+        HAS_X,
+        HASH,
+        STOCHASTIC,
+        ASM,
+    )
 
 
 # Without do_not_specialize, Triton would compile another kernel where a number is 1.

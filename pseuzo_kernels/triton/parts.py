@@ -17,7 +17,7 @@ from pseuzo_kernels import parts, reference
 from pseuzo_kernels.bits import CHUNK
 from pseuzo_kernels.triton import launch
 from pseuzo_kernels.triton.kernels import COUNTERS, WARPS
-from pseuzo_kernels.triton.sums import add_chunks, unless_skipped
+from pseuzo_kernels.triton.sums import add_block, unless_skipped
 from pseuzo_kernels.triton.tables import blocks_of, cached, capturing, to_device
 
 NARROW = 128  # counters of a program, of one warp, where all runs are short
@@ -83,60 +83,30 @@ def add_noise_parts_kernel(
     keep = tl.where(skipped, 1.0, tl.load(keeps_ptr + t))
     if HAS_X:
         hi = tl.where(skipped & (out_at == x_at), 0, hi)  # then nothing is read or written
-    if (lo == 0) & (hi == 16 * COUNTERS):
-        add_chunks(
-            out_ptr,
-            x_ptr,
-            0,
-            hi,
-            q,
-            stream,
-            seeds_ptr,
-            coefs_ptr,
-            K,
-            keep,
-            scale,
-            rounding_hash,
-            limit,
-            mask_seed_ptr,
-            NOISE,
-            COUNTERS,
-            HAS_X,
-            True,
-            False,
-            HASH,
-            STOCHASTIC,
-            ASM,
-            mask_ptr,
-            step,
-        )
-    elif lo < hi:
-        add_chunks(
-            out_ptr,
-            x_ptr,
-            lo,
-            hi,
-            q,
-            stream,
-            seeds_ptr,
-            coefs_ptr,
-            K,
-            keep,
-            scale,
-            rounding_hash,
-            limit,
-            mask_seed_ptr,
-            NOISE,
-            COUNTERS,
-            HAS_X,
-            False,
-            False,
-            HASH,
-            STOCHASTIC,
-            ASM,
-            mask_ptr,
-            step,
-        )
+    add_block(
+        out_ptr,
+        x_ptr,
+        lo,
+        hi,
+        q,
+        stream,
+        seeds_ptr,
+        coefs_ptr,
+        K,
+        keep,
+        scale,
+        rounding_hash,
+        limit,
+        mask_seed_ptr,
+        NOISE,
+        COUNTERS,
+        HAS_X,
+        HASH,
+        STOCHASTIC,
+        ASM,
+        mask_ptr,
+        step,
+    )
 
 
 class Tables(NamedTuple):
@@ -255,24 +225,4 @@ def add_noise_parts_out_triton(
             )
 
 
-def add_noise_parts_triton_(
-    xs,
-    seeds,
-    coefs,
-    streams,
-    keeps,
-    scales,
-    noise,
-    stochastic,
-    rounding_seed,
-    found_inf,
-    places,
-    limits,
-    mask_seed,
-    takes,
-    sign,
-):
-    """parts.add_noise_parts_."""
-    terms = seeds, coefs, streams, keeps, scales, noise, stochastic, rounding_seed, found_inf
-    rest = places, limits, mask_seed, takes, sign
-    parts.add_noise_parts_(xs, *terms, *rest, run=add_noise_parts_out_triton)
+add_noise_parts_triton_ = partial(parts.add_noise_parts_, run=add_noise_parts_out_triton)

@@ -77,7 +77,10 @@ class Ranks:
 
         RuntimeError if it is not there, or does not answer before the group's time-out.
         """
-        return uninterrupted(self._receive, rank)
+        (found,) = self.receive_all([rank])
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
 
     def receive_all(self, ranks: Sequence[int]) -> list[tuple[int, bytes] | RuntimeError]:
         """Wait for a message of each of these ranks; return their kinds and bodies, or the error of
@@ -99,12 +102,6 @@ class Ranks:
             if one is not None:
                 one.wait()
         self.sent += len(to) * (len(header) + len(body))
-
-    def _receive(self, rank: int) -> tuple[int, bytes]:
-        (found,) = self._receive_all([rank])
-        if isinstance(found, RuntimeError):
-            raise found
-        return found
 
     def _receive_all(self, ranks: Sequence[int]) -> list[tuple[int, bytes] | RuntimeError]:
         headers = [(rank, self._asked(rank, HEADER.size)) for rank in ranks]
