@@ -43,25 +43,13 @@ void add_noise_list(const char* op, at::TensorList xs, at::TensorList out, bool 
     const at::Tensor& y = out[t];
     if (in_place && scales[t] == 0) continue;
     check_dense(op, in_place ? "x" : "out", y);
-    Task task = {};
-    task.K = seeds.numel();
-    task.dtype = dtype_of(op, y);
-    task.stochastic = stochastic;
-    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
-    task.stream = static_cast<uint32_t>(streams[t]);
-    task.keep = static_cast<float>(keeps[t]);
+    Task task = task_of(op, y, seeds.numel(), stochastic, rounding_seed, streams[t], keeps[t]);
     task.scale = terms.scale_for(0, scales[t]);
     task.noisy = scales[t] != 0;
     masks.set(task, t);
     char* const dst = static_cast<char*>(y.mutable_data_ptr());
     const char* src = in_place ? dst : nullptr;
-    if (!in_place && !xs.empty()) {
-      check_dense(op, "x", xs[t]);
-      TORCH_CHECK(xs[t].numel() == y.numel() && xs[t].scalar_type() == y.scalar_type(), op,
-                  ": out must be like x, ", xs[t].sizes(), " ", xs[t].scalar_type(), ", got ",
-                  y.sizes(), " ", y.scalar_type());
-      src = static_cast<const char*>(xs[t].const_data_ptr());
-    }
+    if (!in_place && !xs.empty()) src = source_of(op, xs[t], y);
     pieces.push_back({src, dst, y.numel(), 0, {task}});
   }
   add_noise_unless_skipped(pieces, terms, found_inf);
@@ -209,13 +197,7 @@ void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor
     if (scales[t] == 0) continue;
     check_dense(op, "x", xs[t]);
     if (xs[t].numel() == 0) continue;
-    Task task = {};
-    task.K = directions;
-    task.dtype = dtype_of(op, xs[t]);
-    task.stochastic = stochastic;
-    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
-    task.stream = static_cast<uint32_t>(streams[t]);
-    task.keep = static_cast<float>(keeps[t]);
+    Task task = task_of(op, xs[t], directions, stochastic, rounding_seed, streams[t], keeps[t]);
     task.noisy = true;
     char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
     pieces.push_back({x, x, xs[t].numel(), 0, {}});

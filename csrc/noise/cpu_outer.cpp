@@ -54,12 +54,7 @@ void add_outer_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList r
                 kOp, ": left [m, R], right [R, n], and x and out of m * n elements and one dtype ",
                 "are needed, got ", lefts[t].sizes(), ", ", rights[t].sizes(), ", ", x.sizes(), " ",
                 x.scalar_type(), " and ", y.sizes(), " ", y.scalar_type());
-    Task task = {};
-    task.dtype = dtype_of(kOp, y);
-    task.stochastic = stochastic;
-    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
-    task.stream = static_cast<uint32_t>(streams[t]);
-    task.keep = static_cast<float>(keeps[t]);
+    Task task = task_of(kOp, y, 0, stochastic, rounding_seed, streams[t], keeps[t]);
     task.scale = static_cast<float>(factors[t]);
     task.outer = &outers[t];
     const char* const src = static_cast<const char*>(x.const_data_ptr());

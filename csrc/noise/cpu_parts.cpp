@@ -62,13 +62,7 @@ void add_noise_parts(const char* op, at::TensorList xs, at::TensorList out, bool
     const at::Tensor& y = out[t];
     if (in_place && scales[t] == 0) continue;
     check_dense(op, in_place ? "x" : "out", y);
-    Task task = {};
-    task.K = seeds.numel();
-    task.dtype = dtype_of(op, y);
-    task.stochastic = stochastic;
-    task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
-    task.stream = static_cast<uint32_t>(streams[t]);
-    task.keep = static_cast<float>(keeps[t]);
+    Task task = task_of(op, y, seeds.numel(), stochastic, rounding_seed, streams[t], keeps[t]);
     task.sign = sign;
     task.step = static_cast<float>(scales[t]);
     task.scale = terms.scale_for(0, sign ? 1 : scales[t]);
@@ -85,13 +79,7 @@ void add_noise_parts(const char* op, at::TensorList xs, at::TensorList out, bool
     }
     char* const dst = static_cast<char*>(y.mutable_data_ptr());
     const char* src = in_place ? dst : nullptr;
-    if (!in_place && !xs.empty()) {
-      check_dense(op, "x", xs[t]);
-      TORCH_CHECK(xs[t].numel() == y.numel() && xs[t].scalar_type() == y.scalar_type(), op,
-                  ": out must be like x, ", xs[t].sizes(), " ", xs[t].scalar_type(), ", got ",
-                  y.sizes(), " ", y.scalar_type());
-      src = static_cast<const char*>(xs[t].const_data_ptr());
-    }
+    if (!in_place && !xs.empty()) src = source_of(op, xs[t], y);
     const int64_t width = parts[t].width ? parts[t].width : y.numel();
     int64_t first = parts[t].offset;
     for (int64_t begin = 0; begin < y.numel(); begin += width, first += parts[t].stride) {

@@ -72,6 +72,26 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms, cons
   });
 }
 
+Task task_of(const char* op, const at::Tensor& y, int64_t K, bool stochastic, int64_t rounding_seed,
+             int64_t stream, double keep) {
+  Task task = {};
+  task.K = K;
+  task.dtype = dtype_of(op, y);
+  task.stochastic = stochastic;
+  task.rounding_hash = splitmix64(static_cast<uint64_t>(rounding_seed));
+  task.stream = static_cast<uint32_t>(stream);
+  task.keep = static_cast<float>(keep);
+  return task;
+}
+
+const char* source_of(const char* op, const at::Tensor& x, const at::Tensor& out) {
+  check_dense(op, "x", x);
+  TORCH_CHECK(x.numel() == out.numel() && x.scalar_type() == out.scalar_type(), op,
+              ": out must be like x, ", x.sizes(), " ", x.scalar_type(), ", got ", out.sizes(), " ",
+              out.scalar_type());
+  return static_cast<const char*>(x.const_data_ptr());
+}
+
 void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf) {
   if (!found_inf) return;
   check_dense(op, "found_inf", *found_inf);

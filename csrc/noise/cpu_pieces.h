@@ -30,6 +30,13 @@ void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms,
 void add_noise_unless_skipped(const std::vector<Piece>& pieces, const Terms& terms,
                               const std::optional<at::Tensor>& found_inf);
 
+// What is the same for all elements of a tensor, but for its noise and its mask.
+Task task_of(const char* op, const at::Tensor& y, int64_t K, bool stochastic, int64_t rounding_seed,
+             int64_t stream, double keep);
+
+// The memory of x, after a check that `out` is like it.
+const char* source_of(const char* op, const at::Tensor& x, const at::Tensor& out);
+
 void check_found_inf(const char* op, const std::optional<at::Tensor>& found_inf);
 
 // Whether the op is skipped: because of its coefficients, which sets the flag, or by the flag.
