@@ -99,10 +99,12 @@ class Run:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        stays = c["offload"] != "none"  # on the host
+        stays, mode = c["offload"] != "none", MODES[c["mode"]]  # stays: on the host
         if stays:
-            check_before_loading(model_path(c["model"]), DTYPES[c["dtype"]], c["model_kind"])
-        at_first = {"device": "cpu"} if stays or MODES[c["mode"]].on_host else {}
+            few = not (mode.starts_from_base or mode.on_host)
+            name, dtype = model_path(c["model"]), DTYPES[c["dtype"]]
+            check_before_loading(name, dtype, c["model_kind"], few)
+        at_first = {"device": "cpu"} if stays or mode.on_host else {}
         model, self.tokenizer = load(c | at_first, self.task)
         mode_options = {name: c[name] for name in MODE_OPTIONS}
         model = tune(model, c["mode"], seed=c["seed"], **mode_options)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pseuzo.machine import usable_device
+from pseuzo.perturb.mapped import FileMaps, folder_of, map_frozen
 from pseuzo.perturb.module import forget_passes
 from pseuzo.perturb.offloaded import Sessions, sessions_of, set_sessions
 from pseuzo.perturb.regions import DeviceMemory, Outline, Regions, device_bytes, outline
@@ -50,8 +51,10 @@ def offload(
     device_bytes. ValueError if the layers cannot be found, or if a weight is quantised or not on
     the CPU. Idea: ZO2 (Wang et al. 2025), which also brings the weights back.
 
-    On CUDA, trained weights are page-locked where they are, and copied on a stream of their own.
-    This part has not run on a GPU yet.
+    Frozen weights of a model that Transformers loaded from a folder, in the dtype of its files, are
+    maps of these files, see pseuzo.perturb.mapped.map_frozen. On CUDA, other weights are
+    page-locked where they are, and copied on a stream of their own. This part has not run on a GPU
+    yet.
     """
     where = torch.empty(0, device=usable_device(device)).device  # with its index
     if not isinstance(buffers, int) or buffers < 1:
@@ -71,6 +74,7 @@ def offload(
     flush(model)
     if sessions_of(model) is None:
         _attach(model, found)
+    _map_frozen(model)
     if where.type == "cuda":
         _lock_pages(model, where)
     for module in model.modules():
@@ -154,16 +158,29 @@ def _attach(model: nn.Module, found: Outline) -> None:
         module.register_forward_hook(hooks.after, always_call=True)
 
 
+def _map_frozen(model: nn.Module) -> None:
+    """Map the frozen weights that can be, and say once which of a folder cannot be."""
+    folder = folder_of(model)
+    if folder is None:
+        return
+    if stay := map_frozen(model, folder):
+        warnings.warn(
+            f"offload: {len(stay)} frozen weights, the first being {stay[0]}, take host memory, as "
+            f"the safetensors in {folder} do not hold them in this dtype and form; load the model "
+            "in the dtype of its files to have them read from there",
+            stacklevel=3,
+        )
+
+
 def _lock_pages(model: nn.Module, device: torch.device) -> None:
     """Page-lock the weights where they are, so that copies of them need no staging.
 
     Frozen weights that are mapped from a file stay as they are: they would be read into memory.
     """
-    cuda = torch.cuda.cudart()
+    cuda, maps = torch.cuda.cudart(), FileMaps()
     for p in model.parameters():
         storage = p.untyped_storage()
-        mapped = getattr(storage, "filename", None) is not None
-        if storage.is_pinned() or (mapped and not p.requires_grad):
+        if storage.is_pinned() or (maps.hold(p) and not p.requires_grad):
             continue
         if int(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0:
             finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
