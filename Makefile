@@ -13,10 +13,14 @@ READY = $(VENV)/.ready
 CSRC = $(wildcard csrc/*.* csrc/*/*.*)
 SOURCES = $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-machines lint format bench docs dist clean
+.PHONY: demo real test test-fast test-machines lint format bench docs dist clean
 
 demo: $(READY)
 	$(BIN)/pseuzo demo $(ARGS)
+
+# The models and sentences of make demo-real and make compare-real; those that are there are kept.
+real: $(READY)
+	$(BIN)/python bench/make_real.py
 
 TEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
