@@ -7,18 +7,20 @@ folders, such as those from a GPU machine.
 
 import argparse
 import collections
+import math
 import re
 from pathlib import Path
 
 from cases import OURS, PUBLISHED, Rows, cases_of
 from harness import COMMON, RESULTS, append, read
-from plots import Groups, bars_of_steps, plot_bars, plot_growth
+from plots import Groups, bars_of_methods, bars_of_steps, plot_bars, plot_growth
 from targets import TARGETS
 
 KEYS = {
     "add_noise": ("op", "impl", "dtype", "n", "K", "shape"),
     "steps": ("model", "dtype", "rows", "tokens", "impl", "part"),
     "growth": ("against", "x", "what"),
+    "methods": ("model", "dtype", "mode", "rows", "tokens", "method", "options"),
 }
 
 
@@ -97,7 +99,8 @@ def take_in(folder: Path) -> None:
 
 def section(name: str, device: str, rows: Rows) -> str:
     """Return the rows of a benchmark on a device, as a plot and tables."""
-    file = f"{name}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    file = f"{name}-{slug}.png"
     commands = "; ".join(sorted({f"`{row['command']}` at {row['commit']}" for row in rows}))
     parts = [f"## {name}: {device}", commands, f"![{name}]({file})"]
     if name == "growth":
@@ -105,12 +108,22 @@ def section(name: str, device: str, rows: Rows) -> str:
     elif name == "steps":
         plot_bars(bars_of_steps(rows), device, file, xlabel="ms (median)")
         parts.append(split(rows))
+    elif name == "methods":
+        seconds, memory = bars_of_methods([row for row in rows if row["mode"] == "full"])
+        plot_bars(seconds, device, file, xlabel="s a step (median)")
+        plot_bars(memory, device, f"memory-{slug}.png", xlabel="MB beyond a forward pass")
+        parts.append(f"![memory](memory-{slug}.png)")
     else:
-        bars = []
-        for row in rows:
-            where = f"{row['op']} {row['dtype']} K={row['K']} {row.get('shape', '')}"
-            bars.append((f"{where}: {row['impl']}", {"ms": float(row["ms_p50"])}))
-        plot_bars({"": bars}, device, file, xscale="log", xlabel="ms (median)")
+        groups: Groups = collections.defaultdict(list)
+        for op in ("copy", "noise", "perturb", "update"):
+            for row in rows:
+                if row["op"] == op and row["K"] in ("0", "1", "14"):
+                    label = op if op == "copy" else f"{op}, K = {row['K']}"
+                    ms = float(row["ms_p50"])
+                    groups[row["dtype"]].append((f"{label}: {row['impl']}", {"ms": ms}))
+        shortest = min((ms["ms"] for bars in groups.values() for _, ms in bars), default=1.0)
+        left = 10 ** math.floor(math.log10(shortest))
+        plot_bars(groups, device, file, xscale="log", xlim=(left, None), xlabel="ms (median)")
     return "\n\n".join([*parts, table(rows)])
 
 

@@ -1,0 +1,73 @@
+"""The tables of measurements on the pages are those that their files give."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("result_tables", ROOT / "tools/result_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_has_the_numbers_of_its_files(page):
+    text = page.read_text()
+    assert tables.filled(text) == text, "run python tools/result_tables.py"
+    assert text.count("<!-- table: ") == len(tables.PLACE.findall(text)), "a table has no end"
+
+
+def test_every_table_is_on_a_page():
+    places = [p["name"] for page in PAGES for p in tables.PLACE.finditer(page.read_text())]
+    assert sorted(places) == sorted(tables.TABLES)
+
+
+def test_a_table_is_replaced_by_what_its_file_gives(tmp_path, monkeypatch):
+    def runs(rows):
+        return tables.table("a | b", ([row["a"], row["b"]] for row in rows))
+
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setitem(tables.TABLES, "runs", runs)
+    lines = [json.dumps({"a": a, "b": 2 * a}) for a in (1, 2)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines))
+    page = "text\n\n<!-- table: runs, from runs.jsonl -->\nold\n<!-- end of the table -->\n\nmore\n"
+    once = tables.filled(page)
+    assert "| a | b |\n|---|---|\n| 1 | 2 |\n| 2 | 4 |\n" in once and "old" not in once
+    assert once.startswith("text\n") and once.endswith("\nmore\n") and tables.filled(once) == once
+
+
+def test_the_last_of_repeated_measurements_counts():
+    rows = [{"x": "1", "y": "old"}, {"x": "2", "y": "only"}, {"x": "1", "y": "new"}]
+    assert [row["y"] for row in tables.latest(rows, "x").values()] == ["new", "only"]
+
+
+@pytest.mark.parametrize(
+    "value, n, text",
+    [(9.6006, 3, "9.60"), (132.29, 3, "132"), (0.914, 2, "0.91"), (18.97, 2, "19")],
+)
+def test_significant_digits(value, n, text):
+    assert tables.digits(value, n) == text
+
+
+def test_the_steps_of_the_readme_are_those_of_the_page():
+    readme = (ROOT / "README.md").read_text()
+    rows = tables.read(ROOT / "bench/results/steps.csv")
+    found = tables.latest([row for row in rows if row["model"] == "opt-125m"], "impl", "part")
+    seconds = {key: float(row["ms_p50"]) / 1e3 for key, row in found.items()}
+    floor = seconds["inference", "two forwards"]
+    for name, method in (("PseuZO, K = 14", "PseuZO"), ("MeZO", "MeZO")):
+        both = [seconds[f"pseuzo {method}", "step"], seconds[f"{method} as published", "step"]]
+        times, ratios = (
+            [f(s) for s in both] for f in (tables.digits, lambda s: f"{s / floor:.2f}")
+        )
+        assert f"| {name} / as published | {' / '.join(times)} | {' / '.join(ratios)} |" in readme
