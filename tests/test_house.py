@@ -24,7 +24,7 @@ LONGEST_FILE, LONGEST_CLASS, LONGEST_TEST_FILE, LONGEST_TRAINER = 400, 250, 450,
 
 # These are the strata of python/pseuzo, by height. Each imports only from lower ones or from
 # itself. "ground" holds the modules beside the folders, such as files.py.
-STRATA = dict(ground=0, perturb=1, optim=2, models=3, tasks=4, train=5, demo=5, cli=6)
+STRATA = dict(ground=0, perturb=1, optim=2, models=3, tasks=4, train=5, demo=5, compare=6, cli=7)
 # These strata must not print, since others build on them.
 SILENT = ("ground", "perturb", "optim", "models", "tasks")
 # These private names of other modules are used nevertheless, each for its reason.

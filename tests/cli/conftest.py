@@ -33,10 +33,12 @@ def settings(monkeypatch):
 
 @pytest.fixture
 def compared(monkeypatch):
+    """Replace a comparison. The fixture holds the settings of each method, on the last task."""
     seen = {}
 
-    def run(common, methods, output, **kwargs):
-        seen.update({title: common | own for title, own in methods.items()})
+    def run(request, output, **kwargs):
+        for of in request.tasks.values():
+            seen.update({title: of.settings | own for title, own in of.methods.items()})
         raise ValueError("far enough")
 
     monkeypatch.setattr(compare, "compare", run)

@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from cli_refusals import BASE, refused
-from pseuzo.cli import printing
 from pseuzo.cli.plots import mean_and_spread
 
 pytestmark = pytest.mark.slow
@@ -24,7 +22,7 @@ BAD_METHODS = {
     "mezo:lr": "is not KEY=VALUE",
     "mezo:lr=": "is not KEY=VALUE",
     "mezo:groups=row": "--groups is for pseuzo, not for mezo",
-    "mezo:objective=metric": "give --lr",
+    "mezo:dev_size=5": "dev_size is not a method's own; it belongs to the task",
     "adam": "is not a method",
 }
 
@@ -51,13 +49,14 @@ def test_compare_reads_values_and_gives_each_method_its_options(tmp_path, compar
     mezo, pseuzo, adam = (compared[title] for title in titles)
     assert (
         mezo["lr"] == 4e-4
-        and mezo["noise_on"] == ["v_proj", "out_proj=2"]
+        and list(mezo["noise_on"]) == ["v_proj", "out_proj=2"]
         and mezo["two_sided"] is False
     )
     assert (mezo["window"], pseuzo["window"], adam["window"]) == (14, 5, 14)
     assert (mezo["eps"], pseuzo["eps"], adam["eps"]) == (1e-2, 1e-2, None)
-    assert pseuzo["groups"] == "none" and pseuzo["lr"] == adam["lr"] == "auto"
-    assert yaml.safe_load(yaml.safe_dump(compared)) == compared, "not all values are plain"
+    assert pseuzo["groups"] == "none" and pseuzo["lr"] is adam["lr"] is None
+    # eps is given to all, so a MeZO whose eps is tuned is added.
+    assert compared["mezo"]["eps"] is compared["mezo"]["lr"] is None
     assert "--directions is for mezo" in refused(
         "compare",
         *BASE,
@@ -81,33 +80,6 @@ def test_compare_refuses_capture_without_a_gpu_before_its_folder_is_made(tmp_pat
     )
     assert "mezo: --capture: capture needs a CUDA GPU" in refused("compare", *BASE, *args)
     assert not compared and not (tmp_path / "out").exists()
-
-
-def test_compare_prints_whole_names_of_methods(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("COLUMNS", "80")
-    title = "mezo:lr=4e-4,noise_on=attention-out,clip_examples=2,directions=4"
-    row = {
-        "lr": 4e-4,
-        "test_mean": 0.7,
-        "test_std": 0.01,
-        "dev_mean": 0.7,
-        "dev_at_equal_time": 0.7,
-        "seconds": 10,
-        "equal_seconds": 10,
-        "peak_memory_mib": 650,
-    }
-    summary = {
-        "metric": "accuracy",
-        "forwards": 12,
-        "seeds": 1,
-        "hardware": "cpu",
-        "methods": {title: row},
-    }
-    printing.print_comparison(summary, tmp_path)
-    rows = [
-        line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")
-    ]
-    assert "".join(cells[1].strip() for cells in rows) == title
 
 
 @pytest.mark.parametrize(

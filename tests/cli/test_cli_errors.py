@@ -115,19 +115,9 @@ def test_errors_of_our_own_and_of_safetensors_are_sentences(tmp_path, monkeypatc
     assert "estimate" in refused("train", *BASE, "--output", tmp_path / "run")
     monkeypatch.setattr(runs, "train", damaged(tmp_path))
     assert "safetensors" in refused("train", *BASE, "--output", tmp_path / "run")
-    monkeypatch.setattr(
-        compare, "compare", lambda *args, **kwargs: compare.summarise({"edited by hand": [{}]})
-    )
-    assert "'train_seconds' is missing" in refused(
-        "compare", *BASE, "--output", tmp_path / "compared"
-    )
-    of = {"train_seconds": 1.0, "metric": "f1", "test": {"f1": 0.5}, "history": []}
-    monkeypatch.setattr(
-        compare, "compare", lambda *args, **kwargs: compare.summarise({"edited by hand": [of]})
-    )
-    assert "an evaluation is missing in the results of a run" in refused(
-        "compare", *BASE, "--output", tmp_path / "c"
-    )
+    (tmp_path / "ledger.jsonl").write_text('{"kind": "plan", "hash": ""}\n')  # edited by hand
+    text = refused("compare", "--report", "--output", tmp_path)
+    assert "'cells' is missing in the results of a run" in text
 
 
 def test_what_our_ops_refuse_is_a_sentence(tmp_path, monkeypatch):

@@ -215,8 +215,8 @@ def test_journal(tmp_path, settings):
 def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards):
     seen = {}
 
-    def compared(common, methods, output, **rest):
-        seen.update(common=common, methods=methods, **rest)
+    def compared(request, output, **rest):
+        seen["request"] = request
         raise ValueError("that is all")
 
     monkeypatch.setattr(compare, "compare", compared)
@@ -224,8 +224,11 @@ def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards
     text = refused("compare", "--config", example, "--output", tmp_path / "out")
     assert text == "that is all"
     listed = yaml.safe_load(example.read_text())["methods"]
-    assert list(seen["methods"]) == listed and (seen["forwards"], seen["seeds"]) == (forwards, 3)
+    request = seen["request"]
+    (of,) = request.tasks.values()
+    assert list(of.methods) == listed and of.reference == "mezo"
+    assert (of.forwards, request.seeds, request.trials) == (forwards, 3, 8)
     if file == "compare-demo":
-        assert seen["methods"]["mezo:noise_on=attention-out"]["noise_on"] == ["attention-out"]
+        assert of.methods["mezo:noise_on=attention-out"]["noise_on"] == ("attention-out",)
     else:
-        assert seen["common"]["cycles"] == 2 and seen["common"]["weighting"] == "mean"
+        assert of.settings["cycles"] == 2 and of.settings["weighting"] == "mean"

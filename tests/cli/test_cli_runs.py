@@ -1,10 +1,7 @@
 """Runs of the command line write the right files, and can be replayed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from helpers import (
     pseuzo,
     weights,
 )
-from pseuzo.cli import compare
 from pseuzo.cli.run import model_path
 from safetensors.torch import load_file
 
@@ -218,53 +214,6 @@ def test_plot_overlays_runs(tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty").mkdir()
     assert "not the folder of a finished run" in pseuzo("plot", tmp_path / "empty", code=2)
-
-
-@pytest.fixture
-def few_processes(monkeypatch):
-    """Let only the first run of a comparison have a process of its own. The others run in this
-    process, where everything is imported. The fixture holds the commands that were run."""
-    commands = []
-
-    def run(command, **options):
-        commands.append(command)
-        if len(commands) == 1:
-            return subprocess.run(command, **options)
-        assert command[:3] == [sys.executable, "-m", "pseuzo"]
-        return subprocess.CompletedProcess(command, 0, pseuzo(*command[3:]))
-
-    fake = SimpleNamespace(run=run, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(compare, "subprocess", fake)
-    return commands
-
-
-def test_compare_runs_methods_for_equal_forwards(tmp_path, few_processes):
-    out = tmp_path / "compared"
-    args = [
-        "compare",
-        *SMALL[:-1],
-        *"--methods mezo:lr=2e-4,directions=2 --methods fo-adam --seeds 2".split(),
-        *"--forwards 24".split(),
-        "--output",
-        out,
-    ]
-    text = pseuzo(*args)
-    assert "mezo" in text and "fo-adam" in text and len(few_processes) == 4
-    summary = json.loads((out / "compare.json").read_text())
-    rows = summary["methods"]
-    assert rows["mezo:lr=2e-4,directions=2"]["steps"] == 6 and rows["fo-adam"]["steps"] == 8
-    assert all(
-        row["forwards"] == 24 and row["peak_memory_mib"] > 0 and len(row["test"]) == 2
-        for row in rows.values()
-    )
-    assert (out / "table.md").read_text().count("|\n") == 4 and (out / "compare.png").exists()
-    searched = list((out / "runs").glob("fo-adam*/lr.json"))
-    assert len(searched) == 1, "the rate is searched for with the first seed alone"
-    made = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
-    pseuzo(*args)  # finished runs are not run again
-    assert made == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
-    text = pseuzo(*args, "--batch-size", 3, code=2)  # other settings are refused
-    assert "batch_size 6, not 3" in text
 
 
 def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):

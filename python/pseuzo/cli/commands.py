@@ -4,16 +4,19 @@ Exit codes: 0 done; 2 what was asked for cannot be done, one sentence on stderr 
 interrupted; 1 a bug. Whatever takes long to import is imported in the command that needs it.
 """
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pseuzo.cli import compare_settings as asked
 from pseuzo.cli import settings as checks
 from pseuzo.cli.config import configured
 from pseuzo.cli.errors import Failure, plainly
 from pseuzo.cli.options import (
+    COMPARE_OPTIONS,
     DATA_OPTIONS,
     FILE,
     FOLDER,
@@ -161,62 +164,51 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
 @main.command()
 @DATA_OPTIONS
 @RUN_OPTIONS
-@option(
-    "--methods",
-    multiple=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A method with settings of its own, as in mezo:lr=4e-4 or pseuzo:lr=1e-4,groups=row; "
-    "repeat. Default: pseuzo mezo fo-adam, each with --lr auto.",
-)
-@option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each method.")
-@option(
-    "--forwards",
-    type=click.IntRange(min=4),
-    default=1200,
-    help="Forward passes of each run; a backward is two.",
-)
+@COMPARE_OPTIONS
 @option(
     "--output", type=FOLDER, required=True, help="Folder; finished runs in it are not run again."
 )
 @functools.partial(
     plainly, interrupted="interrupted; the same command continues with the runs that are not done"
 )
-def compare(
-    methods: tuple[str, ...], seeds: int, forwards: int, output: Path, **settings: Any
-) -> None:
-    """Run methods side by side for equal forward passes, and print what each reached, also in equal
-    time.
+def compare(report: bool, output: Path, **settings: Any) -> None:
+    """Compare methods fairly: equal forward passes, equal tuning, several seeds, and tuned MeZO
+    always among them.
 
     \b
     pseuzo compare --model demo --task demo --output compared \\
-        --methods mezo:lr=4e-4 --methods pseuzo:lr=4e-5
+        --methods pseuzo --methods mezo:noise_on=attention-out
+    pseuzo compare --config examples/compare-demo.yaml --output compared
+    pseuzo compare --report --output compared
 
-    Writes table.md, compare.json, compare.png and the runs themselves. Each run is a process of its
-    own, so that its memory and time are its own.
+    Appends a line per run to ledger.jsonl, and makes table.md, compare.json and plots from it. The
+    same command continues a comparison that was killed. --config may have several `tasks`.
     """
     refuse_launched("pseuzo compare")
-    chosen = dict(
-        checks.read_method(text, {p.name: p for p in train.params})
-        for text in methods or ("pseuzo", "mezo", "fo-adam")
-    )
-    if len(chosen) < len(methods):
-        raise ValueError("--methods: the same method with the same settings is named twice")
-    if settings["lr"] is None:
-        settings["lr"] = "auto"
-    checks.share(settings, chosen, train_defaults())
-    from pseuzo.cli.compare import compare as run_compare
-    from pseuzo.cli.folder import plain
+    from pseuzo.cli import compare as comparing
     from pseuzo.cli.printing import print_comparison
 
-    common = {k: v for k, v in plain(settings).items() if v is not None}
-    chosen = {title: plain(own) for title, own in chosen.items()}
-    summary = run_compare(
-        common, chosen, output, seeds=seeds, forwards=forwards, progress=click.echo
-    )
+    if report:
+        print_comparison(comparing.report(output), output)
+        return
+    options = {p.name: p for p in train.params if p.name not in {"config", *asked.COMPARED}}
+    request = asked.read_request(settings, options, train_defaults(), click.echo)
+    summary = comparing.compare(request, output, progress=click.echo)
     print_comparison(summary, output)
 
 
-compare.params = [p for p in compare.params if p.name not in checks.COMPARED]
+def _free(p: click.Parameter) -> click.Parameter:
+    """The option as one that may be missing: `tasks` of --config may give it."""
+    p = copy.copy(p)
+    p.required = False
+    return p
+
+
+compare.params = [
+    _free(p) if p.name in ("model", "task") else p
+    for p in compare.params
+    if p.name not in asked.COMPARED - {"output"}
+]
 
 
 def hush() -> None:

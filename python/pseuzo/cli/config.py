@@ -7,6 +7,35 @@ import click
 
 from pseuzo.cli.errors import Failure
 
+# Keys of a command's file that may hold a mapping, which nested() returns.
+NESTED = {"compare": ("tasks", "methods")}
+# Keys of a command's file that hold a mapping of options under shorter names.
+GROUPED = {
+    "compare": {
+        "tuning": {"trials": "trials", "forwards": "trial_forwards", "share": "trial_share"}
+    }
+}
+
+
+def nested(name: str) -> Any:
+    """Return the mapping that --config has under this key of NESTED; None if it has none."""
+    return click.get_current_context().meta.get(f"pseuzo.config.{name}")
+
+
+def _flat(config: dict[str, Any], groups: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Return the options with those of the groups beside the others. ValueError for a name that a
+    group does not have."""
+    flat = {}
+    for key, value in config.items():
+        if key not in groups:
+            flat[key] = value
+            continue
+        names = groups[key]
+        if not isinstance(value, dict) or value.keys() - names.keys():
+            raise ValueError(f"{key}: a mapping is expected, of {', '.join(names)}")
+        flat |= {names[name]: one for name, one in value.items()}
+    return flat
+
 
 def configured(command: click.Command) -> click.Command:
     """Add --config FILE: a YAML mapping of the command's own options. Options on the command line
@@ -26,9 +55,17 @@ def configured(command: click.Command) -> click.Command:
             raise Failure(f"{file} cannot be read as YAML: {error}") from None
         if not isinstance(config, dict):
             raise Failure(f"{file} must hold `option: value` lines")
+        command_name = str(context.info_name)
+        try:
+            config = _flat(config, GROUPED.get(command_name, {}))
+        except ValueError as error:
+            raise Failure(f"{file}: {error}") from None
         known = {p.name: p for p in context.command.params if p.name != "config"}
         context.default_map = {}
         for key, value in config.items():
+            if isinstance(value, dict) and key in NESTED.get(command_name, ()):
+                context.meta[f"pseuzo.config.{key}"] = value
+                continue
             p = known.get(str(key).replace("-", "_"))
             if p is None:
                 raise Failure(

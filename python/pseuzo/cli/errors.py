@@ -132,7 +132,8 @@ def _sentence(error: BaseException) -> str | None:
         return f"a safetensors file is damaged: {text}"
     # These modules read the files of runs.
     if isinstance(error, LookupError) and _module(error) in (
-        "pseuzo.cli.compare",
+        "pseuzo.compare.plots",
+        "pseuzo.compare.report",
         "pseuzo.cli.plots",
     ):
         what = repr(error.args[0]) if isinstance(error, KeyError) else "an evaluation"

@@ -295,6 +295,47 @@ RUN_OPTIONS = options(
     ),
 )
 
+COMPARE_OPTIONS = options(
+    option(
+        "--methods",
+        multiple=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="A method with settings of its own, as in mezo or pseuzo:groups=row; repeat. lr and "
+        "eps that are not among them are tuned. Default: pseuzo mezo fo-adam.",
+    ),
+    option(
+        "--seeds",
+        type=click.IntRange(min=3),
+        default=3,
+        help="Final runs of each method on a task.",
+    ),
+    option(
+        "--forwards",
+        type=click.IntRange(min=4),
+        default=1200,
+        help="Forward passes of each final run; a backward is two.",
+    ),
+    option(
+        "--trials",
+        type=click.IntRange(min=1),
+        default=8,
+        help="Trials of the search over lr and eps, for each method.",
+    ),
+    option("--trial-forwards", type=click.IntRange(min=4), help="Forward passes of each trial."),
+    option(
+        "--trial-share",
+        type=Number(min=0, max=1, min_open=True),
+        default=0.5,
+        help="Without --trial-forwards: the share of --forwards that each trial has.",
+    ),
+    option("--report", is_flag=True, help="Make the tables and plots of --output, and no runs."),
+    option(
+        "--accept-code",
+        is_flag=True,
+        help="Go on with runs that another version of the code made; the report says so.",
+    ),
+)
+
 APPLIES_TO: dict[str, Mapping[str, tuple[str, ...]]] = {
     setting_name(o): o.applies_to for o in OPTIONS.values() if o.applies_to
 } | {name: {"mode": modes} for name, modes in MODE_OPTIONS.items()}

@@ -2,25 +2,37 @@
 
 from pathlib import Path
 
+BRIEF = (0, 3, 4, 5, 8, 9)  # the columns of a comparison that fit on a screen
+
 
 def print_comparison(summary: dict, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pseuzo.cli.compare import cells, columns
+    from pseuzo.compare.report import overall_rows, rows_of
 
-    table = Table(
-        title=f"{summary['forwards']} forward passes, {summary['seeds']} seed(s), "
-        f"{summary['hardware']}"
-    )
-    for column in columns(summary):
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    for title, row in summary["methods"].items():
-        table.add_row(*cells(title, row))
     console = Console()
-    console.print(table)
+    tables = {
+        f"{task}: {of['forwards']} forward passes, {summary['seeds']} seeds": [
+            [row[column] for column in BRIEF] for row in rows_of(of)
+        ]
+        for task, of in summary["tasks"].items()
+    }
+    if len(tables) > 1:
+        tables["Differences from MeZO"] = overall_rows(summary)
+    for title, (head, *rows) in tables.items():
+        table = Table(title=title)
+        for column in head:
+            left = column in ("method", "")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(
-        f"Table: {output}/table.md. Curves: {output}/compare.png.", highlight=False, soft_wrap=True
+        f"Table, with what was tuned: {output}/table.md. Plots: {output}/*.png. Every run: "
+        f"{output}/ledger.jsonl.",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

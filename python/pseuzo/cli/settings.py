@@ -12,12 +12,6 @@ from pseuzo.models.modes import MODES
 from pseuzo.train.methods import METHODS, refused_in_ranks, with_defaults
 from pseuzo.train.options import OPTIONS
 
-# Options that compare sets for every run.
-COMPARED = {
-    *("steps", "seed", "eval_every", "save_every", "keep", "quiet", "journal", "method"),
-    *("direction_ranks", "ddp_timeout"),
-}
-
 
 def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that has no effect. An option of --config whose method (or
@@ -162,59 +156,3 @@ def take_rows_of_run(settings: dict[str, Any]) -> None:
             for name, value in taken.items()
         )
         click.echo(f"rows as in {run / 'config.yaml'}: {options}", err=True)
-
-
-def read_method(text: str, options: Mapping[str, click.Parameter]) -> tuple[str, dict[str, Any]]:
-    """Parse NAME:KEY=VALUE,... into a title and settings, as pseuzo train would read them."""
-    name, _, rest = text.partition(":")
-    if name not in METHODS:
-        raise ValueError(f"--methods: {name!r} is not a method; known: {', '.join(METHODS)}")
-    own: dict[str, Any] = {"method": name}
-    known = {n: p for n, p in options.items() if n not in COMPARED | {"output", "resume", "config"}}
-    for pair in filter(None, rest.split(",")):
-        key, _, value = (part.strip() for part in pair.partition("="))
-        key = key.replace("-", "_")
-        if key in COMPARED | {"output", "resume"}:
-            raise ValueError(
-                f"--methods: {key} is not a method's own; compare sets it for every run"
-            )
-        if not value or key not in known:
-            raise ValueError(f"--methods: {pair!r} is not KEY=VALUE with an option of pseuzo train")
-        p = known[key]
-        try:
-            own[key] = p.type_cast_value(
-                click.get_current_context(), value.split("+") if p.multiple else value
-            )
-        except click.BadParameter as error:
-            raise ValueError(f"--methods {text}: {key}: {error.message}") from None
-    return text, own
-
-
-def share(
-    settings: dict[str, Any], chosen: Mapping[str, dict[str, Any]], defaults: dict[str, Any]
-) -> None:
-    """Give each method the options for all methods that apply to it. ValueError for an option that
-    applies to none, and for methods that cannot be run."""
-    import torch
-
-    from pseuzo.perturb.graphs import check_device
-
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    left_out = []
-    for title, own in chosen.items():
-        idle = unused(defaults | settings | own, defaults)
-        for name, (_, sentence) in idle.items():
-            if name in own:
-                raise ValueError(f"--methods {title}: {sentence}")
-        left_out.append(idle)
-        own |= {name: defaults[name] for name in idle}
-        try:
-            given = defaults | settings | own
-            check_combination(given)
-            if given["capture"]:
-                check_device("--capture", torch.device(given["device"] or usual))
-        except ValueError as error:
-            raise ValueError(f"{title}: {error}") from None
-    for name, (_, sentence) in left_out[0].items():
-        if all(name in idle for idle in left_out):
-            raise ValueError(sentence)

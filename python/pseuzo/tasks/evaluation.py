@@ -70,18 +70,22 @@ def evaluate(
     progress: bool = False,
     sfc: bool = False,
     together: Together | None = None,
-) -> dict[str, float]:
+    outcomes: bool = False,
+) -> dict[str, Any]:
     """{"accuracy"}, or for a generation {"f1", "em"}, from 0 to 1; "loss", the one that is trained
     on; "examples", how many there are.
 
     batch_size: rows of a forward; an option is a row. Each module keeps its train or eval mode.
     sfc: choose by calibrated scores; the loss is of those that are not. ValueError if the task has
     no sfc template. together: ranks that share the batches, which are those of a single process,
-    and get the same figures.
+    and get the same figures. outcomes: also return "outcomes", what each example adds to the metric
+    of the task, from 0 to 1, in the order of the data.
     """
     domain = data.of_domain() if sfc else None
     batches = Batches(batch_size, progress, together or Together())
-    return _measure(model, data, range(len(data)), batches, loss=True, domain=domain)
+    every: list[float] | None = [] if outcomes else None
+    figures = _measure(model, data, range(len(data)), batches, True, domain, every)
+    return figures if every is None else figures | {"outcomes": every}
 
 
 @torch.no_grad()
@@ -103,16 +107,18 @@ def _measure(
     batches: Batches,
     loss: bool,
     domain: TaskData | None = None,
+    every: list[float] | None = None,
 ) -> dict[str, float]:
+    """every: gets the outcome of each example."""
     with frozen_mode(model):
         if data.task.kind == "generation":
-            figures = _generated(model, data, index, batches)
+            figures = _generated(model, data, index, batches, every)
             if loss:
                 figures["loss"] = _answer_loss(model, data, index, batches)
         elif data.options is not None:
-            figures = _by_label_words(model, data, domain, index, batches)
+            figures = _by_label_words(model, data, domain, index, batches, every)
         else:
-            figures = _by_options(model, data, domain, index, batches)
+            figures = _by_options(model, data, domain, index, batches, every)
     return figures | ({"examples": len(index)} if loss else {})
 
 
@@ -121,7 +127,7 @@ def _moved(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def _by_label_words(model, data, domain, index, batches) -> dict[str, float]:
+def _by_label_words(model, data, domain, index, batches, every) -> dict[str, float]:
     def scores_of(data: TaskData, rows: Sequence[Row]) -> Tensor:
         assert data.options is not None  # evaluate() calls this for label words alone
         objective = CausalLMObjective(model, data.options, verify="once")
@@ -142,6 +148,8 @@ def _by_label_words(model, data, domain, index, batches) -> dict[str, float]:
         # The logits are log-likelihoods up to a number for each row, which the choice is free of.
         scores = scores - scores_of(domain, rows)[places]
     right = (scores.argmax(1) == answers) & scores.isfinite().all(1)
+    if every is not None:
+        every += right.double().tolist()
     return {"accuracy": float(right.double().mean()), "loss": float(losses.double().mean())}
 
 
@@ -166,7 +174,7 @@ def _row_scores(model, data, rows, batches) -> tuple[Tensor, Tensor]:
     return table[:, 0], table[:, 1]
 
 
-def _by_options(model, data, domain, index, batches) -> dict[str, float]:
+def _by_options(model, data, domain, index, batches, every) -> dict[str, float]:
     rows, bounds = [], [0]
     for i in index:
         rows += data.token_rows(i, "options")
@@ -180,7 +188,10 @@ def _by_options(model, data, domain, index, batches) -> dict[str, float]:
     for i, first, end in zip(index, bounds, bounds[1:], strict=False):
         example, mine, by = data.examples[i], scores[first:end], chosen_by[first:end]
         choice = example.options[int(by.argmax())]
-        right += bool(by.isfinite().all()) and choice in example.golds
+        correct = bool(by.isfinite().all()) and choice in example.golds
+        right += correct
+        if every is not None:
+            every.append(float(correct))
         if data.train_on == "options":
             losses += float(mine.logsumexp(0) - mine[example.answer])
             tokens += 1
@@ -196,7 +207,7 @@ def _answer_loss(model, data, index, batches) -> float:
     return -float((scores * counts).sum() / counts.sum())
 
 
-def _generated(model, data, index, batches) -> dict[str, float]:
+def _generated(model, data, index, batches, every) -> dict[str, float]:
     from torchmetrics.functional.text import squad
 
     texts = _texts(model, data, index, batches)
@@ -207,6 +218,10 @@ def _generated(model, data, index, batches) -> dict[str, float]:
         for i, accepted in enumerate(golds)
     ]
     figures = squad(written, wanted)
+    if every is not None:
+        pairs = zip(written, wanted, strict=True)
+        of_task = "f1" if data.task.metric == "f1" else "exact_match"
+        every += [float(squad([text], [gold])[of_task]) / 100 for text, gold in pairs]
     return {"f1": float(figures["f1"]) / 100, "em": float(figures["exact_match"]) / 100}
 
 

@@ -1,0 +1,337 @@
+"""The processes of a comparison, and what one run does in them.
+
+A worker is a process that makes one run after another and sends back their figures. It is forked
+from a server that has imported everything and computed nothing, so that it starts at once. Trials
+share a worker, with its rows and its tokenizer; each loads the model anew, as a process of its own
+would, so its bits are those of a process of its own. A final run has a worker to itself, since only
+then is the peak of its resident memory its own.
+"""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from pseuzo.train.methods import forwards_of_steps, forwards_per_step, methods_with
+from pseuzo.train.options import OPTIONS
+
+EVALUATIONS = 12  # about how many a final run makes
+# What decides whether a run can use the rows and the tokenizer of the last one.
+SHARED = (
+    *("task", "data", "train_size", "dev_size", "test_size", "data_seed", "chat", "max_length"),
+    *("train_on", "model", "model_kind", "mode", "dtype", "device", "offload"),
+)
+
+
+class Workers:
+    """Executes runs: trials and calibrations in a process that they share, final runs each in one
+    of their own. folder: for logs and for what runs leave while they go on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pseuzo.cli.run"])
+        self._shared: _Worker | None = None
+
+    def __call__(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
+        if kind == "final":
+            self.close()  # its memory is the run's
+            worker = _Worker(self._context, self.folder)
+            try:
+                return worker.make(kind, settings, budget)
+            finally:
+                worker.close()
+        if self._shared is None or not self._shared.alive():
+            self._shared = _Worker(self._context, self.folder)
+        return self._shared.make(kind, settings, budget)
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+class _Worker:
+    def __init__(self, context: Any, folder: Path):
+        self._requests, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, folder, dict(os.environ)))
+        self._process.start()
+        theirs.close()
+
+    def make(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
+        try:
+            self._requests.send((kind, settings, budget))
+            return self._requests.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            return {"status": "failed", "reason": f"its process ended with code {code}"}
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def close(self) -> None:
+        self._requests.close()
+        self._process.join()
+
+
+def serve(requests: Connection, folder: Path, environment: dict[str, str]) -> None:
+    """Make runs until the other end closes; end at once if its process does."""
+    os.environ.update(environment)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by a comparison"
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
+    make = Maker(folder / "work")
+    with open(folder / "runs.log", "a") as log, _into(log.fileno()):
+        while True:
+            try:
+                kind, settings, budget = requests.recv()
+            except (EOFError, KeyboardInterrupt):
+                return
+            try:
+                requests.send(make(kind, settings, budget))
+            except KeyboardInterrupt:
+                return
+
+
+@contextlib.contextmanager
+def _into(file: int) -> Iterator[None]:
+    """Write what this process prints into a file."""
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    yield
+
+
+class Maker:
+    """Makes runs in this process. folder: what a run keeps there is removed after it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._run: Any = None
+        self._loaded: dict[str, Any] = {}
+
+    def __call__(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
+        """Return the figures of a run, as the ledger keeps them. status is done, diverged (the loss
+        is not finite any more) or failed, and reason says why."""
+        print(f"{kind}, {settings['method']}, lr {settings.get('lr')}", flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        try:
+            return self._made(kind, settings, budget)
+        except Exception as error:
+            traceback.print_exc()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return {"status": "failed", "reason": reason[:500]}
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _made(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
+        from pseuzo.cli.commands import train_defaults
+        from pseuzo.cli.run import resolve
+
+        own = {"output": self.folder, "eval_every": 0, "save_every": 0, "keep": "last"}
+        own |= {"quiet": True, "resume": None, "journal": None, "steps": 1}
+        given = train_defaults() | settings | own
+        run = self._of(resolve(given | ({"lr": "auto"} if kind == "calibration" else {})))
+        if kind == "calibration":
+            return _calibrated(run, self.folder)
+        return _trained(run, self.folder, budget, final=kind == "final")
+
+    def _of(self, c: dict[str, Any]) -> Any:
+        """Return the Run of these settings, with the rows of the last one if they are the same."""
+        from pseuzo.cli.options import MODE_OPTIONS
+        from pseuzo.cli.run import Run
+        from pseuzo.optim.together import Together
+
+        shared = {name: c[name] for name in (*SHARED, *MODE_OPTIONS)}
+        if shared != self._loaded:
+            self._run, self._loaded = Run(c, Together()), shared
+        self._run.c = c
+        return self._run
+
+
+def _calibrated(run: Any, folder: Path) -> dict[str, Any]:
+    """Measure the curvature of the loss along the noise, and scale eps to it."""
+    trainer = run.trainer(run.model(), folder, lr=1.0, scale_lr=False)
+    found = trainer.find_placement()
+    eps = found["eps"] if run.c["method"] in methods_with("eps") else None
+    forwards = probed(found, run.c)
+    return {
+        "status": "done",
+        "curvature": found["curvature"],
+        "eps": eps,
+        "noise_on": found["noise_on"],
+        "forwards": forwards,
+    } | _circumstances(run)
+
+
+def probed(found: dict[str, Any], c: dict[str, Any]) -> int:
+    """Return the forward passes of PseuZOTrainer.find_placement, by what it found."""
+    if "forwards" in found:
+        return found["forwards"]
+    most = c.get("probe_forwards", OPTIONS["probe_forwards"].default)
+
+    def passes(groups: int, forwards: int) -> int:
+        each = 1 + 2 * groups
+        return each * max(3, forwards // each)
+
+    groups, everywhere = len(found["table"]), list(found["noise_on"]) == ["all"]
+    curvature = passes(1 if everywhere else 2, max(most // 3, 10))
+    return curvature + (passes(groups, most) if groups else 0)
+
+
+def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]:
+    """Train for as many steps as the budget has passes for, after what the run searches."""
+    from pseuzo.files import read_json
+    from pseuzo.machine import peak_memory, reset_peak
+    from pseuzo.tasks import evaluate
+
+    c, searched, started = run.c, 0, time.perf_counter()
+    if c["lr"] == "auto":
+        searched += _search(run, folder, budget)
+        c = run.c
+    model = run.model()
+    c["steps"] = _steps(c, budget - searched)
+    trainer = run.trainer(model, folder)
+    trainer.create_optimizer()
+    placement = folder / "noise_on.json"
+    if list(c["noise_on"]) == ["auto"] and placement.exists():
+        searched += probed(read_json(placement), c)
+    # Loading the model is not counted, as the time of the steps does not have it either.
+    seconds = time.perf_counter() - started if searched else 0.0
+    c["steps"] = _steps(c, budget - searched)
+    if final:
+        c["eval_every"] = max(1, math.ceil(c["steps"] / EVALUATIONS))
+    c["log_every"] = max(1, c["steps"] // 100)
+    trainer = run.trainer(model, folder)  # what was probed is in the folder
+    reset_peak(c["device"])
+    outcome = trainer.train()
+    history, metric = trainer.state.log_history, run.task.metric
+    steps = outcome.global_step
+    if final:
+        if not any(row["step"] == steps for row in history if "eval_loss" in row):
+            trainer.evaluate()
+        peak = peak_memory(c["device"])
+        dev = _dev(history)
+    else:
+        peak = peak_memory(c["device"])
+        dev = evaluate(model, run.data["dev"], batch_size=c["eval_batch_size"])
+    trained = max((row.get("train_seconds") or 0.0 for row in history), default=0.0)
+    figures = {
+        "status": "done",
+        "lr": trainer.optimizer.defaults["lr"],
+        "eps": trainer.zero_order.eps if c["method"] in methods_with("eps") else None,
+        "steps": steps,
+        "forwards": trainer.forwards(steps) + searched,
+        "search_forwards": searched,
+        "judge_forwards": 0 if final else math.ceil(len(run.data["dev"]) / c["batch_size"]),
+        "metric": metric,
+        "evaluations": _evaluations(history, metric, searched, seconds),
+        "dev": dev,
+        "skipped_steps": trainer.zero_order.skipped_steps if trainer.zero_order else 0,
+        "train_seconds": trained + seconds,
+        "search_seconds": seconds,
+        "peak_memory_mib": peak,
+    } | _circumstances(run)
+    if final:
+        test = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"], outcomes=True)
+        figures |= {"outcomes": test.pop("outcomes"), "test": test}
+    if not math.isfinite(dev["loss"]):
+        figures |= {"status": "diverged", "reason": f"the dev loss is {dev['loss']}"}
+    return figures
+
+
+def _search(run: Any, folder: Path, budget: int) -> int:
+    """Let the run search lr as --lr auto does; return the passes that it took."""
+    from pseuzo.cli.folder import found_lr
+    from pseuzo.cli.search import EVALUATED, search_lr
+    from pseuzo.files import read_json
+
+    c = run.c
+    c["steps"] = _steps(c, budget)
+    found = search_lr(run, folder)
+    run.c = c | found_lr(found)
+    rows = min(EVALUATED, len(run.data["dev"]))
+    judged = math.ceil(rows / c["batch_size"]) * (1 + len(found["trials"]))
+    each = forwards_of_steps(c["method"], found["steps"], _counted(c))
+    placement = folder / "noise_on.json"
+    probe = probed(read_json(placement), c) if placement.exists() else 0
+    return len(found["trials"]) * each + judged + probe
+
+
+def _counted(c: dict[str, Any]) -> dict[str, Any]:
+    return {name: c[name] for name in (*OPTIONS, "train_size", "batch_size") if name in c}
+
+
+def _steps(c: dict[str, Any], forwards: int) -> int:
+    """Return the largest number of steps with at most so many passes. ValueError if there is
+    none."""
+    options = _counted(c)
+    steps = int(forwards / forwards_per_step(c["method"], options)) + 1
+    while steps > 0 and forwards_of_steps(c["method"], steps, options) > forwards:
+        steps -= 1
+    if steps < 1:
+        raise ValueError(
+            f"{forwards} forward passes are left after the search, too few for a step; give more "
+            "forwards"
+        )
+    return steps
+
+
+def _evaluations(
+    history: list[dict[str, Any]], metric: str, searched: int, seconds: float
+) -> list[list]:
+    """Return [step, forwards, seconds, loss, metric] of each evaluation."""
+    return [
+        [
+            row["step"],
+            row["forwards"] + searched,
+            row["train_seconds"] + seconds,
+            row["eval_loss"],
+            row[f"eval_{metric}"],
+        ]
+        for row in history
+        if "eval_loss" in row
+    ]
+
+
+def _dev(history: list[dict[str, Any]]) -> dict[str, float]:
+    last = [row for row in history if "eval_loss" in row][-1]
+    left_out = ("eval_runtime",)
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in last.items()
+        if name.startswith("eval_") and name not in left_out
+    }
+
+
+def _circumstances(run: Any) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from pseuzo.machine import hardware
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"hardware": hardware(run.c["device"]), "versions": versions}
