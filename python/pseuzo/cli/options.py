@@ -244,6 +244,7 @@ RUN_OPTIONS = options(
         training_option(name)
         for name in (
             *("clip_examples", "rounding", "head", "head_lr", "objective"),
+            *("readout", "readout_decay"),
             *("anchor_every", "anchor_batches", "anchor_lr"),
         )
     ),

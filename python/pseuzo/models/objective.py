@@ -12,6 +12,7 @@ model in two parts, `positions` finds where the loss is, `verify` compares with 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,22 @@ class CausalLMObjective:
         self._split = SplitModel(model, options, anew=verify is True)
         self._verifies = bool(verify)
         self.model, self.lm_head, self.options = model, self._split.head, options
+        # Told of the outputs of every forward with options, and of their classes.
+        self.listener: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def padding(self) -> str | None:
         """Where rows of this model may have padding: "anywhere", "right" or "nowhere"; None if it
         is not known yet."""
         return self._split.known.padding
+
+    @property
+    def after_head(self) -> Callable[[Tensor], Tensor]:
+        """What the model does to the logits [..., n] of some rows of its head, known from the first
+        forward on."""
+        after = self._split.known.after_head
+        assert after is not None
+        return partial(after, cut=False)
 
     def __call__(
         self, batch: Mapping[str, Tensor], reduction: str = "mean"
@@ -114,7 +125,10 @@ class CausalLMObjective:
         answers = plan.get("answers")
 
         def forward() -> Tensor:
-            return self.hidden_states(plan)
+            o = self.hidden_states(plan)
+            if self.listener is not None and self.options is not None:
+                self.listener(o, targets)
+            return o
 
         def head(o: Tensor) -> Tensor:
             if option_rows is not None:

@@ -81,6 +81,15 @@ def _refuse_codes(model: nn.Module, mode: str) -> None:
 
 def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
     """Train the output head. One that is tied to the embedding becomes a copy of its own."""
+    head = own_head(model)
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    return model
+
+
+def own_head(model: nn.Module) -> nn.Linear:
+    """Return the output head, as a copy of its own if it was tied to the embedding. ValueError if
+    it is no Linear, or quantised."""
     head = output_head(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -103,13 +112,11 @@ def tune_head(model: nn.Module, *, seed: int) -> nn.Module:
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         _log.warning(
             "The output head of %s was the embedding's weight; it is now a copy of its own, which "
-            "alone is trained and which is saved with the model (%d weights more).",
+            "is trained apart from it and saved with the model (%d weights more).",
             type(model).__name__,
             head.weight.numel(),
         )
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-    return model
+    return head
 
 
 def tune_lora(

@@ -177,3 +177,18 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"
             )
+        if self.readout == "fit":
+            self._refuse_readout()
+
+    def _refuse_readout(self) -> None:
+        """Raise ValueError for what excludes readout=fit."""
+        excluded = {
+            "journal": (self.journal, "a journal holds seeds and coefficients, not a fitted head"),
+            "offload": (self.offload != "none", "the head must stay on the device"),
+            "capture": (self.capture, "CUDA graphs keep no outputs of their passes"),
+            "head=exact": (self.head == "exact", "the head is trained in one way"),
+            "objective=metric": (self.objective == "metric", "it fits the loss"),
+        }
+        for name, (is_set, why) in excluded.items():
+            if is_set:
+                raise ValueError(f"readout=fit cannot be used with {name}: {why}; leave off one")

@@ -79,7 +79,7 @@ def _sign_refusal(journal: str | None, noise: str, directions: int, **unused: An
 # Options that every zeroth-order method takes, and no first-order method.
 PERTURBING = (
     *("eps", "noise", "rounding", "two_sided", "journal", "capture"),
-    "direction_ranks",
+    *("direction_ranks", "readout", "readout_decay"),
 )
 EAGER = tuple(name for name in PERTURBING if name != "capture")  # for methods without CUDA graphs
 # For methods that only run passes at x + eps z, and whose updates are sums of seeded noise.
@@ -216,7 +216,12 @@ METHODS = {
     ),
 }
 # Options that several processes cannot share, with the values for which this holds.
-IN_ONE_PROCESS = {"capture": (True,), "split_batch": (True,), "head": ("exact",)}
+IN_ONE_PROCESS = {
+    "capture": (True,),
+    "split_batch": (True,),
+    "head": ("exact",),
+    "readout": ("fit",),
+}
 OF_METHOD = ("momentum", "directions")  # options whose default is the method's own
 ZEROTH_ORDER = tuple(name for name, method in METHODS.items() if method.zeroth_order)
 

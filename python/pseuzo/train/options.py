@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "linear", "reciprocal", "cyclic-hyperbola")
 WEIGHTINGS = ("sum", "mean")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
+READOUTS = ("none", "fit")
 OBJECTIVES = ("loss", "metric")
 MOMENTS = ("seeds", "state")
 MASKS = ("small", "random")
@@ -179,6 +180,16 @@ class ZeroOrderOptions:
     )
     head_lr: Annotated[float | None, Flag(positive=True, only_with={"head": ("exact",)})] = _option(
         None, "Learning rate of an exact head. Default: 1000 times the learning rate."
+    )
+    readout: str = _option(
+        "none",
+        "Fit the output head's rows for the answers to the outputs of past steps by logistic "
+        "regression, which takes no pass; for classifications. The other weights are trained by "
+        "the method.",
+        READOUTS,
+    )
+    readout_decay: Annotated[float, Flag(positive=True, only_with={"readout": ("fit",)})] = _option(
+        0.1, "Penalty on how far a fit moves the head."
     )
     objective: str = _option(
         "loss",

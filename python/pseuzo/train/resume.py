@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -23,6 +24,7 @@ from transformers.trainer_utils import (
 
 from pseuzo.files import check_saving
 from pseuzo.models.loading import quantised
+from pseuzo.models.readout import Readout
 from pseuzo.optim import PseuZO
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.train import checkpoints
@@ -33,6 +35,8 @@ from pseuzo.train.journal_file import JournalError, owner
 from pseuzo.train.logs import AtBeginning
 from pseuzo.train.ranked import whole_run
 from pseuzo.train.reporting import ReportingTrainer
+
+READOUT_FILE = "readout.safetensors"  # the state of a Readout, in a checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -188,6 +192,7 @@ class ResumableTrainer(ReportingTrainer):
         self.follows = False
         self.kept_step: int | None = None
         self._journal: Journal | None = None
+        self.readout: Readout | None = None
         self.add_callback(AtBeginning(self._begin))
 
     def planned_steps(self) -> int:
@@ -299,6 +304,8 @@ class ResumableTrainer(ReportingTrainer):
                 "resumed with the method, noise_on, head and kind of weight decay that it began "
                 "with"
             ) from error
+        if checkpoint and self.readout is not None:
+            self.readout.load(load_file(Path(checkpoint) / READOUT_FILE))
         loaded = settings(self.optimizer, self.zero_order, self.lr_scheduler)
         if self.together.is_root:
             warn_of_changes(given, loaded, self.args.seed)
@@ -371,6 +378,8 @@ class ResumableTrainer(ReportingTrainer):
             self.args.save_total_limit = None
             with whole_run(self.args):
                 super()._save_checkpoint(model, trial)
+            if self.readout is not None and not self.args.save_only_model:
+                save_file(self.readout.state, folder / READOUT_FILE)
         finally:
             self.args.save_total_limit = limit
         checkpoints.seal(folder)

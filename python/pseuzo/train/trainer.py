@@ -11,6 +11,7 @@ perturbed passes, since it never computes the loss at the weights themselves; ev
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from pseuzo.models.loading import keep_as_loaded
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.placement import param_groups
 from pseuzo.models.positions import IGNORED, with_positions
+from pseuzo.models.readout import Readout, head_to_fit
 from pseuzo.optim.seeds import step_seed
 from pseuzo.perturb.offload import offload
 from pseuzo.perturb.offloaded import store_of
@@ -72,6 +74,8 @@ class PseuZOTrainer(ResumableTrainer):
         checks.check_parts(args, train_dataset)
         if isinstance(model, nn.Module):
             keep_as_loaded(model)
+            if args.readout == "fit":
+                head_to_fit(model)
             if args.offload != "none":
                 offload(model, args.device)
         with checks.head_alone(model):
@@ -87,6 +91,8 @@ class PseuZOTrainer(ResumableTrainer):
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
+        if args.readout == "fit":
+            self.readout = Readout(objective, args.readout_decay)
         self.losses = Losses(self.model, args, objective, train_dataset)
         if data is None and self.losses.of_model:
             self.data_collator = with_positions(self.data_collator)
@@ -172,7 +178,8 @@ class PseuZOTrainer(ResumableTrainer):
         functions, more = self.losses.step_inputs(inputs, self.zero_order)
         if self.zero_order.needs_data:
             more["batches"] = self.data_losses
-        loss = self.zero_order.estimate(*functions, **more).to(self.args.device)
+        with nullcontext() if self.readout is None else self.readout.listening():
+            loss = self.zero_order.estimate(*functions, **more).to(self.args.device)
         return self.step_log.finite(loss, self._mean_loss())
 
     def data_losses(self) -> Iterator[Callable[[], Tensor]]:

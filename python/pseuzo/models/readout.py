@@ -1,0 +1,143 @@
+"""The readout: the output head, fitted exactly to the outputs of past steps.
+
+F(x, W) = g(h(x), W): the loss is a cheap and convex function of the head's rows W for the options,
+and an expensive one of all other weights x. So zeroth-order steps move x, and W is solved for. This
+takes no forward pass, because the passes of a step have made the outputs already.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pseuzo.models.kinds import kind_of
+from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.tuning import own_head
+
+KEPT = 1024  # how many outputs, each [D] fp32
+ITERATIONS = 20  # of L-BFGS in a fit, which starts from the last one
+GROWN = 8  # a fit is made again once one in so many of the outputs is new
+
+
+def head_to_fit(model: nn.Module) -> None:
+    """Give the model an output head that is not the embedding's weight, and that takes no noise.
+
+    ValueError if the head is no plain Linear, or if the model would be saved without it.
+    """
+    if hasattr(model, "peft_type") and kind_of(model) != "classifier":
+        raise ValueError(
+            "readout=fit changes the output head, without which an adapter is saved; use mode full "
+            "or head, or readout=none"
+        )
+    own_head(model).requires_grad_(False)
+
+
+class Readout:
+    """Fits the head's rows for the options by logistic regression, with a penalty on the change:
+
+        min over V, c  mean_i CE(after((W + V) o_i + b + c), y_i) + decay / 2 * s^2 |V|^2
+
+    o_i [D]: the last 1024 outputs of training steps, each the mean over the passes of its step; y_i
+    their classes; W, b: the head's rows as they were at first; s: the root mean square of the o_i;
+    c: only where the head has a bias; after: what the model does to its logits. Then the rows of
+    the head are W + V, and b + c. (The outputs are not centred: along their mean, which is large,
+    V serves as a bias at little cost.)
+
+    To fit the last layer alone first is known as linear probing (Kumar et al., "Fine-tuning can
+    distort pretrained features and underperform out-of-distribution", ICLR 2022). Here the fit goes
+    on with the steps, as in variable projection (Golub and Pereyra, 1973).
+
+    objective: a classification, whose answers are single tokens or classes, of a model whose head
+    head_to_fit has prepared. ValueError otherwise.
+    """
+
+    def __init__(self, objective: CausalLMObjective, decay: float = 0.1):
+        if not isinstance(objective, CausalLMObjective) or objective.options is None:
+            raise ValueError(
+                "readout=fit needs the trainer's own loss, of a classification whose answers are "
+                "single tokens or classes; use readout=none"
+            )
+        self.objective, self.decay = objective, decay
+        weight, bias = objective.lm_head.weight, objective.lm_head.bias
+        self._index = torch.tensor(objective.options, device=weight.device)
+        rows = weight.detach()[self._index].float()
+        of_bias = rows.new_zeros(0) if bias is None else bias.detach()[self._index].float()
+        self.state = {
+            "weight": rows,  # W, [C, D]
+            "bias": of_bias,  # b, [C]; [0] if the head has none
+            "moved": torch.zeros_like(rows),  # V
+            "moved_bias": torch.zeros_like(of_bias),  # c
+            "outputs": rows.new_zeros(0, rows.shape[1]),  # [n, D]
+            "classes": torch.zeros(0, dtype=torch.int64, device=rows.device),  # [n]
+            "new": torch.zeros((), dtype=torch.int64),  # how many came after the last fit
+        }
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep the outputs of the objective's forwards inside, and fit the head to them at the end
+        if enough are new."""
+        heard: dict[int, list[Tensor]] = {}  # by batch: the mean of its outputs is kept
+
+        def hear(o: Tensor, classes: Tensor) -> None:
+            heard.setdefault(id(classes), [classes]).append(o.detach()[:, -1].float())
+
+        self.objective.listener = hear
+        try:
+            yield
+        finally:
+            self.objective.listener = None
+        for classes, *outputs in heard.values():
+            self._keep(torch.stack(outputs).mean(0), classes)
+        if int(self.state["new"]) * GROWN >= len(self.state["classes"]) > 0:
+            self.fit()
+
+    def _keep(self, outputs: Tensor, classes: Tensor) -> None:
+        state, whole = self.state, outputs.isfinite().all(1)
+        outputs, classes = outputs[whole], classes[whole]
+        state["outputs"] = torch.cat([state["outputs"], outputs])[-KEPT:]
+        state["classes"] = torch.cat([state["classes"], classes])[-KEPT:]
+        state["new"] = (state["new"] + len(classes)).clamp(max=KEPT)
+
+    def fit(self) -> None:
+        """Solve for the head's rows, from where the last fit ended, and write them."""
+        state, outputs = self.state, self.state["outputs"]
+        scale = self.decay / 2 * outputs.square().mean()
+        moved, of_bias = (state[name].clone() for name in ("moved", "moved_bias"))
+        free = [x.requires_grad_() for x in (moved, of_bias) if len(x)]
+        solver = torch.optim.LBFGS(
+            free, max_iter=ITERATIONS, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            bias = state["bias"] + of_bias if len(of_bias) else None
+            linear = F.linear(outputs, state["weight"] + moved, bias)
+            fit = F.cross_entropy(self.objective.after_head(linear), state["classes"])
+            found = fit + scale * moved.square().sum()
+            found.backward()
+            return found
+
+        with torch.enable_grad():
+            solver.step(loss)
+        state["new"].zero_()
+        if all(bool(x.isfinite().all()) for x in free):
+            state |= {"moved": moved.detach(), "moved_bias": of_bias.detach()}
+            self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the rows that the state holds into the head."""
+        state, head = self.state, self.objective.lm_head
+        for at, now in ((head.weight, "moved"), (head.bias, "moved_bias")):
+            if at is not None:
+                was = state["weight" if now == "moved" else "bias"]
+                at[self._index] = (was + state[now]).to(at.dtype)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the state of a Readout of the same model and classes."""
+        device = self._index.device
+        self.state = {name: state[name].to(device) for name in self.state}
+        self.state["new"] = self.state["new"].cpu()
+        self.write()

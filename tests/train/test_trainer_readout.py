@@ -1,0 +1,60 @@
+"""Runs with readout=fit: the head that is fitted is part of the run, and of its checkpoints."""
+
+import pytest
+import torch
+from pseuzo.train.trainer import PseuZOTrainer
+from trainer_cases import arguments, fresh
+from transformers import AutoModelForCausalLM
+
+EXCLUDED = {
+    "journal": dict(journal="run.pzj"),
+    "offload": dict(offload="cpu"),
+    "head=exact": dict(method="pseuzo", head="exact"),
+    "objective=metric": dict(objective="metric"),
+}
+
+
+def run(folder, data, resume=None, **changes):
+    given = dict(method="mezo", readout="fit", max_steps=8, save_strategy="steps", save_steps=5)
+    trainer = PseuZOTrainer(
+        fresh(), arguments(folder, **given | changes), train_dataset=data["train"]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mezo", "pseuzo"])
+def test_resumed_is_bit_for_bit_the_same(tmp_path, demo, method):
+    data, _ = demo
+    whole = run(tmp_path, data, method=method)
+    resumed = run(tmp_path, data, str(tmp_path / "checkpoint-5"), method=method)
+    for (name, p), q in zip(
+        whole.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    for name, x in whole.readout.state.items():
+        assert torch.equal(x, resumed.readout.state[name]), name
+
+
+@pytest.mark.slow
+def test_the_saved_model_has_the_fitted_head(tmp_path, demo):
+    data, _ = demo
+    trainer = run(tmp_path, data, save_strategy="no")
+    embedding = trainer.model.get_input_embeddings().weight
+    trainer.save_model(str(tmp_path / "model"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    batch = data["train"].collate([data["train"][i] for i in range(6)])
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
+    logits = saved(**inputs).logits
+    torch.testing.assert_close(logits, trainer.model(**inputs).logits)
+    assert not torch.equal(saved.lm_head.weight, embedding)
+    options = data["train"].options
+    others = [i for i in range(len(embedding)) if i not in options]
+    assert torch.equal(saved.lm_head.weight[others], fresh().lm_head.weight[others])
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_what_excludes_a_readout_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"readout=fit cannot be used with {name}: "):
+        arguments(tmp_path, **dict(method="mezo", readout="fit") | EXCLUDED[name])
