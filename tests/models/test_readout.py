@@ -148,7 +148,7 @@ def test_the_newest_outputs_are_kept_and_those_not_finite_left_out(monkeypatch):
 
 
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ValueError, match="readout=fit needs .* single tokens or classes"):
+    with pytest.raises(ValueError, match=r"readout=fit needs .* single tokens or classes"):
         Readout(CausalLMObjective(causal()))
     with pytest.raises(ValueError, match="readout=fit needs the trainer's own loss"):
         Readout(lambda batch: None)
