@@ -67,6 +67,7 @@ bench: $(READY)
 	$(BIN)/python bench/bench_steps.py
 	$(BIN)/python bench/bench_growth.py
 	$(BIN)/python bench/report.py
+	$(BIN)/python tools/result_tables.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --quiet --strict

@@ -180,6 +180,22 @@ def memory(rows: list[Row]) -> str:
     return table(f"{head} | MB at most | MB between steps", lines)
 
 
+def comparison(lines: list[Row]) -> str:
+    """The table of each task of a ledger of `pseuzo compare`."""
+    from pseuzo.compare.report import rows_of, summarise
+
+    found = [rows_of(task) for task in summarise(lines)["tasks"].values()]
+    return "\n\n".join(table(" | ".join(head), rows) for head, *rows in found)
+
+
+def comparison_overall(lines: list[Row]) -> str:
+    """The differences of all tasks of such a ledger."""
+    from pseuzo.compare.report import overall_rows, summarise
+
+    head, *rows = overall_rows(summarise(lines))
+    return table(" | ".join(head), rows)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "demo": demo,
     "digits": lambda rows: from_scratch(rows, ("mlp", "conv")),
@@ -188,6 +204,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "steps": steps,
     "machine-code": machine_code,
     "memory": memory,
+    "comparison": comparison,
+    "comparison-overall": comparison_overall,
 }
 
 

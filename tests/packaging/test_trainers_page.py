@@ -94,6 +94,35 @@ def test_lightning(plain, tmp_path, monkeypatch):
     assert names["trainer"].global_step == 200
 
 
+def test_lightning_past_its_wrapper(tmp_path, monkeypatch):
+    """PseuZO's step takes two functions, and Lightning counts no steps."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(COMMON, names)
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.automatic_optimization = model, False
+
+        def training_step(self, batch):
+            inputs, labels = batch
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.step(lambda: self.model(inputs), lambda o: cross_entropy(o, labels))
+
+        def configure_optimizers(self):
+            self.made = PseuZO(self.model, lr=0.01)
+            return self.made
+
+    before, module = loss_of(names), Classifier(names["model"])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(max_epochs=10, accelerator="cpu", **quiet)
+    trainer.fit(module, names["batches"])
+    assert module.made.steps == 40 and trainer.global_step == 0
+    assert loss_of(names) < before
+
+
 def test_a_reward(plain):
     names = run("Rewards")
     assert loss_of(names) < plain[0] and names["reward"] > 0.8
