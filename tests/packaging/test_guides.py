@@ -40,7 +40,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "plot_runs", lambda *args: None)  # `pseuzo plot` draws one below
-    text = "".join(blocks("guide-training.md", "sh"))
+    text = "".join(blocks("guide-training.md", "sh")).replace("\\\n", " ")
     for old, new in SMALLER.items():
         text = text.replace(old, new)
     ran = 0

@@ -92,3 +92,19 @@ def test_the_steps_of_the_readme_are_those_of_the_page():
             [f(s) for s in both] for f in (tables.digits, lambda s: f"{s / floor:.2f}")
         )
         assert f"| {name} / as published | {' / '.join(times)} | {' / '.join(ratios)} |" in readme
+
+
+def test_the_predictions_in_the_text_are_those_of_the_file():
+    """ms on an H100, for OPT-1.3B in bf16: an update at K = 14, and a step beyond its forwards."""
+    rows = tables.read(ROOT / "bench/results/predicted.csv")
+    found = tables.latest(rows, "chip", "model", "what", "noise", "K", "tokens")
+
+    def ms(what, noise="", K="", tokens=""):
+        return float(found["H100 SXM", "opt-1.3b", what, noise, K, tokens]["ms"])
+
+    update, fp16 = (ms("update", noise, "14") for noise in ("hadamard", "hadamard-fp16"))
+    beyond = ms("perturb", "hadamard", "1") + update + ms("window", K="14")
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"takes {update:.1f} ms on an H100" in text and f"({fp16:.1f} with" in text
+    share = beyond / (beyond + 2 * ms("forward", tokens="4096"))
+    assert f"takes {beyond:.1f} ms beyond its two forwards, {share:.0%}".replace("%", " %") in text
