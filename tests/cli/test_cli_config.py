@@ -9,6 +9,7 @@ from helpers import pseuzo
 from pseuzo.cli import folder
 from pseuzo.cli import run as runs
 from pseuzo.train.methods import METHODS
+from pseuzo.train.recipes import RECIPES
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +115,17 @@ def test_resolved_settings_are_taken_again(tmp_path, settings, args):
     pseuzo("train", "--config", file)
     again = dict(settings)
     assert folder.plain(runs.resolve(again)) == folder.plain(first)
+
+
+def test_a_recipe_gives_the_options_that_are_not_given(tmp_path, settings):
+    file = tmp_path / "own.yaml"
+    file.write_text("noise_on: last-half\nrecipe: best\n")
+    args = ["--model", "demo", "--task", "demo", "--output", tmp_path / "run"]
+    best = RECIPES["best"]
+    pseuzo("train", *args, "--recipe", "best")
+    assert {name: settings[name] for name in best} == best | {"noise_on": tuple(best["noise_on"])}
+    for order in (["--recipe", "best", "--config", file], ["--config", file]):
+        pseuzo("train", *args, *order, "--lr", "1e-3")
+        assert settings["noise_on"] == ("last-half",)
+        assert (settings["lr"], settings["readout"]) == (1e-3, best["readout"])
+    assert "Invalid value for '--recipe'" in pseuzo("train", *args, "--recipe", "worst", code=2)

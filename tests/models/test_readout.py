@@ -48,7 +48,7 @@ def batch(rows: int, classes: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def fitted(model, options, *batches) -> Readout:
-    head_to_fit(model)
+    head_to_fit(model, options)
     readout = Readout(CausalLMObjective(model, options), DECAY)
     for inputs in batches:
         forward, head = readout.objective(inputs)
@@ -118,7 +118,7 @@ def test_the_loss_falls_by_the_fit():
 
 
 def test_passes_of_a_batch_are_averaged_and_parts_are_not():
-    head_to_fit(model := causal())
+    head_to_fit(model := causal(), [11, 7])
     readout = Readout(CausalLMObjective(model, [11, 7]))
     a, b = batch(4, 2, 1), batch(4, 2, 2)
     (first, _), (second, _) = readout.objective(a), readout.objective(b)
@@ -148,7 +148,13 @@ def test_the_newest_outputs_are_kept_and_those_not_finite_left_out(monkeypatch):
 
 
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ValueError, match=r"readout=fit needs .* single tokens or classes"):
-        Readout(CausalLMObjective(causal()))
-    with pytest.raises(ValueError, match="readout=fit needs the trainer's own loss"):
-        Readout(lambda batch: None)
+    with pytest.raises(ValueError, match="readout=fit: the answers are not single tokens"):
+        head_to_fit(causal(), None)
+    model = causal()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="the output head of OPTForCausalLM is no plain"):
+        head_to_fit(model, [11, 7])
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="readout=fit: an adapter is saved without the head"):
+        head_to_fit(adapted, [11, 7])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from pseuzo.train.trainer import PseuZOTrainer
-from trainer_cases import arguments, fresh
+from tiny_models import causal_lm
+from trainer_cases import Rows, arguments, fresh
 from transformers import AutoModelForCausalLM
 
 EXCLUDED = {
@@ -58,3 +59,17 @@ def test_the_saved_model_has_the_fitted_head(tmp_path, demo):
 def test_what_excludes_a_readout_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"readout=fit cannot be used with {name}: "):
         arguments(tmp_path, **dict(method="mezo", readout="fit") | EXCLUDED[name])
+
+
+def test_auto_fits_where_it_can(tmp_path, demo):
+    data, _ = demo
+    given = dict(method="mezo", readout="auto", max_steps=2)
+    make = lambda **more: PseuZOTrainer(  # noqa: E731
+        fresh(), arguments(tmp_path, **given | more), train_dataset=data["train"]
+    )
+    assert make().readout is not None
+    assert make(journal=str(tmp_path / "run.pzj")).readout is None
+    assert make(objective="metric").readout is None
+    rows = Rows()
+    trainer = PseuZOTrainer(causal_lm("opt"), arguments(tmp_path, **given), train_dataset=rows)
+    assert trainer.readout is None

@@ -13,7 +13,7 @@ import click
 
 from pseuzo.cli import compare_settings as asked
 from pseuzo.cli import settings as checks
-from pseuzo.cli.config import configured
+from pseuzo.cli.config import configured, with_recipe
 from pseuzo.cli.errors import Failure, plainly
 from pseuzo.cli.options import (
     COMPARE_OPTIONS,
@@ -48,6 +48,7 @@ def main() -> None:
 
 
 @configured
+@with_recipe
 @main.command()
 @DATA_OPTIONS
 @RUN_OPTIONS

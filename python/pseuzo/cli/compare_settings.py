@@ -10,6 +10,7 @@ from pseuzo.cli.config import nested
 from pseuzo.cli.options import unused
 from pseuzo.cli.settings import check_combination
 from pseuzo.train.methods import METHODS
+from pseuzo.train.recipes import RECIPES
 
 # Options that compare sets for every run.
 COMPARED = {
@@ -103,9 +104,12 @@ def method_settings(
 ) -> dict[str, Any]:
     """Return the settings of a method, with values as pseuzo train reads them. where: what a
     refusal begins with."""
-    if given.get("method") not in METHODS:
-        name = given.get("method")
-        raise ValueError(f"{where}: {name!r} is not a method; known: {', '.join(METHODS)}")
+    name = given.get("method")
+    if name in RECIPES:
+        given = RECIPES[name] | {key: x for key, x in given.items() if key != "method"}
+    elif name not in METHODS:
+        known = ", ".join((*METHODS, *RECIPES))
+        raise ValueError(f"{where}: {name!r} is not a method or a recipe; known: {known}")
     for key in given.keys() & OF_TASK:
         raise ValueError(f"{where}: {key} is not a method's own; it belongs to the task")
     own = {key: value for key, value in given.items() if key != "method"}

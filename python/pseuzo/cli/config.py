@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pseuzo.cli.errors import Failure
+from pseuzo.train.recipes import RECIPES
 
 # Keys of a command's file that may hold a mapping, which nested() returns.
 NESTED = {"compare": ("tasks", "methods")}
@@ -61,7 +62,7 @@ def configured(command: click.Command) -> click.Command:
         except ValueError as error:
             raise Failure(f"{file}: {error}") from None
         known = {p.name: p for p in context.command.params if p.name != "config"}
-        context.default_map = {}
+        context.default_map = context.default_map or {}
         for key, value in config.items():
             if isinstance(value, dict) and key in NESTED.get(command_name, ()):
                 context.meta[f"pseuzo.config.{key}"] = value
@@ -94,6 +95,34 @@ def configured(command: click.Command) -> click.Command:
     )
     command.params.insert(0, option)
     return command
+
+
+def with_recipe(command: click.Command) -> click.Command:
+    """Add --recipe NAME, which gives options that are not given, by --config or here, the values of
+    a recipe."""
+
+    def read(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+        if name is not None:
+            given = context.default_map or {}
+            context.default_map = {**RECIPES[name], **given}
+
+    option = click.Option(
+        ["--recipe"],
+        type=click.Choice(list(RECIPES)),
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        help="Settings that go together, for options that are not given; best: what did best in "
+        "our comparisons ("
+        + ", ".join(f"{key} {_shown(value)}" for key, value in RECIPES["best"].items())
+        + ").",
+    )
+    command.params.insert(0, option)
+    return command
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def _from_yaml(p: click.Parameter, value: Any) -> str | list[str] | None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pseuzo.machine import holds_codes
 from pseuzo.models.kinds import kind_of
 from pseuzo.models.objective import CausalLMObjective
+from pseuzo.models.split import output_head
 from pseuzo.models.tuning import own_head
 
 KEPT = 1024  # how many outputs, each [D] fp32
@@ -21,16 +23,24 @@ ITERATIONS = 20  # of L-BFGS in a fit, which starts from the last one
 GROWN = 8  # a fit is made again once one in so many of the outputs is new
 
 
-def head_to_fit(model: nn.Module) -> None:
-    """Give the model an output head that is not the embedding's weight, and that takes no noise.
-
-    ValueError if the head is no plain Linear, or if the model would be saved without it.
-    """
+def no_readout(model: nn.Module, options: list[int] | None) -> str | None:
+    """Say why the head of a model cannot be fitted; None if it can. options: see
+    CausalLMObjective."""
+    if options is None:
+        return "the answers are not single tokens or classes, or the loss is your own"
     if hasattr(model, "peft_type") and kind_of(model) != "classifier":
-        raise ValueError(
-            "readout=fit changes the output head, without which an adapter is saved; use mode full "
-            "or head, or readout=none"
-        )
+        return "an adapter is saved without the head"
+    head = output_head(model)
+    if type(head) is not nn.Linear or holds_codes(head.weight):
+        return f"the output head of {type(model).__name__} is no plain Linear"
+    return None
+
+
+def head_to_fit(model: nn.Module, options: list[int] | None) -> None:
+    """Give the model an output head that is not the embedding's weight, and that takes no noise.
+    ValueError if it cannot be fitted."""
+    if why := no_readout(model, options):
+        raise ValueError(f"readout=fit: {why}; use readout=none")
     own_head(model).requires_grad_(False)
 
 
@@ -49,16 +59,11 @@ class Readout:
     distort pretrained features and underperform out-of-distribution", ICLR 2022). Here the fit goes
     on with the steps, as in variable projection (Golub and Pereyra, 1973).
 
-    objective: a classification, whose answers are single tokens or classes, of a model whose head
-    head_to_fit has prepared. ValueError otherwise.
+    objective: of a model whose head head_to_fit has prepared.
     """
 
     def __init__(self, objective: CausalLMObjective, decay: float = 0.1):
-        if not isinstance(objective, CausalLMObjective) or objective.options is None:
-            raise ValueError(
-                "readout=fit needs the trainer's own loss, of a classification whose answers are "
-                "single tokens or classes; use readout=none"
-            )
+        assert objective.options is not None, "head_to_fit has refused other objectives"
         self.objective, self.decay = objective, decay
         weight, bias = objective.lm_head.weight, objective.lm_head.bias
         self._index = torch.tensor(objective.options, device=weight.device)

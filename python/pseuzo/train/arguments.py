@@ -177,18 +177,18 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"
             )
-        if self.readout == "fit":
-            self._refuse_readout()
+        if self.readout == "fit" and (why := self.no_readout):
+            raise ValueError(f"readout=fit cannot be used with {why}; leave off one")
 
-    def _refuse_readout(self) -> None:
-        """Raise ValueError for what excludes readout=fit."""
+    @property
+    def no_readout(self) -> str | None:
+        """Which of these arguments excludes a readout, and why; None if none does."""
         excluded = {
-            "journal": (self.journal, "a journal holds seeds and coefficients, not a fitted head"),
-            "offload": (self.offload != "none", "the head must stay on the device"),
-            "capture": (self.capture, "CUDA graphs keep no outputs of their passes"),
-            "head=exact": (self.head == "exact", "the head is trained in one way"),
-            "objective=metric": (self.objective == "metric", "it fits the loss"),
+            "journal: it holds seeds and coefficients, not a fitted head": self.journal,
+            "offload: the head must stay on the device": self.offload != "none",
+            "capture: CUDA graphs keep no outputs of their passes": self.capture,
+            "head=exact: the head is trained in one way": self.head == "exact",
+            "objective=metric: it fits the loss": self.objective == "metric",
+            "several ranks: the outputs are in one process": self.world_size > 1,
         }
-        for name, (is_set, why) in excluded.items():
-            if is_set:
-                raise ValueError(f"readout=fit cannot be used with {name}: {why}; leave off one")
+        return next((why for why, is_set in excluded.items() if is_set), None)

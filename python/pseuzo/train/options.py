@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "linear", "reciprocal", "cyclic-hyperbola")
 WEIGHTINGS = ("sum", "mean")
 GROUPS = ("label", "row", "none")
 HEADS = ("frozen", "exact")
-READOUTS = ("none", "fit")
+READOUTS = ("none", "fit", "auto")
 OBJECTIVES = ("loss", "metric")
 MOMENTS = ("seeds", "state")
 MASKS = ("small", "random")
@@ -184,12 +184,12 @@ class ZeroOrderOptions:
     readout: str = _option(
         "none",
         "Fit the output head's rows for the answers to the outputs of past steps by logistic "
-        "regression, which takes no pass; for classifications. The other weights are trained by "
-        "the method.",
+        "regression, which takes no pass, while the method trains the other weights; auto: where "
+        "this is possible, which is in classifications.",
         READOUTS,
     )
-    readout_decay: Annotated[float, Flag(positive=True, only_with={"readout": ("fit",)})] = _option(
-        0.1, "Penalty on how far a fit moves the head."
+    readout_decay: Annotated[float, Flag(positive=True, only_with={"readout": ("fit", "auto")})] = (
+        _option(0.1, "Penalty on how far a fit moves the head.")
     )
     objective: str = _option(
         "loss",

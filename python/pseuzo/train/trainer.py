@@ -22,7 +22,7 @@ from pseuzo.models.loading import keep_as_loaded
 from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.placement import param_groups
 from pseuzo.models.positions import IGNORED, with_positions
-from pseuzo.models.readout import Readout, head_to_fit
+from pseuzo.models.readout import Readout, head_to_fit, no_readout
 from pseuzo.optim.seeds import step_seed
 from pseuzo.perturb.offload import offload
 from pseuzo.perturb.offloaded import store_of
@@ -74,8 +74,10 @@ class PseuZOTrainer(ResumableTrainer):
         checks.check_parts(args, train_dataset)
         if isinstance(model, nn.Module):
             keep_as_loaded(model)
-            if args.readout == "fit":
-                head_to_fit(model)
+            options = data.options if own and data is not None else None
+            fits = args.readout == "auto" and not (args.no_readout or no_readout(model, options))
+            if args.readout == "fit" or fits:
+                head_to_fit(model, options)
             if args.offload != "none":
                 offload(model, args.device)
         with checks.head_alone(model):
@@ -91,7 +93,7 @@ class PseuZOTrainer(ResumableTrainer):
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
-        if args.readout == "fit":
+        if args.readout == "fit" or fits:
             self.readout = Readout(objective, args.readout_decay)
         self.losses = Losses(self.model, args, objective, train_dataset)
         if data is None and self.losses.of_model:
