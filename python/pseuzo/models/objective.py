@@ -27,7 +27,7 @@ from pseuzo.models.positions import (
     rows_of_options,
 )
 from pseuzo.models.split import SplitModel
-from pseuzo.models.verify import find_padding, verify_loss
+from pseuzo.models.verify import find_packing, find_padding, verify_loss
 
 
 class CausalLMObjective:
@@ -54,6 +54,9 @@ class CausalLMObjective:
     padded. If padding on the left does change the numbers of a model (recurrent ones read it, some
     models count columns), rows are padded on the right; if that changes them too, batches with
     padding are refused with a ValueError.
+
+    On a CPU, padding is left out where that is faster, see `packing`. The first batch of this kind
+    is computed with and without it, and a model that gives other states keeps it.
 
     A batch without padding should leave the attention mask out: it then attends causally, with
     torch's fastest kernel. A batch with a mask counts as padded. The mask is not read to check
@@ -229,7 +232,10 @@ class CausalLMObjective:
                 "CausalLMObjective: padding on either side changes the numbers of "
                 f"{type(self.model).__name__}; make batches of rows of one length, or of one row"
             )
-        return padded_on_the_right(plan) if self.padding == "right" else plan
+        plan = padded_on_the_right(plan) if self.padding == "right" else plan
+        if self._verifies and self._split.known.packs is None:
+            find_packing(self._split, plan)
+        return plan
 
     def hidden_states(self, plan: Mapping[str, Tensor]) -> Tensor:
         """Return o, the head's input at positions [R, P], as [R, P, D]; zeros at position -1."""

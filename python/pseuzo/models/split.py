@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pseuzo.machine import holds_codes
-from pseuzo.models.attention import listen_in_sdpa_masks, padding_known
+from pseuzo.models.attention import listen_in_sdpa, padding_known
 from pseuzo.models.kinds import kind_of, without_adapter
-from pseuzo.models.positions import NOT_INPUTS
+from pseuzo.models.packing import LEAST_WIDTH, Packing
+from pseuzo.models.positions import NOT_INPUTS, token_inputs
 from pseuzo.perturb.module import rows_of
 from pseuzo.perturb.offloaded import device_of
 
@@ -74,6 +75,7 @@ class Known:
     after_head: AfterHead | None = None
     verified: bool = False  # its logits were compared, and its loss if it is the one trained on
     padding: str | None = None  # where rows may be padded: "anywhere", "right" or "nowhere"
+    packs: bool | None = None  # whether it gives the same without padding, see models.packing
 
 
 _known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
@@ -130,7 +132,7 @@ class SplitModel:
         caches = self.kind == "causal" or takes_argument(model, "use_cache")
         self._always: dict[str, Any] = {"use_cache": False} if caches else {}
         self.config = getattr(model.config, "text_config", model.config)
-        listen_in_sdpa_masks()
+        listen_in_sdpa()
 
     def check_options(self, tokens: int) -> None:
         """Raise ValueError unless the options are ids in a vocabulary of so many tokens."""
@@ -170,9 +172,11 @@ class SplitModel:
         hooks = [self.head.register_forward_pre_hook(reached, prepend=True)]
         if first:
             hooks.append(self.head.register_forward_hook(put_out))
+        packing = self.packing(plan) if self.known.packs else None
+        inputs = packing.inputs(plan, token_inputs(plan)) if packing else self.model_inputs(plan)
         try:
-            with padding_known(self.config, "attention_mask" in plan):
-                output = self.run(self.model_inputs(plan))
+            with padding_known(self.config, "attention_mask" in plan, packing):
+                output = self.run(inputs)
         except _HeadReached:
             pass
         finally:
@@ -188,6 +192,8 @@ class SplitModel:
             if self.known.after_head is None:
                 raise self.does_more()
         states, (rows, length) = seen[0], plan["input_ids"].shape
+        if packing:
+            return packing.at(states, positions).masked_fill((positions < 0)[..., None], 0)
         if self.kind == "classifier" and states.dim() == 2 and len(states) == rows:
             return states[:, None]
         before = states.shape[1] - length  # tokens of a learned prompt
@@ -222,6 +228,29 @@ class SplitModel:
         if mask is not None and self._takes_positions and on_left:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
+
+    def packing(self, plan: Mapping[str, Tensor]) -> Packing | None:
+        """Return how this batch would run without its padding; None if it must not, whatever
+        `known.packs` says, or if that would not be faster."""
+        ids, mask, config = plan["input_ids"], plan.get("attention_mask"), self.config
+        if mask is None or mask.shape != ids.shape or self.kind != "causal":
+            return None
+        if {ids.device.type, self.device.type} != {"cpu"} or not self._takes_positions:
+            return None
+        if getattr(config, "_attn_implementation", None) != "sdpa":
+            return None
+        adapter = getattr(self.model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):  # the prompt is a part of each row
+            return None
+        others = plan.keys() - NOT_INPUTS - set(token_inputs(plan))
+        if others or "position_ids" in plan or getattr(config, "hidden_size", 0) < LEAST_WIDTH:
+            return None
+        names = ("sliding_window", "attention_chunk_size")
+        windows = [size for name in names if (size := getattr(config, name, None))]
+        if min(windows, default=math.inf) <= ids.shape[1]:
+            return None
+        packing = Packing.of(mask)
+        return packing if packing.pays else None
 
     def logits(self, o: Tensor) -> Tensor:
         """Return fp32 logits of o [..., D], over the options if there are any, else over the
