@@ -1,13 +1,14 @@
 """The processes of a comparison, and what one run does in them.
 
-A worker is a process that makes one run after another and sends back their figures. It is forked
-from a server that has imported everything and computed nothing, so that it starts at once. Trials
-share a worker, with its rows and its tokenizer; each loads the model anew, as a process of its own
-would, so its bits are those of a process of its own. A final run has a worker to itself, since only
-then is the peak of its resident memory its own.
+A worker is a process that makes one run after another and sends back their figures. On a CPU it is
+forked from a server that has imported everything and computed nothing, so that it starts at once.
+Trials share a worker, with its rows and its tokenizer; each loads the model anew, as a process of
+its own would, so its bits are those of a process of its own. A final run has a worker to itself,
+since only then are the peak of its resident memory and its time its own.
 """
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -33,22 +34,25 @@ SHARED = (
 
 class Workers:
     """Executes runs: trials and calibrations in a process that they share, final runs each in one
-    of their own. folder: for logs and for what runs leave while they go on."""
+    of their own. folder: for the log, and for what runs keep while they go on. device: of all
+    runs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: str):
         self.folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pseuzo.cli.run"])
+        # What imports may ask of CUDA does not survive a fork.
+        forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload(["pseuzo.cli.run"])
         self._shared: _Worker | None = None
 
     def __call__(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
         if kind == "final":
             self.close()  # its memory is the run's
             worker = _Worker(self._context, self.folder)
-            try:
-                return worker.make(kind, settings, budget)
-            finally:
-                worker.close()
+            figures = worker.make(kind, settings, budget)
+            worker.close()
+            return figures
         if self._shared is None or not self._shared.alive():
             self._shared = _Worker(self._context, self.folder)
         return self._shared.make(kind, settings, budget)
@@ -80,6 +84,9 @@ class _Worker:
             self._process.join()
             code = self._process.exitcode
             return {"status": "failed", "reason": f"its process ended with code {code}"}
+        except BaseException:  # interrupted: nobody waits for the figures
+            self._process.terminate()
+            raise
 
     def alive(self) -> bool:
         return self._process.is_alive()
@@ -102,6 +109,9 @@ def serve(requests: Connection, folder: Path, environment: dict[str, str]) -> No
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
+    import pseuzo.cli.run  # noqa: F401
+
+    gc.freeze()  # each run collects garbage, and need not look for it in what was imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     make = Maker(folder / "work")
     with open(folder / "runs.log", "a") as log, _into(log.fileno()):
@@ -207,25 +217,19 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
     from pseuzo.files import read_json
     from pseuzo.machine import peak_memory, reset_peak
     from pseuzo.tasks import evaluate
+    from pseuzo.train.noise_on import PLACEMENT_FILE
 
     c, searched, started = run.c, 0, time.perf_counter()
+    c["train_size"] = len(run.examples["train"])  # there may be fewer than were asked for
     if c["lr"] == "auto":
         searched += _search(run, folder, budget)
         c = run.c
     model = run.model()
-    c["steps"] = _steps(c, budget - searched)
-    trainer = run.trainer(model, folder)
-    trainer.create_optimizer()
-    placement = folder / "noise_on.json"
-    if list(c["noise_on"]) == ["auto"] and placement.exists():
-        searched += probed(read_json(placement), c)
-    # Loading the model is not counted, as the time of the steps does not have it either.
+    if list(c["noise_on"]) == ["auto"]:
+        run.trainer(model, folder).create_optimizer()
+        searched += probed(read_json(folder / PLACEMENT_FILE), c)
     seconds = time.perf_counter() - started if searched else 0.0
-    c["steps"] = _steps(c, budget - searched)
-    if final:
-        c["eval_every"] = max(1, math.ceil(c["steps"] / EVALUATIONS))
-    c["log_every"] = max(1, c["steps"] // 100)
-    trainer = run.trainer(model, folder)  # what was probed is in the folder
+    trainer = _of_length(run, model, folder, budget - searched, EVALUATIONS if final else 0)
     reset_peak(c["device"])
     outcome = trainer.train()
     history, metric = trainer.state.log_history, run.task.metric
@@ -257,10 +261,35 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
     } | _circumstances(run)
     if final:
         test = evaluate(model, run.data["test"], batch_size=c["eval_batch_size"], outcomes=True)
-        figures |= {"outcomes": test.pop("outcomes"), "test": test}
+        # Most are 0 or 1, and take less room without a decimal point.
+        outcomes = [int(x) if x in (0, 1) else round(x, 6) for x in test.pop("outcomes")]
+        figures |= {"outcomes": outcomes, "test": test}
     if not math.isfinite(dev["loss"]):
         figures |= {"status": "diverged", "reason": f"the dev loss is {dev['loss']}"}
     return figures
+
+
+def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: int) -> Any:
+    """Return the trainer of as many steps as these passes are enough for. What was probed is in the
+    folder. Some steps of a schedule take less than others, and the optimizer has to say how many of
+    them there are."""
+    c = run.c
+
+    def of(steps: int) -> Any:
+        c["steps"], c["log_every"] = steps, max(1, steps // 100)
+        c["eval_every"] = max(1, math.ceil(steps / evaluations)) if evaluations else 0
+        trainer = run.trainer(model, folder)
+        trainer.create_optimizer()
+        return trainer
+
+    steps = _steps(c, forwards)
+    trainer, most = of(steps), math.ceil(forwards_per_step(c["method"], _counted(c)))
+    while (more := int(forwards - trainer.forwards(steps)) // most) > 0:
+        longer = of(steps + more)
+        if longer.forwards(steps + more) > forwards:
+            return of(steps)
+        trainer, steps = longer, steps + more
+    return trainer
 
 
 def _search(run: Any, folder: Path, budget: int) -> int:
@@ -268,6 +297,7 @@ def _search(run: Any, folder: Path, budget: int) -> int:
     from pseuzo.cli.folder import found_lr
     from pseuzo.cli.search import EVALUATED, search_lr
     from pseuzo.files import read_json
+    from pseuzo.train.noise_on import PLACEMENT_FILE
 
     c = run.c
     c["steps"] = _steps(c, budget)
@@ -276,7 +306,7 @@ def _search(run: Any, folder: Path, budget: int) -> int:
     rows = min(EVALUATED, len(run.data["dev"]))
     judged = math.ceil(rows / c["batch_size"]) * (1 + len(found["trials"]))
     each = forwards_of_steps(c["method"], found["steps"], _counted(c))
-    placement = folder / "noise_on.json"
+    placement = folder / PLACEMENT_FILE
     probe = probed(read_json(placement), c) if placement.exists() else 0
     return len(found["trials"]) * each + judged + probe
 

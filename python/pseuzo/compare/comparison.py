@@ -179,8 +179,7 @@ class Comparison:
         self.progress(f"{cell.task}: {cell.method}, {what}")
         settings = cell.settings | own | {"seed": seed}
         figures = execute(kind, settings, budget)
-        if figures["status"] != "done":
-            self.progress(f"  {figures['status']}: {figures['reason']}")
+        self.progress(f"  {_outcome(figures)}")
         names = {"kind": kind, "task": cell.task, "method": cell.method, "seed": seed}
         hashes = {"hash": key, "setup": cell.setup, "data": cell.data}
         whole = {"settings": settings, "config": digest(settings), "budget": budget}
@@ -189,6 +188,17 @@ class Comparison:
     def _append(self, line: dict[str, Any]) -> dict[str, Any]:
         self.ledger.append(line | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
         return self.ledger.lines[-1]
+
+
+def _outcome(figures: Mapping[str, Any]) -> str:
+    """What a run came to, in a few words."""
+    if figures["status"] != "done":
+        return f"{figures['status']}: {figures['reason']}"
+    if "test" in figures:
+        return f"test {figures['metric']} {figures['test'][figures['metric']]:.4g}"
+    if "curvature" in figures:
+        return f"curvature {figures['curvature']:.3g}"
+    return f"dev loss {figures['dev']['loss']:.4g}"
 
 
 def _loss(line: Mapping[str, Any]) -> float:

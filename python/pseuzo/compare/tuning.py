@@ -43,7 +43,8 @@ def next_point(
         return Point()
     at, tried = best(seen), [point for point, _ in seen]
     kept = reserved(trials) if rate and eps else 0
-    for point in _neighbours(at, rate, eps, len(seen) < trials - kept):
+    up = any(math.isfinite(loss) for _, loss in seen)  # else everything is too large so far
+    for point in _neighbours(at, rate, eps, len(seen) < trials - kept, up):
         if not any(_between(at, one, point) for one in tried):
             return point
     raise AssertionError("the search refines without end")
@@ -62,18 +63,20 @@ def best(seen: Sequence[tuple[Point, float]]) -> Point:
     return min(seen, key=lambda one: (math.inf if math.isnan(one[1]) else one[1], one[0]))[0]
 
 
-def _neighbours(at: Point, rate: bool, eps: bool, rate_first: bool) -> Iterator[Point]:
+def _neighbours(at: Point, rate: bool, eps: bool, rate_first: bool, up: bool) -> Iterator[Point]:
     """Yield the points around the best one, in the order in which they are wanted."""
-    rates = list(_around(at, "rate", RATE_STEP)) if rate else []
-    epses = list(_around(at, "eps", EPS_STEP)) if eps else []
-    halves = list(_around(at, "rate", RATE_STEP / 2)) if rate else []
+    rates = _around(at, "rate", RATE_STEP, up) if rate else []
+    epses = _around(at, "eps", EPS_STEP, up) if eps else []
+    halves = _around(at, "rate", RATE_STEP / 2, up) if rate else []
     yield from rates + halves + epses if rate_first else epses + halves + rates
     step = RATE_STEP / 4 if rate else EPS_STEP / 2
     while step > 0:
-        yield from _around(at, "rate" if rate else "eps", step)
+        yield from _around(at, "rate" if rate else "eps", step, up)
         step /= 2
 
 
-def _around(at: Point, what: str, step: float) -> Iterator[Point]:
-    for move in (step, -step):
-        yield Point(at.rate + move, at.eps) if what == "rate" else Point(at.rate, at.eps + move)
+def _around(at: Point, what: str, step: float, up: bool) -> list[Point]:
+    moves = (step, -step) if up else (-step, step)
+    if what == "rate":
+        return [Point(at.rate + move, at.eps) for move in moves]
+    return [Point(at.rate, at.eps + move) for move in moves]
