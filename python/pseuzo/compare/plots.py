@@ -105,6 +105,8 @@ def _multiples(
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(others) :]:
         axis.set_visible(False)
+    for axis in axes.flat[max(0, len(others) - columns) : len(others)]:
+        axis.tick_params(labelbottom=True)  # also where the panel below is missing
     means = np.concatenate([means for _, means, _ in curves.values()])
     low, high = float(np.nanmin(means)), float(np.nanmax(means))
     axes[0, 0].set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.08 * (high - low) + 1e-3)
@@ -125,10 +127,11 @@ def _labels(axis: Any, ends: Sequence[tuple[float, float, str, str]], base: str)
             f"{name}\n{value:.3f}",
             (x, value),
             xytext=(4, shift),
-            color=color,
             textcoords="offset points",
             va="center",
+            color=color,
             fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.5},
         )
 
 
