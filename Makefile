@@ -13,7 +13,7 @@ READY = $(VENV)/.ready
 CSRC = $(wildcard csrc/*.* csrc/*/*.*)
 SOURCES = $(CSRC) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo real demo-real test test-fast test-machines lint format bench docs dist clean
+.PHONY: demo real demo-real compare-real test test-fast test-machines lint format bench docs dist clean
 
 demo: $(READY)
 	$(BIN)/pseuzo demo $(ARGS)
@@ -25,6 +25,10 @@ real: $(READY)
 # SmolLM2-135M learns to tell praise from blame, in minutes. ARGS="--steps 100" is passed on.
 demo-real: real
 	$(BIN)/python bench/demo_real.py $(ARGS)
+
+# MeZO as it is, and with the noise and the readout that did best, on two real tasks and two models.
+compare-real: real
+	$(BIN)/pseuzo compare --config examples/compare-real.yaml --output runs/compare-real $(ARGS)
 
 TEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 

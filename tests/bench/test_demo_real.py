@@ -44,7 +44,7 @@ def test_what_is_printed(demo, capsys, monkeypatch, tmp_path):
     assert (results["lr"], results["steps"], results["method"]) == (1e-3, 4, "mezo")
     first, *_ = printed.splitlines()
     assert "4 steps are 8 forward passes of 16 rows, evaluations on dev rows 6, before" in first
-    assert "on 40 test rows 6. A forward pass takes" in first and "--lr 1.5e-5" not in printed
+    assert "on 40 test rows 6. A forward pass takes" in first and "--lr 1.5e-4" not in printed
     accuracy = f"{results['test']['accuracy']:.3f}"
     row = next(line for line in printed.splitlines() if "accuracy on 40 test rows" in line)
     assert row.split("│")[3].strip() == accuracy

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from cli_refusals import BASE, EXAMPLES, raising, refused
 from helpers import pseuzo
-from pseuzo.cli import compare
+from pseuzo.cli import compare, printing
 from pseuzo.cli import run as runs
 from pseuzo.cli.errors import listed
 from pseuzo.train.methods import methods_with
@@ -232,3 +232,20 @@ def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards
         assert of.methods["mezo:noise_on=attention-out"]["noise_on"] == ("attention-out",)
     else:
         assert of.settings["cycles"] == 2 and of.settings["weighting"] == "mean"
+
+
+@pytest.mark.parametrize("file, tasks, methods", [("real", 4, 2), ("real-long", 5, 7)])
+def test_the_comparisons_of_real_models_are_accepted(monkeypatch, tmp_path, file, tasks, methods):
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda request, output, **rest: seen.append(request))
+    monkeypatch.setattr(printing, "print_comparison", lambda summary, output: None)
+    pseuzo("compare", "--config", EXAMPLES / f"compare-{file}.yaml", "--output", tmp_path / "out")
+    (request,) = seen
+    assert len(request.tasks) == tasks
+    for title, of in request.tasks.items():
+        assert len(of.methods) == methods and of.reference == "mezo", title
+        if of.settings["task"] != "sst2":
+            task, encoder = EXAMPLES.parent / of.settings["task"], "MiniLM" in title
+            assert task.exists() and title.split(",")[0] == task.stem.split("-")[0]
+            assert of.settings["model_kind"] == ("classifier" if encoder else "auto")
+            assert of.settings["model"] == ("real/minilm" if encoder else "real/smollm2")
