@@ -16,6 +16,7 @@ from pseuzo.cli import compare
 from pseuzo.cli import run as runs
 from pseuzo.cli.commands import main
 from pseuzo.optim import MeZO
+from pseuzo.train.contest import Contest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -92,7 +93,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
-    """Trials for a rate are not made either, although they save nothing themselves."""
+    """No candidate races for a rate either, although a race saves nothing itself."""
     load = runs.load_model
 
     def unsavable(*args, **kwargs):
@@ -101,7 +102,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_pa
         return model, tokenizer
 
     monkeypatch.setattr(runs, "load_model", unsavable)
-    monkeypatch.setattr(runs, "evaluate", raising(AssertionError("a trial began")))
+    monkeypatch.setattr(Contest, "run", raising(AssertionError("a race began")))
     out = tmp_path / "run"
     text = refused(
         "train", *SMALL, *"--steps 2 --lr auto --save-every 0 --keep last".split(), "--output", out

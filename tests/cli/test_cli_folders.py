@@ -9,7 +9,6 @@ import torch
 from cli_refusals import BASE, raising, refused
 from helpers import SMALL, pseuzo
 from pseuzo import files
-from pseuzo.cli import search
 from pseuzo.optim import MeZO
 
 pytestmark = pytest.mark.slow
@@ -20,8 +19,7 @@ pytestmark = pytest.mark.slow
     [
         ("thesis.txt",),
         ("start/thesis.txt",),
-        ("lr.json",),
-        ("noise_on.json",),
+        ("found.json",),
         ("config.yaml",),
         ("table.md",),
         ("compare.json", "runs/mine.txt"),
@@ -72,7 +70,7 @@ def test_a_folder_at_work_is_left_alone(tmp_path, command):
         "demo": ["--steps", 1],
     }
     with files.claim(out, command):
-        for name in ("lr.json", "start/adapter_model.safetensors", "metrics.jsonl", "run.pzj"):
+        for name in ("found.json", "start/adapter_model.safetensors", "metrics.jsonl", "run.pzj"):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(b"" if name == "run.pzj" else b"{}")
         before = contents(out)
@@ -111,11 +109,11 @@ def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path):
 
 
 def test_a_try_that_fails_leaves_what_was_there(tmp_path):
-    """Trials of a killed search stay, and so does a journal that another run has started
+    """What a killed try found stays, and so does a journal that another run has started
     meanwhile."""
     out, journal = tmp_path / "run", tmp_path / "run.pzj"
     with files.claim(out, "train"):
-        (out / "lr.json").write_text("{}")
+        (out / "found.json").write_text("{}")
     journal.touch()
     before = contents(tmp_path)
     args = [
@@ -218,28 +216,3 @@ def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
     pseuzo(*resumed, "--steps", 3)
     assert json.loads((out / "results.json").read_text())["steps"] == 3
     assert "has weighting sum, not mean" in pseuzo(*resumed, "--weighting", "mean", code=2)
-
-
-def test_a_search_for_lr_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-    args = ["train", *MEZO, "--lr", "auto", "--steps", 20, "--output"]
-    whole = pseuzo(*args, tmp_path / "whole")
-    real, made = search.evaluate, []
-
-    def interrupted(*args, **kwargs):
-        made.append(1)
-        if len(made) == 4:  # after the start and two trials
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(search, "evaluate", interrupted)
-        pseuzo(*args, tmp_path / "run", code=130)
-    text = pseuzo(*args, tmp_path / "run", "--resume")
-    assert (
-        "2 trials are done already" in text
-        and text.count("dev loss") == whole.count("dev loss") - 2
-    )
-    found, expected = (
-        json.loads((tmp_path / of / "lr.json").read_text()) for of in ("run", "whole")
-    )
-    assert found | {"request": None} == expected | {"request": None}

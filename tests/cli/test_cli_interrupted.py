@@ -77,9 +77,9 @@ def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
     args = [*base, "--output", str(out)]
     killed(args, "pseuzo.train.trainer.PseuZOTrainer.training_step", 7)
     assert last_checkpoint(out).endswith("checkpoint-4")
-    decided = (out / "noise_on.json").read_text()
+    decided = (out / "found.json").read_text()
     run([*args, "--resume"])
-    assert (out / "noise_on.json").read_text() == decided, "the weights were chosen a second time"
+    assert (out / "found.json").read_text() == decided, "the weights were chosen a second time"
     assert_same_weights(whole / "model", out / "model")
 
 

@@ -40,7 +40,6 @@ def ended(args, capsys):
         (3, [], "--batch-size 16 is for all processes together, and 3 of them cut it into 3 parts"),
         (4, ["--direction-ranks", 3], "--direction-ranks must divide the number of launched"),
         (1, ["--direction-ranks", 2], "launched processes, 1, got 2"),
-        (2, ["--lr", "auto"], "search in one process first"),
         (2, ["--method", "fo-adam"], "method fo-adam is for one process, but 2 were launched"),
         (2, ["--method", "mezo-svrg"], "method mezo-svrg is for one process"),
         (2, ["--method", "fzoo", "--split-batch"], "split_batch is for one process"),

@@ -217,33 +217,11 @@ def test_plot_overlays_runs(tmp_path):
 
 
 def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
-    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()  # an epoch has 8 steps
-    words = "pseuzo_epochs is 2, but a cycle has 1 epoch(s): the run has 3, in 2 cycle(s)"
+    # An epoch has 8 steps, and the race may take a quarter of the 20.
+    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()
+    words = "pseuzo_epochs is 2, but a cycle has 1 epoch(s): the run has 2, in 2 cycle(s)"
     assert words in pseuzo("train", *SMALL, *args, "--output", tmp_path / "run", code=2)
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_lr_auto_searches_and_says_what_it_found(tmp_path):
-    out = tmp_path / "run"
-    text = pseuzo("train", *SMALL, *"--method mezo --lr auto --steps 20".split(), "--output", out)
-    found = json.loads((out / "lr.json").read_text())
-    trials = {float(rate): loss for rate, loss in found["trials"].items()}
-    assert len(trials) >= 3 and text.count("dev loss") == len(trials)
-    largest = max(rate for rate, loss in trials.items() if loss < 1.05 * found["start"])
-    # A long run diverges at rates that a short trial survives, so the choice is at least 4 times
-    # lower.
-    best = min((rate for rate in trials if rate <= 1.05 * largest / 4), key=trials.get)
-    assert found["chosen"]["lr"] == best == json.loads((out / "results.json").read_text())["lr"]
-
-
-def test_noise_on_auto_saves_its_table(tmp_path):
-    out = tmp_path / "run"
-    text = pseuzo(
-        "train", *SMALL, *"--method mezo --noise-on auto --steps 3".split(), "--output", out
-    )
-    decided = json.loads((out / "noise_on.json").read_text())
-    assert decided["noise_on"] and decided["table"] and decided["lr"] != 1e-7
-    assert all(row["name"] in text for row in decided["table"])
 
 
 def test_reports_to_tensorboard(tmp_path):

@@ -15,7 +15,7 @@ METHODS = {
     "fixed": {"method": "mezo", "lr": 1e-4, "eps": 1e-2},
     "half fixed": {"method": "mezo", "eps": 1e-2},
     "auto": {"method": "mezo", "lr": "auto"},
-    "probe": {"method": "mezo", "noise_on": ["auto"]},
+    "race": {"method": "mezo", "noise_on": ["auto"], "lr": "auto"},
 }
 
 
@@ -72,7 +72,7 @@ def of(lines, kind, method):
 def test_all_methods_that_are_tuned_get_the_same_trials_and_all_the_same_budget(lines):
     for method in METHODS:
         trials, finals = of(lines, "trial", method), of(lines, "final", method)
-        assert len(trials) == (0 if method in ("fixed", "auto") else 6)
+        assert len(trials) == (0 if method in ("fixed", "auto", "race") else 6)
         assert {line["budget"] for line in trials} <= {50}
         assert {line["seed"] for line in trials} <= {TUNING_SEED}
         assert [(line["budget"], line["seed"]) for line in finals] == [(100, s) for s in range(3)]
@@ -81,14 +81,15 @@ def test_all_methods_that_are_tuned_get_the_same_trials_and_all_the_same_budget(
 
 
 def test_final_runs_have_the_best_point_of_the_trials(lines):
-    for method in ("mezo", "fo-sgd", "evolution", "half fixed", "probe"):
+    for method in ("mezo", "fo-sgd", "evolution", "half fixed"):
         trials = of(lines, "trial", method)
         best = min(trials, key=lambda line: line["dev"]["loss"])
         for line in of(lines, "final", method):
             assert (line["lr"], line["eps"]) == (best["lr"], best["eps"])
     assert {line["eps"] for line in of(lines, "trial", "half fixed")} == {1e-2}
     assert {line["settings"]["lr"] for line in of(lines, "final", "fixed")} == {1e-4}
-    assert {line["settings"]["lr"] for line in of(lines, "final", "auto")} == {"auto"}
+    for method in ("auto", "race"):
+        assert {line["settings"]["lr"] for line in of(lines, "final", method)} == {"auto"}
 
 
 def test_first_points_come_from_the_curvature_where_it_sets_the_rate(lines):
@@ -97,11 +98,6 @@ def test_first_points_come_from_the_curvature_where_it_sets_the_rate(lines):
     assert (firsts["evolution"]["lr"], firsts["evolution"]["eps"]) == (1e-5, 2e-3)
     assert firsts["fo-sgd"]["lr"] == 1e-3 and not of(lines, "calibration", "fo-sgd")
     assert all("eps" not in line["settings"] for line in of(lines, "trial", "forward-gradient"))
-
-
-def test_trials_of_a_method_that_probes_take_what_the_calibration_found(lines):
-    assert {tuple(x["settings"]["noise_on"]) for x in of(lines, "trial", "probe")} == {("v_proj",)}
-    assert {tuple(x["settings"]["noise_on"]) for x in of(lines, "final", "probe")} == {("auto",)}
 
 
 def test_a_comparison_that_was_stopped_anywhere_goes_on_with_the_same_lines(tmp_path, lines):
@@ -144,7 +140,7 @@ def test_a_run_that_fails_is_a_line_and_stops_no_other(tmp_path):
     failing = [(kind, "fo-sgd") for kind in ("trial", "final")]
     lines = run(path, Runs(failing=failing), said=said.append)
     assert any("failed: no luck" in line for line in said)
-    assert len(of(lines, "final", "fo-sgd")) == 3 and len(of(lines, "final", "probe")) == 3
+    assert len(of(lines, "final", "fo-sgd")) == 3 and len(of(lines, "final", "race")) == 3
     rates = [line["lr"] for line in of(lines, "trial", "fo-sgd")]
     assert rates == sorted(rates, reverse=True), "where everything fails, rates go down"
     mended = Runs()

@@ -16,7 +16,7 @@ MEASURED = ROOT / "bench/results"
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # Files that runs write, and pages that name the files of other projects.
 WRITTEN = {
-    "checksums.json", "config.yaml", "curves.png", "ledger.jsonl", "lr.json", "results.json",
+    "checksums.json", "config.yaml", "curves.png", "found.json", "ledger.jsonl", "results.json",
     "rows.jsonl",
 }  # fmt: skip
 NAMES_OTHERS = ("adapters", "migrating")

@@ -131,7 +131,7 @@ def test_the_published_settings():
 
 def test_the_page_names_the_methods_whose_rate_is_not_that_of_a_slope():
     page = (ROOT / "docs/methods.md").read_text()
-    search = page[page.index("### Search of the rate") : page.index("## What is logged")]
+    search = page[page.index("### Races\n") : page.index("## What is logged")]
     others = {name for name in ZEROTH_ORDER if METHODS[name].rate != "lr"}
     assert set(re.findall(r"`([\w-]+)`", search)) & set(METHODS) == others
     (lr,) = (row for row in rows("docs/methods.md", "option") if row[0].startswith("`lr` "))

@@ -1,21 +1,16 @@
 """First-order methods clip examples, use the scales of noise_on, run in mixed precision, and
 probe."""
 
-import json
 import math
 
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import SMALL
 from pseuzo import CausalLMObjective
-from pseuzo.cli.commands import main
 from pseuzo.models.placement import place
 from pseuzo.train.trainer import PseuZOTrainer
-from safetensors.torch import load_file
 from tiny_models import batch_of, causal_lm
 from torch.nn import functional as F
-from trainer_cases import Rows, arguments, fresh
+from trainer_cases import Rows, arguments
 
 pytestmark = pytest.mark.slow
 
@@ -224,57 +219,3 @@ def test_scale_of_a_first_order_run_is_the_square_root_of_its_rate(tmp_path, met
         assert rates.get(p, 0.0) == rate and p.requires_grad == (rate > 0), name
         if method == "fo-sgd":
             assert torch.equal(p, start - rate * start.grad), name
-
-
-@pytest.mark.slow
-def test_first_order_run_where_a_probe_says(tmp_path):
-    """The trainer takes the weights that a run of the command line found, as a resumed run must."""
-    out = tmp_path / "run"
-    args = [
-        *SMALL,
-        *"--method fo-sgd --noise-on auto --clip-examples 2 --steps 4 --keep last".split(),
-    ]
-    result = CliRunner().invoke(main, ["train", *args, "--output", str(out)])
-    assert result.exit_code == 0, result.output
-    decided = json.loads((out / "noise_on.json").read_text())
-    assert 0 < len(decided["noise_on"]) < len(decided["table"]) and all(
-        r["name"] in result.output for r in decided["table"]
-    )
-    model = fresh()
-    chosen = place(model, decided["noise_on"])
-    now = load_file(out / "model" / "model.safetensors")
-    for name, p in model.named_parameters():
-        # The bias of the keys adds the same to all keys, which changes nothing, so its gradient is
-        # rounding noise.
-        if not name.endswith("k_proj.bias"):
-            assert torch.equal(now[name], p) == (p not in chosen), name
-    figures = json.loads((out / "results.json").read_text())
-    assert figures["lr"] == decided["lr"] != 1e-3, "the rate was not scaled to the chosen weights"
-
-
-@pytest.mark.slow
-def test_probe_of_a_first_order_run_is_made_once_and_draws_nothing(tmp_path, demo):
-    data, _ = demo
-    settings = dict(
-        method="fo-adam", noise_on=["auto"], scale_lr=True, probe_forwards=30, clip_examples=2.0
-    )
-
-    def trainer() -> PseuZOTrainer:
-        return PseuZOTrainer(fresh(), arguments(tmp_path, **settings), train_dataset=data["train"])
-
-    first = trainer()
-    state = torch.random.get_rng_state()
-    optimizer = first.create_optimizer()
-    assert torch.equal(torch.random.get_rng_state(), state), (
-        "the probe changed the random numbers of dropout"
-    )
-    decided = json.loads((tmp_path / "noise_on.json").read_text())
-    assert {g["lr"] for g in optimizer.param_groups} == {decided["lr"]}
-    decided |= {"noise_on": ["v:late"], "lr": 0.125}
-    (tmp_path / "noise_on.json").write_text(json.dumps(decided))
-    again = trainer()
-    (group,) = again.create_optimizer().param_groups
-    assert group["lr"] == 0.125
-    assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {
-        n for n, p in fresh().named_parameters() if n.endswith("layers.3.self_attn.v_proj.weight")
-    }

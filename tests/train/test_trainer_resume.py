@@ -42,14 +42,14 @@ def test_probe_is_kept_for_a_resumed_run(tmp_path, demo):
     )
     trainer = PseuZOTrainer(fresh(), arguments(tmp_path, **settings), train_dataset=data["train"])
     first = trainer.create_optimizer()
-    decided = json.loads((tmp_path / "noise_on.json").read_text())
+    decided = json.loads((tmp_path / "found.json").read_text())
     assert (
         decided["lr"] == first.param_groups[0]["lr"] > 2e-4 and decided["eps"] == first.eps > 1e-3
     )
     # eps^2 and lr grow by the same factor.
     assert decided["lr"] / 2e-4 == pytest.approx((decided["eps"] / 1e-3) ** 2, rel=1e-6)
     decided["lr"] = 0.125
-    (tmp_path / "noise_on.json").write_text(json.dumps(decided))
+    (tmp_path / "found.json").write_text(json.dumps(decided))
     again = PseuZOTrainer(
         fresh(), arguments(tmp_path, **settings), train_dataset=data["train"]
     ).create_optimizer()

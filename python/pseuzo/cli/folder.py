@@ -2,8 +2,8 @@
 
 It holds config.yaml (every setting, as resolved), results.json (figures and history), curves.png,
 model/ (which Transformers or peft loads), checkpoint-N/ (likewise, and to resume from);
-noise_on.json and lr.json if they were searched for; start/, the first weights of a mode, if there
-is a journal; and .pseuzo, which marks the folder as one of pseuzo's.
+found.json if lr, eps or the placement of the noise were searched for; start/, the first weights of
+a mode, if there is a journal; and .pseuzo, which marks the folder as one of pseuzo's.
 """
 
 import os
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pseuzo.cli.options import setting_name
-from pseuzo.files import MARKER, claim, differing, read_json, read_yaml
+from pseuzo.files import MARKER, claim, differing, read_yaml
 from pseuzo.train.checkpoints import last_checkpoint
 from pseuzo.train.journal_file import JournalError, held, owner
-from pseuzo.train.noise_on import PLACEMENT_FILE
+from pseuzo.train.noise_on import FOUND_FILE
 from pseuzo.train.options import OPTIONS
 
 EMBEDDED = "demo"  # the name of the embedded model, and of the task on its text
-LR_FILE = "lr.json"
 ROWS = ("data_seed", "train_size", "dev_size", "test_size")  # the settings that choose the rows
-DECISIONS = (LR_FILE, PLACEMENT_FILE, "start")  # what a run writes before its first step
+DECISIONS = (FOUND_FILE, "start")  # what a run writes before its first step
 MAY_CHANGE = {
     "steps",
     "eval_every",
@@ -69,8 +68,8 @@ def start_folder(output: Path, resume: str | None) -> Iterator[tuple[str | None,
         if not begun:
             if resume:
                 print(f"{output} holds no run to resume: starting a new one", flush=True)
-            # A try that did not reach its first step left these. A search for lr reuses its trials.
-            _remove(*(output / name for name in DECISIONS if not (resume and name == LR_FILE)))
+            # A try that did not reach its first step left these. What it found holds for the next.
+            _remove(*(output / name for name in DECISIONS if not (resume and name == FOUND_FILE)))
         yield resume if begun else None, run_id
 
 
@@ -144,10 +143,7 @@ def set_aside(path: str) -> None:
 
 
 def resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
-    """Return the settings of the run that is resumed in output, with the rate that it found and the
-    checkpoint to start from."""
-    if c["lr"] == "auto" and (output / LR_FILE).exists():
-        c = c | found_lr(read_json(output / LR_FILE, "chosen"))
+    """Return the settings of the run that is resumed in output, and its checkpoint."""
     _same_run(c, output)
     if c["resume"] == "auto":
         c = c | {"resume": last_checkpoint(output)}
@@ -158,11 +154,6 @@ def resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
     if c["journal"]:
         _own_journal(c, output, run_id)
     return c
-
-
-def found_lr(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a search for lr chose, which must not be scaled again."""
-    return found["chosen"] | {"scale_lr": False, "scale_eps": False}
 
 
 def rows_of_run(model: str, task: str, data: Any) -> tuple[Path, dict[str, int]] | None:
@@ -189,7 +180,7 @@ def plain(c: dict[str, Any]) -> dict[str, Any]:
     c = {k: v for k, v in c.items() if k not in ("resume", "scale_lr", "scale_eps")} | {
         key: None
         for key in ("lr", "eps")
-        if c.get(f"scale_{key}")  # their values are in noise_on.json
+        if c.get(f"scale_{key}")  # their values are in found.json
     }
     return {
         k: str(v) if isinstance(v, os.PathLike) else list(v) if isinstance(v, tuple) else v

@@ -213,7 +213,7 @@ RUN_OPTIONS = options(
     option("--batch-size", type=click.IntRange(min=1), default=16),
     training_option(
         "learning_rate",
-        "auto: a search by short trials on the dev loss. Default: the published rate of the mode ("
+        "auto: found by a race on the dev loss. Default: the published rate of the mode ("
         + by_modes("lr")
         + "); fo-*: a common one.",
         type=LearningRate(),
@@ -243,7 +243,7 @@ RUN_OPTIONS = options(
     *(
         training_option(name)
         for name in (
-            *("clip_examples", "rounding", "head", "head_lr", "objective"),
+            *("search_share", "clip_examples", "rounding", "head", "head_lr", "objective"),
             *("readout", "readout_decay"),
             *("anchor_every", "anchor_batches", "anchor_lr"),
         )

@@ -29,6 +29,7 @@ def results_of(
         "test": test,
         "steps": steps,
         "forwards": trainer.forwards(steps),
+        "search_forwards": trainer.search_forwards,
         "train_seconds": seconds[-1] if seconds else None,
         "lr": trainer.optimizer.defaults["lr"],
         "eps": optimizer.eps if optimizer and c["method"] in methods_with("eps") else None,

@@ -24,8 +24,6 @@ from transformers.integrations import (
 
 from pseuzo.cli.folder import (
     EMBEDDED,
-    LR_FILE,
-    found_lr,
     plain,
     resumed,
     set_aside,
@@ -38,7 +36,6 @@ from pseuzo.cli.plots import plot_runs
 from pseuzo.cli.ranks import changes, check_shared, facts, join, leave, row_parts
 from pseuzo.cli.results import results_of
 from pseuzo.cli.rows import cut_prompts, max_length
-from pseuzo.cli.search import search_lr
 from pseuzo.files import (
     check_saving,
     read_json,
@@ -136,6 +133,8 @@ class Run:
         every = c["eval_every"]
         ours = {name: c[setting_name(o)] for name, o in OPTIONS.items() if setting_name(o) in c}
         ours |= {"eps": c["eps"] or OPTIONS["eps"].default, "noise_on": list(c["noise_on"])}
+        if c["lr"] == "auto":
+            ours |= {"find_lr": True, "learning_rate": default_rate(c["method"], c["mode"])}
         args = PseuZOTrainingArguments(
             output_dir=str(output),
             **ours,
@@ -229,12 +228,14 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
         c["data_seed"] = c["seed"]
+    searches = c["lr"] == "auto" or list(c["noise_on"]) == ["auto"]
+    steps = int(c["steps"] * (1 - c["search_share"] * searches))  # the others' passes it may take
     if c["eval_every"] is None:
-        c["eval_every"] = max(1, c["steps"] // 10)
+        c["eval_every"] = max(1, steps // 10)
     if c["save_every"] is None:
-        c["save_every"] = c["eval_every"] or max(1, c["steps"] // 10)
+        c["save_every"] = c["eval_every"] or max(1, steps // 10)
     if c["log_every"] is None:
-        c["log_every"] = max(1, c["steps"] // 100)
+        c["log_every"] = max(1, steps // 100)
     if c["keep"] == "best":
         if not c["eval_every"]:
             raise ValueError(
@@ -303,7 +304,7 @@ def _train(
         if not math.isfinite(figures["loss"]):
             print(
                 f"the run diverged: the loss on the test rows is {figures['loss']}; a smaller "
-                "--lr, or --lr auto, or another --dtype",
+                "--lr, or another --dtype",
                 file=sys.stderr,
             )
         results = results_of(run, trainer, outcome.global_step, figures, peak)
@@ -321,10 +322,6 @@ def _prepared(run: Run, output: Path) -> tuple[torch.nn.Module, PseuZOTrainer]:
     """Return the model and the trainer of a run. Whatever may be refused before the first step is
     refused here, before config.yaml marks the folder as a run's."""
     c = run.c
-    if c["lr"] == "auto":
-        found = search_lr(run, output)
-        write_json(output / LR_FILE, found)
-        c |= found_lr(found)
     model = run.model()
     # A head that a classifier lacked is drawn by the seed of the run.
     adds_weights = not MODES[c["mode"]].starts_from_base or run.kind != "causal"

@@ -43,8 +43,8 @@ def check_combination(settings: Mapping[str, Any]) -> None:
             )
         if settings["lr"] == "auto":
             raise ValueError(
-                "--lr auto searches by the curvature of the loss, and --objective metric has none; "
-                "give --lr"
+                "--lr auto takes the scale of its rates from the curvature of the loss, and "
+                "--objective metric has none; give --lr"
             )
     if (
         settings["method"] == "fo-adam"
@@ -78,11 +78,6 @@ def check_launched(settings: Mapping[str, Any]) -> None:
             f"cut it into {n // directions} parts of one size: choose a multiple of "
             f"{n // directions}"
         )
-    if settings["lr"] == "auto":
-        raise ValueError(
-            f"--lr auto searches in one process, but {n} were launched: search in one process "
-            "first, then give the rate that it found"
-        )
     if ":" in (settings["device"] or ""):
         raise ValueError(
             f"--device {settings['device']}: each launched process takes a GPU of its own; give "
@@ -107,8 +102,7 @@ def check_journal(settings: Mapping[str, Any]) -> None:
         "config.yaml",
         "results.json",
         "curves.png",
-        "lr.json",
-        "noise_on.json",
+        "found.json",
         "model",
         "start",
         ".pseuzo",

@@ -184,52 +184,22 @@ class Maker:
 
 def _calibrated(run: Any, folder: Path) -> dict[str, Any]:
     """Measure the curvature of the loss along the noise, and scale eps to it."""
-    trainer = run.trainer(run.model(), folder, lr=1.0, scale_lr=False)
-    found = trainer.find_placement()
+    found = run.trainer(run.model(), folder, scale_lr=False).calibrate()
     eps = found["eps"] if run.c["method"] in methods_with("eps") else None
-    forwards = probed(found, run.c)
-    return {
-        "status": "done",
-        "curvature": found["curvature"],
-        "eps": eps,
-        "noise_on": found["noise_on"],
-        "forwards": forwards,
-    } | _circumstances(run)
-
-
-def probed(found: dict[str, Any], c: dict[str, Any]) -> int:
-    """Return the forward passes of PseuZOTrainer.find_placement, by what it found."""
-    if "forwards" in found:
-        return found["forwards"]
-    most = c.get("probe_forwards", OPTIONS["probe_forwards"].default)
-
-    def passes(groups: int, forwards: int) -> int:
-        each = 1 + 2 * groups
-        return each * max(3, forwards // each)
-
-    groups, everywhere = len(found["table"]), list(found["noise_on"]) == ["all"]
-    curvature = passes(1 if everywhere else 2, max(most // 3, 10))
-    return curvature + (passes(groups, most) if groups else 0)
+    kept = {"curvature": found["curvature"], "eps": eps, "forwards": found["probed"]}
+    return {"status": "done"} | kept | _circumstances(run)
 
 
 def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]:
-    """Train for as many steps as the budget has passes for, after what the run searches."""
-    from pseuzo.files import read_json
+    """Train for as many steps as the budget has passes for, those of its own search included."""
     from pseuzo.machine import peak_memory, reset_peak
     from pseuzo.tasks import evaluate
-    from pseuzo.train.noise_on import PLACEMENT_FILE
 
-    c, searched, started = run.c, 0, time.perf_counter()
+    c, model = run.c, run.model()
     c["train_size"] = len(run.examples["train"])  # there may be fewer than were asked for
-    if c["lr"] == "auto":
-        searched += _search(run, folder, budget)
-        c = run.c
-    model = run.model()
-    if list(c["noise_on"]) == ["auto"]:
-        run.trainer(model, folder).create_optimizer()
-        searched += probed(read_json(folder / PLACEMENT_FILE), c)
-    seconds = time.perf_counter() - started if searched else 0.0
-    trainer = _of_length(run, model, folder, budget - searched, EVALUATIONS if final else 0)
+    started = time.perf_counter()
+    trainer = _of_length(run, model, folder, budget, EVALUATIONS if final else 0)
+    seconds = time.perf_counter() - started if trainer.search_forwards else 0.0
     reset_peak(c["device"])
     outcome = trainer.train()
     history, metric = trainer.state.log_history, run.task.metric
@@ -248,11 +218,11 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
         "lr": trainer.optimizer.defaults["lr"],
         "eps": trainer.zero_order.eps if c["method"] in methods_with("eps") else None,
         "steps": steps,
-        "forwards": trainer.forwards(steps) + searched,
-        "search_forwards": searched,
+        "forwards": trainer.forwards(steps),
+        "search_forwards": trainer.search_forwards,
         "judge_forwards": 0 if final else math.ceil(len(run.data["dev"]) / c["batch_size"]),
         "metric": metric,
-        "evaluations": _evaluations(history, metric, searched, seconds),
+        "evaluations": _evaluations(history, metric, seconds),
         "dev": dev,
         "skipped_steps": trainer.zero_order.skipped_steps if trainer.zero_order else 0,
         "train_seconds": trained + seconds,
@@ -270,45 +240,28 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
 
 
 def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: int) -> Any:
-    """Return the trainer of as many steps as these passes are enough for. What was probed is in the
-    folder. Some steps of a schedule take less than others, and the optimizer has to say how many of
-    them there are."""
+    """Return the trainer of as many steps as these passes are enough for. What it searched for is
+    in the folder. Some steps of a schedule take less than others, and the optimizer has to say how
+    many of them there are."""
     c = run.c
 
-    def of(steps: int) -> Any:
-        c["steps"], c["log_every"] = steps, max(1, steps // 100)
-        c["eval_every"] = max(1, math.ceil(steps / evaluations)) if evaluations else 0
+    def of(steps: int, planned: int) -> Any:
+        c["steps"], c["log_every"] = steps, max(1, planned // 100)
+        c["eval_every"] = max(1, math.ceil(planned / evaluations)) if evaluations else 0
         trainer = run.trainer(model, folder)
         trainer.create_optimizer()
         return trainer
 
     steps = _steps(c, forwards)
-    trainer, most = of(steps), math.ceil(forwards_per_step(c["method"], _counted(c)))
+    trainer, most = of(steps, steps), math.ceil(forwards_per_step(c["method"], _counted(c)))
+    if trainer.search_forwards:
+        return of(steps, trainer.planned_steps())  # the search left fewer
     while (more := int(forwards - trainer.forwards(steps)) // most) > 0:
-        longer = of(steps + more)
+        longer = of(steps + more, steps + more)
         if longer.forwards(steps + more) > forwards:
-            return of(steps)
+            return of(steps, steps)
         trainer, steps = longer, steps + more
     return trainer
-
-
-def _search(run: Any, folder: Path, budget: int) -> int:
-    """Let the run search lr as --lr auto does; return the passes that it took."""
-    from pseuzo.cli.folder import found_lr
-    from pseuzo.cli.search import EVALUATED, search_lr
-    from pseuzo.files import read_json
-    from pseuzo.train.noise_on import PLACEMENT_FILE
-
-    c = run.c
-    c["steps"] = _steps(c, budget)
-    found = search_lr(run, folder)
-    run.c = c | found_lr(found)
-    rows = min(EVALUATED, len(run.data["dev"]))
-    judged = math.ceil(rows / c["batch_size"]) * (1 + len(found["trials"]))
-    each = forwards_of_steps(c["method"], found["steps"], _counted(c))
-    placement = folder / PLACEMENT_FILE
-    probe = probed(read_json(placement), c) if placement.exists() else 0
-    return len(found["trials"]) * each + judged + probe
 
 
 def _counted(c: dict[str, Any]) -> dict[str, Any]:
@@ -323,21 +276,16 @@ def _steps(c: dict[str, Any], forwards: int) -> int:
     while steps > 0 and forwards_of_steps(c["method"], steps, options) > forwards:
         steps -= 1
     if steps < 1:
-        raise ValueError(
-            f"{forwards} forward passes are left after the search, too few for a step; give more "
-            "forwards"
-        )
+        raise ValueError(f"{forwards} forward passes are left, too few for a step; give more")
     return steps
 
 
-def _evaluations(
-    history: list[dict[str, Any]], metric: str, searched: int, seconds: float
-) -> list[list]:
+def _evaluations(history: list[dict[str, Any]], metric: str, seconds: float) -> list[list]:
     """Return [step, forwards, seconds, loss, metric] of each evaluation."""
     return [
         [
             row["step"],
-            row["forwards"] + searched,
+            row["forwards"],
             row["train_seconds"] + seconds,
             row["eval_loss"],
             row[f"eval_{metric}"],

@@ -26,9 +26,9 @@ Execute = Callable[[str, dict[str, Any], int], dict[str, Any]]
 class Cell:
     """A method on a task.
 
-    settings: those of `pseuzo train`; without lr and eps, these are tuned; with lr "auto", the
-    method searches within its budget. budget: forward passes of a final run. trial_forwards: those
-    of a trial. data: a hash of the rows.
+    settings: those of `pseuzo train`; without lr and eps, these are tuned; with lr or noise_on
+    "auto", the method searches within its budget. budget: forward passes of a final run.
+    trial_forwards: those of a trial. data: a hash of the rows.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def searches_itself(self) -> bool:
-        return self.settings.get("lr") == "auto"
+        return self.settings.get("lr") == "auto" or self.settings.get("noise_on") == ["auto"]
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -119,21 +119,20 @@ class Comparison:
         """Return lr and eps for the final runs."""
         if not cell.tuned:
             return cell.fixed
-        first, placed = self._first(cell, execute)
+        first = self._first(cell, execute)
         seen: list[tuple[Point, float]] = []
         axes = {"rate": "lr" in cell.tuned, "eps": "eps" in cell.tuned}
         while (point := next_point(seen, cell.trials, **axes)) is not None:
             own = _at(first, point)
             what = f"trial {len(seen) + 1} of {cell.trials}, {_shown(own)}"
-            given, budget = own | placed, cell.trial_forwards
-            line = self._made(cell, "trial", given, TUNING_SEED, budget, what, execute)
+            budget = cell.trial_forwards
+            line = self._made(cell, "trial", own, TUNING_SEED, budget, what, execute)
             seen.append((point, _loss(line)))
         return _at(first, best(seen))
 
-    def _first(self, cell: Cell, execute: Execute) -> tuple[dict[str, float], dict[str, list[str]]]:
+    def _first(self, cell: Cell, execute: Execute) -> dict[str, float]:
         """Return lr and eps of the first trial: the default of the method, or what the curvature T
-        of the loss along its noise suggests. Also, where the method probes on which weights the
-        noise goes: the settings that spare its trials a probe each.
+        of the loss along its noise suggests.
 
         For a quadratic loss the best rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T;
         the first is an eighth of that. eps is scaled to the noise.
@@ -142,7 +141,6 @@ class Comparison:
         first = {"lr": default_rate(method, mode)}
         if method in methods_with("eps"):
             first["eps"] = MODES[mode].eps
-        placed = {}
         if cell.calibrated:
             given = {"eps": cell.settings.get("eps")}
             budget = cell.trial_forwards  # which a calibration does not exhaust
@@ -152,9 +150,7 @@ class Comparison:
                 first["lr"] = _rounded(0.125 / curvature)
             if "eps" in first and line.get("eps"):
                 first["eps"] = _rounded(line["eps"])
-            if list(cell.settings["noise_on"]) == ["auto"] and line.get("noise_on"):
-                placed = {"noise_on": line["noise_on"]}
-        return first | cell.fixed, placed
+        return first | cell.fixed
 
     def _final(self, cell: Cell, own: dict[str, float], seed: int, execute: Execute) -> None:
         what = f"seed {seed}, {_shown(own) or 'its own search'}"

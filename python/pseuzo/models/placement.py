@@ -3,7 +3,7 @@
     where = place(model, ["attention-out"])  # {parameter: noise scale}
     opt = MeZO(param_groups(model, where, lr=1e-5, weight_decay=0.0), lr=1e-5, model=model)
 
-`pseuzo.models.probe` measures where it helps most.
+`pseuzo.train.race` compares `candidates`.
 """
 
 import difflib
@@ -40,6 +40,7 @@ ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 ATTENTION_OUT = ("v", "qkv", "out")  # the roles of the preset; fused projections have v in them
 PRESETS = ("all", "attention-out", "last-half")
 THIRDS = ("early", "middle", "late")
+OUTSIDE = ("embedding", "positions", "head")  # the roles of what is not in a layer
 
 
 def _role(name: str, p: Tensor) -> str:
@@ -169,6 +170,48 @@ def place(model: nn.Module, patterns: Iterable[str]) -> dict[nn.Parameter, float
             f"place: no parameter is left to take noise after {' '.join(patterns) or 'no pattern'}"
         )
     return placement
+
+
+def candidates(model: nn.Module, dominant: str | None = None) -> dict[str, list[str]]:
+    """Return placements that are worth comparing, by name, as patterns for place(); "all" is first.
+
+    The presets; all but embeddings, positions and head; and the layer `dominant`, the name of a
+    module (see probe.first_outliers). Those that the model lacks are left out, and so is the second
+    of two that hold the same parameters.
+    """
+    outside = [name for name in groups_of(model) if name in OUTSIDE]
+    wanted = {preset: [preset] for preset in PRESETS}
+    wanted["all but embeddings"] = ["all", *(f"{name}=0" for name in outside)]
+    if dominant is not None:
+        wanted[dominant] = [f"{dominant}.*"]
+    found: dict[str, list[str]] = {}
+    seen: list[dict[nn.Parameter, float]] = []
+    for name, patterns in wanted.items():
+        try:
+            where = place(model, patterns)
+        except ValueError:
+            continue  # the model has no such parameters
+        if where not in seen:
+            seen.append(where)
+            found[name] = patterns
+    return found
+
+
+def halves(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[str]]:
+    """Cut a placement into its lower and its upper layers, half of them each; {} if it is in one
+    layer alone. What is outside of the layers is in neither half."""
+    names = {p: name for name, p in model.named_parameters()}
+    layers: dict[int, list[str]] = {}
+    for p, scale in place(model, patterns).items():
+        if (layer := _layer(names[p])) is not None:
+            layers.setdefault(layer, []).append(f"{names[p]}={scale:g}")
+    numbers = sorted(layers)
+    cut = len(numbers) // 2
+    parts = [numbers[:cut], numbers[cut:]] if cut else []
+    return {
+        f"layers {part[0]} to {part[-1]}": [name for layer in part for name in layers[layer]]
+        for part in parts
+    }
 
 
 def _hint(what: str, named: Iterable[str], groups: Iterable[str]) -> str:

@@ -1,14 +1,14 @@
-"""A probe that measures, by forward passes, on which weights noise helps most.
+"""A probe that measures, by forward passes, how the loss curves along noise on groups of weights.
 
-Near the largest stable learning rate, a step along noise of scales D gains about
-g^T D^2 g / tr(D^2 H), with g the gradient and H the Hessian of the loss. Two more forward passes
-along z estimate both, so a few hundred passes distinguish groups of weights:
+The largest stable learning rate along noise of scales D is about 1 / T, T = tr(D^2 H) with H the
+Hessian of the loss. So T gives the rates and perturbations that suit a placement of the noise:
 
-    rows = probe(model, groups_of(model), closures)
-    where = place(model, choose(rows))
+    rows = probe(model, {"all": place(model, ["all"]), "here": place(model, where)}, closures)
+    lr, eps, how = equal_change(1e-6, 1e-3, *rows)
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,6 +60,7 @@ def probe(
     directions: int = 1,
     noise: str = "hadamard",
     seed: int = 0,
+    clean: bool = True,
     progress: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Measure slope and curvature of the loss along noise on each group alone, by forward passes.
@@ -67,8 +68,9 @@ def probe(
 
     groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of
     that batch (a scalar or per-example losses), each called 1 + 2 * groups * directions times, in
-    eval mode. progress: called after every pass. For each batch and direction there is fresh noise
-    z on the group, with losses L0 at x and L+ and L- at x +- eps z:
+    eval mode; one time less without `clean`, and curvature is NaN. progress: called after every
+    pass. For each batch and direction there is fresh noise z on the group, with losses L0 at x and
+    L+ and L- at x +- eps z:
 
         slope = (L+ - L-) / (2 eps)             mean of slope^2 estimates |g|^2, g the gradient
         curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H
@@ -111,13 +113,13 @@ def probe(
 
     rows = []
     with frozen_mode(model):
-        clean = [losses_of(closure) for closure in closures]
+        at_clean = [losses_of(f) if clean else torch.full((), math.nan) for f in closures]
         for name, group in scales.items():
             places = {p: (streams[p], scale) for p, scale in group.items()}
             scaled_eps = eps * min(MAX_EPS_FACTOR, max(1.0, math.sqrt(whole / sizes[name])))
             passes, seen = passes_of(model, places, noise), []
             for i in range(len(closures) * directions):
-                at_x, closure = clean[i // directions], closures[i // directions]
+                at_x, closure = at_clean[i // directions], closures[i // directions]
                 z = step_seed(seed, i, PROBE_DOMAIN)
                 with passes.at(z, scaled_eps, "probe"):
                     plus = losses_of(closure)
@@ -144,28 +146,39 @@ def _means_and_errors(samples: Tensor) -> list[float]:
     return torch.stack([samples.mean(0), errors], dim=1).flatten().tolist()
 
 
-def choose(rows: Iterable[Row]) -> list[str]:
-    """Return the names of the groups that should take noise: those whose slope2 / cost is at least
-    half of the best.
+@torch.no_grad()
+def first_outliers(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Return the name of the first layer whose output has outliers; None if no layer runs.
 
-    cost is a row's fisher, or its curvature if there is none. A cost below its standard error is
-    replaced by that error, so that a group gains nothing from a curvature that was not resolved or
-    came out negative. The best ratio is taken with a standard error against it in both slope2 and
-    cost, because the largest of many noisy ratios is biased upwards. If no slope is larger than its
-    error, nothing was learned, and all groups are returned.
+    forward: a clean pass of a batch. The measure of a layer is max |h| / rms(h) over its output h
+    [..., width]; the first layer is meant that has at least half of the largest. The layer that
+    first has massive activations is where noise in one layer alone is said to do as well as
+    everywhere (Dominant-Layer ZO, 2025).
     """
-    rows = list(rows)
-    names = [r.name for r in rows]
-    rows = [
-        r
-        for r in rows
-        if all(map(math.isfinite, (r.slope2, r.slope2_error, *r.cost))) and max(r.cost) > 0
+    found: dict[str, float] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            h = output[0] if isinstance(output, tuple | list) else output
+            if isinstance(h, Tensor) and h.is_floating_point() and h.numel():
+                size = h.float().abs()
+                found[name] = float(size.max() / size.square().mean().sqrt())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if re.fullmatch(r"\D+\.\d+", name) and any(p.requires_grad for p in module.parameters())
     ]
-    sure = [r for r in rows if r.slope2 > r.slope2_error]
-    if not sure:
-        return names
-    best = max((r.slope2 - r.slope2_error) / (max(r.cost) + r.cost[1]) for r in sure)
-    return [r.name for r in rows if r.slope2 / max(r.cost) >= best / 2]
+    try:
+        with frozen_mode(model):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    finite = {name: size for name, size in found.items() if math.isfinite(size)}
+    return next((n for n in finite if finite[n] >= max(finite.values()) / 2), None)
 
 
 class Scaled(NamedTuple):

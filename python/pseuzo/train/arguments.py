@@ -93,6 +93,11 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     def zeroth_order(self) -> bool:
         return METHODS[self.method].zeroth_order
 
+    @property
+    def searches(self) -> bool:
+        """Whether a race decides where the noise goes, or the learning rate."""
+        return self.find_lr or self.noise_on == ["auto"]
+
     def _refuse_unused(self) -> None:
         usual = {f.name: f.default for f in fields(TrainingArguments)}
         for methods, names, instead in UNUSED:

@@ -1,15 +1,16 @@
-"""Decides which weights take noise, and lr and eps for them: by args.noise_on, or by a probe.
+"""Decides which weights take noise, with which lr and eps: as given, scaled by a probe, or by a
+race.
 
-The result of a probe is kept in the output folder, since a resumed run must not probe again.
+What was found is kept in the output folder, since a resumed run must not search again.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from pseuzo.files import read_json, write_json
@@ -17,42 +18,55 @@ from pseuzo.models import placement, probe
 from pseuzo.optim.together import Together
 from pseuzo.train.arguments import PseuZOTrainingArguments
 
-PLACEMENT_FILE = "noise_on.json"
-# The arguments for which a probe's result holds.
-REQUEST = ("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps")
+FOUND_FILE = "found.json"
+# The arguments for which what was found holds.
+REQUEST = (
+    *("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps"),
+    *("find_lr", "search_share"),
+)
 
-Losses = Callable[[int], list[Callable[[], Tensor]]]  # n -> the losses of n batches, as closures
+Losses = Callable[[int], list[Callable[[], Any]]]  # n -> the losses of n batches, as closures
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run trains by. forwards: the passes that finding it took of the run's budget."""
+
+    noise_on: list[str]
+    lr: float
+    eps: float
+    forwards: int = 0
 
 
 def decide(
-    model: nn.Module,
     args: PseuZOTrainingArguments,
     find: Callable[[], dict[str, Any]],
     together: Together,
-) -> tuple[dict[nn.Parameter, float], float, float]:
-    """Return the parameters that take noise (first-order methods: that are trained), lr and eps.
+) -> Found:
+    """Return what the run trains by.
 
-    find: finds them by a probe. It is called if args ask for one and this output folder has none:
+    find: finds it by passes. It is called if args ask for that and this output folder has nothing:
     on every rank, as the ranks draw the batches together, but the decision is that of rank 0.
     """
-    if args.noise_on != ["auto"] and not (args.scale_lr or args.scale_eps):
-        return placement.place(model, args.noise_on), args.learning_rate, args.eps
-    file = Path(str(args.output_dir)) / PLACEMENT_FILE
+    if not (args.searches or args.scale_lr or args.scale_eps):
+        return Found(args.noise_on, args.learning_rate, args.eps)
+    file = Path(str(args.output_dir)) / FOUND_FILE
     request = {name: getattr(args, name) for name in REQUEST}
     if not together.of_root(file.exists):
-        # Data loaders draw from the generator, and dropout must be the same as without a probe.
-        with torch.random.fork_rng(devices=[]), together.one_speaks():
+        # Data loaders and dropout draw from the generators, as without a search.
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), together.one_speaks():
             found = find()
         together.of_root(lambda: _write(file, found | {"request": request}))
-    keys = "noise_on", "lr", "eps", "request"
-    decided = together.of_root(lambda: read_json(file, *keys))
+    keys = "noise_on", "lr", "eps", "forwards"
+    decided = together.of_root(lambda: read_json(file, *keys, "request"))
     if decided["request"] != request:
         other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
         raise ValueError(
             f"{file} holds the decision for {other} {decided['request'].get(other)}, not "
             f"{request[other]}; choose another output folder, or delete that file"
         )
-    return placement.place(model, decided["noise_on"]), decided["lr"], decided["eps"]
+    return Found(**{key: decided[key] for key in keys})
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
@@ -60,83 +74,48 @@ def _write(file: Path, found: dict[str, Any]) -> None:
     write_json(file, found)
 
 
-def find(model: nn.Module, args: PseuZOTrainingArguments, losses: Losses) -> dict[str, Any]:
-    """See PseuZOTrainer.find_placement."""
-    where, lr, eps, table = list(args.noise_on), args.learning_rate, args.eps, []
+def scaled(model: nn.Module, args: PseuZOTrainingArguments, losses: Losses) -> dict[str, Any]:
+    """lr and eps, as far as args say so, scaled to the placement in args by a short probe; the
+    curvature T along its noise; and how many passes that took, which do not count as the run's."""
+    where, lr, eps = list(args.noise_on), args.learning_rate, args.eps
     how = "lr and eps as given"
-    if where == ["auto"]:
-        groups = placement.groups_of(model)
-        what = "probing where noise pays"
-        rows = _probe(model, args, losses, groups, args.probe_forwards, what)
-        where = probe.choose(rows)
-        table = [asdict(row) | {"cost": row.cost, "chosen": row.name in where} for row in rows]
-        _print(table)
-    everywhere = dict.fromkeys((p for p in model.parameters() if p.requires_grad), 1.0)
-    here = placement.place(model, where)
-    both = {"here": here} if here == everywhere else {"here": here, "everywhere": everywhere}
-    forwards = max(args.probe_forwards // 3, 10)
-    rows = _probe(model, args, losses, both, forwards, "probing the curvature")
-    found = {row.name: row for row in rows}
+    everywhere, here = placement.place(model, ["all"]), placement.place(model, where)
+    groups = {"here": here} if here == everywhere else {"here": here, "everywhere": everywhere}
+    each = 1 + 2 * len(groups)
+    closures = losses(max(3, args.probe_forwards // each))
+    found = {row.name: row for row in probed(model, args, closures, groups)}
     if len(found) == 2 and (args.scale_lr or args.scale_eps):
-        scaled = probe.equal_change(lr, eps, found["everywhere"], found["here"])
-        how = scaled.how
+        found_scaled = probe.equal_change(lr, eps, found["everywhere"], found["here"])
+        how = found_scaled.how
         if args.scale_lr:
-            how = f"{how}; lr times {scaled.lr / lr:.3g} is {scaled.lr:.3g}"
-            lr = scaled.lr
+            how = f"{how}; lr times {found_scaled.lr / lr:.3g} is {found_scaled.lr:.3g}"
+            lr = found_scaled.lr
         if args.scale_eps:
-            how = f"{how}; eps times {scaled.eps / eps:.3g} is {scaled.eps:.3g}"
-            eps = scaled.eps
+            how = f"{how}; eps times {found_scaled.eps / eps:.3g} is {found_scaled.eps:.3g}"
+            eps = found_scaled.eps
         print(f"noise on {', '.join(where)}: {how}", flush=True)
-    return {
-        "noise_on": where,
-        "lr": lr,
-        "eps": eps,
-        "how": how,
-        "curvature": found["here"].cost[0],
-        "table": table,
-    }
+    decided = {"noise_on": where, "lr": lr, "eps": eps, "how": how, "forwards": 0}
+    return decided | {"curvature": found["here"].cost[0], "probed": each * len(closures)}
 
 
-def _probe(
+def probed(
     model: nn.Module,
     args: PseuZOTrainingArguments,
-    losses: Losses,
+    closures: list[Callable[[], Any]],
     groups: Mapping[str, Any],
-    forwards: int,
-    what: str,
+    clean: bool = True,
 ) -> list[probe.Row]:
-    per_batch = 1 + 2 * len(groups)
-    n = max(3, forwards // per_batch)
-    total = n * per_batch
-    with tqdm(
-        total=total, desc=what, unit="forward", disable=args.disable_tqdm, leave=False
-    ) as bar:
+    """Probe the curvature along noise on each group, one direction for each closure."""
+    total = len(closures) * (clean + 2 * len(groups))
+    what, off = "probing the curvature", args.disable_tqdm
+    with tqdm(total=total, desc=what, unit="forward", disable=off, leave=False) as bar:
         return probe.probe(
             model,
             groups,
-            losses(n),
+            closures,
             eps=args.eps,
             noise=args.noise,
             seed=args.seed,
+            clean=clean,
             progress=bar.update,
         )
-
-
-def _print(table: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title="Where noise pays: slope^2 / curvature, by group of weights")
-    for column in ("group", "weights", "slope^2", "curvature", "ratio", "noise"):
-        shown.add_column(column, justify="left" if column == "group" else "right")
-    for row in table:
-        cost, error = row["cost"]
-        shown.add_row(
-            row["name"],
-            f"{row['parameters']:.0f}",
-            f"{row['slope2']:.3g} ± {row['slope2_error']:.1g}",
-            f"{cost:.3g} ± {error:.1g}",
-            f"{row['slope2'] / cost:.2g}" if cost > 0 else "-",
-            "yes" if row["chosen"] else "",
-        )
-    Console().print(shown)

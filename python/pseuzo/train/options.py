@@ -152,7 +152,7 @@ class ZeroOrderOptions:
         default_factory=lambda: ["all"],
         metadata={
             "help": "Where the noise goes: names or globs of parameters, attention-out, last-half, "
-            "all; or auto, chosen by a short probe. fo-*: which weights are trained, at SCALE^2 "
+            "all; or auto, decided by a race. fo-*: which weights are trained, at SCALE^2 "
             "times the learning rate, because noise of that scale moves weights by as much."
         },
     )
@@ -165,7 +165,14 @@ class ZeroOrderOptions:
         False, "Scale eps to noise_on in the same way."
     )
     probe_forwards: Annotated[int, Flag(hidden=True, least=1)] = _option(
-        300, "Number of forward passes of the probe of noise_on."
+        100, "Number of forward passes of the probe by which scale_lr and scale_eps scale."
+    )
+    find_lr: Annotated[bool, Flag(hidden=True)] = _option(
+        False, "Find the learning rate by a race; the one given is where some methods begin."
+    )
+    search_share: Annotated[float, Flag(least=0, most=0.9)] = _option(
+        0.25,
+        "Share of the run's forward passes that a race, of --lr auto or --noise-on auto, may take.",
     )
     clip_examples: Annotated[float | None, Flag(metavar="MULTIPLE", positive=True)] = _option(
         None,

@@ -20,7 +20,8 @@ class ReportingTrainer(RankedTrainer):
 
     zero_order: the optimizer of a zeroth-order run, else None. It is stored here because
     Transformers wraps self.optimizer. repeats: whether the last step was made from its record in a
-    journal, without passes; such steps have no row in the log.
+    journal, without passes; such steps have no row in the log. search_forwards: the passes of a
+    search before the first step, see SearchingTrainer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -28,11 +29,16 @@ class ReportingTrainer(RankedTrainer):
         self.zero_order = self.optimizer if isinstance(self.optimizer, ZeroOrder) else None
         self.step_log = StepLog(self.args.device)
         self.repeats = False
+        self.search_forwards = 0
 
     # Logs
 
     def forwards(self, steps: int) -> int:
-        """Return the forward passes of the first steps; a backward pass counts as two."""
+        """Return the forward passes of the first steps, and of the search before them if there was
+        one; a backward pass counts as two."""
+        return self.search_forwards + self._forwards(steps)
+
+    def _forwards(self, steps: int) -> int:
         args, options = self.args, self.counted_options()
         each = forwards_per_step(args.method, options)
         if each == 3 and args.method == "pseuzo" and self.zero_order is not None:

@@ -12,7 +12,6 @@ perturbed passes, since it never computes the loss at the weights themselves; ev
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,24 +19,20 @@ from torch import Tensor, nn
 
 from pseuzo.models.loading import keep_as_loaded
 from pseuzo.models.objective import CausalLMObjective
-from pseuzo.models.placement import param_groups
 from pseuzo.models.positions import IGNORED, with_positions
 from pseuzo.models.readout import Readout, head_to_fit, no_readout
 from pseuzo.optim.seeds import step_seed
 from pseuzo.perturb.offload import offload
 from pseuzo.perturb.offloaded import store_of
 from pseuzo.tasks import TaskData
-from pseuzo.train import checks, noise_on
+from pseuzo.train import checks
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.batches import even_batches
-from pseuzo.train.builders import Setup
 from pseuzo.train.losses import Losses
-from pseuzo.train.methods import METHODS
-from pseuzo.train.ranked import digest
-from pseuzo.train.resume import ResumableTrainer
+from pseuzo.train.searching import SearchingTrainer
 
 
-class PseuZOTrainer(ResumableTrainer):
+class PseuZOTrainer(SearchingTrainer):
     """Fine-tunes a Transformers causal LM by forward passes alone, or with method fo-* as usual; on
     a TaskData of its kind, also a masked language model or a classifier.
 
@@ -115,41 +110,6 @@ class PseuZOTrainer(ResumableTrainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if store_of(model) is None:
             super()._move_model_to_device(model, device)
-
-    # The optimizer
-
-    def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            args = self.args
-            where, lr, eps = noise_on.decide(self.model, args, self.find_placement, self.together)
-            groups = param_groups(self.model, where, lr=lr, weight_decay=args.weight_decay)
-            if not args.zeroth_order:
-                for p in self.model.parameters():
-                    p.requires_grad_(p in where)
-            steps = self.planned_steps, self.steps_per_epoch
-            self.optimizer = METHODS[args.method].build(
-                Setup(args, self.model, groups, lr, eps, *steps)
-            )
-            self.zero_order = self.optimizer if args.zeroth_order else None
-            if self.together.ranks is not None:
-                self.zero_order.check = digest(self.train_dataset)
-        return self.optimizer
-
-    def find_placement(self) -> dict[str, Any]:
-        """Return where the noise goes, lr and eps, and the table that decided it.
-
-        The noise goes on args.noise_on or, if that is auto, on the groups of weights that a probe
-        chooses. lr and eps are scaled if args say so. Runs a few hundred forward passes, and prints
-        what it found.
-        """
-        # The loss of each example spares the curvature a difference of nearly equal numbers.
-        each = self.losses.of_model or self.args.clip_examples is not None
-
-        def losses(n: int) -> list[Callable[[], Tensor]]:
-            batches = islice(self.get_train_dataloader(), n)
-            return [self.losses.closure(self._prepare_inputs(batch), each) for batch in batches]
-
-        return noise_on.find(self.model, self.args, losses)
 
     # A step
 

@@ -1,0 +1,238 @@
+"""Which placements and rates race in a run, and what is made of the winner.
+
+The curvature T of the loss along the noise of a placement gives the scale of its rates: the largest
+stable one is about 1 / T. So placements race at MIDDLE / T, or at what a given rate is for noise on
+all weights, with an eps such that their noise changes the loss as much. Rates race on a ladder
+around that; where a step is not the slope along noise times the rate, around the default rate.
+
+A short race favours rates at which a long run diverges. Two rules correct for that: a rate above
+the middle is taken only if the next one on the ladder survived too, and the middle or a lower one
+is halved if the next one did not survive.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from pseuzo.models import placement, probe
+from pseuzo.optim.together import Together
+from pseuzo.train.arguments import PseuZOTrainingArguments
+from pseuzo.train.methods import METHODS
+from pseuzo.train.noise_on import probed
+from pseuzo.train.race import Race, Runner
+from pseuzo.train.track import Track
+
+LADDER = 4.0  # the ratio of neighbouring rates
+MIDDLE = 0.1  # the middle rate, in units of 1 / T
+PROBED = 10  # the most batches that measure T
+SURVIVED = 1.05  # a rate that raises the dev loss by more than this factor does not survive
+
+
+@dataclass
+class Contest:
+    """A search for what args leave open: the placement, the rate, or both.
+
+    track: where candidates train. forwards: the passes of the first n steps of a run. steps: those
+    of this run, if it searched for nothing. losses: n -> the losses of n batches, as closures.
+    of_examples: whether these are the losses of each example.
+    """
+
+    model: nn.Module
+    args: PseuZOTrainingArguments
+    track: Track
+    forwards: Callable[[int], int]
+    steps: int
+    losses: Callable[[int], list[Callable[[], Any]]]
+    of_examples: bool
+    together: Together
+
+    def __post_init__(self) -> None:
+        args, method = self.args, METHODS[self.args.method]
+        self.everywhere = args.noise_on == ["auto"]  # whether the placement is searched for
+        self.by_slope = method.zeroth_order and method.rate == "lr"
+        self.scales_eps = method.zeroth_order and (self.everywhere or args.scale_eps)
+        self.measures = self.scales_eps or (self.by_slope and args.find_lr)
+        self.whole, self.start = self.forwards(self.steps), math.inf
+        self.places = {", ".join(args.noise_on): list(args.noise_on)}
+        if self.everywhere:
+            self.places = placement.candidates(self.model)
+        budget, go, price = int(args.search_share * self.whole), self.track.go, self.track.price
+        self.race = Race(go, price, self._entry, budget, self.steps)
+
+    def run(self) -> dict[str, Any]:
+        """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
+        race, halves = self.race, [2] if self.everywhere else []
+        if not self.everywhere:
+            n = race.plan(2 if self.by_slope else 4, [1])
+        else:  # and the dominant layer
+            n = race.plan(len(self.places) + 1, [1] if self.args.find_lr else [], halves)
+        field = self._field(n)
+        with self.track.reserved():
+            if race.stops:
+                self.start = self.track.loss()
+                race.spent += self.track.evaluation
+            winner = race.run(field[:n] if race.stops else field[:1], self._challengers)
+        lr = self._settled(winner)
+        self._tell(winner, lr, [runner.name for runner in field if runner not in race.seen])
+        found = {"noise_on": winner.where, "lr": lr, "eps": winner.eps, "forwards": race.spent}
+        return found | {"start": self.start, "table": [asdict(runner) for runner in race.seen]}
+
+    # The candidates
+
+    def _entry(self, n: int) -> int:
+        """The forward passes before n runners start."""
+        n = n if self.everywhere else 1
+        clean = n > len(self.places)
+        batches, each = self._probe_of(n)
+        return clean + batches * each + self.track.evaluation
+
+    def _probe_of(self, places: int) -> tuple[int, int]:
+        """How many batches measure T of so many placements, and the passes for each of them."""
+        if not self.measures:
+            return 0, 0
+        others = self.scales_eps and not self.everywhere  # all weights are another placement
+        each = 2 * (places + others) + (not self.of_examples)
+        return min(PROBED, max(2, self.race.budget // 6 // each)), each
+
+    def _field(self, n: int) -> list[Runner]:
+        """The runners that start: placements, or the rates at the one placement that args name."""
+        args, places = self.args, dict(self.places)
+        if n > len(places) and self.everywhere:
+            (clean,) = self.losses(1)
+            dominant = self.together.of_root(lambda: probe.first_outliers(self.model, clean))
+            places = placement.candidates(self.model, dominant)
+            self.race.spent += 1
+        here = dict(list(places.items())[:n])
+        found = {}
+        if self.args.find_lr or len(here) > 1:
+            found = self._curvatures({"all": ["all"]} | here if self.scales_eps else here)
+        runners = []
+        for name, where in here.items():
+            t, ratio = found.get(name, (None, 0.0))[0], 1.0
+            if "all" in found:
+                ratio = _ratio(found["all"], found[name])
+            lr, eps = args.learning_rate, args.eps * (math.sqrt(ratio) if self.scales_eps else 1.0)
+            if self.by_slope and args.find_lr and t:
+                lr = MIDDLE / t / _terms(args)
+            elif self.by_slope:
+                lr *= ratio
+            runners.append(Runner(name, where, lr, eps))
+        if not self.everywhere:
+            rungs = (1,) if self.by_slope else (1, 2, -1)
+            runners += [self._on_rung(runners[0], rung) for rung in rungs]
+        left_out = [Runner(name, where, 0.0, 0.0) for name, where in places.items()][n:]
+        return runners + (left_out if self.everywhere else [])
+
+    def _curvatures(self, places: dict[str, list[str]]) -> dict[str, tuple[float | None, float]]:
+        """T along the noise of each placement, None if it cannot be told from 0, with the number of
+        parameters. {} if nothing depends on it, or if the budget is too small."""
+        batches, each = self._probe_of(len(places) - (self.scales_eps and not self.everywhere))
+        if not batches or self.race.spent + batches * each > self.race.budget:
+            return {}
+        groups = {name: placement.place(self.model, where) for name, where in places.items()}
+        closures = self.losses(batches)
+        self.race.spent += batches * each
+
+        def measure() -> dict[str, tuple[float | None, float]]:
+            rows = probed(self.model, self.args, closures, groups, clean=not self.of_examples)
+            return {row.name: (_curvature(row), row.parameters) for row in rows}
+
+        return self.together.of_root(measure)
+
+    def _challengers(self, winner: Runner) -> list[Runner]:
+        """Those that may beat a winner: another rate, and then the halves of its layers."""
+        rung = self._next_rung(winner) if self.args.find_lr else None
+        return self._halves(winner) if rung is None else [self._on_rung(winner, rung)]
+
+    def _next_rung(self, winner: Runner) -> int | None:
+        """The rate above a winner's, if it has not run; if it ran and did not survive, the one
+        below."""
+        same = {runner.rung for runner in self.race.seen if runner.where == winner.where}
+        if winner.rung + 1 not in same:
+            return winner.rung + 1
+        return None if self._survived_above(winner) or winner.rung - 1 in same else winner.rung - 1
+
+    @staticmethod
+    def _on_rung(runner: Runner, rung: int) -> Runner:
+        lr = runner.lr * LADDER ** (rung - runner.rung)
+        return replace(runner, lr=lr, rung=rung, losses={})
+
+    def _halves(self, winner: Runner) -> list[Runner]:
+        halves = placement.halves(self.model, winner.where) if self.everywhere else {}
+        known = [runner.where for runner in self.race.seen]
+        if not halves or any(where in known for where in halves.values()):
+            return []
+        found = self._curvatures({winner.name: winner.where} | halves)
+        if self.scales_eps and not found:
+            return []
+        runners = []
+        for name, where in halves.items():
+            ratio = _ratio(found[winner.name], found[name]) if found else 1.0
+            lr = winner.lr * (ratio if self.by_slope else 1.0)
+            eps = winner.eps * math.sqrt(ratio)
+            runners.append(Runner(f"{winner.name}, {name}", where, lr, eps, winner.rung))
+        return runners
+
+    # The result
+
+    def _survived_above(self, winner: Runner) -> bool | None:
+        """Whether the rate above a winner's survived; None if it did not run."""
+        same = (runner for runner in self.race.seen if runner.where == winner.where)
+        above = next((runner for runner in same if runner.rung == winner.rung + 1), None)
+        return above and max(above.losses.values()) < SURVIVED * self.start
+
+    def _settled(self, winner: Runner) -> float:
+        """The rate to run at: see the rules at the top of this file."""
+        if not self.args.find_lr or not winner.losses or self._survived_above(winner):
+            return winner.lr
+        if winner.rung > 0:
+            return winner.lr / LADDER
+        return winner.lr if self._survived_above(winner) is None else winner.lr / 2
+
+    def _tell(self, winner: Runner, lr: float, left_out: list[str]) -> None:
+        settings = f"noise on {winner.name}, lr {lr:.3g}"
+        if self.args.zeroth_order:
+            settings += f", eps {winner.eps:.3g}"
+        if not winner.losses:
+            why = "there is no other candidate"
+            if left_out:
+                share = f"{self.race.budget} of the run's {self.whole} forward passes"
+                why = f"{share} are too few for a race"
+            print(f"{settings}: {why}", flush=True)
+            return
+        after, loss = list(winner.losses.items())[-1]
+        line = (
+            f"{settings}: the best of {len(self.race.seen)} that raced, dev loss {loss:.4f} after "
+            f"{after} steps, {self.start:.4f} before; {self.race.spent} of the run's {self.whole} "
+            "forward passes"
+        )
+        if left_out:
+            line += f"; these are too few for {', '.join(left_out)}"
+        print(line, flush=True)
+
+
+def _terms(args: PseuZOTrainingArguments) -> float:
+    """How many times at full size a step moves along a direction while it is in the window."""
+    if args.method not in ("pseuzo", "mezo-momentum") or args.weighting == "mean":
+        return 1.0
+    decay = args.momentum or 0.0
+    if args.method == "pseuzo" and args.schedule == "cyclic-hyperbola":
+        return 1.0  # which empties the window, or lets old entries fade at once
+    return sum(decay**age for age in range(args.window))
+
+
+def _curvature(row: probe.Row) -> float | None:
+    """T of a row: by the losses of examples, whose mean square slope is never negative; else if it
+    is more than twice its standard error."""
+    if math.isfinite(row.fisher) and row.fisher > 0:
+        return row.fisher
+    return row.curvature if row.curvature > 2 * row.curvature_error else None
+
+
+def _ratio(of: tuple[float | None, float], over: tuple[float | None, float]) -> float:
+    """The ratio of two T, or of the numbers of parameters where one of them is not known."""
+    known = of[0] and over[0]
+    return of[0] / over[0] if known else of[1] / over[1]  # type: ignore[operator]

@@ -1,0 +1,198 @@
+"""The part of the trainer that finds what its arguments leave open, within the run's own budget."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pseuzo.models.placement import param_groups, place
+from pseuzo.optim.base import ZeroOrder
+from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.train import noise_on
+from pseuzo.train.builders import Setup
+from pseuzo.train.contest import Contest
+from pseuzo.train.losses import Losses
+from pseuzo.train.methods import METHODS
+from pseuzo.train.ranked import digest
+from pseuzo.train.resume import ResumableTrainer
+from pseuzo.train.track import Track, replayable
+
+DEV_BATCHES = 4  # how many a dev loss is measured on
+
+
+class Drawn:
+    """Batches by number, drawn when they are first asked for; after the last comes the first."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self._left, self._drawn = iter(batches), list[Any]()
+
+    def __getitem__(self, number: int) -> Any:
+        while number >= len(self._drawn):
+            try:
+                self._drawn.append(next(self._left))
+            except StopIteration:
+                number %= len(self._drawn)
+        return self._drawn[number]
+
+
+class SearchingTrainer(ResumableTrainer):
+    """Makes the optimizer, after a search for the placement of the noise and the rate if the
+    arguments ask for one. Its forward passes are some of the run's, which has fewer steps for it.
+
+    search_forwards: the passes that the search took; 0 without one.
+    """
+
+    losses: Losses
+    data_losses: Callable[[], Iterator[Callable[[], Tensor]]]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._steps_left: int | None = None  # what the search leaves of the run
+
+    def planned_steps(self) -> int:
+        return super().planned_steps() if self._steps_left is None else self._steps_left
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.args.max_steps
+        try:
+            if self.args.searches:
+                self.create_optimizer()
+                self.args.max_steps = self.planned_steps()
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.max_steps = given  # other trainers may be made of the same arguments
+
+    def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            found = noise_on.decide(args, self._find, self.together)
+            if args.searches:
+                self._take_from_run(found.forwards)
+            self.optimizer = self._built(found.noise_on, found.lr, found.eps)
+            self.zero_order = self.optimizer if args.zeroth_order else None
+        return self.optimizer
+
+    def calibrate(self) -> dict[str, Any]:
+        """Measure the curvature T along the noise that args name, and what eps is if args scale it:
+        {"curvature", "eps", "probed" (the forward passes that this took), ...}."""
+        with torch.random.fork_rng(devices=[]):
+            return noise_on.scaled(self.model, self.args, self._probe_losses)
+
+    def _take_from_run(self, forwards: int) -> None:
+        """Leave the run as many steps as it has passes for, but at least one."""
+        self._steps_left, self.search_forwards = None, 0
+        steps = self.planned_steps()
+        whole = self.forwards(steps)
+        while steps > 1 and self.forwards(steps) > whole - forwards:
+            steps -= 1
+        self._steps_left, self.search_forwards = steps, forwards
+
+    def _built(self, noise_on: Iterable[str], lr: float, eps: float) -> Any:
+        """The optimizer of a method for this placement; a first-order one trains that alone."""
+        args, where = self.args, place(self.model, noise_on)
+        groups = param_groups(self.model, where, lr=lr, weight_decay=args.weight_decay)
+        if not args.zeroth_order:
+            for p in self.model.parameters():
+                p.requires_grad_(p in where)
+        steps = self.planned_steps, self.steps_per_epoch
+        optimizer = METHODS[args.method].build(Setup(args, self.model, groups, lr, eps, *steps))
+        if self.together.ranks is not None:
+            optimizer.check = digest(self.train_dataset)
+        return optimizer
+
+    # The search
+
+    def _find(self) -> dict[str, Any]:
+        """What noise_on.decide asks for."""
+        args = self.args
+        if not args.searches:
+            return noise_on.scaled(self.model, args, self._probe_losses)
+        captured, args.capture = args.capture, False  # candidates take turns too often for graphs
+        steps = self.planned_steps()
+        try:
+            # What the method refuses of the run that is left is refused before any pass.
+            self._take_from_run(int(args.search_share * self.forwards(steps)))
+            first = self._built(
+                ["all"] if args.noise_on == ["auto"] else args.noise_on, 1.0, args.eps
+            )
+            self._steps_left, self.search_forwards = None, 0
+            return self._contest(steps, replayable(first)).run()
+        finally:
+            args.capture, self.zero_order = captured, None
+            self._steps_left, self.search_forwards = None, 0
+
+    def _probe_losses(self, n: int) -> list[Callable[[], Tensor]]:
+        batches = islice(self.get_train_dataloader(), n)
+        return [
+            self.losses.closure(self._prepare_inputs(batch), self._of_examples) for batch in batches
+        ]
+
+    @property
+    def _of_examples(self) -> bool:
+        # The loss of each example spares the curvature a difference of nearly equal numbers.
+        return self.losses.of_model or self.args.clip_examples is not None
+
+    def _contest(self, steps: int, goes_on: bool) -> Contest:
+        drawn, dev = Drawn(self.get_train_dataloader()), self._dev_batches()
+        held_out = 0 if dev else DEV_BATCHES  # the first batches, which no candidate trains on
+
+        def batch_of(number: int) -> dict[str, Any]:
+            return self._prepare_inputs(drawn[held_out + number])
+
+        def losses(n: int) -> list[Callable[[], Tensor]]:
+            batches = (batch_of(i) for i in range(n))
+            halves = [self.losses.split(batch, self._of_examples) for batch in batches]
+            return [lambda f=forward, h=head: h(f()) for forward, head in halves]
+
+        dev = dev or [self._prepare_inputs(drawn[i]) for i in range(held_out)]
+        track = Track(
+            self.model,
+            lambda runner: self._built(runner.where, runner.lr, runner.eps),
+            lambda optimizer, i: self._step(optimizer, batch_of(i)),
+            [lambda b=batch: self._loss_of(b) for batch in dev],
+            self.forwards,
+            self.together,
+            goes_on,
+        )
+        known = self.forwards, steps, losses, self._of_examples
+        return Contest(self.model, self.args, track, *known, self.together)
+
+    def _dev_batches(self) -> list[dict[str, Any]]:
+        """The first rows of the evaluation data, in batches as large as those of a step; none if
+        there are no rows that can be counted."""
+        data = self.eval_dataset
+        if isinstance(data, dict):
+            data = next(iter(data.values()), None)
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            return []
+        size = self.args.global_batch_size
+        n = min(len(data), DEV_BATCHES * size)
+        collate = self._get_collator_with_removed_columns(self.data_collator, "evaluation")
+        parts = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        whole = [part for part in parts if len(part) == size] or parts
+        return [self._prepare_inputs(collate([data[i] for i in part])) for part in whole]
+
+    def _loss_of(self, inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            return self.losses.loss(inputs)
+
+    def _step(self, optimizer: Any, inputs: dict[str, Any]) -> None:
+        """Make a step as the run would; one with backpropagation without dropout, which would draw
+        random numbers."""
+        if isinstance(optimizer, ZeroOrder):
+            self.zero_order = optimizer
+            functions, more = self.losses.step_inputs(inputs, optimizer)
+            if optimizer.needs_data:
+                more["batches"] = self.data_losses
+            optimizer.estimate(*functions, **more)
+            optimizer.step()
+            return
+        with frozen_mode(self.model), torch.enable_grad():
+            self._loss_of(inputs).backward()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
