@@ -123,6 +123,7 @@ def test_a_try_that_fails_leaves_what_was_there(tmp_path):
         "head",
         "--noise-on",
         "no_such",
+        *"--lr 1e-4 --eps 1e-3".split(),
         "--journal",
         journal,
         "--resume",

@@ -224,6 +224,25 @@ def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_auto_is_decided_by_a_race_within_the_run(tmp_path):
+    out, args = (
+        tmp_path / "run",
+        "--method mezo --lr auto --noise-on auto --search-share 0.5".split(),
+    )
+    text = pseuzo("train", *SMALL, *args, "--steps", 120, "--output", out)
+    found, results = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("found", "results")
+    )
+    assert results["search_forwards"] == found["forwards"] and 72 < found["forwards"] <= 120
+    assert results["forwards"] == found["forwards"] + 2 * results["steps"] in (239, 240)
+    assert results["lr"] == found["lr"] and results["eps"] == found["eps"]
+    assert "the best of 2 that raced" in text and f"lr {found['lr']:.3g}" in text
+    rows = [row["forwards"] for row in results["history"] if "eval_loss" in row]
+    assert rows[0] == found["forwards"] and rows[-1] == results["forwards"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["lr"] == "auto" and config["noise_on"] == ["auto"] and config["eval_every"] == 6
+
+
 def test_reports_to_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

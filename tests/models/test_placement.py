@@ -9,8 +9,8 @@ from itertools import islice
 import pytest
 import torch
 from pseuzo import CausalLMObjective, MeZO, PseuZO
-from pseuzo.models.placement import groups_of, param_groups, place
-from pseuzo.models.probe import Row, equal_change, probe
+from pseuzo.models.placement import candidates, groups_of, halves, param_groups, place
+from pseuzo.models.probe import Row, equal_change, first_outliers, probe
 from pseuzo.perturb.module import known_passes
 from tiny_models import ALL_KINDS, batch_of, causal_lm
 from torch import nn
@@ -176,6 +176,66 @@ def test_param_groups_spare_norms_and_biases_and_train():
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == set(names(model, placement))
     torch.optim.SGD(groups, lr=1e-3)  # torch's own optimizers also take these groups
+
+
+@pytest.mark.parametrize("kind", ATTENTION_OUT)
+def test_candidates_are_placements_of_the_architecture(kind):
+    model = make(kind)
+    layer = next(n for n, _ in model.named_modules() if re.fullmatch(r"\D+\.1", n))
+    found = candidates(model, layer)
+    assert list(found) == ["all", "attention-out", "last-half", "all but embeddings"], (
+        "the second of two layers is the last half of them, which is not tried twice"
+    )
+    outside = set(names(model, place(model, found["all"])))
+    outside -= set(names(model, place(model, found["all but embeddings"])))
+    assert outside and all(re.search("emb|wte|wpe|lm_head", name) for name in outside)
+    # The first layer is no preset.
+    first = candidates(model, layer[:-1] + "0")
+    assert all(f"{layer[:-1]}0." in n for n in names(model, place(model, first[layer[:-1] + "0"])))
+
+
+def test_candidates_that_the_model_lacks_are_left_out():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    assert list(candidates(model)) == ["all", "last-half"]
+    assert list(candidates(nn.Linear(3, 2))) == ["all"]
+    model[0].requires_grad_(False)  # what is left is in the last half, so that both are the same
+    assert list(candidates(model)) == ["all"]
+
+
+def test_halves_divide_the_layers_of_a_placement():
+    layers = [nn.ModuleDict({"v_proj": nn.Linear(2, 2)}) for _ in range(5)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers), "norm": nn.LayerNorm(2)})
+    patterns = ["last-half", "norm.weight", "v_proj.weight=0.25"]
+    whole = place(model, patterns)
+    lower, upper = halves(model, patterns).items()
+    assert (lower[0], upper[0]) == ("layers 0 to 1", "layers 2 to 4")  # v_proj is in all of them
+    parts = [place(model, part) for _, part in (lower, upper)]
+    assert not parts[0].keys() & parts[1].keys()
+    both = parts[0] | parts[1]
+    outside = names(model, {p: 1 for p in whole if p not in both})
+    assert all(both[p] == whole[p] for p in both) and outside == ["norm.weight"]
+    assert halves(model, ["layers.3.*"]) == {} == halves(model, ["norm.weight"])
+
+
+def test_the_first_layer_with_outliers_is_found():
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64, bias=False) for _ in range(4)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+    def forward():
+        h = torch.randn(3, 64)
+        for layer in layers:
+            h = layer(h / h.norm())
+        return h
+
+    with torch.no_grad():
+        for i in (1, 2):  # the second one is larger, but not twice as large
+            layers[i].weight[5] *= (200, 300)[i - 1]
+    assert first_outliers(model, forward) == "layers.1"
+    layers[1].requires_grad_(False)  # it takes no noise
+    assert first_outliers(model, forward) == "layers.2"
+    assert all(not layer._forward_hooks for layer in layers)
+    assert first_outliers(nn.Linear(3, 2), lambda: None) is None
 
 
 class Quadratic(nn.Module):

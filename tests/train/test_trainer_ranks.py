@@ -1,5 +1,7 @@
 """Ranks of a process group train together as one process does on the same global batches."""
 
+import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ EXACT = dict(method="mezo", objective="metric", learning_rate=2e-3, eps=0.05, di
 EXACT |= dict(eval_strategy="steps", eval_steps=5, max_steps=7)
 # In batches of 22 the last one has 1 row, so that rank 0 has none, or 3 rows.
 UNEVEN = dict(method="mezo", rows=45, max_steps=4, eval_strategy="steps", eval_steps=2)
+RACE = dict(method="mezo", rows=48, max_steps=70, noise_on=["auto"], find_lr=True, search_share=0.8)
 PSEUZO = UNEVEN | dict(method="pseuzo", rows=47, window=3, momentum=0.9)
 
 
@@ -58,6 +61,7 @@ def two(tmp_path_factory, pool):
         ),
         "uneven": dict(folder=folder / "uneven", **UNEVEN, **per_rank(22, 2)),
         "pseuzo": dict(folder=folder / "uneven", **PSEUZO, **per_rank(22, 2)),
+        "race": dict(folder=folder / "race", **RACE, **per_rank(8, 2)),
     }
     return folder, pool.run(2, rank_runs.run, cases)
 
@@ -95,6 +99,18 @@ def test_two_ranks_find_what_one_process_finds(alone, two):
             for x, p in zip(root["weights"], fresh().parameters(), strict=True)
         )
         assert moved > 10 * most, name
+
+
+@pytest.mark.slow
+def test_ranks_race_as_one(two):
+    """Each rank measures a part of the dev rows and of the batches, and all decide the same."""
+    folder, every = two
+    root, other = (found["race"] for found in every)
+    assert root["bits"] == other["bits"] != rank_runs.bits(fresh())
+    assert "the best of" in root["printed"] and not other["printed"]
+    found = json.loads((folder / "race" / "found.json").read_text())
+    assert len(root["losses"]) == (140 - found["forwards"]) // 2 < 70
+    assert all(math.isfinite(loss) for row in found["table"] for loss in row["losses"].values())
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from pseuzo.models import placement, probe
+from pseuzo.optim.seeds import step_seed
 from pseuzo.optim.together import Together
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.methods import METHODS
@@ -27,8 +28,9 @@ from pseuzo.train.track import Track
 
 LADDER = 4.0  # the ratio of neighbouring rates
 MIDDLE = 0.1  # the middle rate, in units of 1 / T
-PROBED = 10  # the most batches that measure T
+PROBED = 16  # the most batches that measure T
 SURVIVED = 1.05  # a rate that raises the dev loss by more than this factor does not survive
+Curvature = tuple[float | None, float, float]  # see _curvature
 
 
 @dataclass
@@ -51,32 +53,33 @@ class Contest:
 
     def __post_init__(self) -> None:
         args, method = self.args, METHODS[self.args.method]
-        self.everywhere = args.noise_on == ["auto"]  # whether the placement is searched for
+        self.places = {", ".join(args.noise_on): list(args.noise_on)}
+        if auto := args.noise_on == ["auto"]:
+            self.places = placement.candidates(self.model)
+        self.everywhere = len(self.places) > 1  # whether the placement is searched for
         self.by_slope = method.zeroth_order and method.rate == "lr"
-        self.scales_eps = method.zeroth_order and (self.everywhere or args.scale_eps)
+        self.scales_eps = method.zeroth_order and (auto or args.scale_eps)
         self.measures = self.scales_eps or (self.by_slope and args.find_lr)
         self.whole, self.start = self.forwards(self.steps), math.inf
-        self.places = {", ".join(args.noise_on): list(args.noise_on)}
-        if self.everywhere:
-            self.places = placement.candidates(self.model)
         budget, go, price = int(args.search_share * self.whole), self.track.go, self.track.price
         self.race = Race(go, price, self._entry, budget, self.steps)
 
     def run(self) -> dict[str, Any]:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
-        race, halves = self.race, [2] if self.everywhere else []
-        if not self.everywhere:
-            n = race.plan(2 if self.by_slope else 4, [1])
-        else:  # and the dominant layer
-            n = race.plan(len(self.places) + 1, [1] if self.args.find_lr else [], halves)
-        field = self._field(n)
+        race, expected = self.race, ([1] if self.args.find_lr else [], [2] * self.everywhere)
+        most = len(self.places) + 1 if self.everywhere else len(self._rungs) + 1
+        field, left_out = self._field(race.plan(most, *expected))
+        # The probe may have left more than was set aside for it.
+        race.entry = lambda n: self.track.evaluation
+        starting = field[: race.plan(len(field), *expected)]
         with self.track.reserved():
             if race.stops:
                 self.start = self.track.loss()
                 race.spent += self.track.evaluation
-            winner = race.run(field[:n] if race.stops else field[:1], self._challengers)
+            winner = race.run(starting, self._challengers)
         lr = self._settled(winner)
-        self._tell(winner, lr, [runner.name for runner in field if runner not in race.seen])
+        left_out += [str(runner) for runner in field if runner not in (*race.seen, winner)]
+        self._tell(winner, lr, left_out)
         found = {"noise_on": winner.where, "lr": lr, "eps": winner.eps, "forwards": race.spent}
         return found | {"start": self.start, "table": [asdict(runner) for runner in race.seen]}
 
@@ -90,15 +93,24 @@ class Contest:
         return clean + batches * each + self.track.evaluation
 
     def _probe_of(self, places: int) -> tuple[int, int]:
-        """How many batches measure T of so many placements, and the passes for each of them."""
+        """How many batches at most measure T of so many placements, an even number, and the passes
+        for each of them."""
         if not self.measures:
             return 0, 0
         others = self.scales_eps and not self.everywhere  # all weights are another placement
         each = 2 * (places + others) + (not self.of_examples)
-        return min(PROBED, max(2, self.race.budget // 6 // each)), each
+        return min(PROBED, 2 * max(1, self.race.budget // 6 // each)), each
 
-    def _field(self, n: int) -> list[Runner]:
-        """The runners that start: placements, or the rates at the one placement that args name."""
+    @property
+    def _rungs(self) -> tuple[int, ...]:
+        """The rates that race at first, beside the middle one, if there is one placement alone."""
+        if not self.args.find_lr:
+            return ()
+        return (1,) if self.by_slope else (1, 2, -1)
+
+    def _field(self, n: int) -> tuple[list[Runner], list[str]]:
+        """The runners that start: n placements, or the rates at the one placement that args name;
+        and the names of placements for which the budget is too small."""
         args, places = self.args, dict(self.places)
         if n > len(places) and self.everywhere:
             (clean,) = self.losses(1)
@@ -106,41 +118,48 @@ class Contest:
             places = placement.candidates(self.model, dominant)
             self.race.spent += 1
         here = dict(list(places.items())[:n])
-        found = {}
+        found: dict[str, Curvature] = {}
         if self.args.find_lr or len(here) > 1:
             found = self._curvatures({"all": ["all"]} | here if self.scales_eps else here)
         runners = []
         for name, where in here.items():
-            t, ratio = found.get(name, (None, 0.0))[0], 1.0
-            if "all" in found:
-                ratio = _ratio(found["all"], found[name])
+            t, error, _ = found.get(name, (None, 0.0, 0.0))
+            ratio = _ratio(found["all"], found[name]) if "all" in found else 1.0
             lr, eps = args.learning_rate, args.eps * (math.sqrt(ratio) if self.scales_eps else 1.0)
             if self.by_slope and args.find_lr and t:
-                lr = MIDDLE / t / _terms(args)
+                lr = MIDDLE / (t + error) / _terms(args)
             elif self.by_slope:
                 lr *= ratio
             runners.append(Runner(name, where, lr, eps))
         if not self.everywhere:
-            rungs = (1,) if self.by_slope else (1, 2, -1)
-            runners += [self._on_rung(runners[0], rung) for rung in rungs]
-        left_out = [Runner(name, where, 0.0, 0.0) for name, where in places.items()][n:]
-        return runners + (left_out if self.everywhere else [])
+            runners += [self._on_rung(runners[0], rung) for rung in self._rungs]
+        return runners, list(places)[n:]
 
-    def _curvatures(self, places: dict[str, list[str]]) -> dict[str, tuple[float | None, float]]:
-        """T along the noise of each placement, None if it cannot be told from 0, with the number of
-        parameters. {} if nothing depends on it, or if the budget is too small."""
-        batches, each = self._probe_of(len(places) - (self.scales_eps and not self.everywhere))
-        if not batches or self.race.spent + batches * each > self.race.budget:
+    def _curvatures(self, places: dict[str, list[str]]) -> dict[str, Curvature]:
+        """The curvature along the noise of each placement; {} if nothing depends on it, or if the
+        budget is too small. Batches are added until all are known well enough, or are too many."""
+        most, each = self._probe_of(len(places) - (self.scales_eps and not self.everywhere))
+        if not most or self.race.spent + most * each > self.race.budget:
             return {}
         groups = {name: placement.place(self.model, where) for name, where in places.items()}
-        closures = self.losses(batches)
+        closures = self.losses(most)
+
+        def measure() -> tuple[dict[str, Curvature], int]:
+            samples: dict[str, list[probe.Row]] = {name: [] for name in groups}
+            for first in range(0, most, 2):
+                some, seed = closures[first : first + 2], step_seed(self.args.seed, first)
+                for row in probed(
+                    self.model, self.args, some, groups, seed=seed, clean=not self.of_examples
+                ):
+                    samples[row.name].append(row)
+                found = {name: _curvature(rows) for name, rows in samples.items()}
+                if all(t and error < t / 4 for t, error, _ in found.values()):
+                    break
+            return found, min(first + 2, most)
+
+        found, batches = self.together.of_root(measure)
         self.race.spent += batches * each
-
-        def measure() -> dict[str, tuple[float | None, float]]:
-            rows = probed(self.model, self.args, closures, groups, clean=not self.of_examples)
-            return {row.name: (_curvature(row), row.parameters) for row in rows}
-
-        return self.together.of_root(measure)
+        return found
 
     def _challengers(self, winner: Runner) -> list[Runner]:
         """Those that may beat a winner: another rate, and then the halves of its layers."""
@@ -224,15 +243,25 @@ def _terms(args: PseuZOTrainingArguments) -> float:
     return sum(decay**age for age in range(args.window))
 
 
-def _curvature(row: probe.Row) -> float | None:
-    """T of a row: by the losses of examples, whose mean square slope is never negative; else if it
-    is more than twice its standard error."""
-    if math.isfinite(row.fisher) and row.fisher > 0:
-        return row.fisher
-    return row.curvature if row.curvature > 2 * row.curvature_error else None
+def _curvature(rows: list[probe.Row]) -> Curvature:
+    """T, its standard error, and the number of parameters, from pairs of batches.
+
+    T is the mean square slope of examples, which is never negative, if they have losses; else the
+    curvature, None if that is not more than twice its error.
+    """
+    of_examples = all(math.isfinite(row.fisher) for row in rows)
+    pairs = [(row.fisher, row.fisher_error) for row in rows]
+    if not of_examples:
+        pairs = [(row.curvature, row.curvature_error) for row in rows]
+    t = sum(mean for mean, _ in pairs) / len(pairs)
+    error = math.sqrt(sum(error**2 for _, error in pairs)) / len(pairs)
+    known = t > 0 if of_examples else t > 2 * error
+    return (t if known else None), error, rows[0].parameters
 
 
-def _ratio(of: tuple[float | None, float], over: tuple[float | None, float]) -> float:
-    """The ratio of two T, or of the numbers of parameters where one of them is not known."""
-    known = of[0] and over[0]
-    return of[0] / over[0] if known else of[1] / over[1]  # type: ignore[operator]
+def _ratio(of: Curvature, over: Curvature) -> float:
+    """The ratio of two T, a standard error against it; or, where one of them is not known, that of
+    the numbers of parameters."""
+    if of is over:
+        return 1.0
+    return of[0] / (over[0] + over[1]) if of[0] and over[0] else of[2] / over[2]

@@ -103,9 +103,12 @@ def probed(
     args: PseuZOTrainingArguments,
     closures: list[Callable[[], Any]],
     groups: Mapping[str, Any],
+    *,
+    seed: int | None = None,
     clean: bool = True,
 ) -> list[probe.Row]:
-    """Probe the curvature along noise on each group, one direction for each closure."""
+    """Probe the curvature along noise on each group, one direction for each closure. seed: of the
+    noise; None means the run's."""
     total = len(closures) * (clean + 2 * len(groups))
     what, off = "probing the curvature", args.disable_tqdm
     with tqdm(total=total, desc=what, unit="forward", disable=off, leave=False) as bar:
@@ -115,7 +118,7 @@ def probed(
             closures,
             eps=args.eps,
             noise=args.noise,
-            seed=args.seed,
+            seed=args.seed if seed is None else seed,
             clean=clean,
             progress=bar.update,
         )
