@@ -58,7 +58,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from pseuzo_kernels.triton import adam as triton_adam
     from pseuzo_kernels.triton import launch
 
-    ADAM = adam.AdamApi(triton_adam.adam_list_triton_).adam_update_
+    ADAM = adam.AdamApi(triton_adam.adam_list_triton_, ops.adam_parts_).adam_update_
     OPS = NoiseApi(launch.add_noise_list_triton_, launch.add_noise_list_out_triton)
 
 

@@ -3,10 +3,10 @@
     python bench/sass_cost.py [--arch 90] [--json FILE] [--predict] [--all]
 
 Each kernel is compiled ahead of time. The cost per normal is counted for one pass of its inner loop
-(one seed) and for the straight code around it. It is given in instructions, and in cycles of the
-busiest pipe for one warp on one of the four sub-partitions of a multiprocessor. This is a lower
-bound from throughput: it ignores latencies, and nothing is timed. Figures that are called
-predictions are only such bounds.
+(one seed) and for the straight code around it; for the kernel of low rank, per product of two
+factors. It is given in instructions, and in cycles of the busiest pipe for one warp on one of the
+four sub-partitions of a multiprocessor. This is a lower bound from throughput: it ignores
+latencies, and nothing is timed. Figures that are called predictions are only such bounds.
 """
 
 import argparse
@@ -27,10 +27,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pseuzo_kernels.triton import kernels
+from pseuzo_kernels.triton import kernels, low_rank, outer, parts
 
-ONE, MANY, ROWS, STEPS = (f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_"))
-ABSENT = ("found_inf_ptr", "limit", "limits_ptr", "mask_seed_ptr")  # None in these launches
+ONE, MANY, ROWS, STEPS, PARTS = (
+    f"add_noise_{name}kernel" for name in ("", "many_", "rows_", "steps_", "parts_")
+)
+OUTER = "add_outer_kernel"  # its inner loop is over products of factors in place of normals
+MODULES = {PARTS: parts, OUTER: outer}
+# None in these launches
+ABSENT = ("found_inf_ptr", "limit", "limits_ptr", "mask_seed_ptr", "takes_ptr", "steps_ptr")
 COUNTERS = {ROWS: 128, STEPS: kernels.COUNTERS_STEPS}
 
 # The table has the cycles for which a warp's instruction holds a pipe on sm_90, and the pipe's
@@ -55,7 +60,9 @@ ARGUMENT_TYPES = {
     "streams_ptr": "*i64", "keeps_ptr": "*fp32", "scales_ptr": "*fp32", "table_ptr": "*i32",
     "firsts_ptr": "*i64", "rounding_hashes_ptr": "*i64", "n": "i64", "N": "i64", "width": "i64",
     "stream": "i64", "rounding_hash": "i64", "K": "i32", "parts": "i32", "S": "i32", "T": "i64",
-    "keep": "fp32", "scale": "fp32",
+    "keep": "fp32", "scale": "fp32", "tensors_ptr": "*i64", "ms_ptr": "*i64",
+    "strides_ptr": "*i64", "lefts_ptr": "*i64", "rights_ptr": "*i64", "factors_ptr": "*fp32",
+    "R": "i32",
 }  # fmt: skip
 
 
@@ -66,7 +73,7 @@ class Cost:
     registers: int
     spill_accesses: int  # to local memory
     shared_accesses: int
-    instructions_per_normal: float  # in the loop over seeds
+    instructions_per_normal: float  # in the loop over seeds; or a product, in that over factors
     cycles_per_normal: float
     busiest: str
     around_per_normal: float  # instructions outside the loop, once whatever K
@@ -90,7 +97,7 @@ def compile_kernel(
 ):
     """Return the kernel, compiled as for a launch on aligned tensors. .asm["cubin"] is its machine
     code."""
-    kernel = getattr(kernels, name)
+    kernel = getattr(MODULES.get(name, kernels), name)
     constants = dict(
         NOISE=noise,
         COUNTERS=COUNTERS.get(name, kernels.COUNTERS),
@@ -100,6 +107,9 @@ def compile_kernel(
         ASM=asm,
         PLANES=planes,
         BLOCK=128,
+        ALIGNED=True,
+        ROWS=low_rank.ROWS,
+        COLUMNS=low_rank.WIDE,
         **dict.fromkeys(ABSENT),
     )
     types = ARGUMENT_TYPES | dict.fromkeys(("out_ptr", "x_ptr", "dtype_ptr"), f"*{dtype}")
@@ -175,7 +185,9 @@ def _cycles(code) -> dict[str, float]:
 
 
 def _normals(name: str) -> int:
-    """Return how many normals a thread makes in one pass of the loop."""
+    """Return how many normals, or products, a thread makes in one pass of the loop."""
+    if name == OUTER:
+        return low_rank.ROWS * low_rank.WIDE // (32 * kernels.WARPS)
     warps = 1 if name == ROWS else kernels.WARPS
     return 16 * COUNTERS.get(name, kernels.COUNTERS) // (32 * warps)
 
@@ -214,8 +226,17 @@ def _path_of_whole_chunks(code, labels) -> tuple[list, list]:
     return min(found, key=lambda path: sum(op.startswith("STG") for op, _ in path[1]))
 
 
+def _path_of_products(code, labels) -> tuple[list, list]:
+    """Return the instructions of the loop with the most products, and all others."""
+    first, last = max(
+        _loops(code, labels), key=lambda loop: sum(op == "FMUL" for op, _ in code[slice(*loop)])
+    )
+    return code[first : last + 1], code[:first] + code[last + 1 :]
+
+
 def _label(name: str, options: dict) -> str:
-    words = [name, options.get("noise", "hadamard"), options.get("dtype", "bf16")]
+    what = "products" if name == OUTER else options.get("noise", "hadamard")
+    words = [name, what, options.get("dtype", "bf16")]
     words += ["stochastic"] * options.get("stochastic", False)
     words += ["hash"] * options.get("hash_in_kernel", False)
     words += ["no x"] * (not options.get("has_x", True))
@@ -227,7 +248,7 @@ def _label(name: str, options: dict) -> str:
 def cost(name: str, arch: int, **options) -> Cost:
     """Return the cost of a kernel on the path of whole chunks."""
     code, labels, usage = disassemble(compile_kernel(name, arch, **options).asm["cubin"])
-    loop, around = _path_of_whole_chunks(code, labels)
+    loop, around = (_path_of_products if name == OUTER else _path_of_whole_chunks)(code, labels)
     ops, cycles = collections.Counter(op.split(".")[0] for op, _ in code), _cycles(loop)
     busiest, normals = max(cycles, key=cycles.get), _normals(name)
     return Cost(
@@ -260,6 +281,10 @@ USUAL = (
     (MANY, dict(dtype="bf16", noise="normal", stochastic=True)),
     (STEPS, dict(dtype="bf16", stochastic=True)),
     (STEPS, dict(dtype="fp32")),
+    (PARTS, dict(dtype="bf16", stochastic=True)),
+    (OUTER, dict(dtype="fp32")),
+    (OUTER, dict(dtype="bf16")),
+    (OUTER, dict(dtype="bf16", stochastic=True)),
     (ONE, dict(dtype="bf16", asm=False)),
 )
 ALL = tuple(

@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pseuzo_kernels import parts
 from pseuzo_kernels.bits import hash_seeds
 from pseuzo_kernels.calls import Calls, Coefs, How, Seeds, Streams
 from pseuzo_kernels.checks import check_count, check_finite, check_not_negative
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.lists import Params
 from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
+from pseuzo_kernels.selection import Mask, Offset
 
 
 def adam_factors(step: float, beta1: float, beta2: float, n: int) -> tuple[float, float]:
@@ -113,10 +115,39 @@ def adam_list_(
     tensor; where scales[t] is 0, nothing is made or written. Rounding, found_inf and skipping are
     as in reference.add_noise_list_.
     """
-    noise = resolve(noise, "adam_list_")[0]
+    terms = seeds, coefs, directions, streams, keeps, scales, numbers
+    how = noise, stochastic, rounding_seed, found_inf
+    adam_parts_(xs, *terms, *how, [], [], None, [], op="adam_list_")
+
+
+def adam_parts_(
+    xs,
+    seeds,
+    coefs,
+    directions,
+    streams,
+    keeps,
+    scales,
+    numbers,
+    noise,
+    stochastic,
+    rounding_seed,
+    found_inf,
+    places,
+    limits,
+    mask_seed,
+    takes,
+    *,
+    op="adam_parts_",
+):
+    """The op pseuzo::adam_parts_: the same for parts of tensors, and under masks.
+
+    places, limits, mask_seed, takes: as in parts.add_noise_parts_out.
+    """
+    noise = resolve(noise, op)[0]
     if directions < 1 or not len(seeds) or len(seeds) % directions:
         raise ValueError(
-            f"adam_list_: the seeds of one or several steps, {directions} a step, are needed, got "
+            f"{op}: the seeds of one or several steps, {directions} a step, are needed, got "
             f"{len(seeds)}"
         )
     if not any(x.numel() for x, scale in zip(xs, scales, strict=True) if scale):
@@ -128,23 +159,28 @@ def adam_list_(
         found_inf.masked_fill_(skipped, 1.0)
         skipped = (found_inf != 0).view(())
     moves = partial(adam_moves, directions=directions, numbers=numbers)
-    for x, stream, keep, scale in zip(xs, streams, keeps, scales, strict=True):
-        if scale:
-            keep = torch.tensor(keep, dtype=torch.float32, device=x.device)
-            rest = noise, stochastic, rounding_hash, skipped
-            flat = x.view(-1)
-            add_noise_into(flat, flat, stream, hashes, coefs, keep, scale, *rest, moves)
+    rest = noise, stochastic, rounding_hash, skipped, moves
+    masked = parts.Masked(limits, mask_seed, takes)
+    for t, (x, part) in enumerate(zip(xs, parts.parts_of(places, len(xs)), strict=True)):
+        if not scales[t]:
+            continue
+        keep = torch.tensor(keeps[t], dtype=torch.float32, device=x.device)
+        flat, before = x.view(-1), masked.saved(x)
+        for begin, end, offset in parts.runs(flat.numel(), part):
+            terms = streams[t], hashes, coefs, keep, scales[t]
+            add_noise_into(flat[begin:end], before[begin:end], *terms, *rest, offset)
+        masked.restore(t, x, before, part, streams[t])
 
 
 class AdamApi(Calls):
-    """The public function over one implementation of the op."""
+    """The public function over one implementation of the ops."""
 
-    def __init__(self, adam_list_: Callable, shared: Calls | None = None):
+    def __init__(self, adam_list_: Callable, adam_parts_: Callable, shared: Calls | None = None):
         """shared: other functions over the same tensors, which remember the same lists."""
         super().__init__(adam_list_, adam_list_)
         if shared is not None:
             self._lists, self._watch = shared._lists, shared._watch
-        self._adam_list_ = adam_list_
+        self._adam_list_, self._adam_parts_ = adam_list_, adam_parts_
 
     def adam_update_(
         self,
@@ -164,6 +200,8 @@ class AdamApi(Calls):
         rounding_seed: int | None = None,
         noise_scale: float | Sequence[float] = 1.0,
         found_inf: Tensor | None = None,
+        mask: Mask = None,
+        offset: Offset = None,
     ) -> None:
         """x <- (1 - lr * weight_decay) x - lr * m / (sqrt(v) + eps), AdamW without its state.
 
@@ -172,7 +210,8 @@ class AdamApi(Calls):
         They are made in registers, so that no memory beyond x is read or written. seeds [n *
         directions] int64 and coefs fp32: step by step, the oldest first. lr, weight_decay and eps
         are not negative, and eps is not 0; the betas are at least 0 and below 1. The other
-        arguments, and what happens if coefs are not finite, are as in update_ and add_noise_. Where
+        arguments (mask and offset, too), and what happens if coefs are not finite, are as in
+        update_ and add_noise_. Where
         |g| is below 1e-19 or above 1e19, its square is outside the range of fp32. Raises ValueError
         or TypeError before anything is written. Sources: see pseuzo_kernels.adam, which defines
         every bit.
@@ -182,19 +221,24 @@ class AdamApi(Calls):
         check_adam(op, beta1, beta2, eps)
         check_count(op, "directions", directions)
 
-        def run(xs, seeds, coefs, *rest) -> None:
+        def run(xs, seeds, coefs, streams, keeps, scales, *rest) -> None:
             if len(seeds) % directions:
                 raise ValueError(
                     f"{op}: {directions} seeds a step are needed, got {len(seeds)} seeds"
                 )
             factors = adam_factors(-lr, beta1, beta2, len(seeds) // directions)
             numbers = [beta1, beta2, *factors, eps]
-            streams, keeps, scales, *how = rest
-            self._adam_list_(xs, seeds, coefs, directions, streams, keeps, scales, numbers, *how)
+            terms = seeds, coefs, directions, streams, keeps, scales, numbers
+            how, (places, limits, mask_seed, takes) = rest[:4], rest[4:]
+            if places or limits or takes:
+                self._adam_parts_(xs, *terms, *how, places, limits, mask_seed, takes)
+            else:
+                self._adam_list_(xs, *terms, *how)
 
         how = How(noise, rounding, rounding_seed, found_inf)
         terms = params, seeds, coefs, streams, noise_scale, how
-        self._list(op, *terms, lr=lr, weight_decay=weight_decay, run=run)
+        where: dict[str, Any] = dict(mask=mask, offset=offset)
+        self._list(op, *terms, lr=lr, weight_decay=weight_decay, run=run, **where)
 
 
-adam_update_ = AdamApi(adam_list_).adam_update_
+adam_update_ = AdamApi(adam_list_, adam_parts_).adam_update_

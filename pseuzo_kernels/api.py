@@ -21,6 +21,7 @@ from pseuzo_kernels.calls import (
 from pseuzo_kernels.checks import (
     check_noise,
     check_not_negative,
+    check_shape,
     check_stream,
     check_tensors,
     seeds_and_coefs,
@@ -56,6 +57,7 @@ class NoiseApi(ModelApi):
         offset: where the shape is in a whole tensor, if it is a shard of it: see perturb_.
         """
         check_noise("noise", noise)
+        check_shape("noise", shape)
         if out is None:
             out = torch.empty(shape, dtype=dtype or torch.float32, device=device or "cpu")
             check_tensors("noise", [out])  # it is new, so there is nothing to remember

@@ -40,6 +40,8 @@ Seeds = int | Sequence[int] | Tensor
 Coefs = float | Sequence[float] | Tensor
 Streams = Sequence[int] | str | None
 Out = Tensor | Sequence[Tensor] | None
+# The functions that move x itself by noise that is to be undone.
+MOVING = ("perturb_", "restore_", "low_rank_perturb_")
 
 
 class How(NamedTuple):
@@ -191,7 +193,8 @@ class Calls:
 
         in_place: params are written; else out is, which is made if it is None, and returned: a
         tensor for a tensor, a list for a list. run: is called instead of the op, with coefs as
-        they are; the op gets coefs times -lr.
+        they are, and with places, limits, mask_seed and takes as its last arguments; the op gets
+        coefs times -lr.
         """
         xs, names = named(op, params)
         ys = None
@@ -199,12 +202,8 @@ class Calls:
             ys = [out] if isinstance(out, Tensor) else list(out)
         by_hand = offset is not None  # two shards may have one stream and other noise
         if sharded := dtensors(xs):
-            if offset is not None or run is not None:
-                raise ValueError(
-                    f"{op}: DTensors know their offset; pass tensors, or no offset"
-                    if run is None
-                    else f"{op}: DTensors are not supported; pass whole tensors"
-                )
+            if offset is not None:
+                raise ValueError(f"{op}: DTensors know their offset; pass tensors, or no offset")
             pairs = zip(xs, sharded, strict=True)
             offset = [part_of(x) if is_shard else Part() for x, is_shard in pairs]
             xs, ys = list(map(local, xs)), ys and list(map(local, ys))
@@ -228,8 +227,11 @@ class Calls:
                 self._watch.note(op, seeds, numbers, known.tensors, names, repeats)
             if lr is not None and run is None and not sign:
                 c = c * -lr
-            chosen = selected(op, mask, xs, in_place_noise=op in ("perturb_", "restore_"))
-            ops, more = self._op_for(chosen, places_of(op, offset, xs), sign)
+            chosen = selected(op, mask, xs, in_place_noise=op in MOVING)
+            places = places_of(op, offset, xs)
+            ops, more = (
+                self._op_for(chosen, places, sign) if run is None else ((), (places, *chosen))
+            )
             if sign and lr is not None:
                 scales = [-lr * scale for scale in scales]
             args = s, c, list(numbers), keeps, scales, *rest, *more

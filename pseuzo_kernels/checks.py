@@ -141,6 +141,17 @@ def _as_int(value: Any) -> int | None:
     return operator.index(value) if hasattr(value, "__index__") else None
 
 
+def check_shape(op: str, shape: Any) -> Any:
+    """shape, a number of elements or a sequence of numbers. ValueError if it is neither."""
+    sizes = list(shape) if isinstance(shape, Iterable) else [shape]
+    if any((size := _as_int(number)) is None or size < 0 for number in sizes):
+        raise ValueError(
+            f"{op}: shape must be a number of elements or a sequence of numbers, none of them "
+            f"negative, got {shape!r}"
+        )
+    return shape
+
+
 def check_stream(op: str, stream: int) -> int:
     number = _as_int(stream)
     if number is None or not 0 <= number <= MAX_STREAM:

@@ -8,7 +8,7 @@ every bit.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -22,15 +22,20 @@ from pseuzo_kernels.triton.tables import capturing, tables_of_a_graph
 
 try:
     from pseuzo_kernels.triton import adam as triton_adam
+    from pseuzo_kernels.triton import adam_parts as triton_adam_parts
     from pseuzo_kernels.triton import launch
+    from pseuzo_kernels.triton import low_rank as triton_low_rank
     from pseuzo_kernels.triton import parts as triton_parts
 except ImportError:  # a build of torch without CUDA may come without triton: CPU tensors need none
-    launch = triton_adam = triton_parts = None  # type: ignore[assignment]
+    launch = triton_adam = triton_adam_parts = None  # type: ignore[assignment]
+    triton_low_rank = triton_parts = None  # type: ignore[assignment]
 
 __all__ = [
     "RepeatedPerturb",
     "adam_list_",
+    "adam_parts_",
     "adam_update_",
+    "add_low_rank_out",
     "add_noise",
     "add_noise_",
     "add_noise_list_",
@@ -43,6 +48,7 @@ __all__ = [
     "add_noise_rows",
     "add_noise_steps_",
     "add_outer_out",
+    "add_outer_parts_out",
     "low_rank_factors",
     "low_rank_perturb",
     "low_rank_perturb_",
@@ -76,6 +82,11 @@ lib.define(
     "adam_list_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int directions, SymInt[] streams, "
     f"float[] keeps, float[] scales, float[] numbers, {_HOW}) -> ()"
 )
+_where = "SymInt[] places, float[] limits, Tensor? mask_seed, Tensor[] takes"
+lib.define(
+    "adam_parts_(Tensor(a!)[] xs, Tensor seeds, Tensor coefs, int directions, SymInt[] streams, "
+    f"float[] keeps, float[] scales, float[] numbers, {_HOW}, {_where}) -> ()"
+)
 _rest = f"{_TERMS.format('float[]')}, {_HOW}"
 _masked = f"{_rest}, float[] limits, Tensor? mask_seed"
 lib.define(f"add_noise_masked_list_(Tensor(a!)[] xs, {_masked}) -> ()")
@@ -84,13 +95,19 @@ lib.define(
     "add_noise_masked_rows(Tensor x, Tensor index, Tensor seeds, Tensor coefs, int stream, "
     "float scale, str noise, float limit, Tensor? mask_seed) -> Tensor"
 )
-_rest += ", SymInt[] places, float[] limits, Tensor? mask_seed, Tensor[] takes, bool sign"
+_rest += f", {_where}, bool sign"
 lib.define(f"add_noise_parts_(Tensor(a!)[] xs, {_rest}) -> ()")
 lib.define(f"add_noise_parts_out(Tensor[] xs, {_rest}, *, Tensor(a!)[] out) -> ()")
+_rest = "SymInt[] streams, float[] keeps, float[] factors"
+for _name, _more in (("add_outer_out", ""), ("add_outer_parts_out", f", {_where}")):
+    lib.define(
+        f"{_name}(Tensor[] xs, Tensor[] lefts, Tensor[] rights, Tensor coefs, {_rest}, bool "
+        f"stochastic, SymInt rounding_seed, Tensor(b!)? found_inf{_more}, *, Tensor(a!)[] out) "
+        "-> ()"
+    )
 lib.define(
-    "add_outer_out(Tensor[] xs, Tensor[] lefts, Tensor[] rights, Tensor coefs, SymInt[] streams, "
-    "float[] keeps, float[] factors, bool stochastic, SymInt rounding_seed, Tensor(b!)? found_inf, "
-    "*, Tensor(a!)[] out) -> ()"
+    "add_low_rank_out(Tensor[] xs, Tensor seeds, Tensor right_seeds, Tensor coefs, int rank, "
+    f"{_rest}, {_HOW}, {_where}, *, Tensor(a!)[] out) -> ()"
 )
 
 
@@ -124,6 +141,7 @@ for _name, _triton, _its_fake in (
     ("add_noise_steps_", "add_noise_steps_triton_", _fake),
     ("add_noise_rows", "add_noise_rows_triton", _fake_rows),
     ("adam_list_", "adam_list_triton_", _fake),
+    ("adam_parts_", "adam_parts_triton_", _fake),
     ("add_noise_masked_list_", "add_noise_list_triton_", _fake),
     ("add_noise_masked_list_out", "add_noise_list_out_triton", _fake),
     ("add_noise_masked_rows", "add_noise_rows_triton", _fake_rows),
@@ -131,14 +149,17 @@ for _name, _triton, _its_fake in (
     _defined, _launched = (adam, triton_adam) if "adam" in _name else (reference, launch)
     if "masked" in _name:
         _defined = masks
-    if "parts" in _name:
+    if _name.startswith("add_noise_parts"):
         _defined, _launched = parts, triton_parts
+    if _name == "adam_parts_":
+        _launched = triton_adam_parts
     lib.impl(_name, _in_plain_torch(getattr(_defined, _name)), "CompositeExplicitAutograd")
     if launch is not None:
         lib.impl(_name, getattr(_launched, _triton), "CUDA")
     torch.library.register_fake(f"pseuzo::{_name}", _its_fake, lib=lib)
-lib.impl("add_outer_out", low_rank.add_outer_out, "CompositeExplicitAutograd")
-torch.library.register_fake("pseuzo::add_outer_out", _fake, lib=lib)
+for _name in ("add_outer_out", "add_outer_parts_out", "add_low_rank_out"):
+    lib.impl(_name, getattr(low_rank, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pseuzo::{_name}", _fake, lib=lib)
 for _name in ("add_noise_list_", "add_noise_list_out"):
     torch.library.register_fake(f"pseuzo::{_name}.traced", _fake, lib=lib)
 lib.impl("window_step", _in_plain_torch(reference.window_step), "CompositeExplicitAutograd")
@@ -155,6 +176,8 @@ add_noise_list_out = _ops.add_noise_list_out.default
 add_noise_steps_ = _ops.add_noise_steps_.default
 # Adam's update, which makes its moments again from the seeds of the last steps
 adam_list_ = _ops.adam_list_.default
+# the same for parts of tensors and under masks: see pseuzo_kernels.parts
+adam_parts_ = _ops.adam_parts_.default
 # some rows of x + scale sum_k c_k z_k
 add_noise_rows = _ops.add_noise_rows.default
 # the same, but elements outside of a mask stay as they are: see pseuzo_kernels.masks
@@ -164,8 +187,11 @@ add_noise_masked_rows = _ops.add_noise_masked_rows.default
 # the same for parts of tensors, under any mask, or with the sign alone: see pseuzo_kernels.parts
 add_noise_parts_ = _ops.add_noise_parts_.default
 add_noise_parts_out = _ops.add_noise_parts_out.default
-# keep x + a product of thin factors: see pseuzo_kernels.low_rank
+# keep x + a product of thin factors, which are given or made from seeds: see
+# pseuzo_kernels.low_rank
 add_outer_out = _ops.add_outer_out.default
+add_outer_parts_out = _ops.add_outer_parts_out.default
+add_low_rank_out = _ops.add_low_rank_out.default
 
 
 def _traceable(op: Any) -> Callable[..., None]:
@@ -207,8 +233,12 @@ _api = NoiseApi(
 noise, add_noise_, add_noise = _api.noise, _api.add_noise_, _api.add_noise
 perturb_, restore_, update_ = _api.perturb_, _api.restore_, _api.update_
 perturb, update, sign_update_ = _api.perturb, _api.update, _api.sign_update_
-adam_update_ = adam.AdamApi(adam_list_, _api).adam_update_
-_low_rank = low_rank.LowRankApi(add_outer_out, _api)
+adam_update_ = adam.AdamApi(adam_list_, adam_parts_, _api).adam_update_
+_of_kernels = partial(low_rank.add_low_rank_out, noise_of=noise, add=add_outer_parts_out)
+lib.impl("add_low_rank_out", _of_kernels, "CPU")
+if launch is not None:
+    lib.impl("add_low_rank_out", triton_low_rank.add_low_rank_out_triton, "CUDA")
+_low_rank = low_rank.LowRankApi(add_low_rank_out, _api)
 low_rank_factors, low_rank_update_ = _low_rank.low_rank_factors, _low_rank.low_rank_update_
 low_rank_perturb, low_rank_perturb_ = _low_rank.low_rank_perturb, _low_rank.low_rank_perturb_
 

@@ -12,7 +12,7 @@ sgn of 0 and of NaN leaves keep * x as it is. Its sum is the fp32 one of `refere
 a noise_scale of 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,32 @@ def parts_of(places: list[int], n: int) -> list[Part]:
     if not places:
         return [Part()] * n
     return [Part(*places[i : i + 3]) for i in range(0, 3 * n, 3)]
+
+
+class Masked(NamedTuple):
+    """The masks of the tensors of a call, as the ops take them: none where all three are empty."""
+
+    limits: Sequence[float]
+    mask_seed: Tensor | None
+    takes: Sequence[Tensor]
+
+    def saved(self, x: Tensor) -> Tensor:
+        """x, flat, as restore needs it once an op has written: a copy if there are masks."""
+        return x.view(-1).clone() if self.limits or self.takes else x.view(-1)
+
+    def restore(self, t: int, y: Tensor, x: Tensor | None, part: Part, stream: int) -> None:
+        """Write x over the elements of y, tensor t of the call, that take no noise."""
+        if x is None or not (self.limits or self.takes):
+            return
+        flat = y.view(-1)
+        for begin, end, offset in runs(flat.numel(), part):
+            run, before = flat[begin:end], x[begin:end]
+            if self.limits:
+                mask = stream, self.limits[t], self.mask_seed
+                chosen = masks.takes_noise(before, *mask, offset=offset)
+                run.copy_(torch.where(chosen, run, before))
+            if self.takes:
+                run.copy_(torch.where(self.takes[t].view(-1)[begin:end], run, before))
 
 
 def sign_sum(noise, q, stream, hashes, coefs, step) -> Tensor:
@@ -90,20 +116,15 @@ def add_noise_parts_out(
         found_inf.masked_fill_(skipped, 1.0)
         skipped = (found_inf != 0).view(())
     shared = noise, stochastic, rounding_hash, skipped, sign_sum if sign else reference.noise_sum
+    masked = Masked(limits, mask_seed, takes)
     for t, (y, part) in enumerate(zip(out, parts_of(places, len(out)), strict=True)):
         keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)
-        flat, x = y.view(-1), xs[t].view(-1) if xs else None
+        flat, x = y.view(-1), masked.saved(xs[t]) if xs else None
         for begin, end, offset in runs(flat.numel(), part):
-            before = None if x is None else x[begin:end].clone()
-            run = flat[begin:end]
+            before = None if x is None else x[begin:end]
             terms = streams[t], hashes, coefs, keep, scales[t], *shared
-            reference.add_noise_into(run, before, *terms, offset)
-            if limits:
-                mask = streams[t], limits[t], mask_seed
-                chosen = masks.takes_noise(before, *mask, offset=offset)
-                run.copy_(torch.where(chosen, run, before))
-            if takes:
-                run.copy_(torch.where(takes[t].view(-1)[begin:end], run, before))
+            reference.add_noise_into(flat[begin:end], before, *terms, offset)
+        masked.restore(t, y, x, part, streams[t])
 
 
 def add_noise_parts_(

@@ -27,8 +27,13 @@ def stream_of_name(name: str) -> int:
     """The stream of a parameter: the first four bytes of the SHA-256 of its name, the low byte
     first.
 
-    It is the same in every process and on every machine, whatever else is in the list.
+    It is the same in every process and on every machine, whatever else is in the list. TypeError if
+    name is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"stream_of_name: name must be a string, as named_parameters() gives it, got {name!r}"
+        )
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 

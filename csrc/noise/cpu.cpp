@@ -1,5 +1,5 @@
 // The noise ops on the CPU: add_noise_list_ and add_noise_list_out, with and without masks,
-// add_noise_steps_, adam_list_. Those of rows are in cpu_rows.cpp.
+// add_noise_steps_, adam_list_, adam_parts_. Those of rows are in cpu_rows.cpp.
 //
 // This file checks arguments; cpu_pieces.cpp divides the work among threads; the arithmetic is in
 // cpu_isa.cpp. cpu_parts.cpp has the ops on parts of tensors.
@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cpu_pieces.h"
@@ -166,6 +167,48 @@ void add_noise_steps_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::
   add_noise_pieces(pieces, terms);
 }
 
+void adam_list(const char* op, at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+               int64_t directions, at::IntArrayRef streams, at::ArrayRef<double> keeps,
+               at::ArrayRef<double> scales, at::ArrayRef<double> numbers, Noise noise,
+               bool stochastic, int64_t rounding_seed, const std::optional<at::Tensor>& found_inf,
+               const Selection& selection) {
+  TORCH_CHECK(streams.size() == xs.size() && keeps.size() == xs.size() &&
+                  scales.size() == xs.size() && numbers.size() == 5,
+              op, ": streams, keeps and scales must be one per tensor (", xs.size(),
+              ") and numbers five, got ", streams.size(), ", ", keeps.size(), ", ", scales.size(),
+              " and ", numbers.size());
+  const int64_t K = seeds.numel();
+  TORCH_CHECK_VALUE(directions >= 1 && K >= 1 && K % directions == 0, op,
+                    ": the seeds of one or several steps, ", directions,
+                    " a step, are needed, got ", K);
+  const std::vector<int64_t> counts(K / directions, directions);
+  const Terms terms(op, seeds, coefs, counts,
+                    noise == Noise::kHadamardFp16 ? Noise::kHadamard : noise);
+  check_found_inf(op, found_inf);
+  std::vector<Piece> pieces;
+  bool by_coefs = false;
+  for (size_t t = 0; t < xs.size(); t++) {
+    if (scales[t] == 0) continue;
+    check_dense(op, "x", xs[t]);
+    if (xs[t].numel() == 0) continue;
+    Task task = task_of(op, xs[t], directions, stochastic, rounding_seed, streams[t], keeps[t]);
+    task.noisy = true;
+    std::vector<Task> steps;
+    for (size_t s = 0; s < counts.size(); s++, task.first_term += directions) {
+      by_coefs = by_coefs || terms.skips(s);
+      task.scale = terms.scale_for(s, scales[t]);
+      steps.push_back(task);
+    }
+    char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
+    selection.add(pieces, t, std::move(steps), x, x);
+  }
+  if (pieces.empty() || skips(by_coefs, found_inf)) return;
+  float n[5];
+  std::copy(numbers.begin(), numbers.end(), n);
+  const Adam adam = {n[0], n[1], n[2], n[3], n[4], nullptr, 0};
+  add_noise_pieces(pieces, terms, &adam);
+}
+
 void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
                     int64_t directions, at::IntArrayRef streams, at::ArrayRef<double> keeps,
                     at::ArrayRef<double> scales, at::ArrayRef<double> numbers,
@@ -178,40 +221,26 @@ void adam_list_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor
                           streams, keeps, scales, numbers, noise, stochastic, rounding_seed,
                           found_inf);
   }
-  TORCH_CHECK(streams.size() == xs.size() && keeps.size() == xs.size() &&
-                  scales.size() == xs.size() && numbers.size() == 5,
-              op, ": streams, keeps and scales must be one per tensor (", xs.size(),
-              ") and numbers five, got ", streams.size(), ", ", keeps.size(), ", ", scales.size(),
-              " and ", numbers.size());
-  const int64_t K = seeds.numel();
-  TORCH_CHECK_VALUE(directions >= 1 && K >= 1 && K % directions == 0, op,
-                    ": the seeds of one or several steps, ", directions,
-                    " a step, are needed, got ", K);
-  const std::vector<int64_t> counts(K / directions, directions);
-  const Terms terms(op, seeds, coefs, counts,
-                    *known == Noise::kHadamardFp16 ? Noise::kHadamard : *known);
-  check_found_inf(op, found_inf);
-  std::vector<Piece> pieces;
-  bool by_coefs = false;
-  for (size_t t = 0; t < xs.size(); t++) {
-    if (scales[t] == 0) continue;
-    check_dense(op, "x", xs[t]);
-    if (xs[t].numel() == 0) continue;
-    Task task = task_of(op, xs[t], directions, stochastic, rounding_seed, streams[t], keeps[t]);
-    task.noisy = true;
-    char* const x = static_cast<char*>(xs[t].mutable_data_ptr());
-    pieces.push_back({x, x, xs[t].numel(), 0, {}});
-    for (size_t s = 0; s < counts.size(); s++, task.first_term += directions) {
-      by_coefs = by_coefs || terms.skips(s);
-      task.scale = terms.scale_for(s, scales[t]);
-      pieces.back().tasks.push_back(task);
-    }
+  adam_list(op, xs, seeds, coefs, directions, streams, keeps, scales, numbers, *known, stochastic,
+            rounding_seed, found_inf, Selection(op, {}, {}, std::nullopt, {}, xs));
+}
+
+void adam_parts_cpu_(at::TensorList xs, const at::Tensor& seeds, const at::Tensor& coefs,
+                     int64_t directions, at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                     at::ArrayRef<double> scales, at::ArrayRef<double> numbers,
+                     std::string_view noise, bool stochastic, int64_t rounding_seed,
+                     const std::optional<at::Tensor>& found_inf, at::IntArrayRef places,
+                     at::ArrayRef<double> limits, const std::optional<at::Tensor>& mask_seed,
+                     at::TensorList takes) {
+  const char* const op = "adam_parts_";
+  const auto known = noise_of(noise);
+  if (!known) {
+    return in_plain_torch("pseuzo::adam_parts_", adam_parts_cpu_, xs, seeds, coefs, directions,
+                          streams, keeps, scales, numbers, noise, stochastic, rounding_seed,
+                          found_inf, places, limits, mask_seed, takes);
   }
-  if (pieces.empty() || skips(by_coefs, found_inf)) return;
-  float n[5];
-  std::copy(numbers.begin(), numbers.end(), n);
-  const Adam adam = {n[0], n[1], n[2], n[3], n[4], nullptr, 0};
-  add_noise_pieces(pieces, terms, &adam);
+  adam_list(op, xs, seeds, coefs, directions, streams, keeps, scales, numbers, *known, stochastic,
+            rounding_seed, found_inf, Selection(op, places, limits, mask_seed, takes, xs));
 }
 
 }  // namespace
@@ -229,6 +258,7 @@ TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
   m.impl("add_noise_list_out", &pseuzo::add_noise_list_out_cpu);
   m.impl("add_noise_steps_", &pseuzo::add_noise_steps_cpu_);
   m.impl("adam_list_", &pseuzo::adam_list_cpu_);
+  m.impl("adam_parts_", &pseuzo::adam_parts_cpu_);
   m.impl("add_noise_masked_list_", &pseuzo::add_noise_masked_list_cpu_);
   m.impl("add_noise_masked_list_out", &pseuzo::add_noise_masked_list_out_cpu);
 }

@@ -1,4 +1,4 @@
-// The op on the CPU that adds products of thin factors: add_outer_out.
+// The ops on the CPU that add products of thin factors: add_outer_out, add_outer_parts_out.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,7 +17,7 @@
 namespace pseuzo {
 namespace {
 
-const char* const kOp = "add_outer_out";
+const char* const kOp = "add_outer_parts_out";
 
 void check_factor(const char* name, const at::Tensor& factor) {
   check_dense(kOp, name, factor);
@@ -26,10 +26,14 @@ void check_factor(const char* name, const at::Tensor& factor) {
               factor.sizes());
 }
 
-void add_outer_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList rights,
-                       const at::Tensor& coefs, at::IntArrayRef streams, at::ArrayRef<double> keeps,
-                       at::ArrayRef<double> factors, bool stochastic, int64_t rounding_seed,
-                       const std::optional<at::Tensor>& found_inf, at::TensorList out) {
+void add_outer_parts_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList rights,
+                             const at::Tensor& coefs, at::IntArrayRef streams,
+                             at::ArrayRef<double> keeps, at::ArrayRef<double> factors,
+                             bool stochastic, int64_t rounding_seed,
+                             const std::optional<at::Tensor>& found_inf, at::IntArrayRef places,
+                             at::ArrayRef<double> limits,
+                             const std::optional<at::Tensor>& mask_seed, at::TensorList takes,
+                             at::TensorList out) {
   const size_t T = out.size();
   TORCH_CHECK(xs.size() == T && lefts.size() == T && rights.size() == T && streams.size() == T &&
                   keeps.size() == T && factors.size() == T,
@@ -39,8 +43,16 @@ void add_outer_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList r
   TORCH_CHECK(coefs.scalar_type() == at::kFloat, kOp, ": coefs must be float32, got ",
               coefs.scalar_type());
   check_found_inf(kOp, found_inf);
+  // Rounding to nearest does not depend on where an element is.
+  const bool placed = stochastic || mask_seed;
+  const Selection selection(kOp, placed ? places : at::IntArrayRef(), limits, mask_seed, takes,
+                            out);
+  const float* const c = coefs.const_data_ptr<float>();
+  const bool finite =
+      std::all_of(c, c + coefs.numel(), [](float coef) { return std::isfinite(coef); });
   std::vector<Outer> outers(T);
   std::vector<Piece> pieces;
+  bool any = false;
   for (size_t t = 0; t < T; t++) {
     const at::Tensor &x = xs[t], &y = out[t];
     check_dense(kOp, "x", x);
@@ -54,32 +66,40 @@ void add_outer_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList r
                 kOp, ": left [m, R], right [R, n], and x and out of m * n elements and one dtype ",
                 "are needed, got ", lefts[t].sizes(), ", ", rights[t].sizes(), ", ", x.sizes(), " ",
                 x.scalar_type(), " and ", y.sizes(), " ", y.scalar_type());
-    Task task = task_of(kOp, y, 0, stochastic, rounding_seed, streams[t], keeps[t]);
-    task.scale = static_cast<float>(factors[t]);
-    task.outer = &outers[t];
-    const char* const src = static_cast<const char*>(x.const_data_ptr());
-    pieces.push_back({src, static_cast<char*>(y.mutable_data_ptr()), y.numel(), 0, {task}});
+    any = any || y.numel() != 0;
   }
-  if (std::all_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.n == 0; }))
-    return;
-  const float* const c = coefs.const_data_ptr<float>();
-  const bool finite =
-      std::all_of(c, c + coefs.numel(), [](float coef) { return std::isfinite(coef); });
+  if (!any) return;
   const bool skipped = skips(!finite, found_inf);
-  std::vector<Piece> moved;
   for (size_t t = 0; t < T; t++) {
+    const at::Tensor& y = out[t];
+    const char* const src = static_cast<const char*>(xs[t].const_data_ptr());
+    char* const dst = static_cast<char*>(y.mutable_data_ptr());
     if (!skipped && factors[t] != 0) {
-      moved.push_back(pieces[t]);
-    } else if (pieces[t].src != pieces[t].dst) {
-      std::memcpy(pieces[t].dst, pieces[t].src, pieces[t].n * out[t].element_size());
+      Task task = task_of(kOp, y, 0, stochastic, rounding_seed, streams[t], keeps[t]);
+      task.scale = static_cast<float>(factors[t]);
+      task.outer = &outers[t];
+      selection.add(pieces, t, {task}, src, dst);
+    } else if (src != dst) {
+      std::memcpy(dst, src, y.numel() * y.element_size());
     }
   }
   // There are no seeds: the tasks have no terms.
   const Terms none(kOp, at::empty({0}, at::kLong), at::empty({0}, at::kFloat), 0, Noise::kNormal);
-  add_noise_pieces(moved, none);
+  add_noise_pieces(pieces, none);
+}
+
+void add_outer_out_cpu(at::TensorList xs, at::TensorList lefts, at::TensorList rights,
+                       const at::Tensor& coefs, at::IntArrayRef streams, at::ArrayRef<double> keeps,
+                       at::ArrayRef<double> factors, bool stochastic, int64_t rounding_seed,
+                       const std::optional<at::Tensor>& found_inf, at::TensorList out) {
+  add_outer_parts_out_cpu(xs, lefts, rights, coefs, streams, keeps, factors, stochastic,
+                          rounding_seed, found_inf, {}, {}, std::nullopt, {}, out);
 }
 
 }  // namespace
 }  // namespace pseuzo
 
-TORCH_LIBRARY_IMPL(pseuzo, CPU, m) { m.impl("add_outer_out", &pseuzo::add_outer_out_cpu); }
+TORCH_LIBRARY_IMPL(pseuzo, CPU, m) {
+  m.impl("add_outer_out", &pseuzo::add_outer_out_cpu);
+  m.impl("add_outer_parts_out", &pseuzo::add_outer_parts_out_cpu);
+}

@@ -27,6 +27,61 @@ int64_t chunks_of(const Piece& piece) {
 
 }  // namespace
 
+Selection::Selection(const char* op, at::IntArrayRef places, at::ArrayRef<double> limits,
+                     const std::optional<at::Tensor>& mask_seed, at::TensorList takes,
+                     at::TensorList out)
+    : parts_(out.size()),
+      masks_(limits.empty() ? Masks() : Masks(op, limits, mask_seed)),
+      takes_(takes) {
+  const size_t T = out.size();
+  TORCH_CHECK((limits.empty() || limits.size() == T) && (takes.empty() || takes.size() == T), op,
+              ": limits and takes (or none) must be one per tensor (", T, "), got ", limits.size(),
+              " and ", takes.size());
+  TORCH_CHECK(limits.empty() || takes.empty(), op, ": one kind of mask can be given, got two");
+  TORCH_CHECK(places.empty() || places.size() == 3 * T, op, ": places must be three per tensor (",
+              T, "), got ", places.size());
+  for (size_t t = 0; t < T; t++) {
+    Part& part = parts_[t];
+    part.n = out[t].numel();
+    part.itemsize = out[t].element_size();
+    if (!places.empty()) {
+      part.offset = places[3 * t];
+      part.width = places[3 * t + 1];
+      part.stride = places[3 * t + 2];
+    }
+    TORCH_CHECK(part.offset >= 0 && part.width >= 0 && part.stride >= 0 &&
+                    (part.width == 0 || part.n % part.width == 0),
+                op, ": an offset, a width and a stride must not be negative, and whole rows are ",
+                "needed, got ", part.offset, ", ", part.width, " and ", part.stride, " for ",
+                part.n, " elements");
+    if (takes.empty()) continue;
+    check_dense(op, "a mask", takes[t]);
+    TORCH_CHECK(takes[t].scalar_type() == at::kBool && takes[t].numel() == part.n, op,
+                ": a mask must be bool, with the ", part.n, " elements of x, got ",
+                takes[t].scalar_type(), " ", takes[t].sizes());
+  }
+}
+
+void Selection::add(std::vector<Piece>& pieces, size_t t, std::vector<Task> tasks, const char* src,
+                    char* dst) const {
+  const Part& part = parts_[t];
+  const uint8_t* bytes = nullptr;
+  if (!takes_.empty()) bytes = static_cast<const uint8_t*>(takes_[t].const_data_ptr());
+  const int64_t width = part.width ? part.width : part.n;
+  int64_t first = part.offset;
+  for (int64_t begin = 0; begin < part.n; begin += width, first += part.stride) {
+    for (Task& task : tasks) {
+      masks_.set(task, t);
+      if (bytes) task.mask = Mask::kGiven;
+      task.takes = bytes ? bytes + begin : nullptr;
+      task.takes_first = first;
+      task.outer_first = first - begin;
+    }
+    const int64_t at = begin * part.itemsize;
+    pieces.push_back({src ? src + at : nullptr, dst + at, width, first, tasks});
+  }
+}
+
 void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms, const Adam* adam) {
   // The chunks of all tensors are numbered in one row, so a list of a thousand small tensors is
   // divided as a large one is.

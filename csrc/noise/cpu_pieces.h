@@ -21,6 +21,26 @@ struct Piece {
   std::vector<Task> tasks;  // one; or several in a row, all in place
 };
 
+// Where the elements of the tensors of a call are in whole tensors, and which of them take noise:
+// the arguments places, limits, mask_seed and takes of pseuzo_kernels/parts.py.
+class Selection {
+ public:
+  Selection(const char* op, at::IntArrayRef places, at::ArrayRef<double> limits,
+            const std::optional<at::Tensor>& mask_seed, at::TensorList takes, at::TensorList out);
+  // Appends the pieces of tensor t, which have these tasks. src may be null if there are no masks.
+  void add(std::vector<Piece>& pieces, size_t t, std::vector<Task> tasks, const char* src,
+           char* dst) const;
+  bool masked() const { return masks_.kind != Mask::kNone || !takes_.empty(); }
+
+ private:
+  struct Part {
+    int64_t n = 0, offset = 0, width = 0, stride = 0, itemsize = 0;
+  };
+  std::vector<Part> parts_;
+  Masks masks_;
+  at::TensorList takes_;
+};
+
 // Divides the pieces among threads. adam: the tasks of a piece are the steps that make its moments.
 void add_noise_pieces(const std::vector<Piece>& pieces, const Terms& terms,
                       const Adam* adam = nullptr);

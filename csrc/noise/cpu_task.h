@@ -43,8 +43,9 @@ struct Task {
   int64_t takes_first;   // the position of the first one in the whole tensor
   bool sign;             // only the sign of the sum is added, times step
   float step;
-  const Outer* outer;  // null, or what is added in place of noise, times scale
-  const Adam* adam;    // null: the sum of the noise is added, and not Adam's step
+  const Outer* outer;   // null, or what is added in place of noise, times scale
+  int64_t outer_first;  // the position of its first element, counted in rows of its own n elements
+  const Adam* adam;     // null: the sum of the noise is added, and not Adam's step
 };
 
 // A product of thin factors, left [m, R] and right [R, n]; see pseuzo_kernels/low_rank.py.

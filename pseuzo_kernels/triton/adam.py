@@ -63,9 +63,10 @@ def _moves(
 
 
 @triton.jit
-def _block(
+def move_block(
     x_ptr,  # the first element of the block
-    left,  # elements from there
+    lo,  # elements from there that are written: lo <= i < hi
+    hi,
     q,
     stream,
     seeds_ptr,
@@ -86,10 +87,13 @@ def _block(
     HASH: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ASM: tl.constexpr,
+    limit=None,  # of a mask
+    mask_seed_ptr=None,  # [1] int64, or None: the mask is of small elements
+    takes_ptr=None,  # to the bytes of a given mask, where x_ptr is
 ):
     lane = tl.arange(0, COUNTERS)
     offs = lane // 128 * 2048 + lane % 128
-    zero = zeros_laid_out_as(load(x_ptr, offs, 0, left, 0, FULL, False), ASM)
+    zero = zeros_laid_out_as(load(x_ptr, offs, lo, hi, 0, FULL, False), ASM)
     q = q + lane.to(tl.uint32) + zero
     moves = _moves(
         q,
@@ -114,13 +118,25 @@ def _block(
         words = px.philox(
             q, stream, rounding_hash, px.ROUNDING_KEY0, px.ROUNDING_KEY1, px.ROUNDING_ROUNDS, ASM
         )
+    RANDOM: tl.constexpr = mask_seed_ptr is not None
+    mask_words = words
+    if RANDOM:
+        mask_hash = px.hash_seed(tl.load(mask_seed_ptr))
+        mask_words = px.philox(
+            q, stream, mask_hash, px.MASK_KEY0, px.MASK_KEY1, px.ROUNDING_ROUNDS, ASM
+        )
     for j in tl.static_range(16):
-        x = px.widen(load(x_ptr, offs, 0, left, j, FULL, False), ASM)
-        y = px.cast(x * keep + moves[j], words, j, x_ptr.dtype.element_ty, STOCHASTIC, ASM)
+        x = load(x_ptr, offs, lo, hi, j, FULL, False)
+        y = px.widen(x, ASM) * keep + moves[j]
+        y = px.cast(y, words, j, x_ptr.dtype.element_ty, STOCHASTIC, ASM)
+        if limit is not None:
+            y = tl.where(px.takes_noise(x, mask_words, j, limit, RANDOM, ASM), y, x)
+        if takes_ptr is not None:
+            y = tl.where(load(takes_ptr, offs, lo, hi, j, FULL, False) != 0, y, x)
         if FULL:
             tl.store(x_ptr + offs + j * 128, y)
         else:
-            tl.store(x_ptr + offs + j * 128, y, mask=inside(offs, 0, left, j, False))
+            tl.store(x_ptr + offs + j * 128, y, mask=inside(offs, lo, hi, j, False))
 
 
 @triton.jit
@@ -156,8 +172,9 @@ def _program(
     skipped, K, scale = unless_skipped(coefs_ptr, K, scale, found_inf_ptr, True, HASH)
     left = tl.where(skipped, 0, left)
     if left == 16 * COUNTERS:
-        _block(
+        move_block(
             x_ptr + start,
+            0,
             left,
             q,
             stream,
@@ -181,8 +198,9 @@ def _program(
             ASM,
         )
     elif left > 0:
-        _block(
+        move_block(
             x_ptr + start,
+            0,
             left,
             q,
             stream,

@@ -293,22 +293,30 @@ def cast(
     y, words, J: tl.constexpr, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, ASM: tl.constexpr
 ):
     """fp32 -> dtype, to nearest or stochastically, with the bits of plane J."""
+    if STOCHASTIC:
+        return cast_by(y, rounding_dither(words, J, ASM), dtype, True, ASM)
+    else:
+        return cast_by(y, 0, dtype, False, ASM)
+
+
+@triton.jit
+def cast_by(y, dither, dtype: tl.constexpr, STOCHASTIC: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> dtype, to nearest or stochastically, with 16 bits for each element."""
     if STOCHASTIC and dtype == tl.float16:
         bits = y.to(tl.uint32, bitcast=True)
         u = bits & 0x7FFFFFFF
-        d = rounding_dither(words, J, ASM)
-        normal = (u - 0x38000000 + (d >> 3)) >> 13
+        normal = (u - 0x38000000 + (dither >> 3)) >> 13
         tiny = u < 0x38800000
         # 2^40; < 2^26 then
         small = tl.where(tiny, u, 0).to(tl.float32, bitcast=True) * 1099511627776.0
-        out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + d) >> 16, normal)
+        out = tl.where(tiny, (small.to(tl.int32).to(tl.uint32) + dither) >> 16, normal)
         out = tl.where(u >= 0x47800000, 0x7C00, out)
         out = tl.where(u > 0x7F800000, 0x7E00, out)
         return (out | ((bits >> 16) & 0x8000)).to(tl.uint16).to(tl.float16, bitcast=True)
     elif dtype == tl.bfloat16 and (STOCHASTIC or not ASM):  # the cast of the interpreter truncates
         bits = y.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            up = rounding_dither(words, J, ASM)
+            up = dither
         else:
             up = 0x7FFF + ((bits >> 16) & 1)
         finite = (bits & 0x7F800000) != 0x7F800000

@@ -4,9 +4,8 @@
 the whole tensor, or several. All runs of one dtype share a launch.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from pseuzo_kernels.bits import CHUNK
 from pseuzo_kernels.triton import launch
 from pseuzo_kernels.triton.kernels import COUNTERS, WARPS
 from pseuzo_kernels.triton.sums import add_block, unless_skipped
-from pseuzo_kernels.triton.tables import blocks_of, cached, capturing, to_device
+from pseuzo_kernels.triton.tables import Kept, blocks_of, to_device
 
 NARROW = 128  # counters of a program, of one warp, where all runs are short
 
@@ -65,9 +64,10 @@ def add_noise_parts_kernel(
     size: tl.constexpr = dtype_ptr.dtype.element_ty.primitive_bitwidth // 8
     # Integers are shifted, since this may be before the memory, of which nothing there is read.
     out_at, x_at = (tl.load(outs_ptr + r) - before * size), (tl.load(xs_ptr + r) - before * size)
-    if ALIGNED:
-        out_at, x_at = tl.multiple_of(out_at, 16), tl.multiple_of(x_at, 16)
-    out_ptr, x_ptr = out_at.to(pointer) + start, x_at.to(pointer) + start
+    out_ptr, x_ptr = out_at.to(pointer), x_at.to(pointer)
+    if ALIGNED:  # said of the pointers, as Triton forgets it with a conversion
+        out_ptr, x_ptr = tl.multiple_of(out_ptr, 16), tl.multiple_of(x_ptr, 16)
+    out_ptr, x_ptr = out_ptr + start, x_ptr + start
     mask_ptr = None
     if takes_ptr is not None:
         mask_ptr = (tl.load(takes_ptr + r) - before).to(tl.pointer_type(tl.uint8)) + start
@@ -109,7 +109,7 @@ def add_noise_parts_kernel(
     )
 
 
-class Tables(NamedTuple):
+class Runs(NamedTuple):
     """The runs of one dtype that share a launch."""
 
     t: int  # one of the tensors
@@ -119,7 +119,7 @@ class Tables(NamedTuple):
     programs: Tensor
 
 
-def _tables(
+def tables_of_runs(
     out_ptrs: tuple[int, ...],
     x_ptrs: tuple[int, ...],
     takes_ptrs: tuple[int, ...],
@@ -127,7 +127,10 @@ def _tables(
     dtypes: tuple[torch.dtype, ...],
     places: tuple[parts.Part, ...],
     device: torch.device,
-) -> list[Tables]:
+    most: int = COUNTERS,
+) -> list[Runs]:
+    """The launches for the runs of a list. most: the counters of a program, unless all runs are
+    short."""
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     for t, (n, part, dtype) in enumerate(zip(sizes, places, dtypes, strict=True)):
         for begin, end, first in parts.runs(n, part):
@@ -140,10 +143,10 @@ def _tables(
     tables = []
     for (_, aligned), rows in groups.items():
         touched = [row[2] % CHUNK + row[3] for row in rows]  # elements from the first chunk on
-        counters = NARROW if max(touched) < 16 * COUNTERS else COUNTERS
+        counters = NARROW if max(touched) < 16 * most else most
         columns = to_device(list(zip(*rows, strict=True)), torch.int64, device).unbind()
         programs = blocks_of(touched, 16 * counters, device)
-        tables.append(Tables(rows[0][-1], aligned, counters, list(columns), programs))
+        tables.append(Runs(rows[0][-1], aligned, counters, list(columns), programs))
     return tables
 
 
@@ -186,30 +189,16 @@ def add_noise_parts_out_triton(
     key = "parts", out_ptrs, x_ptrs, takes_ptrs, sizes, dtypes, all_parts
     factors = [launch.factor(noise, (1.0 if sign else scale) if scale else 0.0) for scale in scales]
     with launch.on_device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        place = device, stream
-
-        def on_device_once(key: tuple, build: Any) -> Any:
-            made = cached((place, *key), build, capturing(device))
-            if made is None:
-                raise RuntimeError(
-                    f"{op}: a CUDA graph can only record a call whose tables exist; make the same "
-                    "call once before it is captured"
-                )
-            return made
-
-        def numbers(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return on_device_once((dtype, *values), partial(to_device, values, dtype, device))
-
-        tables = on_device_once(key, partial(_tables, *key[1:], device))
+        kept = Kept(op, device)
+        tables = kept.get(key, partial(tables_of_runs, *key[1:], device))
         seeds, coefs, options = launch.prepared(seeds, coefs, noise, found_inf)
         options["HAS_X"] = bool(xs)
         of_tensors = (
-            numbers(streams, torch.int64),
-            numbers(keeps, torch.float32),
-            numbers(factors, torch.float32),
-            numbers(scales, torch.float32) if sign else None,
-            numbers(limits, torch.float32) if limits else None,
+            kept.numbers(streams, torch.int64),
+            kept.numbers(keeps, torch.float32),
+            kept.numbers(factors, torch.float32),
+            kept.numbers(scales, torch.float32) if sign else None,
+            kept.numbers(limits, torch.float32) if limits else None,
         )
         terms = seeds, coefs, K, rounding_hash, found_inf, mask_seed
         for group in tables:

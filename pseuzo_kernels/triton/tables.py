@@ -6,6 +6,7 @@ A training step launches over the same tensors again and again.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, local
 from typing import Any
 
@@ -96,6 +97,30 @@ def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -
     if device.type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
+
+
+class Kept:
+    """The tables of an op on a device, and on its current stream: a table belongs to the stream on
+    which it was copied."""
+
+    def __init__(self, op: str, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+        self._op, self._device, self._place = op, device, (device, stream)
+
+    def get(self, key: tuple, build: Callable[[], Any]) -> Any:
+        """build(), or what it returned for the same key. RuntimeError if a graph is captured, and
+        there is nothing yet."""
+        made = cached((self._place, *key), build, capturing(self._device))
+        if made is None:
+            raise RuntimeError(
+                f"{self._op}: a CUDA graph can only record a call whose tables exist; make the "
+                "same call once before it is captured"
+            )
+        return made
+
+    def numbers(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return self.get((dtype, *values), partial(to_device, list(values), dtype, self._device))
 
 
 def aligned_rows(*columns: Sequence[int]) -> list[list[int]]:

@@ -17,10 +17,12 @@ from helpers import assert_same_bits
 from triton.runtime import JITFunction
 from triton_ops import assert_close_normal, seeds_coefs, values
 
-from pseuzo_kernels import adam, masks, parts, reference
+from pseuzo_kernels import adam, low_rank, masks, parts, reference
 from pseuzo_kernels.triton import adam as adam_kernels
+from pseuzo_kernels.triton import adam_parts as adam_parts_kernels
 from pseuzo_kernels.triton import device as philox
-from pseuzo_kernels.triton import kernels, sums
+from pseuzo_kernels.triton import kernels, outer, sums
+from pseuzo_kernels.triton import low_rank as low_rank_kernels
 from pseuzo_kernels.triton import parts as parts_kernels
 from pseuzo_kernels.triton.launch import (
     add_noise_list_out_triton,
@@ -29,6 +31,7 @@ from pseuzo_kernels.triton.launch import (
     add_noise_steps_triton_,
 )
 
+MODULES = kernels, adam_kernels, adam_parts_kernels, parts_kernels, outer
 SM_90 = os.environ["PSEUZO_EMULATE"] == "90"
 only_sm_90 = pytest.mark.skipif(not SM_90, reason="run for sm_90")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -216,15 +219,52 @@ def test_adam():
         assert_same_bits(g, w)
 
 
+def test_adam_of_parts():
+    """Shards that are aligned or not, of whole programs or tails, under a random mask."""
+    got = [values(n, BF16) for n in (4096, 75)]
+    want, (seeds, coefs) = [x.clone() for x in got], seeds_coefs(2)
+    numbers = [0.9, 0.999, *adam.adam_factors(-0.01, 0.9, 0.999, 2), 1e-8]
+    args = seeds, coefs, 1, [7, 3], [0.75, 1.0], [1.5, 1.0], numbers, "hadamard", True, 9
+    rest = None, [2048, 0, 0, 2047, 25, 130], [0.6, 0.5], torch.tensor([4])
+    with ptx_emulator.memory_of(*got, rest[-1]):
+        adam_parts_kernels.adam_parts_triton_(got, *args, *rest, [])
+    adam.adam_parts_(want, *args, *rest, [])
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize(
+    "shapes, dtype, stochastic",
+    [
+        ([(2, 544), (1, 259)], BF16, True),
+        pytest.param([(3, 128), (18, 5)], FP32, False, marks=only_sm_90),
+    ],
+)
+def test_low_rank(shapes, dtype, stochastic):
+    """Products are not fused with the sums that follow. Tiles are whole, or end within rows."""
+    xs = [values(m * n, dtype).view(m, n) for m, n in shapes]
+    got, want = ([torch.empty_like(x) for x in xs] for _ in range(2))
+    seeds, coefs = seeds_coefs(4)
+    terms = seeds[:2], seeds[2:], coefs[:2], 3, [7, 2**32 - 1], [0.75, 1.0], [0.5, -1.3]
+    how = "hadamard", stochastic, 9, None, [k for _, n in shapes for k in (3 * n, 0, 0)]
+    rest = [], None, []
+    with ptx_emulator.memory_of(*xs, *got):
+        low_rank_kernels.add_low_rank_out_triton(xs, *terms, *how, *rest, out=got)
+    low_rank.add_low_rank_out(xs, *terms, *how, *rest, out=want)
+    for g, w in zip(got, want, strict=True):
+        assert_same_bits(g, w)
+
+
 def test_all_kernels_and_all_inline_asm_were_run():
     """This test comes last, since it checks what the cases above have run."""
     names = {
         name
-        for name, f in (vars(kernels) | vars(adam_kernels) | vars(parts_kernels)).items()
+        for module in MODULES
+        for name, f in vars(module).items()
         if isinstance(f, JITFunction) and name.endswith("_kernel")
     }
     assert ptx_emulator.kernels_run == names
-    source = "".join(map(inspect.getsource, (philox, sums, kernels, adam_kernels, parts_kernels)))
+    source = "".join(map(inspect.getsource, (philox, sums, *MODULES)))
     asm = " ".join(
         re.findall(r"inline_asm_elementwise\(\s*(\"\"\"[^\"]*\"\"\"|\"[^\"]*\")", source)
     )

@@ -73,6 +73,81 @@ class TestCpp:
         assert torch.equal(x, normals(5))
 
 
+def selections(xs: list[torch.Tensor]) -> dict[str, tuple]:
+    """Places and masks of the tensors of a list."""
+    limits, seed = [0.4] * len(xs), torch.tensor([8], device=xs[0].device)
+    takes = [(torch.arange(x.numel()) % 3 > 0).to(x.device) for x in xs]
+    rows, columns = [], []
+    for t, x in enumerate(xs):
+        width = x.numel() // 3 if x.numel() % 3 == 0 else 0
+        rows += [2050 * t + 1, 0, 0]
+        columns += [2040, width, width + 9]
+    return {
+        "rows": (rows, [], None, []),
+        "columns": (columns, [], None, []),
+        "random": (rows, limits, seed, []),
+        "small": ([], limits, None, []),
+        "given": (columns, [], None, takes),
+    }
+
+
+@functools.cache
+def wanted_parts(name: str) -> list[torch.Tensor]:
+    xs = tensors()
+    adam.adam_parts_(xs, *arguments("hadamard", 3, 2), None, *selections(xs)[name])
+    return xs
+
+
+@pytest.mark.usefixtures("isa")
+class TestPartsInCpp:
+    pytestmark = on_every_isa
+
+    @pytest.mark.parametrize("name", ["rows", "columns", "random", "small", "given"])
+    def test_bits(self, name):
+        got = tensors()
+        ops.adam_parts_(got, *arguments("hadamard", 3, 2), None, *selections(got)[name])
+        for g, w in zip(got, wanted_parts(name), strict=True):
+            assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize("update", [pseuzo_kernels.adam_update_, adam.adam_update_])
+def test_a_part_becomes_what_it_becomes_in_its_tensor(update):
+    """A block of columns, under a mask; what the mask leaves out keeps its bits."""
+    whole = normals(40 * 70, torch.bfloat16).view(40, 70)
+    takes = normals(2800, seed=1).view(40, 70) > 0
+    how = dict(lr=0.1, weight_decay=0.2, streams=[5], rounding="stochastic", rounding_seed=3)
+    want, got = whole.clone(), whole[:, 5:60].clone()
+    update(want, [1, 2, 3], [0.3, -0.4, 0.2], **how)
+    place = pseuzo_kernels.Part(5, 55, 70)
+    mask = takes[:, 5:60].contiguous()
+    update(got, [1, 2, 3], [0.3, -0.4, 0.2], offset=place, mask=mask, **how)
+    assert_same_bits(got, torch.where(takes, want, whole)[:, 5:60])
+
+
+@(pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow)  # the interpreter is
+@pytest.mark.parametrize("name", ["random", "given"])
+def test_triton_parts(name):
+    from pseuzo_kernels.triton.adam_parts import adam_parts_triton_
+
+    some = (2, 4, 7, 11)  # as below
+    xs = tensors()
+    places, limits, seed, takes = selections(xs)[name]
+    got = [xs[t].to(DEVICE) for t in some]
+    places = [places[3 * t + i] for t in some for i in range(3)]
+    limits, takes = ([c[t] for t in some] if c else [] for c in (limits, takes))
+    seeds, coefs, directions, *lists, numbers, noise, stochastic, rounding_seed = arguments(
+        "hadamard", 3, 2
+    )
+    lists = [[values[t] for t in some] for values in lists]
+    terms = seeds.to(DEVICE), coefs.to(DEVICE), directions, *lists, numbers
+    how = noise, stochastic, rounding_seed, None
+    seed = None if seed is None else seed.to(DEVICE)
+    takes = [mask.to(DEVICE) for mask in takes]
+    adam_parts_triton_(got, *terms, *how, places, limits, seed, takes)
+    for t, g in zip(some, got, strict=True):
+        assert_same_bits(g, wanted_parts(name)[t])
+
+
 @(pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow)  # the interpreter is
 @pytest.mark.parametrize("noise, n, q", [CASES[1], CASES[5], CASES[6]])
 def test_triton(noise, n, q):

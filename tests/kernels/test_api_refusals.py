@@ -188,6 +188,10 @@ def test_bad_input_is_refused_before_anything_is_written(api):
         (lambda: api.add_noise_(y, 1, 1.0, -1), ValueError, "stream must be"),
         (lambda: api.add_noise(y, 1, 1.0, 0, out=torch.ones(6)), ValueError, "out must be like x"),
         (lambda: api.noise((5,), 1, 0, dtype=torch.int64), TypeError, "must be float32"),
+        *(
+            (lambda shape=shape: api.noise(shape, 1, 0), ValueError, "noise: shape must be")
+            for shape in (-3, (2, -1), 2.5, (2, "3"), None)
+        ),
         (
             lambda: api.perturb_(y, 1, 0.1, found_inf=0.0),
             TypeError,

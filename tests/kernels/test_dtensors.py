@@ -1,5 +1,7 @@
 """DTensors: their local parts become what the whole tensor becomes."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,6 +71,36 @@ def test_the_local_part_has_the_bits_of_the_whole(meshes, name):
         torch.testing.assert_close(out.float(), local.float() + 0.5 * z, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_adam_and_low_rank_update_their_parts(meshes, name):
+    whole = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    how: dict = dict(lr=0.5, streams=[4], rounding="stochastic", rounding_seed=3)
+    updates = [
+        partial(pk.adam_update_, seeds=[1, 2], coefs=[0.3, -0.4], **how),
+        partial(pk.low_rank_update_, seeds=[1, 2], coefs=[0.3, -0.4], rank=3, **how),
+    ]
+    for update in updates:
+        want = whole.clone()
+        update([want])
+        for rank, mesh in enumerate(meshes):
+            where = pieces(rank, PLACEMENTS[name])
+            local = whole[where].clone(memory_format=torch.contiguous_format)
+            x = tensors.DTensor.from_local(
+                local,
+                mesh,
+                PLACEMENTS[name],
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+            if "last" in name and update is updates[1]:  # no block of the matrix [10, 42]
+                with pytest.raises(ValueError, match="low rank is not defined for other parts"):
+                    update([x])
+                continue
+            update([x])
+            assert torch.equal(x.to_local(), want[where]), rank
+
+
 def test_placements_that_are_no_rows_are_refused(meshes):
     whole = torch.ones(SHAPE)
     for placements, shape, sentence in (
@@ -85,7 +117,5 @@ def test_placements_that_are_no_rows_are_refused(meshes):
     y = tensors.DTensor.from_local(torch.ones(3), meshes[0], run_check=False)
     with pytest.raises(ValueError, match="DTensors know their offset"):
         pk.perturb_([y], 1, 1.0, offset=3)
-    with pytest.raises(ValueError, match="DTensors are not supported; pass whole tensors"):
-        pk.adam_update_([y], [1], [1.0], lr=1.0)
     with pytest.raises(TypeError, match="x must be a DTensor, got Tensor"):
         pk.part_of(whole)

@@ -81,23 +81,90 @@ def test_bad_arguments_are_refused(api):
         api.low_rank_update_(x, [1], [1.0], lr=1.0, rank=2, right_seeds=[1, 2])
     with pytest.raises(ValueError, match="low_rank_factors: low rank is for matrices"):
         api.low_rank_factors((5,), 1, 0, rank=2)
+    for shape in ((-3, 4), (3, 4.5)):
+        with pytest.raises(ValueError, match="low_rank_factors: shape must be a number"):
+            api.low_rank_factors(shape, 1, 0, rank=2)
+    assert (x == 1).all()
+
+
+SHAPES = (((1, 1), 1), ((3, 700), 2), ((41, 130), 5), ((5000, 1), 2), ((2, 2049), 1))
+# Arguments that say which elements take noise, of matrices [m, n]: where they are, and masks.
+WHERE = {
+    "whole": lambda m, n, count: ([], [], None, []),
+    "rows": lambda m, n, count: ([5 * n, 0, 0] * count, [], None, []),
+    "columns": lambda m, n, count: ([3 * (n + 9) + 4, n, n + 9] * count, [], None, []),
+    "random": lambda m, n, count: ([7 * n, 0, 0] * count, [0.4] * count, torch.tensor([8]), []),
+    "small": lambda m, n, count: ([], [0.5] * count, None, []),
+    "given": lambda m, n, count: ([], [], None, [torch.arange(m * n) % 3 > 0] * count),
+}
+
+
+BLOCKS = {"rows": (slice(3, 9), slice(None)), "columns": (slice(None), slice(5, 60))}
+
+
+@apis
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_of_a_matrix_takes_its_block_of_the_noise(api, block):
+    """So it becomes what it becomes within the whole matrix, also its rounding and its mask."""
+    rows, columns = BLOCKS[block]
+    whole = normals(12 * 70, torch.bfloat16).view(12, 70)
+    part = pk.Part(3 * 70) if block == "rows" else pk.Part(5, 55, 70)
+    how: dict = dict(rank=3, streams=[6], mask=pk.RandomMask(0.7, 5), **STOCHASTIC)
+    update = dict(lr=0.5, weight_decay=0.1, right_seeds=[8, 9], **how)
+    want = whole.clone()
+    api.low_rank_update_(want, [1, 2], [0.3, -0.4], **update)
+    got = whole[rows, columns].clone()
+    api.low_rank_update_(got, [1, 2], [0.3, -0.4], offset=part, **update)
+    assert_same_bits(got, want[rows, columns])
+    assert 0.2 < (got == whole[rows, columns]).float().mean() < 0.5
+    want = api.low_rank_perturb(whole, 1, 0.5, **how)[rows, columns]
+    got = api.low_rank_perturb(whole[rows, columns].contiguous(), 1, 0.5, offset=part, **how)
+    assert_same_bits(got, want)
+
+
+@apis
+def test_masks(api):
+    """Elements that a mask leaves out keep their bits, others become what they become without."""
+    x = normals(200).view(10, 20)
+    whole = api.low_rank_perturb(x, 1, 0.5, rank=2, streams=[3])
+    for mask, takes in (
+        (x > 0, x > 0),
+        (pk.SmallMask(0.5), x.abs() <= 0.5),
+        ([x < 1], x < 1),
+    ):
+        got = api.low_rank_perturb(x, 1, 0.5, rank=2, streams=[3], mask=mask)
+        assert torch.equal(got, torch.where(takes, whole, x))
+    with pytest.raises(ValueError, match="a SmallMask depends on x, which this call changes"):
+        api.low_rank_perturb_(x, 1, 0.5, rank=2, mask=pk.SmallMask(0.5))
+
+
+@apis
+def test_other_parts_are_refused(api):
+    x = torch.ones(5, 4)
+    for part in (3, pk.Part(0, 2, 4), pk.Part(2, 4, 5)):
+        with pytest.raises(
+            ValueError, match=r"offset\[1\] must be that of whole rows of its matrix"
+        ):
+            api.low_rank_perturb_([x.clone(), x], 1, 1.0, rank=2, offset=[0, part])
     assert (x == 1).all()
 
 
 @needs_native
 @pytest.mark.usefixtures("isa")
-def test_cpp():
+@pytest.mark.parametrize("where", WHERE)
+def test_cpp(where):
     """Rows end within vectors and chunks; out is another tensor or x."""
-    for (m, n), R in (((1, 1), 1), ((3, 700), 2), ((41, 130), 5), ((5000, 1), 2), ((2, 2049), 1)):
+    for (m, n), R in SHAPES if where == "whole" else SHAPES[:3]:
         left, right = normals(m * R).view(m, R), normals(R * n, seed=1).view(R, n)
         xs = [normals(m * n, dtype, seed=2) for dtype in DTYPES]
         numbers = [7, 2**32 - 1, 0], [0.9, 1.0, -0.5], [0.7, -1.3, 0.0 if R == 5 else 0.2]
         for stochastic in (False, True):
-            shared = [left] * 3, [right] * 3, terms(2)[1], *numbers, stochastic, 9, None
+            how = stochastic, 9, None, *WHERE[where](m, n, 3)
+            shared = [left] * 3, [right] * 3, terms(2)[1], *numbers, *how
             want = [torch.empty_like(x) for x in xs]
-            low_rank.add_outer_out(xs, *shared, out=want)
+            low_rank.add_outer_parts_out(xs, *shared, out=want)
             out, bands = zip(*map(banded, xs), strict=True)
-            ops.add_outer_out(list(out), *shared, out=list(out))
+            ops.add_outer_parts_out(list(out), *shared, out=list(out))
             for x, a, b, band in zip(xs, want, out, bands, strict=True):
                 assert_same_bits(b, a)
                 assert (band != 7).sum() <= x.numel(), "wrote outside x"
@@ -111,7 +178,7 @@ def test_both_ways_in_plain_torch_have_the_same_bits(monkeypatch):
     out = torch.empty_like(x)
     low_rank.add_outer_out([x], [left], [right], torch.ones(1), *shared, out=[out])
     q = torch.arange(256)
-    d = low_rank.outer_sum(left, right, "", q, 7, None, None, 0.7)
+    d = low_rank.outer_sum(left, right, 0, "", q, 7, None, None, 0.7)
     columns = d.view(16, 2, 128).transpose(0, 1).reshape(-1)[:3600]
     assert_same_bits(out, x * torch.tensor(0.9) + columns)
 

@@ -27,6 +27,8 @@ def model() -> nn.Module:
 def test_the_stream_of_a_name_is_known():
     """The first bytes of SHA-256 of "abc" are ba 78 16 bf, those of "" e3 b0 c4 42."""
     assert pk.stream_of_name("abc") == 0xBF1678BA and pk.stream_of_name("") == 0x42C4B0E3
+    with pytest.raises(TypeError, match=r"stream_of_name: name must be a string, .* got 3"):
+        pk.stream_of_name(3)
 
 
 def test_names_give_the_same_noise_in_any_order_and_part(api):
