@@ -28,7 +28,8 @@ from pseuzo.train.track import Track
 
 LADDER = 4.0  # the ratio of neighbouring rates
 MIDDLE = 0.1  # the middle rate, in units of 1 / T
-PROBED = 16  # the most batches that measure T
+# The fewest and the most batches that measure T: along few directions its error is not known.
+FEWEST, PROBED = 8, 32
 SURVIVED = 1.05  # a rate that raises the dev loss by more than this factor does not survive
 Curvature = tuple[float | None, float, float]  # see _curvature
 
@@ -99,7 +100,8 @@ class Contest:
             return 0, 0
         others = self.scales_eps and not self.everywhere  # all weights are another placement
         each = 2 * (places + others) + (not self.of_examples)
-        return min(PROBED, 2 * max(1, self.race.budget // 6 // each)), each
+        share = 3 if self.everywhere else 2  # of the budget, the rest of which is for the race
+        return min(PROBED, 2 * max(1, self.race.budget // share // (2 * each))), each
 
     @property
     def _rungs(self) -> tuple[int, ...]:
@@ -153,7 +155,8 @@ class Contest:
                 ):
                     samples[row.name].append(row)
                 found = {name: _curvature(rows) for name, rows in samples.items()}
-                if all(t and error < t / 4 for t, error, _ in found.values()):
+                known = all(t and error < t / 4 for t, error, _ in found.values())
+                if known and first + 2 >= FEWEST:
                     break
             return found, min(first + 2, most)
 
