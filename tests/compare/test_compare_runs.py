@@ -89,7 +89,7 @@ def test_a_run_that_cannot_be_made_says_why(tmp_path):
 class InThisProcess(Maker):
     """In place of worker.Workers."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder, devices):
         super().__init__(folder / "work")
 
     def __enter__(self):

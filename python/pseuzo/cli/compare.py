@@ -34,7 +34,7 @@ def compare(
         comparison.plan({"references": {task: of.reference for task, of in request.tasks.items()}})
         from pseuzo.cli.worker import Workers
 
-        with Workers(output, cells[0].settings["device"]) as workers:
+        with Workers(output, {cell.settings["device"] for cell in cells}) as workers:
             comparison.run(workers)
         return report(output)
 

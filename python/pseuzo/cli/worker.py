@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ SHARED = (
 
 class Workers:
     """Executes runs: trials and calibrations in a process that they share, final runs each in one
-    of their own. folder: for the log, and for what runs keep while they go on. device: of all
-    runs."""
+    of their own. folder: for the log, and for what runs keep while they go on. devices: those of
+    the runs."""
 
-    def __init__(self, folder: Path, device: str):
+    def __init__(self, folder: Path, devices: Collection[str]):
         self.folder = folder
         # What imports may ask of CUDA does not survive a fork.
-        forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+        forks = set(devices) <= {"cpu"} and "forkserver" in multiprocessing.get_all_start_methods()
         self._context = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload(["pseuzo.cli.run"])
