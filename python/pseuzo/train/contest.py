@@ -183,20 +183,23 @@ class Contest:
         return replace(runner, lr=lr, rung=rung, losses={})
 
     def _halves(self, winner: Runner) -> list[Runner]:
+        """The halves of a winner's layers. T of a half is taken for proportional to its size."""
         halves = placement.halves(self.model, winner.where) if self.everywhere else {}
         known = [runner.where for runner in self.race.seen]
-        if not halves or any(where in known for where in halves.values()):
+        if any(where in known for where in halves.values()):
             return []
-        found = self._curvatures({winner.name: winner.where} | halves)
-        if self.scales_eps and not found:
-            return []
-        runners = []
+        whole, runners = self._size(winner.where), []
         for name, where in halves.items():
-            ratio = _ratio(found[winner.name], found[name]) if found else 1.0
+            ratio = whole / self._size(where)
             lr = winner.lr * (ratio if self.by_slope else 1.0)
-            eps = winner.eps * math.sqrt(ratio)
+            eps = winner.eps * (math.sqrt(ratio) if self.scales_eps else 1.0)
             runners.append(Runner(f"{winner.name}, {name}", where, lr, eps, winner.rung))
         return runners
+
+    def _size(self, where: list[str]) -> float:
+        """The number of weights of a placement, each with the square of its noise scale."""
+        placed = placement.place(self.model, where)
+        return sum(p.numel() * scale * scale for p, scale in placed.items())
 
     # The result
 
