@@ -126,7 +126,7 @@ class Readout:
 
         with torch.enable_grad():
             solver.step(loss)
-        state["new"].zero_()
+        state["new"] = torch.zeros((), dtype=torch.int64)
         if all(bool(x.isfinite().all()) for x in free):
             state |= {"moved": moved.detach(), "moved_bias": of_bias.detach()}
             self.write()

@@ -40,7 +40,8 @@ class Contest:
 
     track: where candidates train. forwards: the passes of the first n steps of a run. steps: those
     of this run, if it searched for nothing. losses: n -> the losses of n batches, as closures.
-    of_examples: whether these are the losses of each example.
+    of_examples: whether these are the losses of each example. fits: whether a readout is fitted; if
+    a rate is searched for, then a candidate at rate 0 races too, whose weights stay.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Contest:
     losses: Callable[[int], list[Callable[[], Any]]]
     of_examples: bool
     together: Together
+    fits: bool = False
 
     def __post_init__(self) -> None:
         args, method = self.args, METHODS[self.args.method]
@@ -62,6 +64,7 @@ class Contest:
         self.scales_eps = method.zeroth_order and (auto or args.scale_eps)
         self.measures = self.scales_eps or (self.by_slope and args.find_lr)
         self.whole, self.start = self.forwards(self.steps), math.inf
+        self.rests = self.fits and args.find_lr
         budget, go, price = int(args.search_share * self.whole), self.track.go, self.track.price
         self.race = Race(go, price, self._entry, budget, self.steps)
 
@@ -69,7 +72,7 @@ class Contest:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
         race, expected = self.race, ([1] if self.args.find_lr else [], [2] * self.everywhere)
         most = len(self.places) + 1 if self.everywhere else len(self._rungs) + 1
-        field, left_out = self._field(race.plan(most, *expected))
+        field, left_out = self._field(race.plan(most + self.rests, *expected) - self.rests)
         # The probe may have left more than was set aside for it.
         race.entry = lambda n: self.track.evaluation
         starting = field[: race.plan(len(field), *expected)]
@@ -88,7 +91,7 @@ class Contest:
 
     def _entry(self, n: int) -> int:
         """The forward passes before n runners start."""
-        n = n if self.everywhere else 1
+        n = max(1, n - self.rests) if self.everywhere else 1
         clean = n > len(self.places)
         batches, each = self._probe_of(n)
         return clean + batches * each + self.track.evaluation
@@ -135,6 +138,8 @@ class Contest:
             runners.append(Runner(name, where, lr, eps))
         if not self.everywhere:
             runners += [self._on_rung(runners[0], rung) for rung in self._rungs]
+        if self.rests:
+            runners.insert(1, replace(runners[0], name="no weights", lr=0.0, losses={}))
         return runners, list(places)[n:]
 
     def _curvatures(self, places: dict[str, list[str]]) -> dict[str, Curvature]:
@@ -166,13 +171,15 @@ class Contest:
 
     def _challengers(self, winner: Runner) -> list[Runner]:
         """Those that may beat a winner: another rate, and then the halves of its layers."""
+        if not winner.lr:
+            return []
         rung = self._next_rung(winner) if self.args.find_lr else None
         return self._halves(winner) if rung is None else [self._on_rung(winner, rung)]
 
     def _next_rung(self, winner: Runner) -> int | None:
         """The rate above a winner's, if it has not run; if it ran and did not survive, the one
         below."""
-        same = {runner.rung for runner in self.race.seen if runner.where == winner.where}
+        same = {r.rung for r in self.race.seen if r.where == winner.where and r.lr}
         if winner.rung + 1 not in same:
             return winner.rung + 1
         return None if self._survived_above(winner) or winner.rung - 1 in same else winner.rung - 1
@@ -205,13 +212,14 @@ class Contest:
 
     def _survived_above(self, winner: Runner) -> bool | None:
         """Whether the rate above a winner's survived; None if it did not run."""
-        same = (runner for runner in self.race.seen if runner.where == winner.where)
+        same = (r for r in self.race.seen if r.where == winner.where and r.lr)
         above = next((runner for runner in same if runner.rung == winner.rung + 1), None)
         return above and max(above.losses.values()) < SURVIVED * self.start
 
     def _settled(self, winner: Runner) -> float:
         """The rate to run at: see the rules at the top of this file."""
-        if not self.args.find_lr or not winner.losses or self._survived_above(winner):
+        known = winner.losses and winner.lr
+        if not self.args.find_lr or not known or self._survived_above(winner):
             return winner.lr
         if winner.rung > 0:
             return winner.lr / LADDER

@@ -155,9 +155,12 @@ class SearchingTrainer(ResumableTrainer):
             self.forwards,
             self.together,
             goes_on,
+            self.readout,
         )
         known = self.forwards, steps, losses, self._of_examples
-        return Contest(self.model, self.args, track, *known, self.together)
+        return Contest(
+            self.model, self.args, track, *known, self.together, self.readout is not None
+        )
 
     def _dev_batches(self) -> list[dict[str, Any]]:
         """The first rows of the evaluation data, in batches as large as those of a step; none if
@@ -186,7 +189,8 @@ class SearchingTrainer(ResumableTrainer):
             functions, more = self.losses.step_inputs(inputs, optimizer)
             if optimizer.needs_data:
                 more["batches"] = self.data_losses
-            optimizer.estimate(*functions, **more)
+            with self.listening():
+                optimizer.estimate(*functions, **more)
             optimizer.step()
             return
         with frozen_mode(self.model), torch.enable_grad():

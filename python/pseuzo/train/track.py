@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.interrupts import undoing
+from pseuzo.models.readout import Readout
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.together import Together
 from pseuzo.optim.update import Direction, prepare
@@ -69,7 +70,8 @@ class Track:
     make: the optimizer of a candidate, at the base weights. step: makes step i of an optimizer.
     dev: functions that each give the loss of some dev rows by one forward pass; the ranks of a run
     share them. forwards: the passes of the first n steps. goes_on: whether candidates go on from
-    where they were (see replayable), or start again.
+    where they were (see replayable), or start again. readout: that of the run; each candidate fits
+    its own.
     """
 
     def __init__(
@@ -81,12 +83,15 @@ class Track:
         forwards: Callable[[int], int],
         together: Together,
         goes_on: bool,
+        readout: Readout | None = None,
     ):
         self.model, self._make, self._step = model, make, step
         self._dev, self._forwards, self._together = dev, forwards, together
-        self._goes_on = goes_on
+        self._goes_on, self._readout = goes_on, readout
         self._base: dict[Tensor, Tensor] = {}
-        self._lanes: dict[Any, tuple[Any, Tape]] = {}  # the candidates that can go on
+        self._fitted: dict[str, Tensor] = {}  # what the readout knew before
+        # The optimizer, the updates and the readout of the candidates that can go on.
+        self._lanes: dict[Any, tuple[Any, Tape, dict[str, Tensor]]] = {}
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -95,6 +100,7 @@ class Track:
         flush(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self._base = {p: p.detach().to("cpu", copy=True) for p in trained}
+        self._fitted = self._of_readout()
         with undoing(self._restore):
             yield
         self._base, self._lanes = {}, {}
@@ -107,7 +113,12 @@ class Track:
             p.copy_(saved)
             p.requires_grad_()
             p.grad = None
+        if self._readout is not None:
+            self._readout.load(self._fitted)
         torch.clear_autocast_cache()
+
+    def _of_readout(self) -> dict[str, Tensor]:
+        return {} if self._readout is None else dict(self._readout.state)
 
     @property
     def evaluation(self) -> int:
@@ -123,7 +134,9 @@ class Track:
     def go(self, candidate: Any, steps: int) -> float:
         """Take a candidate on to this number of steps; return its loss on the dev rows."""
         self._restore()
-        optimizer, tape = self._lanes.pop(candidate, (None, Tape()))
+        optimizer, tape, fitted = self._lanes.pop(candidate, (None, Tape(), {}))
+        if optimizer is not None and self._readout is not None:
+            self._readout.load(fitted)
         if optimizer is None:
             optimizer = self._make(candidate)
             if self._goes_on:
@@ -132,7 +145,7 @@ class Track:
         for i in range(len(tape.updates), steps):
             self._step(optimizer, i)
         if self._goes_on:
-            self._lanes[candidate] = optimizer, tape
+            self._lanes[candidate] = optimizer, tape, self._of_readout()
         return self.loss()
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ perturbed passes, since it never computes the loss at the weights themselves; ev
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ class PseuZOTrainer(SearchingTrainer):
         functions, more = self.losses.step_inputs(inputs, self.zero_order)
         if self.zero_order.needs_data:
             more["batches"] = self.data_losses
-        with nullcontext() if self.readout is None else self.readout.listening():
+        with self.listening():
             loss = self.zero_order.estimate(*functions, **more).to(self.args.device)
         return self.step_log.finite(loss, self._mean_loss())
 
