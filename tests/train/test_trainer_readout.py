@@ -1,5 +1,7 @@
 """Runs with readout=fit: the head that is fitted is part of the run, and of its checkpoints."""
 
+import json
+
 import pytest
 import torch
 from pseuzo.train.trainer import PseuZOTrainer
@@ -73,3 +75,22 @@ def test_auto_fits_where_it_can(tmp_path, demo):
     rows = Rows()
     trainer = PseuZOTrainer(causal_lm("opt"), arguments(tmp_path, **given), train_dataset=rows)
     assert trainer.readout is None
+
+
+@pytest.mark.slow
+def test_a_race_fits_the_readout_of_each_candidate_and_forgets_them(tmp_path, demo):
+    data, _ = demo
+    given = dict(method="mezo", readout="fit", max_steps=150, find_lr=True, search_share=0.5)
+    trainer = PseuZOTrainer(
+        fresh(), arguments(tmp_path, **given), train_dataset=data["train"], eval_dataset=data["dev"]
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    state = dict(trainer.readout.state)
+    trainer.create_optimizer()
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert all(torch.equal(trainer.readout.state[name], x) for name, x in state.items())
+    found = json.loads((tmp_path / "found.json").read_text())
+    (rests,) = (row for row in found["table"] if row["lr"] == 0)
+    # The head alone is fitted there, which lowers the loss.
+    assert rests["name"] == "no weights" and max(rests["losses"].values()) < found["start"]

@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +194,6 @@ class ResumableTrainer(ReportingTrainer):
         self._journal: Journal | None = None
         self.readout: Readout | None = None
         self.add_callback(AtBeginning(self._begin))
-
-    def listening(self) -> AbstractContextManager[None]:
-        """A block whose passes the readout hears, if there is one."""
-        return nullcontext() if self.readout is None else self.readout.listening()
 
     def planned_steps(self) -> int:
         """The number of steps of the whole run."""

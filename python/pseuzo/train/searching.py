@@ -1,6 +1,7 @@
 """The part of the trainer that finds what its arguments leave open, within the run's own budget."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -50,6 +51,10 @@ class SearchingTrainer(ResumableTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._steps_left: int | None = None  # what the search leaves of the run
+
+    def listening(self) -> AbstractContextManager[None]:
+        """A block whose passes the readout hears, if there is one."""
+        return nullcontext() if self.readout is None else self.readout.listening()
 
     def planned_steps(self) -> int:
         return super().planned_steps() if self._steps_left is None else self._steps_left
