@@ -173,13 +173,13 @@ class Comparison:
         if line is not None and not (kind == "final" and line["status"] == "failed"):
             return line
         self.progress(f"{cell.task}: {cell.method}, {what}")
-        settings = cell.settings | own | {"seed": seed}
+        settings = cell.settings | {**own, "seed": seed}
         figures = execute(kind, settings, budget)
         self.progress(f"  {_outcome(figures)}")
         names = {"kind": kind, "task": cell.task, "method": cell.method, "seed": seed}
         hashes = {"hash": key, "setup": cell.setup, "data": cell.data}
         whole = {"settings": settings, "config": digest(settings), "budget": budget}
-        return self._append(names | hashes | whole | {"lr": None, "eps": None} | own | figures)
+        return self._append(names | hashes | whole | {"lr": None, "eps": None, **own} | figures)
 
     def _append(self, line: dict[str, Any]) -> dict[str, Any]:
         self.ledger.append(line | {"date": datetime.now(UTC).isoformat(timespec="seconds")})

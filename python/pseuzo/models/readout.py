@@ -7,6 +7,7 @@ takes no forward pass, because the passes of a step have made the outputs alread
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class Readout:
     def __init__(self, objective: CausalLMObjective, decay: float = 0.1):
         assert objective.options is not None, "head_to_fit has refused other objectives"
         self.objective, self.decay = objective, decay
-        weight, bias = objective.lm_head.weight, objective.lm_head.bias
+        self._head = cast(nn.Linear, objective.lm_head)
+        weight, bias = self._head.weight, self._head.bias
         self._index = torch.tensor(objective.options, device=weight.device)
         rows = weight.detach()[self._index].float()
         of_bias = rows.new_zeros(0) if bias is None else bias.detach()[self._index].float()
@@ -134,7 +136,7 @@ class Readout:
     @torch.no_grad()
     def write(self) -> None:
         """Write the rows that the state holds into the head."""
-        state, head = self.state, self.objective.lm_head
+        state, head = self.state, self._head
         for at, now in ((head.weight, "moved"), (head.bias, "moved_bias")):
             if at is not None:
                 was = state["weight" if now == "moved" else "bias"]

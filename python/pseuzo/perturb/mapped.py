@@ -39,7 +39,8 @@ class Saved(NamedTuple):
 def saved_weights(folder: str | Path) -> dict[str, Saved]:
     """What the safetensors of a model's folder hold, by name; nothing if there are none there.
     ValueError if a file cannot be understood."""
-    folder, found = Path(folder).expanduser(), {}
+    folder = Path(folder).expanduser()
+    found: dict[str, Saved] = {}
     try:
         index, names = folder / INDEX, [SINGLE] if (folder / SINGLE).is_file() else []
         if index.is_file():

@@ -214,7 +214,7 @@ class Contest:
         """Whether the rate above a winner's survived; None if it did not run."""
         same = (r for r in self.race.seen if r.where == winner.where and r.lr)
         above = next((runner for runner in same if runner.rung == winner.rung + 1), None)
-        return above and max(above.losses.values()) < SURVIVED * self.start
+        return None if above is None else max(above.losses.values()) < SURVIVED * self.start
 
     def _settled(self, winner: Runner) -> float:
         """The rate to run at: see the rules at the top of this file."""
