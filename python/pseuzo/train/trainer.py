@@ -66,11 +66,13 @@ class PseuZOTrainer(SearchingTrainer):
         checks.check_not_empty(train_dataset)
         args.refuse()
         checks.check_parts(args, train_dataset)
+        fits = args.readout == "fit"
         if isinstance(model, nn.Module):
             keep_as_loaded(model)
             options = data.options if own and data is not None else None
-            fits = args.readout == "auto" and not (args.no_readout or no_readout(model, options))
-            if args.readout == "fit" or fits:
+            if args.readout == "auto":
+                fits = not (args.no_readout or no_readout(model, options))
+            if fits:
                 head_to_fit(model, options)
             if args.offload != "none":
                 offload(model, args.device)
@@ -87,7 +89,7 @@ class PseuZOTrainer(SearchingTrainer):
         if objective is None:
             objective = CausalLMObjective(self.model, data.options if data is not None else None)
         self.objective = objective
-        if args.readout == "fit" or fits:
+        if fits:
             self.readout = Readout(objective, args.readout_decay)
         self.losses = Losses(self.model, args, objective, train_dataset)
         if data is None and self.losses.of_model:
