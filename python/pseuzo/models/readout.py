@@ -109,9 +109,12 @@ class Readout:
 
     def fit(self) -> None:
         """Solve for the head's rows, from where the last fit ended, and write them."""
-        state, outputs = self.state, self.state["outputs"]
+        # In fp64: in fp32 the search along a line ends where losses no longer differ, which depends
+        # on the order of their sums.
+        state, outputs = self.state, self.state["outputs"].double()
+        weight, bias = state["weight"].double(), state["bias"].double()
         scale = self.decay / 2 * outputs.square().mean()
-        moved, of_bias = (state[name].clone() for name in ("moved", "moved_bias"))
+        moved, of_bias = (state[name].double() for name in ("moved", "moved_bias"))
         free = [x.requires_grad_() for x in (moved, of_bias) if len(x)]
         solver = torch.optim.LBFGS(
             free, max_iter=ITERATIONS, tolerance_change=1e-9, line_search_fn="strong_wolfe"
@@ -119,8 +122,7 @@ class Readout:
 
         def loss() -> Tensor:
             solver.zero_grad()
-            bias = state["bias"] + of_bias if len(of_bias) else None
-            linear = F.linear(outputs, state["weight"] + moved, bias)
+            linear = F.linear(outputs, weight + moved, bias + of_bias if len(of_bias) else None)
             fit = F.cross_entropy(self.objective.after_head(linear), state["classes"])
             found = fit + scale * moved.square().sum()
             found.backward()
@@ -130,7 +132,7 @@ class Readout:
             solver.step(loss)
         state["new"] = torch.zeros((), dtype=torch.int64)
         if all(bool(x.isfinite().all()) for x in free):
-            state |= {"moved": moved.detach(), "moved_bias": of_bias.detach()}
+            state |= {"moved": moved.detach().float(), "moved_bias": of_bias.detach().float()}
             self.write()
 
     @torch.no_grad()
