@@ -43,8 +43,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "real" / "smollm2"
 # How the model is trained, where no other option is given.
-RECIPE = {"--recipe": "best", "--lr": "1.5e-4", "--eps": "5e-3"}
-SETTINGS = {"--steps": "300", "--train-size": "3000", "--dev-size": "200", "--eval-every": "50"}
+RECIPE = {"--recipe": "best"}
+SETTINGS = {"--steps": "300", "--train-size": "8000", "--dev-size": "200", "--eval-every": "50"}
 ASKED = 5
 Answer = tuple[str, float]  # the likeliest option, and its probability among the options
 

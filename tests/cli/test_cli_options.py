@@ -225,16 +225,23 @@ def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards
     assert text == "that is all"
     listed = yaml.safe_load(example.read_text())["methods"]
     request = seen["request"]
-    (of,) = request.tasks.values()
+    of, *others = request.tasks.values()
     assert list(of.methods) == listed and of.reference == "mezo"
-    assert (of.forwards, request.seeds, request.trials) == (forwards, 3, 8)
+    assert (of.forwards, request.seeds, request.trials) == (forwards, 3, 6 if others else 8)
     if file == "compare-demo":
+        assert [list(other.methods) for other in others] == [listed]
         assert of.methods["mezo:noise_on=attention-out"]["noise_on"] == ("attention-out",)
+        assert of.methods["best"] == {
+            **of.methods["mezo"],
+            **{"readout": "auto", "noise_on": ("attention-out",), "lr": "auto"},
+        }
     else:
         assert of.settings["cycles"] == 2 and of.settings["weighting"] == "mean"
 
 
-@pytest.mark.parametrize("file, tasks, methods", [("real", 4, 2), ("real-long", 5, 7)])
+@pytest.mark.parametrize(
+    "file, tasks, methods", [("real", 4, 2), ("recipe", 4, 3), ("real-long", 5, 8)]
+)
 def test_the_comparisons_of_real_models_are_accepted(monkeypatch, tmp_path, file, tasks, methods):
     seen = []
     monkeypatch.setattr(compare, "compare", lambda request, output, **rest: seen.append(request))

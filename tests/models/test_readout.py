@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from pseuzo import CausalLMObjective
-from pseuzo.models import readout as readouts
 from pseuzo.models.readout import Readout, head_to_fit
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
 
-DECAY = 0.1
+DECAY = 10.0
 
 
 def causal(tied: bool = True) -> OPTForCausalLM:
@@ -70,7 +69,7 @@ def gradient_at_solution(readout: Readout) -> tuple[float, float]:
             logits = logits + s["bias"].numpy() + of_bias
         p = np.exp(logits - logits.max(1, keepdims=True))
         error = p / p.sum(1, keepdims=True) - one
-        of_weight = error.T @ o / len(o) + DECAY * (o**2).mean() * moved
+        of_weight = error.T @ o / len(o) + DECAY / len(o) * (o**2).mean() * moved
         both = [np.abs(of_weight).max()] + [np.abs(error.mean(0)).max()] * bool(len(of_bias))
         return max(both)
 
@@ -132,9 +131,9 @@ def test_passes_of_a_batch_are_averaged_and_parts_are_not():
     assert readout.state["classes"].tolist() == [*a["labels"].tolist(), *b["labels"].tolist()]
 
 
-def test_the_newest_outputs_are_kept_and_those_not_finite_left_out(monkeypatch):
-    monkeypatch.setattr(readouts, "KEPT", 6)
+def test_the_newest_outputs_are_kept_and_those_not_finite_left_out():
     readout = fitted(model := causal(), [11, 7], batch(4, 2, 1))
+    readout.kept = 6
     last = readout.state["outputs"].clone()
     forward, _ = readout.objective(batch(4, 2, 2))
     with readout.listening(), torch.no_grad():

@@ -78,6 +78,48 @@ def test_auto_fits_where_it_can(tmp_path, demo):
 
 
 @pytest.mark.slow
+def test_at_lr_0_the_readout_alone_learns_by_one_pass_a_step(tmp_path, demo):
+    data, _ = demo
+    trainer = run(tmp_path, data, learning_rate=0.0)
+    before, options = fresh(), data["train"].options
+    for (name, p), q in zip(
+        trainer.model.named_parameters(), before.named_parameters(), strict=False
+    ):
+        if name != "lm_head.weight":
+            assert torch.equal(p, q[1]), name
+    assert len(trainer.readout.state["classes"]) == len(data["train"]), "8 steps are an epoch"
+    assert not torch.equal(trainer.model.lm_head.weight[options], before.lm_head.weight[options])
+    assert trainer.forwards(8) == 8 == trainer.zero_order.steps
+    resumed = run(tmp_path, data, str(tmp_path / "checkpoint-5"), learning_rate=0.0)
+    assert torch.equal(resumed.model.lm_head.weight, trainer.model.lm_head.weight)
+    with pytest.raises(ValueError, match="learning_rate must be positive, got 0; with readout=fit"):
+        arguments(tmp_path, method="mezo", learning_rate=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mezo", "pseuzo"])
+def test_too_small_a_budget_for_a_race_trains_the_readout_alone(tmp_path, demo, method, capsys):
+    data, _ = demo
+    given = dict(method=method, readout="fit", max_steps=8, find_lr=True)
+    trainer = PseuZOTrainer(fresh(), arguments(tmp_path, **given), train_dataset=data["train"])
+    passes = 0
+
+    def count(*unused):
+        nonlocal passes
+        passes += 1
+
+    with torch.no_grad():
+        rows = [data["train"][i] for i in range(2)]
+        trainer.losses.loss(data["train"].collate(rows))
+    trainer.model.register_forward_pre_hook(count)
+    trainer.train()
+    assert "the readout alone learns: 4 of the run's 16 forward passes" in capsys.readouterr().out
+    # Two passes a step with noise, and one without.
+    assert trainer.state.global_step == 16 == passes
+    assert trainer.state.log_history[-2]["forwards"] <= 16 == trainer.forwards(16)
+
+
+@pytest.mark.slow
 def test_a_race_fits_the_readout_of_each_candidate_and_forgets_them(tmp_path, demo):
     data, _ = demo
     given = dict(method="mezo", readout="fit", max_steps=150, find_lr=True, search_share=0.5)

@@ -50,7 +50,7 @@ class LearningRate(click.ParamType):
             number = float(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
-        return POSITIVE.convert(number, param, ctx)
+        return Number(0).convert(number, param, ctx)
 
 
 class Device(click.ParamType):

@@ -213,8 +213,6 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         # The size of a step that is free of the slope has no equal change of the loss to keep.
         scales = not zeroth or METHODS[c["method"]].rate == "lr"
         c["lr"], c["scale_lr"] = default_rate(c["method"], c["mode"]), placed and scales
-    elif c["lr"] != "auto" and not float(c["lr"]) > 0:
-        raise ValueError(f"--lr must be positive, got {c['lr']}")
     c.setdefault("scale_lr", False)
     c.setdefault("scale_eps", False)
     check_integrations(c["report_to"])

@@ -265,7 +265,7 @@ def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: i
 
 
 def _counted(c: dict[str, Any]) -> dict[str, Any]:
-    return {name: c[name] for name in (*OPTIONS, "train_size", "batch_size") if name in c}
+    return {name: c[name] for name in (*OPTIONS, "train_size", "batch_size", "lr") if name in c}
 
 
 def _steps(c: dict[str, Any], forwards: int) -> int:

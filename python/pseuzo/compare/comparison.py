@@ -48,7 +48,8 @@ class Cell:
         """Which of lr and eps the search is over."""
         if self.searches_itself:
             return ()
-        has_eps = self.settings["method"] in methods_with("eps")
+        still = self.settings.get("lr") == 0  # nothing but the readout learns
+        has_eps = self.settings["method"] in methods_with("eps") and not still
         names = ("lr", "eps") if has_eps else ("lr",)
         return tuple(name for name in names if self.settings.get(name) is None)
 

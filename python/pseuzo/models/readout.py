@@ -19,7 +19,9 @@ from pseuzo.models.objective import CausalLMObjective
 from pseuzo.models.split import output_head
 from pseuzo.models.tuning import own_head
 
-KEPT = 1024  # how many outputs, each [D] fp32
+# How many outputs are kept, each [D] fp32: while the weights move, which old outputs do not know,
+# and while they stay.
+KEPT, KEPT_STILL = 1024, 8192
 ITERATIONS = 20  # of L-BFGS in a fit, which starts from the last one
 GROWN = 8  # a fit is made again once one in so many of the outputs is new
 
@@ -48,24 +50,25 @@ def head_to_fit(model: nn.Module, options: list[int] | None) -> None:
 class Readout:
     """Fits the head's rows for the options by logistic regression, with a penalty on the change:
 
-        min over V, c  mean_i CE(after((W + V) o_i + b + c), y_i) + decay / 2 * s^2 |V|^2
+        min over V, c  sum_i CE(after((W + V) o_i + b + c), y_i) + decay / 2 * s^2 |V|^2
 
-    o_i [D]: the last 1024 outputs of training steps, each the mean over the passes of its step; y_i
+    o_i [D]: the last outputs of training steps, each the mean over the passes of its step; y_i
     their classes; W, b: the head's rows as they were at first; s: the root mean square of the o_i;
     c: only where the head has a bias; after: what the model does to its logits. Then the rows of
     the head are W + V, and b + c. (The outputs are not centred: along their mean, which is large,
-    V serves as a bias at little cost.)
+    V serves as a bias at little cost.) The penalty is that of a normal prior of V, whose width does
+    not depend on how many outputs there are.
 
     To fit the last layer alone first is known as linear probing (Kumar et al., "Fine-tuning can
     distort pretrained features and underperform out-of-distribution", ICLR 2022). Here the fit goes
     on with the steps, as in variable projection (Golub and Pereyra, 1973).
 
-    objective: of a model whose head head_to_fit has prepared.
+    objective: of a model whose head head_to_fit has prepared. kept: the number of outputs.
     """
 
-    def __init__(self, objective: CausalLMObjective, decay: float = 0.1):
+    def __init__(self, objective: CausalLMObjective, decay: float = 10.0, kept: int = KEPT):
         assert objective.options is not None, "head_to_fit has refused other objectives"
-        self.objective, self.decay = objective, decay
+        self.objective, self.decay, self.kept = objective, decay, kept
         self._head = cast(nn.Linear, objective.lm_head)
         weight, bias = self._head.weight, self._head.bias
         self._index = torch.tensor(objective.options, device=weight.device)
@@ -103,9 +106,9 @@ class Readout:
     def _keep(self, outputs: Tensor, classes: Tensor) -> None:
         state, whole = self.state, outputs.isfinite().all(1)
         outputs, classes = outputs[whole], classes[whole]
-        state["outputs"] = torch.cat([state["outputs"], outputs])[-KEPT:]
-        state["classes"] = torch.cat([state["classes"], classes])[-KEPT:]
-        state["new"] = (state["new"] + len(classes)).clamp(max=KEPT)
+        state["outputs"] = torch.cat([state["outputs"], outputs])[-self.kept :]
+        state["classes"] = torch.cat([state["classes"], classes])[-self.kept :]
+        state["new"] = (state["new"] + len(classes)).clamp(max=self.kept)
 
     def fit(self) -> None:
         """Solve for the head's rows, from where the last fit ended, and write them."""
@@ -113,7 +116,7 @@ class Readout:
         # on the order of their sums.
         state, outputs = self.state, self.state["outputs"].double()
         weight, bias = state["weight"].double(), state["bias"].double()
-        scale = self.decay / 2 * outputs.square().mean()
+        scale = self.decay / len(outputs) / 2 * outputs.square().mean()
         moved, of_bias = (state[name].double() for name in ("moved", "moved_bias"))
         free = [x.requires_grad_() for x in (moved, of_bias) if len(x)]
         solver = torch.optim.LBFGS(

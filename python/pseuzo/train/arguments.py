@@ -147,6 +147,10 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         self._refuse_unused()
         options = {name: getattr(self, name) for name in OPTIONS}
         self._refuse_ranks(options)
+        if self.learning_rate == 0 and self.readout != "fit":
+            raise ValueError(
+                "learning_rate must be positive, got 0; with readout=fit, 0 trains the head alone"
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "

@@ -58,6 +58,14 @@ def mezo(setup: Setup) -> Optimizer:
     return MeZO(setup.groups, **mezo_options(setup))
 
 
+def still(setup: Setup) -> Optimizer:
+    """Build what makes the steps of a run at lr 0, of any zeroth-order method."""
+    from pseuzo.optim.still import Still
+
+    frozen = [group | {"noise_scale": 0.0} for group in setup.groups]
+    return Still(frozen, **zeroth_order_options(setup))
+
+
 def mezo_momentum(setup: Setup) -> Optimizer:
     from pseuzo.optim import MeZO
 

@@ -65,8 +65,9 @@ class Contest:
         self.measures = self.scales_eps or (self.by_slope and args.find_lr)
         self.whole, self.start = self.forwards(self.steps), math.inf
         self.rests = self.fits and args.find_lr
-        budget, go, price = int(args.search_share * self.whole), self.track.go, self.track.price
-        self.race = Race(go, price, self._entry, budget, self.steps)
+        budget = int(args.search_share * self.whole)
+        price, saved = self.track.price, lambda stop: self.rests * self._of_noise(0, stop)
+        self.race = Race(self._go, price, self._entry, budget, self.steps, saved)
 
     def run(self) -> dict[str, Any]:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
@@ -87,6 +88,16 @@ class Contest:
         found = {"noise_on": winner.where, "lr": lr, "eps": winner.eps, "forwards": race.spent}
         return found | {"start": self.start, "table": [asdict(runner) for runner in race.seen]}
 
+    def _go(self, runner: Runner, steps: int) -> float:
+        if not runner.lr:
+            before = max(runner.losses, default=0) if self.track.goes_on else 0
+            self.race.spent -= self._of_noise(before, steps)
+        return self.track.go(runner, steps)
+
+    def _of_noise(self, before: int, to: int) -> int:
+        """The passes that steps of a runner at rate 0, which take one each, do not take."""
+        return self.track.price(before, to) - self.track.evaluation - (to - before)
+
     # The candidates
 
     def _entry(self, n: int) -> int:
@@ -103,8 +114,8 @@ class Contest:
             return 0, 0
         others = self.scales_eps and not self.everywhere  # all weights are another placement
         each = 2 * (places + others) + (not self.of_examples)
-        share = 3 if self.everywhere else 2  # of the budget, the rest of which is for the race
-        return min(PROBED, 2 * max(1, self.race.budget // share // (2 * each))), each
+        # At most a third of the budget, the rest of which is for the race.
+        return min(PROBED, 2 * max(1, self.race.budget // 3 // (2 * each))), each
 
     @property
     def _rungs(self) -> tuple[int, ...]:
@@ -114,9 +125,12 @@ class Contest:
         return (1,) if self.by_slope else (1, 2, -1)
 
     def _field(self, n: int) -> tuple[list[Runner], list[str]]:
-        """The runners that start: n placements, or the rates at the one placement that args name;
-        and the names of placements for which the budget is too small."""
+        """The runners that start: n placements, or the rates at the one placement that args name,
+        after the one whose weights stay; and the placements for which the budget is too small."""
         args, places = self.args, dict(self.places)
+        still = Runner("no weights", next(iter(places.values())), 0.0, args.eps)
+        if n < 1:
+            return [still], list(places)
         if n > len(places) and self.everywhere:
             (clean,) = self.losses(1)
             dominant = self.together.of_root(lambda: probe.first_outliers(self.model, clean))
@@ -139,7 +153,7 @@ class Contest:
         if not self.everywhere:
             runners += [self._on_rung(runners[0], rung) for rung in self._rungs]
         if self.rests:
-            runners.insert(1, replace(runners[0], name="no weights", lr=0.0, losses={}))
+            runners.insert(0, still)
         return runners, list(places)[n:]
 
     def _curvatures(self, places: dict[str, list[str]]) -> dict[str, Curvature]:
@@ -227,7 +241,9 @@ class Contest:
 
     def _tell(self, winner: Runner, lr: float, left_out: list[str]) -> None:
         settings = f"noise on {winner.name}, lr {lr:.3g}"
-        if self.args.zeroth_order:
+        if not lr:
+            settings = "the weights stay, and the readout alone learns"
+        elif self.args.zeroth_order:
             settings += f", eps {winner.eps:.3g}"
         if not winner.losses:
             why = "there is no other candidate"

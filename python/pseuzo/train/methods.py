@@ -239,14 +239,16 @@ def with_defaults(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def forwards_per_step(method: str, options: Mapping[str, Any] | None = None) -> float:
     """Forward passes per step of a run with these options, on average if steps differ. A backward
-    pass counts as two. options: those of the run, with train_size and batch_size."""
+    pass counts as two. options: those of the run, with train_size, batch_size and lr."""
+    if (options or {}).get("lr") == 0:
+        return 1  # a step of pseuzo.optim.still.Still
     return METHODS[method].passes(**with_defaults(method, options or {}))
 
 
 def forwards_of_steps(method: str, steps: int, options: Mapping[str, Any]) -> int:
     """Forward passes of the first steps of a run; see forwards_per_step."""
     total = METHODS[method].total
-    if total is not None:
+    if total is not None and options.get("lr") != 0:
         return total(steps, **with_defaults(method, options))
     return round(steps * forwards_per_step(method, options))
 

@@ -59,8 +59,9 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 
 @dataclass
 class ZeroOrderOptions:
-    learning_rate: Annotated[float, Flag("--lr", positive=True)] = _option(
-        1e-6, "Initial learning rate."
+    learning_rate: Annotated[float, Flag("--lr", least=0)] = _option(
+        1e-6,
+        "Initial learning rate; 0, with readout=fit, trains the head alone, by one pass a step.",
     )
     lr_scheduler_type: Annotated[str, Flag("--lr-scheduler")] = _option(
         "constant", "Transformers' schedule of the learning rate."
@@ -196,7 +197,7 @@ class ZeroOrderOptions:
         READOUTS,
     )
     readout_decay: Annotated[float, Flag(positive=True, only_with={"readout": ("fit", "auto")})] = (
-        _option(0.1, "Penalty on how far a fit moves the head.")
+        _option(10.0, "Penalty on how far a fit moves the head.")
     )
     objective: str = _option(
         "loss",

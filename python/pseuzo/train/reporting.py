@@ -21,7 +21,8 @@ class ReportingTrainer(RankedTrainer):
     zero_order: the optimizer of a zeroth-order run, else None. It is stored here because
     Transformers wraps self.optimizer. repeats: whether the last step was made from its record in a
     journal, without passes; such steps have no row in the log. search_forwards: the passes of a
-    search before the first step, see SearchingTrainer.
+    search before the first step, see SearchingTrainer. still: whether the weights stay, at lr 0,
+    and the readout alone learns, for which a step takes one pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,6 +31,7 @@ class ReportingTrainer(RankedTrainer):
         self.step_log = StepLog(self.args.device)
         self.repeats = False
         self.search_forwards = 0
+        self.still = self.args.readout == "fit" and self.args.learning_rate == 0
 
     # Logs
 
@@ -50,6 +52,7 @@ class ReportingTrainer(RankedTrainer):
         """What the number of forward passes of a step depends on, see forwards_per_step."""
         options = {name: getattr(self.args, name) for name in OPTIONS}
         options["batch_size"] = self.args.global_batch_size
+        options["lr"] = 0.0 if self.still else self.args.learning_rate
         if hasattr(self.train_dataset, "__len__"):
             options["train_size"] = len(self.train_dataset)
         return options

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pseuzo.models.placement import param_groups, place
+from pseuzo.models.readout import KEPT_STILL
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.perturb.contexts import frozen_mode
-from pseuzo.train import noise_on
+from pseuzo.train import builders, noise_on
 from pseuzo.train.builders import Setup
 from pseuzo.train.contest import Contest
 from pseuzo.train.losses import Losses
@@ -74,7 +75,9 @@ class SearchingTrainer(ResumableTrainer):
             args = self.args
             found = noise_on.decide(args, self._find, self.together)
             if args.searches:
-                self._take_from_run(found.forwards)
+                self._take_from_run(found.forwards, still=found.lr == 0)
+            if self.still:
+                self.readout.kept = KEPT_STILL
             self.optimizer = self._built(found.noise_on, found.lr, found.eps)
             self.zero_order = self.optimizer if args.zeroth_order else None
         return self.optimizer
@@ -85,12 +88,14 @@ class SearchingTrainer(ResumableTrainer):
         with torch.random.fork_rng(devices=[]):
             return noise_on.scaled(self.model, self.args, self._probe_losses)
 
-    def _take_from_run(self, forwards: int) -> None:
+    def _take_from_run(self, forwards: int, still: bool = False) -> None:
         """Leave the run as many steps as it has passes for, but at least one."""
-        self._steps_left, self.search_forwards = None, 0
+        self._steps_left, self.search_forwards, self.still = None, 0, False
         steps = self.planned_steps()
-        whole = self.forwards(steps)
-        while steps > 1 and self.forwards(steps) > whole - forwards:
+        left, self.still = self.forwards(steps) - forwards, still
+        while still and self.forwards(steps + 1) <= left:  # its steps take fewer passes
+            steps += 1
+        while steps > 1 and self.forwards(steps) > left:
             steps -= 1
         self._steps_left, self.search_forwards = steps, forwards
 
@@ -102,7 +107,8 @@ class SearchingTrainer(ResumableTrainer):
             for p in self.model.parameters():
                 p.requires_grad_(p in where)
         steps = self.planned_steps, self.steps_per_epoch
-        optimizer = METHODS[args.method].build(Setup(args, self.model, groups, lr, eps, *steps))
+        build = METHODS[args.method].build if lr or self.readout is None else builders.still
+        optimizer = build(Setup(args, self.model, groups, lr, eps, *steps))
         if self.together.ranks is not None:
             optimizer.check = digest(self.train_dataset)
         return optimizer
