@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "real" / "smollm2"
 # How the model is trained, where no other option is given.
 RECIPE = {"--recipe": "best"}
-SETTINGS = {"--steps": "300", "--train-size": "8000", "--dev-size": "200", "--eval-every": "50"}
+SETTINGS = {"--steps": "240", "--train-size": "8000", "--dev-size": "200", "--eval-every": "60"}
 ASKED = 5
 Answer = tuple[str, float]  # the likeliest option, and its probability among the options
 
