@@ -77,6 +77,18 @@ def test_a_run_uses_its_budget_up_with_all_that_it_searches(tmp_path, own, each)
     assert sum(line["outcomes"]) / 24 == pytest.approx(line["test"]["accuracy"])
 
 
+@pytest.mark.parametrize("own", [{"lr": 0.0}, {"lr": "auto", "noise_on": ["attention-out"]}])
+@pytest.mark.parametrize("budget, used", [(6, 6), (20, None)])
+def test_a_readout_alone_has_a_pass_for_each_step(tmp_path, own, budget, used):
+    """The budgets are too small for a race, after which a run has eight steps: each row once."""
+    own = {"method": "mezo", "readout": "fit", "eps": 1e-3} | own
+    line = Maker(tmp_path / "work")("final", TASK | own, budget)
+    assert line["status"] == "done", line
+    used = used or (8 if own["lr"] else 20)
+    assert line["steps"] == line["forwards"] == used and line["search_forwards"] == 0
+    assert line["lr"] == 0 and len(line["evaluations"]) <= 15
+
+
 def test_a_run_that_cannot_be_made_says_why(tmp_path):
     line = Maker(tmp_path / "work")("final", TASK | MEZO | {"noise_on": ["no_such"]}, 24)
     assert line["status"] == "failed" and "no_such" in line["reason"]

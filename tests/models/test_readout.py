@@ -8,7 +8,7 @@ from pseuzo.models.readout import Readout, head_to_fit
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
 
-DECAY = 10.0
+DECAY = 0.3
 
 
 def causal(tied: bool = True) -> OPTForCausalLM:
@@ -69,7 +69,7 @@ def gradient_at_solution(readout: Readout) -> tuple[float, float]:
             logits = logits + s["bias"].numpy() + of_bias
         p = np.exp(logits - logits.max(1, keepdims=True))
         error = p / p.sum(1, keepdims=True) - one
-        of_weight = error.T @ o / len(o) + DECAY / len(o) * (o**2).mean() * moved
+        of_weight = error.T @ o / len(o) + DECAY / len(o) * (o**2).sum(1).mean() * moved
         both = [np.abs(of_weight).max()] + [np.abs(error.mean(0)).max()] * bool(len(of_bias))
         return max(both)
 

@@ -107,15 +107,6 @@ def test_challengers_race_against_the_winner_while_the_budget_lasts():
     assert [call for call in m.calls if call[0] == "0"] == [("0", stop)], "winners do not run again"
 
 
-@pytest.mark.parametrize("budget, steps", [(92, 16), (91, 27)])
-def test_passes_that_a_runner_saves_are_there_for_a_challenger(budget, steps):
-    """Of three that make 16 steps, 2 * 16 + 4 passes each, one saves 16. With less, none is set
-    aside, and two make as many as 2 (2 n + 4) - n passes are enough for."""
-    price = lambda before, to: 2 * (to - before) + 4  # noqa: E731
-    race = Race(lambda r, n: 0.0, price, lambda n: 0, budget, 99, saved=lambda stop: stop)
-    assert race.plan(2, [1]) == 2 and race.stops == [steps]
-
-
 def contest(rungs: dict[int, list[float]], winner: int, start=1.0, find_lr=True) -> float:
     """The rate that is settled on, in units of the middle one."""
     seen = {

@@ -97,10 +97,13 @@ def test_at_lr_0_the_readout_alone_learns_by_one_pass_a_step(tmp_path, demo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mezo", "pseuzo"])
-def test_too_small_a_budget_for_a_race_trains_the_readout_alone(tmp_path, demo, method, capsys):
+@pytest.mark.parametrize("method, steps, taken", [("mezo", 3, 6), ("pseuzo", 3, 6), ("mezo", 9, 8)])
+def test_too_small_a_budget_for_a_race_trains_the_readout_alone(
+    tmp_path, demo, method, steps, taken, capsys
+):
+    """Two passes a step with noise, and one without. All rows are seen in eight steps."""
     data, _ = demo
-    given = dict(method=method, readout="fit", max_steps=8, find_lr=True)
+    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True)
     trainer = PseuZOTrainer(fresh(), arguments(tmp_path, **given), train_dataset=data["train"])
     passes = 0
 
@@ -113,10 +116,55 @@ def test_too_small_a_budget_for_a_race_trains_the_readout_alone(tmp_path, demo, 
         trainer.losses.loss(data["train"].collate(rows))
     trainer.model.register_forward_pre_hook(count)
     trainer.train()
-    assert "the readout alone learns: 4 of the run's 16 forward passes" in capsys.readouterr().out
-    # Two passes a step with noise, and one without.
-    assert trainer.state.global_step == 16 == passes
-    assert trainer.state.log_history[-2]["forwards"] <= 16 == trainer.forwards(16)
+    few = f"the readout alone learns: {steps // 2} of the run's {2 * steps} forward passes"
+    assert few in capsys.readouterr().out
+    assert trainer.state.global_step == taken == passes == trainer.forwards(taken)
+    other = PseuZOTrainer(
+        fresh(), arguments(tmp_path, **given | dict(readout="none")), train_dataset=data["train"]
+    )
+    with pytest.raises(ValueError, match="holds the decision for readout fit, not none"):
+        other.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, steps", [("pseuzo", 120), ("zo-adam", 160)])
+def test_passes_of_a_race_with_a_readout_are_counted(tmp_path, demo, method, steps):
+    """Also where candidates start again, and where a step of the method has three passes."""
+    data, _ = demo
+    own = dict(two_sided=True) if method == "pseuzo" else {}
+    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True, search_share=0.9)
+    trainer = PseuZOTrainer(
+        fresh(), arguments(tmp_path, **given | own), train_dataset=data["train"]
+    )
+    batch_size, rows = trainer.args.per_device_train_batch_size, 0
+
+    def count(module, args, inputs):
+        nonlocal rows
+        rows += len((args or tuple(inputs.values()))[0])
+
+    with torch.no_grad():
+        trainer.losses.loss(data["train"].collate([data["train"][i] for i in range(2)]))
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.create_optimizer()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["name"] for row in found["table"]} > {"no weights"}
+    # The last batch of an epoch is smaller.
+    assert 0.9 * trainer.search_forwards < rows / batch_size <= trainer.search_forwards
+
+
+def test_lr_0_takes_no_probe_and_no_search(tmp_path, demo):
+    data, _ = demo
+    given = dict(method="mezo", readout="fit", learning_rate=0.0, noise_on=["attention-out"])
+    args = arguments(tmp_path, **given, scale_eps=True, scale_lr=True)
+    trainer = PseuZOTrainer(fresh(), args, train_dataset=data["train"])
+    trainer.model.register_forward_pre_hook(lambda *unused: pytest.fail("a pass"))
+    trainer.create_optimizer()
+    assert trainer.readout.kept == len(data["train"]) and trainer.forwards(5) == 5
+    for search in (dict(noise_on=["auto"]), dict(find_lr=True)):
+        with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
+            arguments(tmp_path, **given | search)
+    with pytest.raises(ValueError, match=r"learning_rate must be positive, got 0$"):
+        arguments(tmp_path, method="fo-sgd", learning_rate=0.0)
 
 
 @pytest.mark.slow

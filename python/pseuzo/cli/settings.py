@@ -36,6 +36,16 @@ def check_combination(settings: Mapping[str, Any]) -> None:
     )
     if why is not None:
         raise ValueError(f"--method {method}: {why}")
+    if settings["lr"] == 0 and (settings["readout"] != "fit" or "auto" in settings["noise_on"]):
+        raise ValueError(
+            "--lr must be positive, got 0; with --readout fit, and without --noise-on auto, 0 "
+            "trains the head alone"
+        )
+    if settings["mode"] == "head" and settings["readout"] == "fit":
+        raise ValueError(
+            "--readout fit trains the head, and leaves --mode head nothing: use --mode full with "
+            "--lr 0"
+        )
     if settings["objective"] == "metric":
         if settings["clip_examples"] is not None:
             raise ValueError(

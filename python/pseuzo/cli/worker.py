@@ -254,8 +254,8 @@ def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: i
 
     steps = _steps(c, forwards)
     trainer, most = of(steps, steps), math.ceil(forwards_per_step(c["method"], _counted(c)))
-    if trainer.search_forwards:
-        return of(steps, trainer.planned_steps())  # the search left fewer
+    if trainer.search_forwards or trainer.still:
+        return of(steps, trainer.planned_steps())  # the search left fewer, or more at rate 0
     while (more := int(forwards - trainer.forwards(steps)) // most) > 0:
         longer = of(steps + more, steps + more)
         if longer.forwards(steps + more) > forwards:

@@ -53,20 +53,21 @@ class Readout:
         min over V, c  sum_i CE(after((W + V) o_i + b + c), y_i) + decay / 2 * s^2 |V|^2
 
     o_i [D]: the last outputs of training steps, each the mean over the passes of its step; y_i
-    their classes; W, b: the head's rows as they were at first; s: the root mean square of the o_i;
-    c: only where the head has a bias; after: what the model does to its logits. Then the rows of
-    the head are W + V, and b + c. (The outputs are not centred: along their mean, which is large,
-    V serves as a bias at little cost.) The penalty is that of a normal prior of V, whose width does
-    not depend on how many outputs there are.
+    their classes; W, b: the head's rows as they were at first; s: the root mean square of |o_i|; c:
+    only where the head has a bias; after: what the model does to its logits. Then the rows of the
+    head are W + V, and b + c. (The outputs are not centred: along their mean, which is large, V
+    serves as a bias at little cost.) The penalty is that of a normal prior of V, under which the
+    logits change by about decay^-1/2, whatever D is and however many outputs there are.
 
     To fit the last layer alone first is known as linear probing (Kumar et al., "Fine-tuning can
     distort pretrained features and underperform out-of-distribution", ICLR 2022). Here the fit goes
     on with the steps, as in variable projection (Golub and Pereyra, 1973).
 
-    objective: of a model whose head head_to_fit has prepared. kept: the number of outputs.
+    objective: of a model whose head head_to_fit has prepared. kept: the number of outputs; more
+    than there are rows to learn from would count some of them more than once.
     """
 
-    def __init__(self, objective: CausalLMObjective, decay: float = 10.0, kept: int = KEPT):
+    def __init__(self, objective: CausalLMObjective, decay: float = 0.01, kept: int = KEPT):
         assert objective.options is not None, "head_to_fit has refused other objectives"
         self.objective, self.decay, self.kept = objective, decay, kept
         self._head = cast(nn.Linear, objective.lm_head)
@@ -116,7 +117,7 @@ class Readout:
         # on the order of their sums.
         state, outputs = self.state, self.state["outputs"].double()
         weight, bias = state["weight"].double(), state["bias"].double()
-        scale = self.decay / len(outputs) / 2 * outputs.square().mean()
+        scale = self.decay / 2 * outputs.square().sum(1).mean() / len(outputs)
         moved, of_bias = (state[name].double() for name in ("moved", "moved_bias"))
         free = [x.requires_grad_() for x in (moved, of_bias) if len(x)]
         solver = torch.optim.LBFGS(

@@ -147,10 +147,10 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         self._refuse_unused()
         options = {name: getattr(self, name) for name in OPTIONS}
         self._refuse_ranks(options)
-        if self.learning_rate == 0 and self.readout != "fit":
-            raise ValueError(
-                "learning_rate must be positive, got 0; with readout=fit, 0 trains the head alone"
-            )
+        if self.learning_rate == 0 and (self.readout != "fit" or self.searches):
+            fits = "; with readout=fit and without a search, 0 trains the head alone"
+            hint = fits if "readout" in METHODS[self.method].options else ""
+            raise ValueError(f"learning_rate must be positive, got 0{hint}")
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.method} runs on one GPU, but {self.n_gpu} were given; set "

@@ -66,8 +66,7 @@ class Contest:
         self.whole, self.start = self.forwards(self.steps), math.inf
         self.rests = self.fits and args.find_lr
         budget = int(args.search_share * self.whole)
-        price, saved = self.track.price, lambda stop: self.rests * self._of_noise(0, stop)
-        self.race = Race(self._go, price, self._entry, budget, self.steps, saved)
+        self.race = Race(self._go, self.track.price, self._entry, budget, self.steps)
 
     def run(self) -> dict[str, Any]:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
@@ -89,14 +88,8 @@ class Contest:
         return found | {"start": self.start, "table": [asdict(runner) for runner in race.seen]}
 
     def _go(self, runner: Runner, steps: int) -> float:
-        if not runner.lr:
-            before = max(runner.losses, default=0) if self.track.goes_on else 0
-            self.race.spent -= self._of_noise(before, steps)
-        return self.track.go(runner, steps)
-
-    def _of_noise(self, before: int, to: int) -> int:
-        """The passes that steps of a runner at rate 0, which take one each, do not take."""
-        return self.track.price(before, to) - self.track.evaluation - (to - before)
+        # One whose weights stay has more steps, as each takes one pass.
+        return self.track.go(runner, steps if runner.lr else self.forwards(steps))
 
     # The candidates
 

@@ -22,7 +22,7 @@ FOUND_FILE = "found.json"
 # The arguments for which what was found holds.
 REQUEST = (
     *("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps"),
-    *("find_lr", "search_share"),
+    *("find_lr", "search_share", "readout"),
 )
 
 Losses = Callable[[int], list[Callable[[], Any]]]  # n -> the losses of n batches, as closures
@@ -48,7 +48,8 @@ def decide(
     find: finds it by passes. It is called if args ask for that and this output folder has nothing:
     on every rank, as the ranks draw the batches together, but the decision is that of rank 0.
     """
-    if not (args.searches or args.scale_lr or args.scale_eps):
+    still = args.learning_rate == 0
+    if still or not (args.searches or args.scale_lr or args.scale_eps):
         return Found(args.noise_on, args.learning_rate, args.eps)
     file = Path(str(args.output_dir)) / FOUND_FILE
     request = {name: getattr(args, name) for name in REQUEST}

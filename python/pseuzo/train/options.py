@@ -197,7 +197,7 @@ class ZeroOrderOptions:
         READOUTS,
     )
     readout_decay: Annotated[float, Flag(positive=True, only_with={"readout": ("fit", "auto")})] = (
-        _option(10.0, "Penalty on how far a fit moves the head.")
+        _option(0.01, "Penalty on how far a fit moves the head.")
     )
     objective: str = _option(
         "loss",

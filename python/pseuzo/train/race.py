@@ -43,8 +43,8 @@ class Race:
     go: takes a runner on to a number of steps and returns its dev loss there. price: the forward
     passes for taking one from one number of steps on to another, with the evaluation. entry: those
     that a field of n runners takes before it starts. longest: the most steps that a runner may
-    make. saved: how many passes less a field takes to its first stop. spent: the passes so far, to
-    which whoever measures something adds its own. seen: all that have run, in their order.
+    make. spent: the passes so far, to which whoever measures something adds its own. seen: all that
+    have run, in their order.
     """
 
     def __init__(
@@ -54,10 +54,9 @@ class Race:
         entry: Callable[[int], int],
         budget: int,
         longest: int,
-        saved: Callable[[int], int] = lambda stop: 0,
     ):
         self.go, self.price, self.entry = go, price, entry
-        self.budget, self.longest, self.saved = budget, longest, saved
+        self.budget, self.longest = budget, longest
         self.spent = 0
         self.seen: list[Runner] = []
         self.stops: list[int] = []  # the numbers of steps at which runners are compared
@@ -85,7 +84,6 @@ class Race:
             if self.stops[-1] < least or (heats > 1 and first < FIRST):
                 return False
             cost = self._cost(runners, 0) + sum(self._cost(n, 1) for n in challengers)
-            cost -= self.saved(self.stops[0])
             if spent + cost <= self.budget:
                 return True
         return False

@@ -52,7 +52,7 @@ class ReportingTrainer(RankedTrainer):
         """What the number of forward passes of a step depends on, see forwards_per_step."""
         options = {name: getattr(self.args, name) for name in OPTIONS}
         options["batch_size"] = self.args.global_batch_size
-        options["lr"] = 0.0 if self.still else self.args.learning_rate
+        options["lr"] = 0.0 if self.still else None
         if hasattr(self.train_dataset, "__len__"):
             options["train_size"] = len(self.train_dataset)
         return options

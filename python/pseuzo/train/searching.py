@@ -1,5 +1,6 @@
 """The part of the trainer that finds what its arguments leave open, within the run's own budget."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -11,6 +12,7 @@ from torch import Tensor
 from pseuzo.models.placement import param_groups, place
 from pseuzo.models.readout import KEPT_STILL
 from pseuzo.optim.base import ZeroOrder
+from pseuzo.optim.still import Still
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.train import builders, noise_on
 from pseuzo.train.builders import Setup
@@ -76,8 +78,10 @@ class SearchingTrainer(ResumableTrainer):
             found = noise_on.decide(args, self._find, self.together)
             if args.searches:
                 self._take_from_run(found.forwards, still=found.lr == 0)
-            if self.still:
-                self.readout.kept = KEPT_STILL
+            if self.readout is not None:
+                self.readout.kept = min(self.readout.kept, self._rows)
+                if self.still:
+                    self.readout.kept = min(KEPT_STILL, self._rows)
             self.optimizer = self._built(found.noise_on, found.lr, found.eps)
             self.zero_order = self.optimizer if args.zeroth_order else None
         return self.optimizer
@@ -93,11 +97,17 @@ class SearchingTrainer(ResumableTrainer):
         self._steps_left, self.search_forwards, self.still = None, 0, False
         steps = self.planned_steps()
         left, self.still = self.forwards(steps) - forwards, still
-        while still and self.forwards(steps + 1) <= left:  # its steps take fewer passes
-            steps += 1
+        if still:  # its steps take a pass each, and a row has the same outputs at each of them
+            steps = max(1, math.ceil(min(left, self._rows / self.args.global_batch_size)))
         while steps > 1 and self.forwards(steps) > left:
             steps -= 1
         self._steps_left, self.search_forwards = steps, forwards
+
+    @property
+    def _rows(self) -> float:
+        """How many training rows there are."""
+        data = self.train_dataset
+        return len(data) if hasattr(data, "__len__") else math.inf
 
     def _built(self, noise_on: Iterable[str], lr: float, eps: float) -> Any:
         """The optimizer of a method for this placement; a first-order one trains that alone."""
@@ -196,7 +206,8 @@ class SearchingTrainer(ResumableTrainer):
         """Make a step as the run would; one with backpropagation without dropout, which would draw
         random numbers."""
         if isinstance(optimizer, ZeroOrder):
-            self.zero_order = optimizer
+            if not isinstance(optimizer, Still):  # which has no schedule to count passes by
+                self.zero_order = optimizer
             functions, more = self.losses.step_inputs(inputs, optimizer)
             if optimizer.needs_data:
                 more["batches"] = self.data_losses

@@ -87,7 +87,7 @@ class Track:
     ):
         self.model, self._make, self._step = model, make, step
         self._dev, self._forwards, self._together = dev, forwards, together
-        self.goes_on, self._readout = goes_on, readout
+        self._goes_on, self._readout = goes_on, readout
         self._base: dict[Tensor, Tensor] = {}
         self._fitted: dict[str, Tensor] = {}  # what the readout knew before
         # The optimizer, the updates and the readout of the candidates that can go on.
@@ -128,7 +128,7 @@ class Track:
     def price(self, before: int, to: int) -> int:
         """The forward passes of `go` for a candidate that has made some steps before."""
         return (
-            self._forwards(to) - (self._forwards(before) if self.goes_on else 0) + self.evaluation
+            self._forwards(to) - (self._forwards(before) if self._goes_on else 0) + self.evaluation
         )
 
     def go(self, candidate: Any, steps: int) -> float:
@@ -139,12 +139,12 @@ class Track:
             self._readout.load(fitted)
         if optimizer is None:
             optimizer = self._make(candidate)
-            if self.goes_on:
+            if self._goes_on:
                 optimizer.journal = tape
         tape.play(optimizer)
         for i in range(len(tape.updates), steps):
             self._step(optimizer, i)
-        if self.goes_on:
+        if self._goes_on:
             self._lanes[candidate] = optimizer, tape, self._of_readout()
         return self.loss()
 
