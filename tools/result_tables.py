@@ -180,21 +180,6 @@ def memory(rows: list[Row]) -> str:
     return table(f"{head} | MB at most | MB between steps", lines)
 
 
-def comparison_by_lr(summary: Row) -> str:
-    """The table of the compare.json of a comparison in which lr alone was tuned."""
-    lines = []
-    for method, row in summary["methods"].items():
-        after, seconds = f"{row['dev_at_equal_time']:.3f}", f"{row['seconds']:.0f}"
-        test = f"{row['test_mean']:.3f} ± {row['test_std']:.3f}"
-        memory = f"{row['peak_memory_mib']:.0f} MiB"
-        lines.append(
-            [method, f"{row['lr']:g}", test, f"{row['dev_mean']:.3f}", after, seconds, memory]
-        )
-    (least,) = {f"{row['equal_seconds']:.0f}" for row in summary["methods"].values()}
-    head = f"method | lr found | test accuracy | dev | dev after {least} s | seconds | peak memory"
-    return table(head, lines)
-
-
 def comparison(lines: list[Row]) -> str:
     """The table of each task of a ledger of `pseuzo compare`."""
     from pseuzo.compare.report import rows_of, summarise
@@ -219,7 +204,6 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "steps": steps,
     "machine-code": machine_code,
     "memory": memory,
-    "comparison-by-lr": comparison_by_lr,
     "comparison": comparison,
     "comparison-overall": comparison_overall,
 }

@@ -158,6 +158,11 @@ def test_an_offloaded_model_races_to_the_same_end(tmp_path, demo):
 def test_too_small_a_budget_says_so(tmp_path, demo, capsys):
     data, _ = demo
     settings = AUTO | dict(max_steps=5, learning_rate=0.25)
+    refused = Counted(tmp_path, data, data["dev"], **settings)
+    with pytest.raises(ValueError, match="noise_on=auto needs a race, for which 2 of the run's 10"):
+        refused.trainer.train()
+    assert refused.forwards == 0 and not (tmp_path / "found.json").exists()
+    settings |= dict(noise_on=["attention-out"])
     trainer = Counted(tmp_path, data, data["dev"], **settings).trainer
     assert trainer.create_optimizer().param_groups[0]["lr"] == 0.25
     assert "2 of the run's 10 forward passes are too few for a race" in capsys.readouterr().out

@@ -119,7 +119,7 @@ def _row(cell: Mapping[str, Any], lines: Sequence[Line], seeds: int) -> dict[str
 
     return row | {
         "lr": _distinct(line["lr"] for line in runs),
-        "eps": _distinct(line["eps"] for line in runs),
+        "eps": _distinct(line["eps"] for line in runs if line["lr"]),  # at lr 0 nothing takes noise
         "test": test,
         "test_interval": _interval(over_seeds(test)),
         "dev_mean": float(np.mean([one[4] for one in last])),

@@ -72,7 +72,14 @@ class Contest:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
         race, expected = self.race, ([1] if self.args.find_lr else [], [2] * self.everywhere)
         most = len(self.places) + 1 if self.everywhere else len(self._rungs) + 1
-        field, left_out = self._field(race.plan(most + self.rests, *expected) - self.rests)
+        n = race.plan(most + self.rests, *expected)
+        if n == 1 and self.everywhere and not self.rests:
+            raise ValueError(
+                f"noise_on=auto needs a race, for which {race.budget} of the run's {self.whole} "
+                "forward passes are too few: make more steps, raise search_share, or name a "
+                "placement"
+            )
+        field, left_out = self._field(n - self.rests)
         # The probe may have left more than was set aside for it.
         race.entry = lambda n: self.track.evaluation
         starting = field[: race.plan(len(field), *expected)]
