@@ -70,7 +70,7 @@ def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
         "train",
         *SMALL,
         *"--method fo-adam --lr 1e-3 --noise-on auto --clip-examples 2".split(),
-        *"--steps 24 --keep last --eval-every 0 --save-every 4".split(),
+        *"--steps 60 --search-share 0.65 --keep last --eval-every 0 --save-every 4".split(),
     ]
     whole, out = tmp_path / "whole", tmp_path / "killed"
     run([*base, "--output", str(whole)])
@@ -78,6 +78,7 @@ def test_killed_and_resumed_first_order_run_ends_with_the_same_bits(tmp_path):
     killed(args, "pseuzo.train.trainer.PseuZOTrainer.training_step", 7)
     assert last_checkpoint(out).endswith("checkpoint-4")
     decided = (out / "found.json").read_text()
+    assert len(json.loads(decided)["table"]) > 1, "there was no race"
     run([*args, "--resume"])
     assert (out / "found.json").read_text() == decided, "the weights were chosen a second time"
     assert_same_weights(whole / "model", out / "model")
