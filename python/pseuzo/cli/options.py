@@ -37,7 +37,7 @@ class Number(click.FloatRange):
         return number
 
 
-POSITIVE = Number(min=0, min_open=True)
+NOT_NEGATIVE = Number(min=0)
 
 
 class LearningRate(click.ParamType):
@@ -50,7 +50,7 @@ class LearningRate(click.ParamType):
             number = float(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is neither a number nor auto", param, ctx)
-        return Number(0).convert(number, param, ctx)
+        return NOT_NEGATIVE.convert(number, param, ctx)
 
 
 class Device(click.ParamType):
@@ -227,7 +227,7 @@ RUN_OPTIONS = options(
     training_option("lr_scheduler_type", type=click.Choice(["constant", "linear", "cosine"])),
     option(
         "--weight-decay",
-        type=Number(min=0),
+        type=NOT_NEGATIVE,
         default=0.0,
         help="Decoupled weight decay, not on biases and norms.",
     ),

@@ -63,13 +63,13 @@ class Readout:
     distort pretrained features and underperform out-of-distribution", ICLR 2022). Here the fit goes
     on with the steps, as in variable projection (Golub and Pereyra, 1973).
 
-    objective: of a model whose head head_to_fit has prepared. kept: the number of outputs; more
-    than there are rows to learn from would count some of them more than once.
+    objective: of a model whose head head_to_fit has prepared. kept: how many outputs; more than
+    there are rows to learn from would count some of them more than once.
     """
 
-    def __init__(self, objective: CausalLMObjective, decay: float = 0.01, kept: int = KEPT):
+    def __init__(self, objective: CausalLMObjective, decay: float = 0.01):
         assert objective.options is not None, "head_to_fit has refused other objectives"
-        self.objective, self.decay, self.kept = objective, decay, kept
+        self.objective, self.decay, self.kept = objective, decay, KEPT
         self._head = cast(nn.Linear, objective.lm_head)
         weight, bias = self._head.weight, self._head.bias
         self._index = torch.tensor(objective.options, device=weight.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pseuzo.models.placement import param_groups, place
-from pseuzo.models.readout import KEPT_STILL
+from pseuzo.models.readout import KEPT, KEPT_STILL
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.still import Still
 from pseuzo.perturb.contexts import frozen_mode
@@ -79,9 +79,7 @@ class SearchingTrainer(ResumableTrainer):
             if args.searches:
                 self._take_from_run(found.forwards, still=found.lr == 0)
             if self.readout is not None:
-                self.readout.kept = min(self.readout.kept, self._rows)
-                if self.still:
-                    self.readout.kept = min(KEPT_STILL, self._rows)
+                self.readout.kept = min(KEPT_STILL if self.still else KEPT, self._rows)
             self.optimizer = self._built(found.noise_on, found.lr, found.eps)
             self.zero_order = self.optimizer if args.zeroth_order else None
         return self.optimizer
