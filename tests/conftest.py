@@ -7,11 +7,15 @@ interpreter.
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
+# Tests send SIGINT to themselves and to what they start, and a process that a shell runs in the
+# background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There are as many processes as cores, so each of them, and what it starts, has one thread
     # unless PSEUZO_TEST_THREADS says otherwise.

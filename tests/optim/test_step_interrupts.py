@@ -209,15 +209,6 @@ def check(name, dtype, half, disturb, tmp_path, want):
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-    """Install Python's own handler, since a process that is started in the background may ignore
-    SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
     """Skip the waits for the disk, which would take a third of the time and do not matter to these
     tests."""
