@@ -102,7 +102,7 @@ def test_config_values_are_read_as_on_the_command_line(tmp_path, settings):
         ["--mode", "lora", "--lora-r", "3"],
         ["--method", "fo-adam", "--noise-on", "attention-out"],
         [
-            *"--method fo-sgd --noise-on auto --eps 1e-2 --noise normal".split(),
+            *"--method mezo --noise-on auto --eps 1e-2 --noise normal".split(),
             *"--clip-examples 2".split(),
         ],
     ],

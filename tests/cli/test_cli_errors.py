@@ -93,7 +93,7 @@ def test_a_full_disk_does_not_end_a_run_for_good(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_path, monkeypatch):
-    """No candidate races for a rate either, although a race saves nothing itself."""
+    """No candidate races either, although a race saves nothing itself."""
     load = runs.load_model
 
     def unsavable(*args, **kwargs):
@@ -105,7 +105,8 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_tried(tmp_pa
     monkeypatch.setattr(Contest, "run", raising(AssertionError("a race began")))
     out = tmp_path / "run"
     text = refused(
-        "train", *SMALL, *"--steps 2 --lr auto --save-every 0 --keep last".split(), "--output", out
+        *("train", *SMALL, "--output", out),
+        *"--steps 2 --noise-on auto --save-every 0 --keep last".split(),
     )
     assert "could not be saved, so no step is made" in text and "`temperature`" in text
     assert not list(out.iterdir())

@@ -218,7 +218,7 @@ def test_plot_overlays_runs(tmp_path):
 
 def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
     # An epoch has 8 steps, and the race may take a quarter of the 20.
-    args = "--steps 20 --lr auto --cycles 2 --pseuzo-epochs 2".split()
+    args = "--steps 20 --noise-on auto --cycles 2 --pseuzo-epochs 2".split()
     words = "pseuzo_epochs is 2, but a cycle has 1 epoch(s): the run has 2, in 2 cycle(s)"
     assert words in pseuzo("train", *SMALL, *args, "--output", tmp_path / "run", code=2)
     assert list((tmp_path / "run").iterdir()) == []
@@ -227,7 +227,7 @@ def test_cycles_that_do_not_fit_are_refused_before_a_search(tmp_path):
 def test_auto_is_decided_by_a_race_within_the_run(tmp_path):
     out, args = (
         tmp_path / "run",
-        "--method mezo --lr auto --noise-on auto --search-share 0.5".split(),
+        "--method mezo --noise-on auto --search-share 0.5".split(),
     )
     text = pseuzo("train", *SMALL, *args, "--steps", 120, "--output", out)
     found, results = (
@@ -236,7 +236,7 @@ def test_auto_is_decided_by_a_race_within_the_run(tmp_path):
     assert results["search_forwards"] == found["forwards"] and 72 < found["forwards"] <= 120
     assert results["forwards"] == found["forwards"] + 2 * results["steps"] in (239, 240)
     assert results["lr"] == found["lr"] and results["eps"] == found["eps"]
-    assert "the best of 2 that raced" in text and f"lr {found['lr']:.3g}" in text
+    assert "the best of 2 that raced" in text and f"eps {found['eps']:.3g}" in text
     rows = [row["forwards"] for row in results["history"] if "eval_loss" in row]
     assert rows[0] == found["forwards"] and rows[-1] == results["forwards"]
     config = yaml.safe_load((out / "config.yaml").read_text())

@@ -15,6 +15,7 @@ from pseuzo.train.journal import Journal
 from pseuzo.train.replay import replay
 from tiny_models import Tied
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from pseuzo_kernels import reference
 
@@ -26,6 +27,8 @@ from pseuzo_kernels import reference
         lambda m: PseuZO(m.parameters(), 0.02, 1e-2, 3, CyclicHyperbola(6), seed=2),
         lambda m: PseuZO(m, 0.02, 1e-2, 3, 0.9, seed=2, weighting="mean"),
         lambda m: MeZO(m, 0.02, 1e-2, seed=2),
+        lambda m: MeZO(m, 0.2, 1e-2, seed=2, curvature_window=7),
+        lambda m: PseuZO(m, 0.2, 1e-2, 3, 0.9, seed=2, curvature_window=7),
         lambda m: DeepZero(m, 0.02, 1e-2, coordinates=5, directions=2, redraw=2, seed=2),
     ],
 )
@@ -36,6 +39,8 @@ def test_state_dict_then_equal_steps(make, dtype, tmp_path):
             x, y = data(t)
             if isinstance(opt, PseuZO):
                 opt.step(lambda x=x: model(x.to(dtype)), head_for(y), groups=LABELS)
+            elif opt.curvature_window:
+                opt.step(lambda x=x, y=y: cross_entropy(model(x.to(dtype)), y, reduction="none"))
             else:
                 opt.step(lambda x=x, y=y: head_for(y)(model(x.to(dtype))))
 

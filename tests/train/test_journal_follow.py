@@ -26,6 +26,8 @@ CASES = {
     "momentum": lambda m: MeZO(m, 1e-3, 1e-2, directions=2, momentum=0.9, window=3, seed=2),
     "pseuzo": lambda m: PseuZO(m, 1e-3, 1e-2, 2, 0.9, 0.1, seed=2),
     "in cycles": lambda m: PseuZO(m, 1e-3, 1e-2, 2, CyclicHyperbola(8, pseuzo_epochs=3), seed=2),
+    "curvature": lambda m: MeZO(m, 1e-3, 1e-2, momentum=0.9, window=3, curvature_window=4, seed=2),
+    "curvature of pseuzo": lambda m: PseuZO(m, 1e-3, 1e-2, 2, 0.9, curvature_window=3, seed=2),
     "evolution": lambda m: Evolution(m, 1e-3, 1e-2, directions=3, seed=2),
     "small": lambda m: SparseMeZO(m, 1e-3, 1e-2, weight_decay=0.1, seed=2),
     "random": lambda m: SparseMeZO(m, 1e-3, 1e-2, mask="random", renew_mask=True, seed=2),
@@ -36,7 +38,8 @@ def make_steps(opt, steps, poisoned=4):
     """Make these steps; return the ones whose passes ran. A schedule sets lr."""
     objective, measured = CausalLMObjective(opt.model, [17, 4]), []
     for t in steps:
-        forward, head = objective({**batch_of(rows=4, length=8, seed=t), "labels": LABELS})
+        batch = {**batch_of(rows=4, length=8, seed=t), "labels": LABELS}
+        forward, head = objective(batch, reduction="none" if opt.curvature_window else "mean")
         factor = float("nan") if t == poisoned else 1.0
 
         def forward_of_step(t=t, f=forward):

@@ -46,7 +46,7 @@ def test_the_parts_make_the_loss_of_the_batch(make, each):
     objective = CausalLMObjective(model, options)
     args = SimpleNamespace(objective="loss", clip_examples=2.0 if each else None, capture=False)
     losses = Losses(model, args, objective, None)
-    optimizer = SimpleNamespace(parts=3, has_gradient=False, ranks=None)
+    optimizer = SimpleNamespace(parts=3, has_gradient=False, ranks=None, curvature_window=0)
     (closures,), given = losses.step_inputs(batch, optimizer)
     shares = torch.as_tensor(given["sizes"]) / sum(given["sizes"])
     examples = [len(b.get("answers", b["labels"])) for b in cut(batch, 3)]

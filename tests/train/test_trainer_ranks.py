@@ -22,7 +22,8 @@ EXACT = dict(method="mezo", objective="metric", learning_rate=2e-3, eps=0.05, di
 EXACT |= dict(eval_strategy="steps", eval_steps=5, max_steps=7)
 # In batches of 22 the last one has 1 row, so that rank 0 has none, or 3 rows.
 UNEVEN = dict(method="mezo", rows=45, max_steps=4, eval_strategy="steps", eval_steps=2)
-RACE = dict(method="mezo", rows=48, max_steps=70, noise_on=["auto"], find_lr=True, search_share=0.8)
+RACE = dict(method="mezo", rows=48, max_steps=70, noise_on=["auto"], find_lr=True)
+RACE |= dict(weight_decay=0.0, search_share=0.8)
 PSEUZO = UNEVEN | dict(method="pseuzo", rows=47, window=3, momentum=0.9)
 
 

@@ -103,7 +103,7 @@ def test_too_small_a_budget_for_a_race_trains_the_readout_alone(
 ):
     """Two passes a step with noise, and one without. All rows are seen in eight steps."""
     data, _ = demo
-    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True)
+    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True, weight_decay=0.0)
     trainer = PseuZOTrainer(fresh(), arguments(tmp_path, **given), train_dataset=data["train"])
     passes = 0
 
@@ -119,37 +119,36 @@ def test_too_small_a_budget_for_a_race_trains_the_readout_alone(
     few = f"the readout alone learns: {steps // 2} of the run's {2 * steps} forward passes"
     assert few in capsys.readouterr().out
     assert trainer.state.global_step == taken == passes == trainer.forwards(taken)
-    other = PseuZOTrainer(
-        fresh(), arguments(tmp_path, **given | dict(readout="none")), train_dataset=data["train"]
-    )
-    with pytest.raises(ValueError, match="holds the decision for readout fit, not none"):
+    changed = arguments(tmp_path, **given | dict(noise_on=["auto"]))
+    other = PseuZOTrainer(fresh(), changed, train_dataset=data["train"])
+    with pytest.raises(ValueError, match=r"holds the decision for noise_on \['all'\], not"):
         other.train()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, steps", [("pseuzo", 120), ("zo-adam", 160)])
+@pytest.mark.parametrize("method, steps", [("pseuzo", 120), ("mezo", 100)])
 def test_passes_of_a_race_with_a_readout_are_counted(tmp_path, demo, method, steps):
     """Also where candidates start again, and where a step of the method has three passes."""
     data, _ = demo
     own = dict(two_sided=True) if method == "pseuzo" else {}
-    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True, search_share=0.9)
+    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True, weight_decay=0.0)
+    given |= dict(search_share=0.9)
     trainer = PseuZOTrainer(
         fresh(), arguments(tmp_path, **given | own), train_dataset=data["train"]
     )
-    batch_size, rows = trainer.args.per_device_train_batch_size, 0
+    passes = 0
 
-    def count(module, args, inputs):
-        nonlocal rows
-        rows += len((args or tuple(inputs.values()))[0])
+    def count(*unused):
+        nonlocal passes
+        passes += 1
 
     with torch.no_grad():
         trainer.losses.loss(data["train"].collate([data["train"][i] for i in range(2)]))
-    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.model.register_forward_pre_hook(count)
     trainer.create_optimizer()
     found = json.loads((tmp_path / "found.json").read_text())
     assert {row["name"] for row in found["table"]} > {"no weights"}
-    # The last batch of an epoch is smaller.
-    assert 0.9 * trainer.search_forwards < rows / batch_size <= trainer.search_forwards
+    assert passes == trainer.search_forwards > 100
 
 
 def test_lr_0_takes_no_probe_and_no_search(tmp_path, demo):
@@ -160,7 +159,7 @@ def test_lr_0_takes_no_probe_and_no_search(tmp_path, demo):
     trainer.model.register_forward_pre_hook(lambda *unused: pytest.fail("a pass"))
     trainer.create_optimizer()
     assert trainer.readout.kept == len(data["train"]) and trainer.forwards(5) == 5
-    for search in (dict(noise_on=["auto"]), dict(find_lr=True)):
+    for search in (dict(noise_on=["auto"], find_lr=True), dict(find_lr=True)):
         with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
             arguments(tmp_path, **given | search)
     with pytest.raises(ValueError, match=r"learning_rate must be positive, got 0$"):
@@ -170,7 +169,8 @@ def test_lr_0_takes_no_probe_and_no_search(tmp_path, demo):
 @pytest.mark.slow
 def test_a_race_fits_the_readout_of_each_candidate_and_forgets_them(tmp_path, demo):
     data, _ = demo
-    given = dict(method="mezo", readout="fit", max_steps=150, find_lr=True, search_share=0.5)
+    given = dict(method="mezo", readout="fit", max_steps=150, find_lr=True, weight_decay=0.0)
+    given |= dict(search_share=0.5)
     trainer = PseuZOTrainer(
         fresh(), arguments(tmp_path, **given), train_dataset=data["train"], eval_dataset=data["dev"]
     )

@@ -73,8 +73,6 @@ def _cells(request: Request, task: str) -> list[Cell]:
             for name, value in plain(common | own).items()
             if value is not None and name not in COMPARED - {"method"}
         }
-        if settings["noise_on"] == ["auto"]:  # its race finds the rate, too
-            settings.setdefault("lr", "auto")
         cells.append(Cell(task, title, settings, of.forwards, request.trials, trial, rows))
     return cells
 

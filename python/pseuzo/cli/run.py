@@ -49,6 +49,7 @@ from pseuzo.models.kinds import kind_of
 from pseuzo.models.loading import DTYPES, load_model
 from pseuzo.models.modes import MODES, tune
 from pseuzo.models.offloading import check_before_loading
+from pseuzo.optim.curvature import RELATIVE_LR
 from pseuzo.optim.schedule import Schedule
 from pseuzo.optim.together import Together
 from pseuzo.perturb.graphs import check_device
@@ -134,7 +135,7 @@ class Run:
         ours = {name: c[setting_name(o)] for name, o in OPTIONS.items() if setting_name(o) in c}
         ours |= {"eps": c["eps"] or OPTIONS["eps"].default, "noise_on": list(c["noise_on"])}
         if c["lr"] == "auto":
-            ours |= {"find_lr": True, "learning_rate": default_rate(c["method"], c["mode"])}
+            ours |= {"find_lr": True, "learning_rate": RELATIVE_LR}
         args = PseuZOTrainingArguments(
             output_dir=str(output),
             **ours,
@@ -209,6 +210,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
     perturbs = c["method"] in methods_with("eps")
     if c["eps"] is None and (perturbs or placed):  # other runs need it for probing alone
         c["eps"], c["scale_eps"] = MODES[c["mode"]].eps, perturbs and placed
+    if c["lr"] is None and list(c["noise_on"]) == ["auto"]:
+        c["lr"] = "auto"
     if c["lr"] is None:
         # The size of a step that is free of the slope has no equal change of the loss to keep.
         scales = not zeroth or METHODS[c["method"]].rate == "lr"
@@ -226,8 +229,8 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
         c["data_seed"] = c["seed"]
-    searches = c["lr"] == "auto" or list(c["noise_on"]) == ["auto"]
-    steps = int(c["steps"] * (1 - c["search_share"] * searches))  # the others' passes it may take
+    races = list(c["noise_on"]) == ["auto"] or (c["lr"] == "auto" and c["readout"] == "fit")
+    steps = int(c["steps"] * (1 - c["search_share"] * races))  # the others' passes it may take
     if c["eval_every"] is None:
         c["eval_every"] = max(1, steps // 10)
     if c["save_every"] is None:

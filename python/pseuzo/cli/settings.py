@@ -9,7 +9,7 @@ from pseuzo.cli.errors import Failure
 from pseuzo.cli.options import flag, setting_name, unused
 from pseuzo.launch import launched, rank
 from pseuzo.models.modes import MODES
-from pseuzo.train.methods import METHODS, refused_in_ranks, with_defaults
+from pseuzo.train.methods import METHODS, methods_with, refused_in_ranks, with_defaults
 from pseuzo.train.options import OPTIONS
 
 
@@ -51,11 +51,29 @@ def check_combination(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 "--clip-examples needs the loss of each example, and --objective metric has none"
             )
-        if settings["lr"] == "auto":
+    searches = list(settings["noise_on"]) == ["auto"]
+    if searches and settings["lr"] not in (None, "auto"):
+        raise ValueError(
+            "--noise-on auto needs a rate that suits every placement: leave out --lr, or give "
+            "--lr auto"
+        )
+    if searches or settings["lr"] == "auto":
+        what = "--noise-on auto" if searches else "--lr auto"
+        if method not in methods_with("find_lr"):
+            able = " or ".join(methods_with("find_lr"))
+            raise ValueError(f"{what} needs --method {able}, not {method}")
+        if settings["objective"] == "metric":
             raise ValueError(
-                "--lr auto takes the scale of its rates from the curvature of the loss, and "
-                "--objective metric has none; give --lr"
+                f"{what} measures the curvature by the loss of each example, and --objective "
+                "metric has none; give --lr"
             )
+        if settings["weight_decay"]:
+            raise ValueError(
+                f"{what} is a rate in units of 1 / T, which does not suit --weight-decay; leave "
+                "that out, or give --lr"
+            )
+        if settings["head"] == "exact" and settings["head_lr"] is None:
+            raise ValueError(f"{what} finds no rate for an exact head; give --head-lr")
     if (
         settings["method"] == "fo-adam"
         and settings["dtype"] == "fp16"

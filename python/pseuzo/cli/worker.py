@@ -164,7 +164,7 @@ class Maker:
         own = {"output": self.folder, "eval_every": 0, "save_every": 0, "keep": "last"}
         own |= {"quiet": True, "resume": None, "journal": None, "steps": 1}
         given = train_defaults() | settings | own
-        run = self._of(resolve(given | ({"lr": "auto"} if kind == "calibration" else {})))
+        run = self._of(resolve(given))
         if kind == "calibration":
             return _calibrated(run, self.folder)
         return _trained(run, self.folder, budget, final=kind == "final")

@@ -260,8 +260,9 @@ def _cells(title: str, row: Mapping[str, Any], reference: str) -> list[str]:
 
 def _chosen(row: Mapping[str, Any], name: str) -> str:
     values = [f"{value:.3g}" for value in row[name]]
+    if name == "lr" and row["searches_itself"]:  # 0: no weight moves
+        values = [f"{value} / T" if float(value) else value for value in values]
     how = " fixed" if name in row["fixed"] else ""
-    how = " own search" if name == "lr" and row["searches_itself"] else how
     return (" ".join(values) or "-") + how
 
 
@@ -304,7 +305,7 @@ def _tuning(of: Mapping[str, Any]) -> str:
     for title, row in of["methods"].items():
         tried = [" ".join(f"{v:.3g}" for v in row["tried"].get(n, [])) for n in ("lr", "eps")]
         fixed = [f"{name} fixed at {value:.3g}" for name, value in row["fixed"].items()]
-        what = ["its own search of lr, in the run's forwards"] if row["searches_itself"] else []
+        what = ["its own choice of lr, in the run's forwards"] if row["searches_itself"] else []
         what += [", ".join(row["tuned"])] if row["tuned"] else []
         rows.append(
             [

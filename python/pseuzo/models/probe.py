@@ -97,7 +97,7 @@ def probe(
         name: dict(g) if isinstance(g, Mapping) else dict.fromkeys(g, 1.0)
         for name, g in groups.items()
     }
-    sizes = {name: sum(p.numel() * s * s for p, s in g.items()) for name, g in scales.items()}
+    sizes = {name: size_of(g) for name, g in scales.items()}
     if not all(sizes.values()):
         raise ValueError(
             "probe: a group has no parameters: "
@@ -116,7 +116,7 @@ def probe(
         at_clean = [losses_of(f) if clean else torch.full((), math.nan) for f in closures]
         for name, group in scales.items():
             places = {p: (streams[p], scale) for p, scale in group.items()}
-            scaled_eps = eps * min(MAX_EPS_FACTOR, max(1.0, math.sqrt(whole / sizes[name])))
+            scaled_eps = eps * longer(whole, sizes[name])
             passes, seen = passes_of(model, places, noise), []
             for i in range(len(closures) * directions):
                 at_x, closure = at_clean[i // directions], closures[i // directions]
@@ -135,6 +135,17 @@ def probe(
             rows.append(row)
     forget_passes(model)  # frees their scratch
     return rows
+
+
+def size_of(scales: Mapping[nn.Parameter, float]) -> float:
+    """The number of elements, each with the square of its noise scale."""
+    return sum(p.numel() * scale * scale for p, scale in scales.items())
+
+
+def longer(whole: float, part: float) -> float:
+    """The factor of eps that makes noise on a part as long as that on the whole, of these sizes; at
+    most MAX_EPS_FACTOR."""
+    return min(MAX_EPS_FACTOR, max(1.0, math.sqrt(whole / part)))
 
 
 def _means_and_errors(samples: Tensor) -> list[float]:

@@ -86,7 +86,7 @@ class ZOAdam(MeZO):
             now,
             seeds=seeds.flatten(),
             coefs=coefs.flatten(),
-            state=(seeds, coefs),
+            state=((seeds, coefs), None),
             stats=stats | {"window": len(seeds)},
         )
 

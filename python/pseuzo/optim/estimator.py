@@ -31,6 +31,7 @@ class Estimator:
     offloads = True  # whether it can train a model whose weights are uploaded, see perturb.offload
     needs_data = False  # whether step also takes batches, the losses of all the training data
     recordable = True  # whether a journal's seeds and coefficients describe all of its updates
+    curvature_window: int = 0  # if more, rates are in units of 1 / T, see pseuzo.optim.curvature
     parts: int = 1  # if more, step takes a closure for each part of a batch, and the parts' sizes
     masks: Masks | None = None  # which elements take noise in the present step; None: all
     own_settings: tuple[str, ...] = ()  # attributes that an estimator's state sets

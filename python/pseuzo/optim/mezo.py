@@ -6,7 +6,7 @@ and 2.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
+from pseuzo.optim.curvature import Curvature, square_of
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.merging import merged_losses
 from pseuzo.optim.passes import Passes, without_autograd
@@ -32,12 +33,14 @@ class Slopes(Measured):
     seeds: of the directions. slopes: [q] fp32, 0 where not finite. finite: [] bool, whether all
     losses and slopes of the step are finite. pairs: for each direction the losses at x + eps z_j,
     and those at x - eps z_j, or at x if one-sided; [] or [B] fp32, before examples are clipped.
+    square: [] fp32, the curvature along the directions, where the optimizer scales by it.
     """
 
     seeds: tuple[int, ...]
     slopes: Tensor
     finite: Tensor
     pairs: Sequence[tuple[Tensor, Tensor]]
+    square: Tensor | None = field(default=None, kw_only=True)
 
 
 class Point(NamedTuple):
@@ -115,7 +118,7 @@ def slopes_of(
     two_sided: bool,
 ) -> Slopes:
     """The slopes along the seeds, from the losses at both points of each."""
-    eps, losses, slopes = optimizer.eps, [], []
+    eps, losses, found, squares = optimizer.eps, [], [], []
     ok = torch.ones((), dtype=torch.bool, device=optimizer.device)
     for plus, minus in pairs:
         check_same_batch(plus, minus)
@@ -123,10 +126,15 @@ def slopes_of(
         loss = (plus + minus) / 2 if two_sided else minus
         ok = ok & slope.isfinite().all() & loss.isfinite().all()
         losses.append(loss.mean())
-        slopes.append(clip_slopes(slope, optimizer.clip_examples).mean())
-    c = torch.stack(slopes)
+        slope = clip_slopes(slope, optimizer.clip_examples)
+        found.append(slope.mean())
+        if optimizer.curvature_window:
+            squares.append(square_of(slope, loss))
+    c = torch.stack(found)
     loss = torch.stack(losses).mean()
-    return Slopes(loss, "loss", seeds, torch.where(ok, c, torch.zeros_like(c)), ok, pairs)
+    square = torch.stack(squares).mean() if squares else None
+    slopes = torch.where(ok, c, torch.zeros_like(c))
+    return Slopes(loss, "loss", seeds, slopes, ok, pairs, square=square)
 
 
 def unknown_slopes(optimizer: ZeroOrder, kind: str, seeds: tuple[int, ...]) -> Slopes:
@@ -169,10 +177,11 @@ def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
         raise TypeError(
             f"step: the closure must return a scalar tensor or a number, got {type(loss).__name__}"
         )
-    if optimizer.clip_examples is not None and loss.dim() == 0:
+    each = "clip_examples", "curvature_window"
+    if loss.dim() == 0 and (needs := [name for name in each if getattr(optimizer, name)]):
         raise ValueError(
-            "step: clip_examples needs the loss of each example, [B], and got one number; return "
-            "the losses before their mean, or leave clip_examples off"
+            f"step: {needs[0]} needs the loss of each example, [B], and got one number; return "
+            f"the losses before their mean, or leave {needs[0]} off"
         )
     return loss
 
@@ -184,6 +193,24 @@ def check_same_batch(plus: Tensor, minus: Tensor) -> None:
             f"step: the passes of a step gave losses of shapes {tuple(plus.shape)} and "
             f"{tuple(minus.shape)}; they must run on the same batch"
         )
+
+
+def curvature_of(optimizer: ZeroOrder) -> Curvature | None:
+    """What measures T for an optimizer whose rates are in units of 1 / T; else None. ValueError if
+    that cannot be."""
+    name, window = type(optimizer).__name__, optimizer.curvature_window
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"{name}: curvature_window must be a number of steps, got {window!r}")
+    if window and any(group["weight_decay"] for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name}: weight_decay is multiplied by lr, which curvature_window makes a number of "
+            "another kind; leave off one of the two"
+        )
+    return Curvature(window, optimizer.device) if window else None
+
+
+# What a step leaves: the seeds and coefficients of the last steps, and their mean square slopes.
+State = tuple[tuple[Tensor, Tensor] | None, Tensor | None]
 
 
 class MeZO(ZeroOrder):
@@ -204,6 +231,10 @@ class MeZO(ZeroOrder):
     A skipped step counts as a step with gradient 0.
     clip_examples: r; the projected gradient of each example is clamped to r times the batch's
     median size, unless that is 0. The closure must then return per-example losses, [B].
+    curvature_window: over so many steps the curvature T of the loss along the noise is measured,
+    and lr is in units of 1 / T (0.1 is a good one, and momentum does not change it), see
+    pseuzo.optim.curvature; 0: lr is the rate. The closure must return negative log likelihoods of
+    the examples, [B]. stats["curvature"] is T. ValueError with weight decay, whose rate is lr.
     capture: record the passes as CUDA graphs, from the third step with the same closure on, and
     replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure
     must then be the same object at every step (or one of a few), read its batch from tensors that
@@ -217,7 +248,7 @@ class MeZO(ZeroOrder):
     2023, Algorithms 1 and 2.
     """
 
-    own_settings: tuple[str, ...] = ("directions", "momentum", "window")
+    own_settings: tuple[str, ...] = ("directions", "momentum", "window", "curvature_window")
 
     def __init__(
         self,
@@ -229,6 +260,7 @@ class MeZO(ZeroOrder):
         directions: int = 1,
         momentum: float = 0.0,
         window: int = 14,
+        curvature_window: int = 0,
         **options: Any,
     ):
         name = type(self).__name__
@@ -236,11 +268,15 @@ class MeZO(ZeroOrder):
             check_count(name, key, value)
         if not 0 <= momentum <= 1:
             raise ValueError(f"{name}: momentum must be in 0 .. 1, got {momentum}")
+        if curvature_window and type(self) is not MeZO:
+            raise ValueError(f"{name}: curvature_window is for the updates of MeZO and PseuZO")
+        self.curvature_window = curvature_window
         self.two_sided, self.directions = two_sided, directions
         self.momentum, self.window = float(momentum), window
         # Seeds and coefficients of the last steps, [n, q], the newest last.
         self._past: tuple[Tensor, Tensor] | None = None
         super().__init__(params, lr=lr, eps=eps, **options)
+        self._curvature = curvature_of(self)
 
     def step(  # type: ignore[override]  # torch's closure returns a float
         self, closure: Callable[[], Any] | None = None, *, size: float | None = None
@@ -261,7 +297,11 @@ class MeZO(ZeroOrder):
         return measure_slopes(self, (closure,), closure, self.two_sided, self.directions)
 
     def coefficients(self, measured: Slopes) -> Direction:
-        now = mean_direction(self, measured)
+        now, squares = mean_direction(self, measured), None
+        if self._curvature is not None and measured.square is not None:
+            terms = sum(self.momentum**age for age in range(self.window))
+            now, squares = self._curvature.scaled(now, measured.square, terms)
+            now = replace(now, state=(None, squares))
         if not self.momentum:
             return now
         seeds, coefs = self.window_with(now.seeds, now.coefs)
@@ -272,7 +312,7 @@ class MeZO(ZeroOrder):
             now,
             seeds=seeds.flatten(),
             coefs=torch.where(now.found_inf != 0, 0.0, faded),
-            state=(seeds, coefs),
+            state=((seeds, coefs), squares),
             stats={**now.stats, "momentum": self.momentum, "window": len(coefs)},
         )
 
@@ -287,19 +327,23 @@ class MeZO(ZeroOrder):
         )
         return seeds, coefs
 
-    def keep(self, state: tuple[Tensor, Tensor] | None) -> None:
-        if state is not None:
-            self._past = state
+    def keep(self, state: State | None) -> None:
+        past, squares = state or (None, None)
+        if past is not None:
+            self._past = past
+        if squares is not None and self._curvature is not None:
+            self._curvature.squares = squares
 
     @property
     def history(self) -> int | None:
-        return 0
+        return self.curvature_window
 
     def recall(self, seeds: Tensor, coefs: Tensor, state: Any) -> Any:
         """The newest coefficients of a record have not decayed: they are those of its own step."""
-        if not self.momentum:
-            return None
-        return self.window_with(seeds[-self.directions :], coefs[-self.directions :])
+        past = None
+        if self.momentum:
+            past = self.window_with(seeds[-self.directions :], coefs[-self.directions :])
+        return past, None if state is None else state[1]
 
     def own_state(self) -> dict[str, Any]:
         seeds, coefs = self._past or (None, None)
@@ -309,6 +353,8 @@ class MeZO(ZeroOrder):
             "directions": self.directions,
             "momentum": self.momentum,
             "window": self.window,
+            "curvature_window": self.curvature_window,
+            "squares": None if self._curvature is None else self._curvature.squares,
         }
         return super().own_state() | {"past": past}
 
@@ -318,3 +364,7 @@ class MeZO(ZeroOrder):
         self.window, self._past = past["window"], None
         if past["seeds"] is not None:
             self._past = past["seeds"].to(self.device), past["coefs"].to(self.device)
+        self.curvature_window = past.get("curvature_window", 0)  # older versions lack it
+        self._curvature = curvature_of(self)
+        if self._curvature is not None:
+            self._curvature.squares = past["squares"].to(self.device)

@@ -20,6 +20,7 @@ class Outputs(Measured):
     EmaWindow. finite: [] fp32, NaN where the step must be skipped. gradients: parameters of
     exact_gradient groups -> dg/dx. momentum, eps: of this step. newest: [] fp32, the coefficient of
     the step's own change, where base and output are pooled so that they do not say it exactly.
+    square: [] fp32, the curvature along the perturbation, where the optimizer scales by it.
     """
 
     seed: int
@@ -32,6 +33,7 @@ class Outputs(Measured):
     momentum: float
     eps: float
     newest: Tensor | None = None
+    square: Tensor | None = None
 
 
 def as_output(o: Any, like: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ lambda = momentum. Source: PseuZO (NeurIPS 2025).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
-from pseuzo.optim.clip import clip_rows
+from pseuzo.optim.clip import clip_rows, example_sizes
+from pseuzo.optim.curvature import square_of
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.groups import not_frozen
-from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
+from pseuzo.optim.mezo import Slopes, curvature_of, mean_direction, measure_slopes
 from pseuzo.optim.outputs import Outputs, as_output, head_gradients
 from pseuzo.optim.pooling import pooled_outputs
 from pseuzo.optim.schedule import Schedule, as_schedule
@@ -42,6 +44,8 @@ class PseuZO(ZeroOrder):
     <do_i, e_i> / eps for the newest entry exceeds r times the batch's median size (no scaling where
     that is 0); older entries are projected on the same e. A MeZO step clips as MeZO does, so the
     head must then return per-example losses.
+    curvature_window: lr is in units of 1 / T, as in MeZO; a sum of entries is divided by the sum of
+    lambda^age over all K, too. MeZO steps need per-example losses. Not with several ranks.
     The group option exact_gradient=True is for weights of the head that h does not use, such as an
     untied output layer. They take no noise, and x <- (1 - lr * weight_decay) x - lr * dg/dx, with
     the gradient from the autograd through the head that is done anyway. MeZO steps leave them
@@ -64,6 +68,7 @@ class PseuZO(ZeroOrder):
         *,
         two_sided: bool = False,
         weighting: str = "sum",
+        curvature_window: int = 0,
         **options: Any,
     ):
         if weighting not in ("sum", "mean"):
@@ -72,6 +77,13 @@ class PseuZO(ZeroOrder):
         self.schedule = as_schedule(momentum)
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, **options)
         self.window = EmaWindow(window, eps=eps)
+        if curvature_window and self.exchange is not None:
+            raise ValueError(
+                "PseuZO: curvature_window needs the slope of each example, which ranks pool; use "
+                "one process, or MeZO"
+            )
+        self.curvature_window = curvature_window
+        self._curvature = curvature_of(self)
 
     def step(  # type: ignore[override]  # torch's takes a closure
         self,
@@ -143,21 +155,25 @@ class PseuZO(ZeroOrder):
             if self.clip_examples is not None:
                 change = o1 if base is None else o1.float() - base.float()
                 e = clip_rows(e, change, self.clip_examples, examples)
-            return loss, base, o1, e, gradients
+            square = None
+            if self.curvature_window:
+                change = o1 if base is None else o1.float() - base.float()
+                square = curvature_along(e, change, examples, loss, eps)
+            return loss, base, o1, e, square, gradients
 
-        loss, base, o1, e, gradients = self.passes.run("output", (forward, head, *exact), run)
+        measured = self.passes.run("output", (forward, head, *exact), run)
+        loss, base, o1, e, square, gradients = measured
         finite = loss
         for gradient in gradients:  # the step is skipped if one is not finite, as for a loss
             ok = gradient.isfinite().all().to(loss.device)
             finite = torch.where(ok, finite, float("nan"))
         by_parameter = dict(zip(exact, gradients, strict=True))
-        return Outputs(
-            loss, "output", seed, base, o1, e, groups, finite, by_parameter, momentum, eps
-        )
+        numbers = momentum, eps, None, square
+        return Outputs(loss, "output", seed, base, o1, e, groups, finite, by_parameter, *numbers)
 
     def coefficients(self, measured: Outputs | Slopes) -> Direction:
         if isinstance(measured, Slopes):
-            return mean_direction(self, measured)
+            return self._scaled(mean_direction(self, measured), measured.square)
         m = measured
         proposal = self.window.propose(
             *(m.seed, m.base, m.output, m.e, m.groups, m.finite),
@@ -170,9 +186,12 @@ class PseuZO(ZeroOrder):
             newest = torch.where(proposal.found_inf != 0, 0.0, m.newest)
             coefs = torch.cat([coefs[:-1], newest])
         stats = {"projected_grad": coefs[-1:], "momentum": m.momentum}
+        terms = 1.0
         if self.weighting == "mean":
             coefs = coefs / weight_of_window(proposal, m.momentum)
-        return Direction(
+        else:
+            terms = sum(m.momentum**age for age in range(self.window.capacity))
+        direction = Direction(
             proposal.seeds,
             coefs,
             proposal.found_inf,
@@ -181,31 +200,61 @@ class PseuZO(ZeroOrder):
             stats | {"window": len(proposal.seeds)},
             m.gradients,
         )
+        return self._scaled(direction, m.square, terms)
+
+    def _scaled(self, direction: Direction, square: Tensor | None, terms: float = 1.0) -> Direction:
+        """The direction, over T if rates are in units of 1 / T; its state is that of the window and
+        the squares."""
+        squares = None
+        if self._curvature is not None and square is not None:
+            direction, squares = self._curvature.scaled(direction, square, terms)
+        return replace(direction, state=(direction.state, squares))
 
     def keep(self, state: Any) -> None:
-        if state is None:
+        proposal, squares = state or (None, None)
+        if proposal is None:
             self.window.clear()  # MeZO steps move the weights at which its entries were measured
         else:
-            self.window.commit(state)
+            self.window.commit(proposal)
+        if squares is not None and self._curvature is not None:
+            self._curvature.squares = squares
 
     @property
     def history(self) -> int:
-        return self.window.capacity
+        return max(self.window.capacity, self.curvature_window)
 
     def kind_of_step(self) -> str:
         return "output" if self.schedule(self.steps) else "loss"
 
     def own_state(self) -> dict[str, Any]:
         own = {"window": self.window.state_dict(), "weighting": self.weighting}
-        return super().own_state() | own
+        squares = None if self._curvature is None else self._curvature.squares
+        return super().own_state() | own | {"squares": squares}
 
     def check_own_state(self, own: Mapping[str, Any]) -> None:
         EmaWindow().load_state_dict(own["window"])
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:
         self.weighting, window = own["weighting"], own["window"].items()
+        squares = own["squares"]
+        self.curvature_window = 0 if squares is None else len(squares)
+        self._curvature = curvature_of(self)
+        if self._curvature is not None:
+            self._curvature.squares = squares.to(self.device)
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in window}
         self.window.load_state_dict(moved)
+
+
+def curvature_along(
+    e: Tensor, change: Tensor, examples: Tensor | None, loss: Tensor, eps: float
+) -> Tensor:
+    """[]: the curvature along the perturbation, see square_of. The loss of each of n examples has
+    the slope n <change_i, e_i> / eps, with e that of the mean loss, which stands for all of them.
+    """
+    sizes, first = example_sizes((change.float() * e.float()).flatten(1).sum(1), examples)
+    n = first.sum()
+    slopes = n * torch.where(first, sizes, 0.0) / eps  # [rows], 0 but for the first of an example
+    return square_of(slopes, loss) * len(sizes) / n
 
 
 def weight_of_window(proposal: Proposal, momentum: float) -> Tensor:

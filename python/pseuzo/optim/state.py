@@ -11,7 +11,7 @@ from pseuzo_kernels.reference import ROUNDING_VERSION
 
 KEY = "zero_order"  # the key of torch's state under which ours is
 # The values of settings that older versions did not save.
-EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum", "rank": 0}
+EARLIER = {"rounding_version": 1, "journal": None, "weighting": "sum", "rank": 0, "squares": None}
 
 
 def read_state(

@@ -95,8 +95,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
 
     @property
     def searches(self) -> bool:
-        """Whether a race decides where the noise goes, or the learning rate."""
-        return self.find_lr or self.noise_on == ["auto"]
+        """Whether a race decides where the noise goes, or whether there is any."""
+        return self.noise_on == ["auto"] or (self.find_lr and self.readout == "fit")
 
     def _refuse_unused(self) -> None:
         usual = {f.name: f.default for f in fields(TrainingArguments)}
@@ -186,6 +186,16 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"
             )
+        if self.noise_on == ["auto"] and not self.find_lr:
+            raise ValueError("noise_on=auto needs rates that suit every placement: set find_lr")
+        if self.find_lr:
+            excluded = {
+                "objective=metric, which has no loss of each example": self.objective == "metric",
+                "weight_decay, which is multiplied by the rate": self.weight_decay,
+                "head=exact without head_lr": self.head == "exact" and self.head_lr is None,
+            }
+            if why := next((why for why, is_set in excluded.items() if is_set), None):
+                raise ValueError(f"find_lr cannot be used with {why}")
         if self.readout == "fit" and (why := self.no_readout):
             raise ValueError(f"readout=fit cannot be used with {why}; leave off one")
 

@@ -46,6 +46,13 @@ def zeroth_order_options(setup: Setup) -> dict[str, Any]:
     }
 
 
+def curvature_window(setup: Setup) -> dict[str, Any]:
+    """Return the argument of optimizers whose rate may be in units of 1 / T."""
+    from pseuzo.optim.curvature import STEPS
+
+    return {"curvature_window": STEPS if setup.args.find_lr else 0}
+
+
 def mezo_options(setup: Setup) -> dict[str, Any]:
     """Return the arguments of optimizers that measure MeZO's slopes, two-sided by default."""
     own = {"two_sided": setup.args.two_sided is not False, "directions": setup.args.directions}
@@ -55,7 +62,7 @@ def mezo_options(setup: Setup) -> dict[str, Any]:
 def mezo(setup: Setup) -> Optimizer:
     from pseuzo.optim import MeZO
 
-    return MeZO(setup.groups, **mezo_options(setup))
+    return MeZO(setup.groups, **curvature_window(setup), **mezo_options(setup))
 
 
 def still(setup: Setup) -> Optimizer:
@@ -71,7 +78,7 @@ def mezo_momentum(setup: Setup) -> Optimizer:
 
     args = setup.args
     own: dict[str, Any] = {"momentum": args.momentum, "window": args.window}
-    return MeZO(setup.groups, **own, **mezo_options(setup))
+    return MeZO(setup.groups, **own, **curvature_window(setup), **mezo_options(setup))
 
 
 def zo_adam(setup: Setup) -> Optimizer:
@@ -188,6 +195,7 @@ def pseuzo(setup: Setup) -> Optimizer:
         momentum=schedule_of(setup),
         two_sided=bool(args.two_sided),
         weighting=args.weighting,
+        **curvature_window(setup),
         **zeroth_order_options(setup),
     )
 

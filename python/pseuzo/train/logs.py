@@ -189,6 +189,8 @@ def _figures(optimizer: ZeroOrder) -> dict[str, Any]:
         "window": stats["window"],
         "skipped_steps": stats["skipped_steps"],
     }
+    if "curvature" in stats:  # the learning rate is in units of its inverse
+        figures["curvature"] = stats["curvature"]
     if "network_bytes" in stats:  # there are several ranks
         figures["network_bytes"] = stats["network_bytes"]
     # Below 1, rounding to nearest would lose the update.

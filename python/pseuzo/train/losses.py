@@ -87,7 +87,8 @@ class Losses:
 
         inputs: the global batch. Each of several ranks measures on its part, and gives its size.
         """
-        ranks, each = optimizer.ranks, self.args.clip_examples is not None
+        ranks = optimizer.ranks
+        each = self.args.clip_examples is not None or bool(optimizer.curvature_window)
         if optimizer.parts > 1:
             batches = cut(inputs, optimizer.parts)
             return ([self.closure(b, each) for b in batches],), {"sizes": self._sizes(batches)}

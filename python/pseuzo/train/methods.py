@@ -92,7 +92,7 @@ METHODS = {
         passes=costs.pseuzo_passes,
         options=(
             *(*SEEDED, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
-            *("weighting", "groups", "head", "head_lr"),
+            *("weighting", "groups", "head", "head_lr", "find_lr"),
         ),
         momentum=1.0,
     ),
@@ -100,13 +100,13 @@ METHODS = {
         help="MeZO: the difference of the loss at two perturbed points.",
         build=builders.mezo,
         passes=costs.mezo_passes,
-        options=(*SEEDED, "directions", "objective"),
+        options=(*SEEDED, "directions", "objective", "find_lr"),
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
         build=builders.mezo_momentum,
         passes=costs.mezo_passes,
-        options=(*SEEDED, "directions", "objective", "window", "momentum"),
+        options=(*SEEDED, "directions", "objective", "find_lr", "window", "momentum"),
         momentum=0.9,
     ),
     "zo-adam": Method(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pseuzo.files import read_json, write_json
 from pseuzo.models import placement, probe
+from pseuzo.optim.curvature import RELATIVE_LR
 from pseuzo.optim.together import Together
 from pseuzo.train.arguments import PseuZOTrainingArguments
 
@@ -40,6 +41,7 @@ class Found:
 
 def decide(
     args: PseuZOTrainingArguments,
+    model: nn.Module,
     find: Callable[[], dict[str, Any]],
     together: Together,
 ) -> Found:
@@ -48,6 +50,8 @@ def decide(
     find: finds it by passes. It is called if args ask for that and this output folder has nothing:
     on every rank, as the ranks draw the batches together, but the decision is that of rank 0.
     """
+    if args.find_lr and not args.searches:  # the rate and eps are known without a pass
+        return Found(args.noise_on, RELATIVE_LR, eps_of(args, model, args.noise_on))
     still = args.learning_rate == 0
     if still or not (args.searches or args.scale_lr or args.scale_eps):
         return Found(args.noise_on, args.learning_rate, args.eps)
@@ -68,6 +72,15 @@ def decide(
             f"{request[other]}; choose another output folder, or delete that file"
         )
     return Found(**{key: decided[key] for key in keys})
+
+
+def eps_of(args: PseuZOTrainingArguments, model: nn.Module, where: list[str]) -> float:
+    """eps for noise on `where`, known without a pass: if args scale it, a perturbation is as long
+    as one of all weights, but eps at most ten times as large."""
+    if not args.scale_eps:
+        return args.eps
+    whole = probe.size_of(placement.place(model, ["all"]))
+    return args.eps * probe.longer(whole, probe.size_of(placement.place(model, where)))
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
@@ -104,13 +117,9 @@ def probed(
     args: PseuZOTrainingArguments,
     closures: list[Callable[[], Any]],
     groups: Mapping[str, Any],
-    *,
-    seed: int | None = None,
-    clean: bool = True,
 ) -> list[probe.Row]:
-    """Probe the curvature along noise on each group, one direction for each closure. seed: of the
-    noise; None means the run's."""
-    total = len(closures) * (clean + 2 * len(groups))
+    """Probe the curvature along noise on each group, one direction for each closure."""
+    total = len(closures) * (1 + 2 * len(groups))
     what, off = "probing the curvature", args.disable_tqdm
     with tqdm(total=total, desc=what, unit="forward", disable=off, leave=False) as bar:
         return probe.probe(
@@ -119,7 +128,6 @@ def probed(
             closures,
             eps=args.eps,
             noise=args.noise,
-            seed=args.seed if seed is None else seed,
-            clean=clean,
+            seed=args.seed,
             progress=bar.update,
         )

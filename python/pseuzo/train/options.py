@@ -169,11 +169,14 @@ class ZeroOrderOptions:
         100, "Number of forward passes of the probe by which scale_lr and scale_eps scale."
     )
     find_lr: Annotated[bool, Flag(hidden=True)] = _option(
-        False, "Find the learning rate by a race; the one given is where some methods begin."
+        False,
+        "Measure the curvature T of the loss along the noise in every step, and take a rate of "
+        "0.1 / T; the learning rate is ignored.",
     )
     search_share: Annotated[float, Flag(least=0, most=0.9)] = _option(
         0.25,
-        "Share of the run's forward passes that a race, of --lr auto or --noise-on auto, may take.",
+        "Share of the run's forward passes that a race, of --noise-on auto or of a readout with "
+        "--lr auto, may take.",
     )
     clip_examples: Annotated[float | None, Flag(metavar="MULTIPLE", positive=True)] = _option(
         None,

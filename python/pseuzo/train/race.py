@@ -1,12 +1,12 @@
-"""A race of placements and learning rates: they train side by side, and the worse half drops out.
+"""A race of placements: they train side by side, and the worse half drops out.
 
     race = Race(go, price, entry, budget=150, longest=300)
-    n = race.plan(5, [1])  # as many runners as the budget is enough for, and a challenger
+    n = race.plan(5, [2])  # as many runners as the budget is enough for, and two challengers
     winner = race.run(runners[:n], challengers)
 
 This is successive halving (Jamieson and Talwalkar 2016). All runners begin at the same weights and
-see the same batches, noise and dev rows, so that little but the placement and the rate tells them
-apart. Nothing here knows what a runner trains: see pseuzo.train.track.
+see the same batches, noise and dev rows, so that little but where the noise goes tells them apart.
+Nothing here knows what a runner trains: see pseuzo.train.track.
 """
 
 import math
@@ -23,18 +23,14 @@ LONG = 4 * LEAST  # with as many, a race rather compares more than longer
 class Runner:
     """A candidate: noise on `where`, as patterns for place(), at these lr and eps.
 
-    rung: the place of its rate on the ladder of rates. losses: its dev loss by steps made.
+    losses: its dev loss by steps made.
     """
 
     name: str
     where: list[str]
     lr: float
     eps: float
-    rung: int = 0
     losses: dict[int, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.name} at lr {self.lr:.3g}"
 
 
 class Race:
@@ -61,17 +57,16 @@ class Race:
         self.seen: list[Runner] = []
         self.stops: list[int] = []  # the numbers of steps at which runners are compared
 
-    def plan(self, most: int, first: Sequence[int] = (), then: Sequence[int] = ()) -> int:
+    def plan(self, most: int, challengers: Sequence[int] = ()) -> int:
         """Return how many runners may start, of `most`, such that they get as far as possible; 1 if
         the budget is too small for a race.
 
-        first, then: how many challengers are expected, by heat. The budget for `first` is set aside
-        if that leaves a race at all, and that for `then` if runners still get a long way.
+        challengers: how many are expected, by heat. The budget for them is set aside if runners
+        still get a long way.
         """
-        for aside in (first, ()):
-            for n in range(most, 1, -1):
-                if self._fits(n, [*first, *then], LONG) or self._fits(n, aside, LEAST):
-                    return n
+        for n in range(most, 1, -1):
+            if self._fits(n, challengers, LONG) or self._fits(n, (), LEAST):
+                return n
         self.stops = []
         return 1
 

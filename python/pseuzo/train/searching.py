@@ -12,6 +12,7 @@ from torch import Tensor
 from pseuzo.models.placement import param_groups, place
 from pseuzo.models.readout import KEPT, KEPT_STILL
 from pseuzo.optim.base import ZeroOrder
+from pseuzo.optim.curvature import RELATIVE_LR
 from pseuzo.optim.still import Still
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.train import builders, noise_on
@@ -75,7 +76,7 @@ class SearchingTrainer(ResumableTrainer):
     def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             args = self.args
-            found = noise_on.decide(args, self._find, self.together)
+            found = noise_on.decide(args, self.model, self._find, self.together)
             if args.searches:
                 self._take_from_run(found.forwards, still=found.lr == 0)
             if self.readout is not None:
@@ -133,9 +134,8 @@ class SearchingTrainer(ResumableTrainer):
         try:
             # What the method refuses of the run that is left is refused before any pass.
             self._take_from_run(int(args.search_share * self.forwards(steps)))
-            first = self._built(
-                ["all"] if args.noise_on == ["auto"] else args.noise_on, 1.0, args.eps
-            )
+            where = ["all"] if args.noise_on == ["auto"] else args.noise_on
+            first = self._built(where, RELATIVE_LR, args.eps)
             self._steps_left, self.search_forwards = None, 0
             return self._contest(steps, replayable(first)).run()
         finally:
@@ -160,10 +160,9 @@ class SearchingTrainer(ResumableTrainer):
         def batch_of(number: int) -> dict[str, Any]:
             return self._prepare_inputs(drawn[held_out + number])
 
-        def losses(n: int) -> list[Callable[[], Tensor]]:
-            batches = (batch_of(i) for i in range(n))
-            halves = [self.losses.split(batch, self._of_examples) for batch in batches]
-            return [lambda f=forward, h=head: h(f()) for forward, head in halves]
+        def clean() -> Tensor:
+            forward, head = self.losses.split(batch_of(0), each=False)
+            return head(forward())
 
         dev = dev or [self._prepare_inputs(drawn[i]) for i in range(held_out)]
         track = Track(
@@ -176,9 +175,9 @@ class SearchingTrainer(ResumableTrainer):
             goes_on,
             self.readout,
         )
-        known = self.forwards, steps, losses, self._of_examples
+        fits = self.readout is not None
         return Contest(
-            self.model, self.args, track, *known, self.together, self.readout is not None
+            self.model, self.args, track, self.forwards, steps, clean, self.together, fits
         )
 
     def _dev_batches(self) -> list[dict[str, Any]]:

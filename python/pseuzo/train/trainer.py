@@ -39,9 +39,9 @@ class PseuZOTrainer(SearchingTrainer):
     the task's metric), or any dataset whose collated batches have input_ids, attention_mask and
     labels [B, T], -100 where there is no loss.
     objective: a callable batch -> (forward, head) in place of CausalLMObjective, for a loss of your
-    own; with clip_examples it also gets reduction="none", and head returns the loss of each
-    example, [B]. The model may then be any module, and a batch a dict of any tensors, with a row
-    for each of forward's output; evaluation knows the labels among them by args.label_names.
+    own; with clip_examples or find_lr it also gets reduction="none", and head returns the loss of
+    each example, [B]. The model may then be any module, and a batch a dict of any tensors, with a
+    row for each of forward's output; evaluation knows the labels among them by args.label_names.
     """
 
     def __init__(
