@@ -130,6 +130,26 @@ COMBINATIONS = {
         "--clip-examples needs",
     ),
     "metric and auto": ([*"--objective metric --lr auto --method mezo".split()], "give --lr"),
+    "auto of another method": (
+        [*"--method zo-adam --lr auto".split()],
+        "--lr auto needs --method pseuzo or mezo or mezo-momentum, not zo-adam",
+    ),
+    "auto and a rate": (
+        [*"--method mezo --noise-on auto --lr 1e-6".split()],
+        "--noise-on auto needs a rate that suits every placement: leave out --lr",
+    ),
+    "auto and decay": (
+        [*"--method mezo --lr auto --weight-decay 0.1".split()],
+        "does not suit --weight-decay",
+    ),
+    "auto and exact": (
+        [*"--method pseuzo --lr auto --head exact".split()],
+        "--lr auto finds no rate for an exact head; give --head-lr",
+    ),
+    "a race and exact": (
+        [*"--method pseuzo --noise-on auto --head exact --head-lr 1".split()],
+        "--noise-on auto cannot be used with --head exact",
+    ),
     "no warmup": (["--lr-scheduler", "constant_with_warmup"], "constant_with_warmup"),
     "meta": (["--device", "meta"], "cpu or cuda"),
     "one direction to compare": (

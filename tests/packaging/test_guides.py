@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SMALLER = {"--steps 300": "--steps 4", "--steps 60": "--steps 4", "--lr auto": "--lr 4e-4"}
+SMALLER = {"--steps 300": "--steps 4", "--steps 60": "--steps 4"}
 SIZES = "--dev-size 8 --test-size 8 --quiet".split()
 FEW = "--batch-size 4 --train-size 16 --eval-every 2 --save-every 2".split()
 

@@ -97,13 +97,16 @@ def test_at_lr_0_the_readout_alone_learns_by_one_pass_a_step(tmp_path, demo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, steps, taken", [("mezo", 3, 6), ("pseuzo", 3, 6), ("mezo", 9, 8)])
+@pytest.mark.parametrize(
+    "method, readout, steps, taken",
+    [("mezo", "fit", 3, 6), ("pseuzo", "auto", 3, 6), ("mezo", "auto", 9, 8)],
+)
 def test_too_small_a_budget_for_a_race_trains_the_readout_alone(
-    tmp_path, demo, method, steps, taken, capsys
+    tmp_path, demo, method, readout, steps, taken, capsys
 ):
     """Two passes a step with noise, and one without. All rows are seen in eight steps."""
     data, _ = demo
-    given = dict(method=method, readout="fit", max_steps=steps, find_lr=True, weight_decay=0.0)
+    given = dict(method=method, readout=readout, max_steps=steps, find_lr=True, weight_decay=0.0)
     trainer = PseuZOTrainer(fresh(), arguments(tmp_path, **given), train_dataset=data["train"])
     passes = 0
 

@@ -213,7 +213,8 @@ RUN_OPTIONS = options(
     option("--batch-size", type=click.IntRange(min=1), default=16),
     training_option(
         "learning_rate",
-        "auto: found by a race on the dev loss. Default: the published rate of the mode ("
+        "auto: 0.1 / T, where T is the curvature of the loss along the noise, measured in every "
+        "step. Default: the published rate of the mode ("
         + by_modes("lr")
         + "); fo-*: a common one.",
         type=LearningRate(),

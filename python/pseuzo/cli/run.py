@@ -229,7 +229,7 @@ def resolve(c: dict[str, Any]) -> dict[str, Any]:
         check_device("--capture", torch.device(c["device"]))
     if c["data_seed"] is None:
         c["data_seed"] = c["seed"]
-    races = list(c["noise_on"]) == ["auto"] or (c["lr"] == "auto" and c["readout"] == "fit")
+    races = list(c["noise_on"]) == ["auto"] or (c["lr"] == "auto" and c["readout"] != "none")
     steps = int(c["steps"] * (1 - c["search_share"] * races))  # the others' passes it may take
     if c["eval_every"] is None:
         c["eval_every"] = max(1, steps // 10)

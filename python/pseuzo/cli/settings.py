@@ -72,6 +72,8 @@ def check_combination(settings: Mapping[str, Any]) -> None:
                 f"{what} is a rate in units of 1 / T, which does not suit --weight-decay; leave "
                 "that out, or give --lr"
             )
+        if settings["head"] == "exact" and searches:
+            raise ValueError(f"{what} cannot be used with --head exact; leave off one of the two")
         if settings["head"] == "exact" and settings["head_lr"] is None:
             raise ValueError(f"{what} finds no rate for an exact head; give --head-lr")
     if (

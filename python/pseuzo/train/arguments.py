@@ -93,11 +93,6 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     def zeroth_order(self) -> bool:
         return METHODS[self.method].zeroth_order
 
-    @property
-    def searches(self) -> bool:
-        """Whether a race decides where the noise goes, or whether there is any."""
-        return self.noise_on == ["auto"] or (self.find_lr and self.readout == "fit")
-
     def _refuse_unused(self) -> None:
         usual = {f.name: f.default for f in fields(TrainingArguments)}
         for methods, names, instead in UNUSED:
@@ -147,7 +142,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         self._refuse_unused()
         options = {name: getattr(self, name) for name in OPTIONS}
         self._refuse_ranks(options)
-        if self.learning_rate == 0 and (self.readout != "fit" or self.searches):
+        if self.learning_rate == 0 and (self.readout != "fit" or self.find_lr):
             fits = "; with readout=fit and without a search, 0 trains the head alone"
             hint = fits if "readout" in METHODS[self.method].options else ""
             raise ValueError(f"learning_rate must be positive, got 0{hint}")
@@ -188,6 +183,11 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             )
         if self.noise_on == ["auto"] and not self.find_lr:
             raise ValueError("noise_on=auto needs rates that suit every placement: set find_lr")
+        if self.noise_on == ["auto"] and self.head == "exact":
+            raise ValueError(
+                "noise_on=auto races placements, which go on by their seeds; head=exact has none: "
+                "leave off one"
+            )
         if self.find_lr:
             excluded = {
                 "objective=metric, which has no loss of each example": self.objective == "metric",

@@ -44,16 +44,17 @@ def decide(
     model: nn.Module,
     find: Callable[[], dict[str, Any]],
     together: Together,
+    races: bool,
 ) -> Found:
-    """Return what the run trains by.
+    """Return what the run trains by. races: whether a race decides it.
 
-    find: finds it by passes. It is called if args ask for that and this output folder has nothing:
+    find: finds it by passes. It is called if it is asked for and this output folder has nothing:
     on every rank, as the ranks draw the batches together, but the decision is that of rank 0.
     """
-    if args.find_lr and not args.searches:  # the rate and eps are known without a pass
+    if args.find_lr and not races:  # the rate and eps are known without a pass
         return Found(args.noise_on, RELATIVE_LR, eps_of(args, model, args.noise_on))
     still = args.learning_rate == 0
-    if still or not (args.searches or args.scale_lr or args.scale_eps):
+    if still or not (races or args.scale_lr or args.scale_eps):
         return Found(args.noise_on, args.learning_rate, args.eps)
     file = Path(str(args.output_dir)) / FOUND_FILE
     request = {name: getattr(args, name) for name in REQUEST}

@@ -1,7 +1,7 @@
 """The part of the trainer that finds what its arguments leave open, within the run's own budget."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from pseuzo.models.placement import param_groups, place
 from pseuzo.models.readout import KEPT, KEPT_STILL
-from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.curvature import RELATIVE_LR
 from pseuzo.optim.still import Still
-from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.train import builders, noise_on
 from pseuzo.train.builders import Setup
 from pseuzo.train.contest import Contest
@@ -22,7 +20,7 @@ from pseuzo.train.losses import Losses
 from pseuzo.train.methods import METHODS
 from pseuzo.train.ranked import digest
 from pseuzo.train.resume import ResumableTrainer
-from pseuzo.train.track import Track, replayable
+from pseuzo.train.track import Track
 
 DEV_BATCHES = 4  # how many a dev loss is measured on
 
@@ -43,18 +41,23 @@ class Drawn:
 
 
 class SearchingTrainer(ResumableTrainer):
-    """Makes the optimizer, after a search for the placement of the noise and the rate if the
-    arguments ask for one. Its forward passes are some of the run's, which has fewer steps for it.
+    """Makes the optimizer, after a search for the placement of the noise if the arguments ask for
+    one. Its forward passes are some of the run's, which has fewer steps for it.
 
     search_forwards: the passes that the search took; 0 without one.
     """
 
     losses: Losses
-    data_losses: Callable[[], Iterator[Callable[[], Tensor]]]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._steps_left: int | None = None  # what the search leaves of the run
+
+    @property
+    def races(self) -> bool:
+        """Whether a race decides where the noise goes, or whether there is any."""
+        args = self.args
+        return args.noise_on == ["auto"] or (args.find_lr and self.readout is not None)
 
     def listening(self) -> AbstractContextManager[None]:
         """A block whose passes the readout hears, if there is one."""
@@ -66,7 +69,7 @@ class SearchingTrainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         given = self.args.max_steps
         try:
-            if self.args.searches:
+            if self.races:
                 self.create_optimizer()
                 self.args.max_steps = self.planned_steps()
             return super().train(*args, **kwargs)
@@ -76,8 +79,8 @@ class SearchingTrainer(ResumableTrainer):
     def create_optimizer(self, *unused: Any, **ignored: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             args = self.args
-            found = noise_on.decide(args, self.model, self._find, self.together)
-            if args.searches:
+            found = noise_on.decide(args, self.model, self._find, self.together, self.races)
+            if self.races:
                 self._take_from_run(found.forwards, still=found.lr == 0)
             if self.readout is not None:
                 self.readout.kept = min(KEPT_STILL if self.still else KEPT, self._rows)
@@ -127,7 +130,7 @@ class SearchingTrainer(ResumableTrainer):
     def _find(self) -> dict[str, Any]:
         """What noise_on.decide asks for."""
         args = self.args
-        if not args.searches:
+        if not self.races:
             return noise_on.scaled(self.model, args, self._probe_losses)
         captured, args.capture = args.capture, False  # candidates take turns too often for graphs
         steps = self.planned_steps()
@@ -135,9 +138,9 @@ class SearchingTrainer(ResumableTrainer):
             # What the method refuses of the run that is left is refused before any pass.
             self._take_from_run(int(args.search_share * self.forwards(steps)))
             where = ["all"] if args.noise_on == ["auto"] else args.noise_on
-            first = self._built(where, RELATIVE_LR, args.eps)
+            self._built(where, RELATIVE_LR, args.eps)
             self._steps_left, self.search_forwards = None, 0
-            return self._contest(steps, replayable(first)).run()
+            return self._contest(steps).run()
         finally:
             args.capture, self.zero_order = captured, None
             self._steps_left, self.search_forwards = None, 0
@@ -153,7 +156,7 @@ class SearchingTrainer(ResumableTrainer):
         # The loss of each example spares the curvature a difference of nearly equal numbers.
         return self.losses.of_model or self.args.clip_examples is not None
 
-    def _contest(self, steps: int, goes_on: bool) -> Contest:
+    def _contest(self, steps: int) -> Contest:
         drawn, dev = Drawn(self.get_train_dataloader()), self._dev_batches()
         held_out = 0 if dev else DEV_BATCHES  # the first batches, which no candidate trains on
 
@@ -172,7 +175,6 @@ class SearchingTrainer(ResumableTrainer):
             [lambda b=batch: self._loss_of(b) for batch in dev],
             self.forwards,
             self.together,
-            goes_on,
             self.readout,
         )
         fits = self.readout is not None
@@ -200,22 +202,10 @@ class SearchingTrainer(ResumableTrainer):
             return self.losses.loss(inputs)
 
     def _step(self, optimizer: Any, inputs: dict[str, Any]) -> None:
-        """Make a step as the run would; one with backpropagation without dropout, which would draw
-        random numbers."""
-        if isinstance(optimizer, ZeroOrder):
-            if not isinstance(optimizer, Still):  # which has no schedule to count passes by
-                self.zero_order = optimizer
-            functions, more = self.losses.step_inputs(inputs, optimizer)
-            if optimizer.needs_data:
-                more["batches"] = self.data_losses
-            with self.listening():
-                optimizer.estimate(*functions, **more)
-            optimizer.step()
-            return
-        with frozen_mode(self.model), torch.enable_grad():
-            self._loss_of(inputs).backward()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
+        """Make a step as the run would."""
+        if not isinstance(optimizer, Still):  # which has no schedule to count passes by
+            self.zero_order = optimizer
+        functions, more = self.losses.step_inputs(inputs, optimizer)
+        with self.listening():
+            optimizer.estimate(*functions, **more)
         optimizer.step()
-        optimizer.zero_grad()

@@ -1,8 +1,7 @@
 """Where the candidates of a race train: one model, whose weights are the base's again in the end.
 
 There is one copy of the trained weights, on the host. A candidate that goes on is made again from
-it: by its updates, which are sums of seeded noise and cost no forward pass, or by its steps from
-the first one on, if its updates are something else.
+it by its updates, which are sums of seeded noise and cost no forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,25 +52,13 @@ class Tape:
             ).run()
 
 
-def replayable(optimizer: Any) -> bool:
-    """Whether the updates of an optimizer are sums of seeded noise over whole weights."""
-    return (
-        isinstance(optimizer, ZeroOrder)
-        and optimizer.recordable
-        and optimizer.masks is None
-        and not optimizer.needs_data
-        and not any(group["exact_gradient"] for group in optimizer.param_groups)
-    )
-
-
 class Track:
     """Takes candidates on by steps, and measures them.
 
-    make: the optimizer of a candidate, at the base weights. step: makes step i of an optimizer.
-    dev: functions that each give the loss of some dev rows by one forward pass; the ranks of a run
-    share them. forwards: the passes of the first n steps. goes_on: whether candidates go on from
-    where they were (see replayable), or start again. readout: that of the run; each candidate fits
-    its own.
+    make: the optimizer of a candidate, at the base weights; its updates are sums of seeded noise
+    over whole weights. step: makes step i of an optimizer. dev: functions that each give the loss
+    of some dev rows by one forward pass; the ranks of a run share them. forwards: the passes of the
+    first n steps. readout: that of the run; each candidate fits its own.
     """
 
     def __init__(
@@ -82,21 +69,20 @@ class Track:
         dev: Sequence[Callable[[], Tensor]],
         forwards: Callable[[int], int],
         together: Together,
-        goes_on: bool,
         readout: Readout | None = None,
     ):
         self.model, self._make, self._step = model, make, step
         self._dev, self._forwards, self._together = dev, forwards, together
-        self._goes_on, self._readout = goes_on, readout
+        self._readout = readout
         self._base: dict[Tensor, Tensor] = {}
         self._fitted: dict[str, Tensor] = {}  # what the readout knew before
-        # The optimizer, the updates and the readout of the candidates that can go on.
+        # The optimizer, the updates and the readout of each candidate.
         self._lanes: dict[Any, tuple[Any, Tape, dict[str, Tensor]]] = {}
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
         """A block in which candidates may train. After it, however it ends, the weights have the
-        bits that they had before, and require grad where they did."""
+        bits that they had before."""
         flush(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self._base = {p: p.detach().to("cpu", copy=True) for p in trained}
@@ -111,8 +97,6 @@ class Track:
         flush(self.model)
         for p, saved in self._base.items():
             p.copy_(saved)
-            p.requires_grad_()
-            p.grad = None
         if self._readout is not None:
             self._readout.load(self._fitted)
         torch.clear_autocast_cache()
@@ -127,9 +111,7 @@ class Track:
 
     def price(self, before: int, to: int) -> int:
         """The forward passes of `go` for a candidate that has made some steps before."""
-        return (
-            self._forwards(to) - (self._forwards(before) if self._goes_on else 0) + self.evaluation
-        )
+        return self._forwards(to) - self._forwards(before) + self.evaluation
 
     def go(self, candidate: Any, steps: int) -> float:
         """Take a candidate on to this number of steps; return its loss on the dev rows."""
@@ -139,13 +121,11 @@ class Track:
             self._readout.load(fitted)
         if optimizer is None:
             optimizer = self._make(candidate)
-            if self._goes_on:
-                optimizer.journal = tape
+            optimizer.journal = tape
         tape.play(optimizer)
         for i in range(len(tape.updates), steps):
             self._step(optimizer, i)
-        if self._goes_on:
-            self._lanes[candidate] = optimizer, tape, self._of_readout()
+        self._lanes[candidate] = optimizer, tape, self._of_readout()
         return self.loss()
 
     @torch.no_grad()
