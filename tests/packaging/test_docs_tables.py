@@ -9,7 +9,7 @@ import yaml
 from pseuzo.cli.commands import train, train_defaults
 from pseuzo.cli.options import APPLIES_TO
 from pseuzo.models.modes import MODES, by_mode
-from pseuzo.train.methods import METHODS, forwards_per_step
+from pseuzo.train.methods import METHODS, forwards_per_step, methods_with
 from pseuzo.train.options import DIRECTIONS, MOMENTA
 
 ROOT = Path(__file__).parents[2]
@@ -129,10 +129,13 @@ def test_the_published_settings():
         assert settings["lr"] == float(lr) == MODES[mode].lr
 
 
-def test_the_page_names_the_methods_whose_rate_is_not_that_of_a_slope():
+def test_the_page_names_the_methods_that_take_their_rate_from_the_curvature():
     page = (ROOT / "docs/methods.md").read_text()
-    search = page[page.index("### Races\n") : page.index("## What is logged")]
+    rate = page[page.index("### A rate from the curvature\n") : page.index("### Races\n")]
+    assert set(re.findall(r"`([\w-]+)`", rate)) & set(METHODS) == set(methods_with("find_lr"))
+
+
+def test_the_page_names_the_methods_whose_rate_is_not_that_of_a_slope():
     others = {name for name in ZEROTH_ORDER if METHODS[name].rate != "lr"}
-    assert set(re.findall(r"`([\w-]+)`", search)) & set(METHODS) == others
     (lr,) = (row for row in rows("docs/methods.md", "option") if row[0].startswith("`lr` "))
     assert set(re.findall(r"`([\w-]+)`", lr[2])) & set(ZEROTH_ORDER) == others
