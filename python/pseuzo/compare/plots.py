@@ -99,7 +99,7 @@ def _multiples(
             if title == base:
                 break
         _labels(axis, ends, base)
-        axis.set_title("\n".join(textwrap.wrap(title, 30, break_on_hyphens=False)), fontsize=9)
+        axis.set_title(_lines(title), fontsize=9)
         axis.grid(alpha=0.25)
         axis.set_xlim(0, 1.24 * last)
         axis.spines[["top", "right"]].set_visible(False)
@@ -116,11 +116,17 @@ def _multiples(
     plt.close(figure)
 
 
+def _lines(title: str, most: int = 30) -> str:
+    """A title in lines, with breaks between the settings of a method."""
+    words = textwrap.wrap(title.replace(",", ", "), most, break_on_hyphens=False)
+    return "\n".join(words).replace(", ", ",")
+
+
 def _labels(axis: Any, ends: Sequence[tuple[float, float, str, str]], base: str) -> None:
     """Write a name and the last value at the end of each line; two that would touch are moved
     apart, each towards its own side."""
     ordered = sorted(ends)
-    shifts = [0.0] if len(ends) == 1 else [-6.0, 6.0]
+    shifts = [0.0] if len(ends) == 1 else [-10.0, 10.0]
     for (value, x, title, color), shift in zip(ordered, shifts, strict=True):
         name = "MeZO" if title == base else title.split(":")[0]
         axis.annotate(
