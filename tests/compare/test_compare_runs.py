@@ -59,7 +59,7 @@ def test_a_trial_has_the_same_bits_after_other_trials_as_alone(tmp_path):
     [
         ({"method": "mezo-svrg", "anchor_every": 3}, 17),
         ({"method": "pseuzo", "two_sided": True, "schedule": "cyclic-hyperbola"}, 3),
-        ({"method": "mezo", "noise_on": ["auto"], "search_share": 0.7}, 2),
+        ({"method": "mezo", "noise_on": ["auto"], "lr": "auto", "search_share": 0.7}, 2),
     ],
     ids=lambda own: own if isinstance(own, int) else "-".join(map(str, own.values())),
 )
