@@ -143,6 +143,10 @@ def test_losses_of_examples():
     token = -logp[:, :-1].gather(2, batch_of()["input_ids"][:, 1:, None])[..., 0]
     want = [token[row, -n:].sum() * 4 / 18 for row, n in enumerate((9, 3, 1, 5))]
     torch.testing.assert_close(losses, torch.stack(want), rtol=1e-6, atol=1e-6)
+    each = objective({**batch_of(), "labels": labels}, reduction="tokens")[1](forward())
+    assert each.shape == (4, 9) and (each == 0).sum() == 36 - 18
+    torch.testing.assert_close(each[1, -3:], token[1, -3:] * 4 / 18, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(each.sum(1), losses, rtol=1e-6, atol=0)
     _, mean = objective({**batch_of(), "labels": labels})
     torch.testing.assert_close(losses.mean(), mean(forward()), rtol=1e-6, atol=0)
     with_words = CausalLMObjective(model, OPTIONS)
@@ -150,6 +154,7 @@ def test_losses_of_examples():
     forward, head = with_words(batch, reduction="none")
     losses = head(forward())
     assert losses.shape == (4,)
+    assert torch.equal(with_words(batch, reduction="tokens")[1](forward()), losses)
     torch.testing.assert_close(losses.mean(), with_words(batch)[1](forward()), rtol=1e-6, atol=0)
 
 

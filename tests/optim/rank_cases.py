@@ -85,12 +85,22 @@ def losses(o, y):
     return (o - y).square().flatten(1).mean(1)
 
 
+def losses_of_tokens(o, y, rows):
+    """Return [B, P], whose sums over P are such losses. Rows 0 to 3 have none at position 0, which
+    a part with these rows alone lacks."""
+    each = (o - y).square().mean(2) / y.shape[1]
+    late = torch.arange(ROWS)[rows] >= ROWS // 2
+    each = torch.cat([torch.where(late[:, None], each[:, :1], 0.0), each[:, 1:]], 1)
+    return each if late.any() else each[:, 1:]
+
+
 CASES = {
     "mezo": (MeZO, {}),
     "mezo, 3 directions": (MeZO, dict(directions=3)),
     "mezo, one-sided": (MeZO, dict(directions=2, two_sided=False, maximize=True)),
     "mezo, momentum": (MeZO, dict(momentum=0.5, window=3, noise="rademacher")),
     "mezo, clipped": (MeZO, dict(clip_examples=1.5)),
+    "mezo, tokens": (MeZO, dict(curvature_window=3, weight_decay=0.0)),
     "mezo, fp16 weights": (MeZO, {}),
     "pseuzo": (PseuZO, dict(window=3, momentum=0.5)),
     "pseuzo, by row": (PseuZO, dict(window=3, momentum=0.5)),
@@ -124,7 +134,7 @@ def arguments(name, optimizer, model, step, rows=slice(None), scalar=False, posi
     x, y, labels = (part[rows] for part in batch(step, positions))
 
     def of(o):
-        each = losses(o, y)
+        each = losses_of_tokens(o, y, rows) if "tokens" in name else losses(o, y)
         return each.mean() if scalar else each
 
     if not isinstance(optimizer, PseuZO):
@@ -152,7 +162,7 @@ def run_all(rank, parts, direction_ranks, scalar):
     """Return what `run` returns for each case, on this rank's part of the batch."""
     rows, found = parts[rank // direction_ranks], {}
     for name in CASES:
-        scalars = scalar and "clipped" not in name
+        scalars = scalar and not ("clipped" in name or "tokens" in name)
         found[name] = run(name, rows, scalar=scalars, direction_ranks=direction_ranks)
     return found
 

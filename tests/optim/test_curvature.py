@@ -158,6 +158,70 @@ def test_skipped_steps_count_as_unknown():
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def of_tokens(losses):
+    """[4, 3] from losses of 10 tokens: rows have 3, 1, 3 and 3, and their sums have the mean of the
+    losses of the tokens."""
+    found = torch.zeros(4, 3, dtype=losses.dtype)
+    rows, places = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3, 3]), [0, 1, 2, 2, 0, 1, 2, 0, 1, 2]
+    return found.index_put((rows, torch.tensor(places)), losses * (4 / 10))
+
+
+@pytest.mark.parametrize("own", [{}, {"clip_examples": 1.5}], ids=["plain", "clipped"])
+def test_tokens_are_the_terms_of_a_loss_that_is_a_mean_over_them(own):
+    """A run of tokens has the T of a run of as many examples; but the slopes that are clipped are
+    those of the examples."""
+    generator = torch.Generator().manual_seed(3)
+    slopes, loss = torch.randn(10, generator=generator), torch.rand(10, generator=generator)
+    model, beside = nn.Linear(2, 2), nn.Linear(2, 2)
+    opt = MeZO(model, 1.0, EPS, curvature_window=1, **own)
+    alone = MeZO(beside, 1.0, EPS, curvature_window=1)
+    whole = of_tokens(slopes).sum(1)
+    size = whole.abs()
+    most = 1.5 * size.sort().values[1] if own else size.max()
+    factors = (most / size).clamp(max=1)
+    assert (factors < 1).any() == bool(own)
+    opt.step(given(model, of_tokens(slopes), of_tokens(loss)))
+    rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3, 3])
+    alone.step(given(beside, slopes * factors[rows], loss))
+    # The slopes are differences of losses of about 1, over 2 eps: 1e-5 of their size.
+    assert float(opt.stats["curvature"]) == pytest.approx(float(alone.stats["curvature"]), rel=1e-4)
+    want = (whole * factors).mean() / opt.stats["curvature"]
+    torch.testing.assert_close(opt._last[0][0], want.squeeze(), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_pseuzo():
+    """The slopes of tokens are those of the positions of the output; one of six has no loss."""
+    torch.manual_seed(0)
+    model, head, labels = nn.Linear(4, 5), nn.Linear(5, 3), torch.tensor([[0, 2], [1, 1], [-1, 0]])
+    x = torch.randn(3, 2, 4)
+    opt = PseuZO(model, 0.1, EPS, 3, 0.8, seed=SEED, curvature_window=1)
+
+    def nll(o):
+        losses = cross_entropy(
+            head(o).flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none"
+        )
+        return losses.view(3, 2)
+
+    before = model(x).detach()
+    (e,) = torch.autograd.grad(nll(o := before.clone().requires_grad_()).sum(), o)
+    with torch.no_grad():
+        moved = copy.deepcopy(model)
+        for i, p in enumerate(moved.parameters()):
+            p.add_(noise(p.shape, step_seed(SEED, 0), i), alpha=EPS)
+        slopes = ((moved(x) - before).double() * e.double()).sum(2) / EPS
+    want = (slopes.square() * odds(nll(before).detach()))[labels >= 0].mean()
+    loss = opt.step(lambda: model(x), lambda o: nll(o) * (3 / 5))
+    assert float(loss) == pytest.approx(float(nll(before)[labels >= 0].mean()), rel=1e-6)
+    assert float(opt.stats["curvature"]) == pytest.approx(float(want), rel=1e-4)
+    with pytest.raises(
+        ValueError, match=r"for each position of the output, \(3, 2\), got \(3, 1\)"
+    ):
+        opt.step(lambda: model(x), lambda o: nll(o)[:, 1:])
+    plain = PseuZO(model, 0.1, EPS, 3)
+    with pytest.raises(ValueError, match="a vector of per-example losses"):
+        plain.step(lambda: model(x), nll)
+
+
 @pytest.mark.parametrize("width", [1e-2, 1.0, 1e2])
 def test_one_rate_learns_at_any_scale(width):
     """Logistic regression on inputs of any width: their curvatures differ by 10^8."""

@@ -194,6 +194,24 @@ def test_rows_without_a_task_and_a_loss_of_ones_own_can_race(tmp_path):
         assert float(trainer.losses.loss(inputs)) < before / 2
 
 
+@pytest.mark.parametrize("method", ["mezo", "pseuzo"])
+def test_the_curvature_of_a_language_model_is_that_of_its_tokens(tmp_path, method):
+    own = dict(method=method, noise_on=["all"], max_steps=2)
+    args = arguments(tmp_path, **AUTO | own)
+    trainer = PseuZOTrainer(fresh(), args, train_dataset=Rows())
+    optimizer = trainer.create_optimizer()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    functions, _ = trainer.losses.step_inputs(inputs, optimizer)
+    with torch.no_grad():
+        losses = functions[0]()
+        losses = functions[1](losses) if method == "pseuzo" else losses
+        assert (losses != 0).sum() == (inputs["targets"] != -100).sum() > 5 * len(losses)
+        loss = trainer.losses.loss(inputs)
+    torch.testing.assert_close(losses.sum(1).mean(), loss, rtol=1e-6, atol=0)
+    trainer.train()
+    assert optimizer.stats["curvature"] > 0 == trainer.zero_order.skipped_steps
+
+
 def test_what_is_refused_of_the_shorter_run_is_refused_before_the_race(tmp_path, demo):
     data, _ = demo
     settings = AUTO | dict(method="pseuzo", max_steps=40, cycles=2, pseuzo_epochs=2)

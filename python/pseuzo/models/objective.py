@@ -111,7 +111,9 @@ class CausalLMObjective:
         the model.
 
         reduction="none": head(o) -> [B], a loss for each example, whose mean is the loss (so an
-        example with more tokens in its answer has a larger one).
+        example with more tokens in its answer has a larger one). "tokens": the same, but where the
+        loss is a mean over tokens, head(o) -> [B, P], those of each position, whose sums over P are
+        the losses of the examples.
         """
         return self.functions(self.plan(batch), reduction)
 
@@ -120,10 +122,12 @@ class CausalLMObjective:
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
         """Return forward and head for a plan of plan(batch). They read its tensors at every
         call."""
-        if reduction not in ("mean", "none"):
+        if reduction not in ("mean", "none", "tokens"):
             raise ValueError(
-                f"CausalLMObjective: reduction must be 'mean' or 'none', got {reduction!r}"
+                "CausalLMObjective: reduction must be 'mean', 'none' or 'tokens', got "
+                f"{reduction!r}"
             )
+        each = "none" if reduction == "tokens" else reduction
         targets, option_rows = plan["targets"], plan.get("option_rows")
         answers = plan.get("answers")
 
@@ -137,16 +141,17 @@ class CausalLMObjective:
             if option_rows is not None:
                 right = (option_rows == answers[:, None]).to(torch.int8).argmax(1)
                 scores = self._option_scores(o, targets, option_rows)
-                return F.cross_entropy(scores, right, reduction=reduction)
+                return F.cross_entropy(scores, right, reduction=each)
             logits = self.logits(o)
             if self.options is not None:
-                return F.cross_entropy(logits[:, -1], targets, reduction=reduction)
+                return F.cross_entropy(logits[:, -1], targets, reduction=each)
             losses = F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=each
             )
             if reduction == "mean":
                 return losses
-            return losses.view(targets.shape).sum(1) * (len(targets) / (targets != IGNORED).sum())
+            losses, share = losses.view(targets.shape), len(targets) / (targets != IGNORED).sum()
+            return losses * share if reduction == "tokens" else losses.sum(1) * share
 
         return forward, head
 

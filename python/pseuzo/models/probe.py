@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pseuzo.optim.curvature import of_examples, terms_of
 from pseuzo.optim.seeds import step_seed
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.perturb.module import forget_passes, passes_of
@@ -60,26 +61,25 @@ def probe(
     directions: int = 1,
     noise: str = "hadamard",
     seed: int = 0,
-    clean: bool = True,
     progress: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Measure slope and curvature of the loss along noise on each group alone, by forward passes.
     The weights are not written.
 
     groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of
-    that batch (a scalar or per-example losses), each called 1 + 2 * groups * directions times, in
-    eval mode; one time less without `clean`, and curvature is NaN. progress: called after every
-    pass. For each batch and direction there is fresh noise z on the group, with losses L0 at x and
-    L+ and L- at x +- eps z:
+    that batch (a scalar, per-example losses [B], or those of tokens, see terms_of), each called
+    1 + 2 * groups * directions times, in eval mode. progress: called after every pass. For each
+    batch and direction there is fresh noise z on the group, with losses L0 at x and L+ and L- at
+    x +- eps z:
 
         slope = (L+ - L-) / (2 eps)             mean of slope^2 estimates |g|^2, g the gradient
         curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H
 
     of the group (with scales D: |D g|^2 and tr D^2 H). The curvature is noisy, and the estimate is
-    often negative. If the closures return per-example losses, fisher is the mean over examples of
-    the squares of their own slopes: for negative log likelihoods of a roughly calibrated model it
-    also estimates tr H (its Gauss-Newton part, which has nearly all of the trace), and it is never
-    negative and much less noisy. For other losses, return their mean.
+    often negative. If the closures return per-example losses, fisher is the mean over examples (or
+    tokens) of the squares of their own slopes: for negative log likelihoods of a roughly calibrated
+    model it also estimates tr H (its Gauss-Newton part, which has nearly all of the trace), and it
+    is never negative and much less noisy. For other losses, return their mean.
 
     g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance between
     batches: it favours groups with noisy gradients, and more so for smaller batches. If eps is
@@ -113,7 +113,7 @@ def probe(
 
     rows = []
     with frozen_mode(model):
-        at_clean = [losses_of(f) if clean else torch.full((), math.nan) for f in closures]
+        at_clean = [losses_of(f) for f in closures]
         for name, group in scales.items():
             places = {p: (streams[p], scale) for p, scale in group.items()}
             scaled_eps = eps * longer(whole, sizes[name])
@@ -127,9 +127,12 @@ def probe(
                     minus = losses_of(closure)
                 slopes = (plus - minus) / (2 * scaled_eps)
                 curvature = ((plus - at_x) + (minus - at_x)) / (scaled_eps * scaled_eps)
-                of_examples = slopes.numel() > 1
-                fisher = slopes.square().mean() if of_examples else slopes.new_full((), math.nan)
-                seen.append(torch.stack([slopes.mean().square(), curvature.mean(), fisher]))
+                n, factor = terms_of(plus)
+                fisher = (slopes * factor).square().sum() / n
+                if slopes.numel() == 1:
+                    fisher = torch.full_like(fisher, math.nan)
+                means = [of_examples(x).mean() for x in (slopes, curvature)]
+                seen.append(torch.stack([means[0].square(), means[1], fisher]))
             row = Row(name, sizes[name], *_means_and_errors(torch.stack(seen)))
             row.forwards = 2 * len(seen)
             rows.append(row)

@@ -17,15 +17,35 @@ RELATIVE_LR = 0.1  # a good rate in units of 1 / T, on all models and tasks of t
 STEPS = 16  # over as many T is measured, where a run does not say
 
 
+def of_examples(losses: Tensor) -> Tensor:
+    """[B]: losses (or slopes) of examples, from those of their tokens [B, P], or as they are."""
+    return losses.sum(1) if losses.dim() == 2 else losses
+
+
+def terms_of(losses: Tensor) -> tuple[Tensor | int, Tensor | float]:
+    """How many terms the loss is a mean of, and what times an entry of losses is such a term.
+
+    Of losses [B] of examples: B and 1. Of their n tokens, [B, P]: n and n / B. The mean over B of
+    the sums over P is the loss; a token without one has 0.
+    """
+    if losses.dim() < 2:
+        return losses.numel(), 1.0
+    n = (losses != 0).sum()
+    return n, n / len(losses)
+
+
 def square_of(slopes: Tensor, losses: Tensor) -> Tensor:
-    """[]: the curvature of the mean loss along the noise, from slopes and losses of examples, [B].
+    """[]: the curvature of the mean loss along the noise, from slopes and losses of examples, [B],
+    or of tokens, [B, P], see terms_of.
 
     A loss L = -log p of a label with slope s has the Gauss-Newton curvature s^2 p / (1 - p), if the
     other labels move alike. For p below 1/2 s^2 is taken, as they need not. Where L nears 0, this
     is s^2 / L, which is also right for squares of residuals, to a factor of 2.
     """
+    n, factor = terms_of(losses)
+    slopes, losses = slopes * factor, losses * factor
     odds = torch.where(losses > 0, 1 / losses.expm1(), 1.0)
-    return (slopes.square() * odds.clamp(min=1.0)).mean()
+    return (slopes.square() * odds.clamp(min=1.0)).sum() / n
 
 
 class Curvature:

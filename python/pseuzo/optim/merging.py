@@ -7,7 +7,7 @@ instruction set nor a device.
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pseuzo.optim.exchange import Exchange
 
@@ -18,9 +18,9 @@ def merged_losses(
     """On the root: what n passes found on the global batch; elsewhere None.
 
     mine: for each of the passes exchange.mine(n) its losses on this rank's rows (or their
-    derivatives), each [] or [B_r] fp32. kind: that of the passes. Numbers become
-    sum_r size_r x_r / sum_r size_r, rounded once to fp32. Losses of examples follow each other in
-    the order of the parts, scaled so that their mean is that number.
+    derivatives), each [], [B_r] or, of tokens, [B_r, P_r] fp32. kind: that of the passes. Numbers
+    become sum_r size_r x_r / sum_r size_r, rounded once to fp32. Losses of examples follow each
+    other in the order of the parts, scaled so that their mean is that number.
     """
     parts = exchange.gather(*(x for found in mine for x in found), kind=kind)
     if parts is None:
@@ -56,7 +56,8 @@ def added(numbers: Iterable[float]) -> float:
 
 
 def _merged(sizes: Sequence[float | None], column: Sequence[Tensor]) -> Tensor:
-    known = [x.numel() if size is None else size for size, x in zip(sizes, column, strict=True)]
+    rows_of = [len(x) if x.dim() else 1 for x in column]
+    known = [n if size is None else size for size, n in zip(sizes, rows_of, strict=True)]
     kept = [(size, x) for size, x in zip(known, column, strict=True) if size > 0]
     shares([size for size, _ in kept])  # refuses none
     if len({x.dim() for _, x in kept}) > 1:
@@ -70,6 +71,10 @@ def _merged(sizes: Sequence[float | None], column: Sequence[Tensor]) -> Tensor:
         return torch.tensor(value, dtype=torch.float64).float()
     rows = sum(len(x) for _, x in kept)
     factors = [size * rows / (total * len(x)) for size, x in kept]
-    return torch.cat(
-        [x if k == 1 else (x.double() * k).float() for k, (_, x) in zip(factors, kept, strict=True)]
-    )
+    found = [
+        x if k == 1 else (x.double() * k).float() for k, (_, x) in zip(factors, kept, strict=True)
+    ]
+    if found[0].dim() == 2:  # parts whose longest rows differ; tokens end at the last position
+        most = max(x.shape[1] for x in found)
+        found = [nn.functional.pad(x, (most - x.shape[1], 0)) for x in found]
+    return torch.cat(found)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
-from pseuzo.optim.curvature import Curvature, square_of
+from pseuzo.optim.curvature import Curvature, of_examples, square_of
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.merging import merged_losses
 from pseuzo.optim.passes import Passes, without_autograd
@@ -125,10 +125,15 @@ def slopes_of(
         slope = (plus - minus) / (2 * eps if two_sided else eps)
         loss = (plus + minus) / 2 if two_sided else minus
         ok = ok & slope.isfinite().all() & loss.isfinite().all()
-        losses.append(loss.mean())
-        slope = clip_slopes(slope, optimizer.clip_examples)
-        found.append(slope.mean())
+        losses.append(of_examples(loss).mean())
+        whole = of_examples(slope)
+        clipped = clip_slopes(whole, optimizer.clip_examples)
+        found.append(clipped.mean())
         if optimizer.curvature_window:
+            if slope.dim() == 2:
+                slope = slope * torch.where(whole == 0, 1.0, clipped / whole)[:, None]
+            else:
+                slope = clipped
             squares.append(square_of(slope, loss))
     c = torch.stack(found)
     loss = torch.stack(losses).mean()
@@ -159,18 +164,19 @@ def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) ->
 
 def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
     """The loss in fp32 on the device: [] for a scalar tensor or a number, [B] for per-example
-    losses."""
+    losses; [B, P] for those of their tokens, where the optimizer measures curvature."""
     exchange = optimizer.exchange
     if exchange is not None and exchange.size == 0:  # what a part without rows finds is ignored
-        loss = math.nan
+        return torch.full((), math.nan, device=optimizer.device)
     if isinstance(loss, Tensor):
-        if loss.numel() != 1 and (loss.dim() != 1 or loss.numel() == 0):
+        most = 2 if optimizer.curvature_window else 1
+        if loss.numel() != 1 and not (1 <= loss.dim() <= most and loss.numel()):
             raise ValueError(
                 "step: the loss must be a scalar, or a vector of per-example losses, got shape "
                 f"{tuple(loss.shape)}; reduce it, e.g. .mean()"
             )
         loss = loss.detach().to(device=optimizer.device, dtype=torch.float32)
-        loss = loss if loss.dim() == 1 else loss.reshape(())
+        loss = loss if 1 <= loss.dim() <= most else loss.reshape(())
     elif isinstance(loss, Real):  # NumPy's numbers, too
         loss = torch.full((), float(loss), dtype=torch.float32, device=optimizer.device)
     else:
@@ -234,7 +240,8 @@ class MeZO(ZeroOrder):
     curvature_window: over so many steps the curvature T of the loss along the noise is measured,
     and lr is in units of 1 / T (0.1 is a good one, and momentum does not change it), see
     pseuzo.optim.curvature; 0: lr is the rate. The closure must return negative log likelihoods of
-    the examples, [B]. stats["curvature"] is T. ValueError with weight decay, whose rate is lr.
+    the examples, [B], or where the loss is a mean over tokens, of these, [B, P], as square_of there
+    wants them. stats["curvature"] is T. ValueError with weight decay, whose rate is lr.
     capture: record the passes as CUDA graphs, from the third step with the same closure on, and
     replay them, which saves hundreds of launches (bits: see pseuzo.perturb.graphs). The closure
     must then be the same object at every step (or one of a few), read its batch from tensors that

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_rows, example_sizes
-from pseuzo.optim.curvature import square_of
+from pseuzo.optim.curvature import of_examples, square_of
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.groups import not_frozen
 from pseuzo.optim.mezo import Slopes, curvature_of, mean_direction, measure_slopes
@@ -134,8 +134,16 @@ class PseuZO(ZeroOrder):
         ]
 
         def clean() -> tuple[Tensor, ...]:
-            o = as_output(forward())
-            return o, *head_gradients(head, o, exact)
+            o, losses = as_output(forward()), []
+
+            def of_each(o: Tensor) -> Tensor:
+                loss = head(o)
+                losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                return of_examples(loss)
+
+            if not self.curvature_window:
+                return o, *head_gradients(head, o, exact)
+            return o, *head_gradients(of_each, o, exact), *losses
 
         def run() -> tuple[Any, ...]:
             perturbed, signs = self.passes.perturbed, (1, -1) if self.two_sided else (1,)
@@ -158,7 +166,7 @@ class PseuZO(ZeroOrder):
             square = None
             if self.curvature_window:
                 change = o1 if base is None else o1.float() - base.float()
-                square = curvature_along(e, change, examples, loss, eps)
+                square = curvature_along(e, change, examples, gradients.pop(), eps)
             return loss, base, o1, e, square, gradients
 
         measured = self.passes.run("output", (forward, head, *exact), run)
@@ -246,15 +254,25 @@ class PseuZO(ZeroOrder):
 
 
 def curvature_along(
-    e: Tensor, change: Tensor, examples: Tensor | None, loss: Tensor, eps: float
+    e: Tensor, change: Tensor, examples: Tensor | None, losses: Tensor, eps: float
 ) -> Tensor:
     """[]: the curvature along the perturbation, see square_of. The loss of each of n examples has
     the slope n <change_i, e_i> / eps, with e that of the mean loss, which stands for all of them.
+
+    losses: [] or [B], or of tokens [B, P], whose slopes are those of the positions of the output.
     """
+    if losses.dim() == 2:
+        if losses.shape != e.shape[:-1]:
+            raise ValueError(
+                "PseuZO.step: with curvature_window, head may return losses of tokens, one for "
+                f"each position of the output, {tuple(e.shape[:-1])}, got {tuple(losses.shape)}"
+            )
+        return square_of((change.float() * e.float()).sum(-1) * (len(e) / eps), losses.float())
+    loss = losses.float().mean()
     sizes, first = example_sizes((change.float() * e.float()).flatten(1).sum(1), examples)
     n = first.sum()
     slopes = n * torch.where(first, sizes, 0.0) / eps  # [rows], 0 but for the first of an example
-    return square_of(slopes, loss) * len(sizes) / n
+    return square_of(slopes, loss.expand_as(slopes)) * len(sizes) / n
 
 
 def weight_of_window(proposal: Proposal, momentum: float) -> Tensor:

@@ -41,12 +41,13 @@ class Losses:
         """Whether the objective is ours, made of the labels in a batch."""
         return isinstance(self.objective, CausalLMObjective)
 
-    def split(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head]:
-        """Return forward and head. each: head gives the loss of each example, which not every
-        objective can."""
-        return self.objective(inputs, reduction="none") if each else self.objective(inputs)
+    def split(self, inputs: dict[str, Any], reduction: str = "mean") -> tuple[Forward, Head]:
+        """Return forward and head. reduction: see CausalLMObjective; not every objective has
+        others than "mean"."""
+        own = {} if reduction == "mean" else {"reduction": reduction}
+        return self.objective(inputs, **own)
 
-    def closure(self, inputs: dict[str, Any], each: bool) -> Forward:
+    def closure(self, inputs: dict[str, Any], reduction: str = "mean") -> Forward:
         """Return a function that gives the loss, or under objective=metric 1 - the metric."""
         if self.args.objective == "metric":
             if not isinstance(self.data, TaskData):
@@ -55,10 +56,10 @@ class Losses:
                 )
             rows = inputs["rows"].tolist()
             return lambda: nondiff_loss(self.model, self.data, rows)
-        forward, head = self.split(inputs, each)
+        forward, head = self.split(inputs, reduction)
         return lambda: head(forward())
 
-    def recorded(self, inputs: dict[str, Any], each: bool) -> tuple[Forward, Head, Forward]:
+    def recorded(self, inputs: dict[str, Any], reduction: str) -> tuple[Forward, Head, Forward]:
         """Return forward, head and both in one, for CUDA graphs.
 
         All batches of a shape share these functions, which read the tensors that this copies the
@@ -68,7 +69,7 @@ class Losses:
         shape = tuple((name, x.shape, x.dtype) for name, x in plan.items())
         if shape not in self._recorded:
             own = {name: x.clone() for name, x in plan.items()}
-            forward, head = self.objective.functions(own, "none" if each else "mean")
+            forward, head = self.objective.functions(own, reduction)
             self._recorded[shape] = own, (forward, head, lambda: head(forward()))
             if len(self._recorded) > MAX_GRAPHS:
                 self._recorded.popitem(last=False)
@@ -88,30 +89,34 @@ class Losses:
         inputs: the global batch. Each of several ranks measures on its part, and gives its size.
         """
         ranks = optimizer.ranks
-        each = self.args.clip_examples is not None or bool(optimizer.curvature_window)
+        reduction = "mean" if self.args.clip_examples is None else "none"
+        if optimizer.curvature_window:
+            reduction = "tokens" if self.of_model else "none"
         if optimizer.parts > 1:
             batches = cut(inputs, optimizer.parts)
-            return ([self.closure(b, each) for b in batches],), {"sizes": self._sizes(batches)}
+            closures = [self.closure(batch, reduction) for batch in batches]
+            return (closures,), {"sizes": self._sizes(batches)}
         if ranks is None:
-            return self._of_batch(inputs, optimizer, each)
+            return self._of_batch(inputs, optimizer, reduction)
         part, has_rows = part_of(inputs, ranks.row, ranks.rows)
-        functions, more = self._of_batch(part, optimizer, each)
+        functions, more = self._of_batch(part, optimizer, reduction)
         size = self._sizes([part])[0]
-        if each:  # a loss for each example, which has the scale that it has in the global batch
+        if reduction != "mean":  # these losses have the scale that they have in the global batch
             n, whole = examples_in(part), self._sizes([inputs])[0]
             factor, size = examples_in(inputs) / whole * (size / n), n
             functions = *functions[:-1], _scaled(functions[-1], factor)
         return functions, more | {"size": float(size) if has_rows else 0.0}
 
     def _of_batch(
-        self, inputs: dict[str, Any], optimizer: ZeroOrder, each: bool
+        self, inputs: dict[str, Any], optimizer: ZeroOrder, reduction: str
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = self.args
         if not optimizer.has_gradient:
             if args.capture:
-                return self.recorded(inputs, each)[2:], {}
-            return (self.closure(inputs, each),), {}
-        functions = self.recorded(inputs, each)[:2] if args.capture else self.split(inputs, each)
+                return self.recorded(inputs, reduction)[2:], {}
+            return (self.closure(inputs, reduction),), {}
+        split = self.recorded if args.capture else self.split
+        functions = split(inputs, reduction)[:2]
         return functions, {"groups": self._groups(inputs), "examples": inputs.get("examples")}
 
     def _sizes(self, batches: list[dict[str, Any]]) -> Tensor | list[int]:
@@ -133,7 +138,7 @@ class Losses:
         """Return the loss; its gradient is clipped if autograd records one."""
         # Clipping changes only the gradient.
         clip = self.args.clip_examples if torch.is_grad_enabled() else None
-        forward, head = self.split(inputs, clip is not None)
+        forward, head = self.split(inputs, "mean" if clip is None else "none")
         o = forward()
         loss = head(o) if clip is None else clipped_mean(head, o, clip, inputs.get("examples"))
         if torch.is_grad_enabled() and not loss.requires_grad:

@@ -146,15 +146,11 @@ class SearchingTrainer(ResumableTrainer):
             self._steps_left, self.search_forwards = None, 0
 
     def _probe_losses(self, n: int) -> list[Callable[[], Tensor]]:
-        batches = islice(self.get_train_dataloader(), n)
-        return [
-            self.losses.closure(self._prepare_inputs(batch), self._of_examples) for batch in batches
-        ]
-
-    @property
-    def _of_examples(self) -> bool:
         # The loss of each example spares the curvature a difference of nearly equal numbers.
-        return self.losses.of_model or self.args.clip_examples is not None
+        reduction = "mean" if self.args.clip_examples is None else "none"
+        reduction = "tokens" if self.losses.of_model else reduction
+        batches = islice(self.get_train_dataloader(), n)
+        return [self.losses.closure(self._prepare_inputs(x), reduction) for x in batches]
 
     def _contest(self, steps: int) -> Contest:
         drawn, dev = Drawn(self.get_train_dataloader()), self._dev_batches()
@@ -164,7 +160,7 @@ class SearchingTrainer(ResumableTrainer):
             return self._prepare_inputs(drawn[held_out + number])
 
         def clean() -> Tensor:
-            forward, head = self.losses.split(batch_of(0), each=False)
+            forward, head = self.losses.split(batch_of(0))
             return head(forward())
 
         dev = dev or [self._prepare_inputs(drawn[i]) for i in range(held_out)]
