@@ -43,6 +43,11 @@ def ended(args, capsys):
         (2, ["--method", "fo-adam"], "method fo-adam is for one process, but 2 were launched"),
         (2, ["--method", "mezo-svrg"], "method mezo-svrg is for one process"),
         (2, ["--method", "fzoo", "--split-batch"], "split_batch is for one process"),
+        (
+            2,
+            ["--method", "pseuzo", "--lr", "auto"],
+            "find_lr (--lr auto) of method pseuzo is for one process",
+        ),
         (2, ["--device", "cuda:0"], "each launched process takes a GPU of its own"),
     ],
 )

@@ -118,7 +118,9 @@ def test_peft_models():
         causal_lm("opt"), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     )
     assert len(place(prefix, ["all"])) == 1
-    with pytest.raises(ValueError, match="no parameter that is trained matches 'attention-out'"):
+    with pytest.raises(
+        ValueError, match="trained matches 'attention-out', as some modes train few"
+    ):
         place(prefix, ["attention-out"])
 
 

@@ -181,6 +181,10 @@ def test_ranks_share_the_batches_of_an_evaluation(demo):
         ({"method": "fo-adam"}, "method fo-adam is for one process"),
         ({"method": "pseuzo", "head": "exact"}, "head=exact is for one process"),
         (
+            {"method": "pseuzo", "find_lr": True, "weight_decay": 0.0},
+            "of method pseuzo is for one process",
+        ),
+        (
             {"method": "fzoo", "split_batch": True, "directions": 2},
             "split_batch is for one process",
         ),

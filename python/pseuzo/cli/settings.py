@@ -61,7 +61,8 @@ def check_combination(settings: Mapping[str, Any]) -> None:
         what = "--noise-on auto" if searches else "--lr auto"
         if method not in methods_with("find_lr"):
             able = " or ".join(methods_with("find_lr"))
-            raise ValueError(f"{what} needs --method {able}, not {method}")
+            instead = f"{what} needs --method {able}, not {method}: give a number as --lr"
+            raise ValueError(f"{instead} (--recipe best has auto)")
         if settings["objective"] == "metric":
             raise ValueError(
                 f"{what} measures the curvature by the loss of each example, and --objective "
@@ -97,6 +98,7 @@ def check_launched(settings: Mapping[str, Any]) -> None:
     if n == 1:
         return
     options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
+    options["find_lr"] = settings["lr"] == "auto"
     if why := refused_in_ranks(method, options):
         raise ValueError(
             f"{why} is for one process, but {n} were launched: start it without torchrun or "

@@ -217,6 +217,8 @@ def halves(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[str]]:
 def _hint(what: str, named: Iterable[str], groups: Iterable[str]) -> str:
     """Return the end of an error: names near to one that matches nothing, or some names."""
     ends = {".".join(name.split(".")[-2:]) for name in named}
+    if what in PRESETS:
+        return ", as some modes train few; choose another placement, such as all"
     near = difflib.get_close_matches(
         what, [*PRESETS, *groups, *sorted(ends), *named], n=3, cutoff=0.5
     )

@@ -65,12 +65,13 @@ class Curvature:
 
         square: [], that of this step. terms: the update is the sum of so many directions.
         While n of K squares are known, the direction is n / K of that: along few directions, T may
-        seem far too small.
+        seem far too small. It is 0 if T, or the square of this step, is unknown or overflows.
         """
         known = (direction.found_inf == 0) & square.isfinite()
         squares = torch.cat([self.squares[1:], torch.where(known, square.view(1), 0.0)])
         n = (squares > 0).sum()
         t = squares.sum() / n.clamp(min=1)
-        factor = torch.where(t > 0, n / (len(squares) * terms * t), 0.0)
+        ok = (t > 0) & square.isfinite()
+        factor = torch.where(ok, n / (len(squares) * terms * t), 0.0)
         stats = {**direction.stats, "curvature": t}
         return replace(direction, coefs=direction.coefs * factor, stats=stats), squares

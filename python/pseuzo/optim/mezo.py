@@ -126,14 +126,8 @@ def slopes_of(
         loss = (plus + minus) / 2 if two_sided else minus
         ok = ok & slope.isfinite().all() & loss.isfinite().all()
         losses.append(of_examples(loss).mean())
-        whole = of_examples(slope)
-        clipped = clip_slopes(whole, optimizer.clip_examples)
-        found.append(clipped.mean())
+        found.append(clip_slopes(of_examples(slope), optimizer.clip_examples).mean())
         if optimizer.curvature_window:
-            if slope.dim() == 2:
-                slope = slope * torch.where(whole == 0, 1.0, clipped / whole)[:, None]
-            else:
-                slope = clipped
             squares.append(square_of(slope, loss))
     c = torch.stack(found)
     loss = torch.stack(losses).mean()
@@ -205,7 +199,7 @@ def curvature_of(optimizer: ZeroOrder) -> Curvature | None:
     """What measures T for an optimizer whose rates are in units of 1 / T; else None. ValueError if
     that cannot be."""
     name, window = type(optimizer).__name__, optimizer.curvature_window
-    if not isinstance(window, int) or window < 0:
+    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
         raise ValueError(f"{name}: curvature_window must be a number of steps, got {window!r}")
     if window and any(group["weight_decay"] for group in optimizer.param_groups):
         raise ValueError(

@@ -138,7 +138,9 @@ class PseuZO(ZeroOrder):
 
             def of_each(o: Tensor) -> Tensor:
                 loss = head(o)
-                losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+                if not isinstance(loss, Tensor):  # which is refused
+                    return loss
+                losses.append(loss.detach())
                 return of_examples(loss)
 
             if not self.curvature_window:
@@ -160,13 +162,13 @@ class PseuZO(ZeroOrder):
             base = o0
             for o2 in opposite:
                 o1, base = (o1.float() - o2.float()) / 2, None
-            if self.clip_examples is not None:
-                change = o1 if base is None else o1.float() - base.float()
-                e = clip_rows(e, change, self.clip_examples, examples)
             square = None
-            if self.curvature_window:
+            if self.curvature_window or self.clip_examples is not None:
                 change = o1 if base is None else o1.float() - base.float()
-                square = curvature_along(e, change, examples, gradients.pop(), eps)
+                if self.curvature_window:
+                    square = curvature_along(e, change, examples, gradients.pop(), eps)
+                if self.clip_examples is not None:
+                    e = clip_rows(e, change, self.clip_examples, examples)
             return loss, base, o1, e, square, gradients
 
         measured = self.passes.run("output", (forward, head, *exact), run)

@@ -257,6 +257,8 @@ def refused_in_ranks(method: str, options: Mapping[str, Any]) -> str | None:
     """Which of these options needs one process; None if several ranks can share the steps."""
     if not METHODS[method].in_ranks:
         return f"method {method}"
+    if method == "pseuzo" and options.get("find_lr"):
+        return "find_lr (--lr auto) of method pseuzo"
     for name, values in IN_ONE_PROCESS.items():
         if options.get(name) in values:
             return name if options[name] is True else f"{name}={options[name]}"
