@@ -25,6 +25,7 @@ from pseuzo.train.methods import forwards_of_steps, forwards_per_step, methods_w
 from pseuzo.train.options import OPTIONS
 
 EVALUATIONS = 12  # about how many a final run makes
+DIVERGED = 4.0  # a run has that ends with a loss above so many times its first
 # What decides whether a run can use the rows and the tokenizer of the last one.
 SHARED = (
     *("task", "data", "train_size", "dev_size", "test_size", "data_seed", "chat", "max_length"),
@@ -234,9 +235,19 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
         # Most are 0 or 1, and take less room without a decimal point.
         outcomes = [int(x) if x in (0, 1) else round(x, 6) for x in test.pop("outcomes")]
         figures |= {"outcomes": outcomes, "test": test}
-    if not math.isfinite(dev["loss"]):
-        figures |= {"status": "diverged", "reason": f"the dev loss is {dev['loss']}"}
+    start = _first_loss(history) if c["objective"] == "loss" else math.inf
+    if not (math.isfinite(dev["loss"]) and dev["loss"] <= DIVERGED * start):
+        reason = f"the dev loss is {dev['loss']:.4g}, and the loss was {start:.4g} at first"
+        figures |= {"status": "diverged", "reason": reason}
     return figures
+
+
+def _first_loss(history: list[dict[str, Any]]) -> float:
+    """The first loss of a run, on dev or training rows; inf if none is known, or it is no positive
+    number, such as a loss of one's own."""
+    found = (row[key] for row in history for key in ("eval_loss", "loss") if key in row)
+    first = next(found, math.inf)
+    return first if first > 0 else math.inf
 
 
 def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: int) -> Any:
