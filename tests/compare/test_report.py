@@ -90,7 +90,7 @@ def test_fixed_searched_and_failed_methods_are_called_so():
     assert table["level"][2] == "0.001 fixed" and table["bad"][1] == "0.1 / T"
     assert table["fo-sgd"][5] == "failed: no luck"
     text = markdown(summary)
-    assert "eps fixed at 0.001" in text and "its own choice of lr" in text
+    assert "eps fixed at 0.001" in text and "lr is from the curvature" in text
     assert "several versions of the code" in text
     assert "fo-sgd" not in overall(summary)
 

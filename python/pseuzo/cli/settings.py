@@ -59,19 +59,20 @@ def check_combination(settings: Mapping[str, Any]) -> None:
         )
     if searches or settings["lr"] == "auto":
         what = "--noise-on auto" if searches else "--lr auto"
+        instead = "name a placement, and give --lr a number" if searches else "give --lr a number"
         if method not in methods_with("find_lr"):
             able = " or ".join(methods_with("find_lr"))
-            instead = f"{what} needs --method {able}, not {method}: give a number as --lr"
-            raise ValueError(f"{instead} (--recipe best has auto)")
+            needs = f"{what} needs --method {able}, not {method}: {instead}"
+            raise ValueError(f"{needs} (--recipe best has --lr auto)")
         if settings["objective"] == "metric":
             raise ValueError(
                 f"{what} measures the curvature by the loss of each example, and --objective "
-                "metric has none; give --lr"
+                f"metric has none; {instead}"
             )
         if settings["weight_decay"]:
             raise ValueError(
                 f"{what} is a rate in units of 1 / T, which does not suit --weight-decay; leave "
-                "that out, or give --lr"
+                f"that out, or {instead}"
             )
         if settings["head"] == "exact" and searches:
             raise ValueError(f"{what} cannot be used with --head exact; leave off one of the two")
@@ -98,7 +99,7 @@ def check_launched(settings: Mapping[str, Any]) -> None:
     if n == 1:
         return
     options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
-    options["find_lr"] = settings["lr"] == "auto"
+    options["find_lr"] = settings["lr"] == "auto" or list(settings["noise_on"]) == ["auto"]
     if why := refused_in_ranks(method, options):
         raise ValueError(
             f"{why} is for one process, but {n} were launched: start it without torchrun or "

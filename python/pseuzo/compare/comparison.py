@@ -27,8 +27,8 @@ class Cell:
     """A method on a task.
 
     settings: those of `pseuzo train`; without lr and eps, these are tuned; with lr or noise_on
-    "auto", the method searches within its budget. budget: forward passes of a final run.
-    trial_forwards: those of a trial. data: a hash of the rows.
+    "auto", the method finds both itself, if need be within its budget. budget: forward passes of a
+    final run. trial_forwards: those of a trial. data: a hash of the rows.
     """
 
     task: str

@@ -305,7 +305,7 @@ def _tuning(of: Mapping[str, Any]) -> str:
     for title, row in of["methods"].items():
         tried = [" ".join(f"{v:.3g}" for v in row["tried"].get(n, [])) for n in ("lr", "eps")]
         fixed = [f"{name} fixed at {value:.3g}" for name, value in row["fixed"].items()]
-        what = ["its own choice of lr, in the run's forwards"] if row["searches_itself"] else []
+        what = ["nothing: lr is from the curvature"] if row["searches_itself"] else []
         what += [", ".join(row["tuned"])] if row["tuned"] else []
         rows.append(
             [

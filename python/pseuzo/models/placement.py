@@ -3,7 +3,7 @@
     where = place(model, ["attention-out"])  # {parameter: noise scale}
     opt = MeZO(param_groups(model, where, lr=1e-5, weight_decay=0.0), lr=1e-5, model=model)
 
-`pseuzo.train.race` compares `candidates`.
+`pseuzo.train.contest` compares `candidates`.
 """
 
 import difflib

@@ -40,7 +40,6 @@ class Row:
     curvature_error: float
     fisher: float = math.nan  # mean of the examples' (z . gradient_i)^2, if they have losses
     fisher_error: float = math.nan
-    forwards: float = 0
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -134,7 +133,6 @@ def probe(
                 means = [of_examples(x).mean() for x in (slopes, curvature)]
                 seen.append(torch.stack([means[0].square(), means[1], fisher]))
             row = Row(name, sizes[name], *_means_and_errors(torch.stack(seen)))
-            row.forwards = 2 * len(seen)
             rows.append(row)
     forget_passes(model)  # frees their scratch
     return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pseuzo.optim.update import Direction
 
-RELATIVE_LR = 0.1  # a good rate in units of 1 / T, on all models and tasks of the comparisons
+RELATIVE_LR = 0.1  # in units of 1 / T; as good as a tuned rate in the comparisons
 STEPS = 16  # over as many T is measured, where a run does not say
 
 

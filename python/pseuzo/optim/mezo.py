@@ -209,7 +209,7 @@ def curvature_of(optimizer: ZeroOrder) -> Curvature | None:
     return Curvature(window, optimizer.device) if window else None
 
 
-# What a step leaves: the seeds and coefficients of the last steps, and their mean square slopes.
+# What a step leaves: the seeds and coefficients of the last steps, and what they say of T.
 State = tuple[tuple[Tensor, Tensor] | None, Tensor | None]
 
 

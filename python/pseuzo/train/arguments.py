@@ -143,7 +143,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         options = {name: getattr(self, name) for name in OPTIONS}
         self._refuse_ranks(options)
         if self.learning_rate == 0 and (self.readout != "fit" or self.find_lr):
-            fits = "; with readout=fit and without a search, 0 trains the head alone"
+            fits = "; with readout=fit and without find_lr, 0 trains the head alone"
             hint = fits if "readout" in METHODS[self.method].options else ""
             raise ValueError(f"learning_rate must be positive, got 0{hint}")
         if self.n_gpu > 1:

@@ -163,7 +163,9 @@ class ZeroOrderOptions:
         "on all weights.",
     )
     scale_eps: Annotated[bool, Flag(hidden=True)] = _option(
-        False, "Scale eps to noise_on in the same way."
+        False,
+        "Scale eps to noise_on in the same way; with find_lr so that a perturbation is as long as "
+        "one of all weights.",
     )
     probe_forwards: Annotated[int, Flag(hidden=True, least=1)] = _option(
         100, "Number of forward passes of the probe by which scale_lr and scale_eps scale."
