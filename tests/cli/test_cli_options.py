@@ -260,7 +260,8 @@ def test_the_compare_examples_are_accepted(monkeypatch, tmp_path, file, forwards
 
 
 @pytest.mark.parametrize(
-    "file, tasks, methods", [("real", 4, 2), ("recipe", 4, 3), ("real-long", 5, 8)]
+    "file, tasks, methods",
+    [("real", 4, 2), ("recipe", 2, 3), ("encoder", 2, 3), ("real-long", 5, 8)],
 )
 def test_the_comparisons_of_real_models_are_accepted(monkeypatch, tmp_path, file, tasks, methods):
     seen = []
