@@ -93,7 +93,7 @@ def make_trainer(method: str, model: nn.Module, args: argparse.Namespace) -> Pse
 def forward_of(trainer: PseuZOTrainer) -> Callable[[], None]:
     """Return a forward pass to the loss of one batch, without gradients."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    forward, head = trainer.losses.split(batch, False)
+    forward, head = trainer.losses.split(batch)
 
     @torch.no_grad()
     def call() -> None:

@@ -70,7 +70,7 @@ def test_the_anchor_is_measured_on_every_row(tmp_path):
     with torch.no_grad():
         losses = [loss() for loss in trainer.data_losses()]
         batch = trainer.data_collator([rows[i] for i in range(10)])
-        want = trainer.losses.closure(batch, False)()
+        want = trainer.losses.closure(batch)()
     assert len(losses) == 2
     torch.testing.assert_close(torch.stack(losses).mean(), want)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
