@@ -5,10 +5,9 @@ python bench/demo_real.py [--model FOLDER] [--task FILE] [--output FOLDER] [TRAI
 Without options, SmolLM2-135M learns whether a sentence of a film review is praise or blame; `make
 real` makes both. It says first how long this will take. Then it evaluates the model on the test
 rows, and runs `pseuzo train` with RECIPE, SETTINGS and the options given here, which evaluates
-again. It
-prints the accuracy before and after, time and memory, the answers to the first ASKED test rows
-before and after, and the accuracy on the dev rows during the run. The folder is that of any run,
-with curves.png, results.json and model/.
+again. It prints the accuracy before and after, time and memory, the answers to the first ASKED test
+rows before and after, and the accuracy on the dev rows during the run. The folder is that of any
+run, with curves.png, results.json and model/.
 """
 
 import argparse

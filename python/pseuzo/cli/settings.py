@@ -51,7 +51,7 @@ def check_combination(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 "--clip-examples needs the loss of each example, and --objective metric has none"
             )
-    searches = list(settings["noise_on"]) == ["auto"]
+    searches = _places_itself(settings)
     if searches and settings["lr"] not in (None, "auto"):
         raise ValueError(
             "--noise-on auto needs a rate that suits every placement: leave out --lr, or give "
@@ -89,6 +89,11 @@ def check_combination(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _places_itself(settings: Mapping[str, Any]) -> bool:
+    """Whether the placement of the noise is left open; the rate is then from the curvature."""
+    return list(settings["noise_on"]) == ["auto"]
+
+
 def check_launched(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what the launched processes cannot do together."""
     n, directions, method = launched(), settings["direction_ranks"], settings["method"]
@@ -99,7 +104,7 @@ def check_launched(settings: Mapping[str, Any]) -> None:
     if n == 1:
         return
     options = {name: settings[setting_name(o)] for name, o in OPTIONS.items() if not o.flag.hidden}
-    options["find_lr"] = settings["lr"] == "auto" or list(settings["noise_on"]) == ["auto"]
+    options["find_lr"] = settings["lr"] == "auto" or _places_itself(settings)
     if why := refused_in_ranks(method, options):
         raise ValueError(
             f"{why} is for one process, but {n} were launched: start it without torchrun or "

@@ -41,6 +41,12 @@ class Losses:
         """Whether the objective is ours, made of the labels in a batch."""
         return isinstance(self.objective, CausalLMObjective)
 
+    @property
+    def reduction(self) -> str:
+        """That of a batch's losses, where no curvature is measured: clipping needs those of
+        examples."""
+        return "mean" if self.args.clip_examples is None else "none"
+
     def split(self, inputs: dict[str, Any], reduction: str = "mean") -> tuple[Forward, Head]:
         """Return forward and head. reduction: see CausalLMObjective; not every objective has
         others than "mean"."""
@@ -89,7 +95,7 @@ class Losses:
         inputs: the global batch. Each of several ranks measures on its part, and gives its size.
         """
         ranks = optimizer.ranks
-        reduction = "mean" if self.args.clip_examples is None else "none"
+        reduction = self.reduction
         if optimizer.curvature_window:
             reduction = "tokens" if self.of_model else "none"
         if optimizer.parts > 1:

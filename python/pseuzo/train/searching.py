@@ -147,8 +147,7 @@ class SearchingTrainer(ResumableTrainer):
 
     def _probe_losses(self, n: int) -> list[Callable[[], Tensor]]:
         # The loss of each example spares the curvature a difference of nearly equal numbers.
-        reduction = "mean" if self.args.clip_examples is None else "none"
-        reduction = "tokens" if self.losses.of_model else reduction
+        reduction = "tokens" if self.losses.of_model else self.losses.reduction
         batches = islice(self.get_train_dataloader(), n)
         return [self.losses.closure(self._prepare_inputs(x), reduction) for x in batches]
 

@@ -158,7 +158,7 @@ class PseuZOTrainer(SearchingTrainer):
         seed = step_seed(args.seed, self.zero_order.steps)
         for rows in even_batches(len(data), args.global_batch_size, args.anchor_batches, seed):
             inputs = self._prepare_inputs(collate([data[i] for i in rows]))
-            yield self.losses.closure(inputs, "mean" if args.clip_examples is None else "none")
+            yield self.losses.closure(inputs, self.losses.reduction)
 
     def _mean_loss(self) -> Tensor:
         """Return the mean of the losses that are still in Transformers' sum."""
