@@ -43,8 +43,8 @@ UNUSED = (
 )  # fmt: skip
 
 # What says how pseuzo, the default method, works may stay set under another method, where it does
-# nothing: runs of several methods share their settings.
-SHARED = set(METHODS["pseuzo"].options) - {"journal", "capture", "offload"}
+# nothing: runs of several methods share their settings. The options left out do something anywhere.
+SHARED = set(METHODS["pseuzo"].options) - {"journal", "capture", "offload", "find_lr", "readout"}
 
 
 @dataclass
@@ -97,7 +97,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         usual = {f.name: f.default for f in fields(TrainingArguments)}
         for methods, names, instead in UNUSED:
             for name in names if self.method in methods else ():
-                value = getattr(self, name)
+                value = getattr(self, name, None)  # older Transformers lack some
                 if value and value != usual[name]:
                     raise ValueError(
                         f"{name}={value} cannot be used with method {self.method}: {instead}"
@@ -154,6 +154,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
         for name, option in OPTIONS.items():
             if "method" in option.applies_to and name not in SHARED:
                 self._refuse_of_other_methods(name)
+        if self.noise_on == ["auto"] and not self.find_lr:
+            raise ValueError("noise_on=auto needs rates that suit every placement: set find_lr")
         if not self.zeroth_order:
             return
         why = METHODS[self.method].refusal(**options, batch_size=self.global_batch_size)
@@ -181,8 +183,6 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             raise ValueError(
                 "a journal holds seeds and coefficients, not the exact gradients of head=exact"
             )
-        if self.noise_on == ["auto"] and not self.find_lr:
-            raise ValueError("noise_on=auto needs rates that suit every placement: set find_lr")
         if self.noise_on == ["auto"] and self.head == "exact":
             raise ValueError(
                 "noise_on=auto races placements, which go on by their seeds; head=exact has none: "
