@@ -35,7 +35,7 @@ from pseuzo_kernels.calls import Calls, Coefs, How, Seeds, Streams
 from pseuzo_kernels.checks import check_count, check_finite, check_not_negative
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.lists import Params
-from pseuzo_kernels.reference import add_noise_into, noise_sum, prepared_coefs
+from pseuzo_kernels.reference import add_noise_into, flagged, noise_sum, prepared_coefs
 from pseuzo_kernels.selection import Mask, Offset
 
 
@@ -154,10 +154,7 @@ def adam_parts_(
         return
     hashes = hash_seeds(seeds)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
-    skipped = ~prepared_coefs(noise, coefs)[0].isfinite().all()
-    if found_inf is not None:
-        found_inf.masked_fill_(skipped, 1.0)
-        skipped = (found_inf != 0).view(())
+    skipped = flagged(~prepared_coefs(noise, coefs)[0].isfinite().all(), found_inf)
     moves = partial(adam_moves, directions=directions, numbers=numbers)
     rest = noise, stochastic, rounding_hash, skipped, moves
     masked = parts.Masked(limits, mask_seed, takes)
@@ -211,10 +208,9 @@ class AdamApi(Calls):
         directions] int64 and coefs fp32: step by step, the oldest first. lr, weight_decay and eps
         are not negative, and eps is not 0; the betas are at least 0 and below 1. The other
         arguments (mask and offset, too), and what happens if coefs are not finite, are as in
-        update_ and add_noise_. Where
-        |g| is below 1e-19 or above 1e19, its square is outside the range of fp32. Raises ValueError
-        or TypeError before anything is written. Sources: see pseuzo_kernels.adam, which defines
-        every bit.
+        update_ and add_noise_. Where |g| is below 1e-19 or above 1e19, its square is outside the
+        range of fp32. Raises ValueError or TypeError before anything is written. Sources: see
+        pseuzo_kernels.adam, which defines every bit.
         """
         op = "adam_update_"
         lr = check_not_negative(op, "lr", lr)

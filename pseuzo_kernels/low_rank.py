@@ -116,10 +116,7 @@ def add_outer_parts_out(
     """
     if not any(y.numel() for y in out):
         return
-    skipped = ~coefs.isfinite().all()
-    if found_inf is not None:
-        found_inf.masked_fill_(skipped, 1.0)
-        skipped = (found_inf != 0).view(())
+    skipped = reference.flagged(~coefs.isfinite().all(), found_inf)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=coefs.device))
     masked = parts.Masked(limits, mask_seed, takes)
     shared = "hadamard", True, rounding_hash, skipped

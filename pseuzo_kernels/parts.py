@@ -111,10 +111,7 @@ def add_noise_parts_out(
         return
     hashes = hash_seeds(seeds)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
-    skipped = reference.prepared_coefs(noise, coefs)[1].isnan()
-    if found_inf is not None:
-        found_inf.masked_fill_(skipped, 1.0)
-        skipped = (found_inf != 0).view(())
+    skipped = reference.flagged(reference.prepared_coefs(noise, coefs)[1].isnan(), found_inf)
     shared = noise, stochastic, rounding_hash, skipped, sign_sum if sign else reference.noise_sum
     masked = Masked(limits, mask_seed, takes)
     for t, (y, part) in enumerate(zip(out, parts_of(places, len(out)), strict=True)):

@@ -74,17 +74,11 @@ from pseuzo_kernels.laws import LAWS, resolve
 
 # This bounds the int64 temporaries to about 16 MiB, however large a tensor is.
 COUNTERS_AT_ONCE = 1 << 16
-HADAMARD_SCALE = LAWS["hadamard"].scale
 
 
 def scale_of(noise: str, noise_scale: float) -> float:
     """The constant that multiplies a column's sums. It is rounded to fp32 where it is used."""
     return LAWS[resolve(noise)[0]].scale * noise_scale
-
-
-def column_noise(noise: str, q: Tensor, stream: int, seed_hash: Tensor) -> Tensor:
-    """b, [16, n] fp32: plane by column, before transform and scale. q [n], seed_hash [] int64."""
-    return LAWS[resolve(noise)[0]].column_noise(q, stream, seed_hash)
 
 
 def sums_in_fp16(noise: str, K: int) -> bool:
@@ -175,6 +169,15 @@ def add_noise_into(
         out[at] = torch.where(skipped, untouched, y.to(out.dtype))
 
 
+def flagged(skipped: Tensor, found_inf: Tensor | None) -> Tensor:
+    """[] bool: whether an op is skipped: for its own numbers, [] bool, which sets found_inf to 1,
+    or because found_inf is not 0."""
+    if found_inf is None:
+        return skipped
+    found_inf.masked_fill_(skipped, 1.0)
+    return (found_inf != 0).view(())
+
+
 def add_noise_list_out(
     xs,
     seeds,
@@ -201,10 +204,7 @@ def add_noise_list_out(
         return
     hashes = hash_seeds(seeds)
     rounding_hash = hash_seeds(torch.tensor(rounding_seed, device=seeds.device))
-    skipped = prepared_coefs(noise, coefs)[1].isnan()
-    if found_inf is not None:
-        found_inf.masked_fill_(skipped, 1.0)
-        skipped = (found_inf != 0).view(())
+    skipped = flagged(prepared_coefs(noise, coefs)[1].isnan(), found_inf)
     shared = noise, stochastic, rounding_hash, skipped
     for t, y in enumerate(out):
         keep = torch.tensor(keeps[t], dtype=torch.float32, device=y.device)

@@ -11,7 +11,7 @@ from pseuzo_kernels.bits import CHUNK
 from pseuzo_kernels.laws import resolve
 from pseuzo_kernels.triton import launch
 from pseuzo_kernels.triton.outer import add_outer_kernel, outer_factors_kernel
-from pseuzo_kernels.triton.tables import Kept, aligned_rows, blocks_of, to_device
+from pseuzo_kernels.triton.tables import Kept, blocks_of, columns_of, to_device
 
 ROWS = 16  # of a tile
 WIDE, NARROW = 512, 128  # its columns, of four warps and of one
@@ -85,12 +85,7 @@ def _tables(
         for table, numbers in zip(programs, (fs, ts), strict=True):
             table[:, 0] = to_device(numbers, torch.int32, device)[table[:, 0].long()]
         made.append(Group(ts[0], aligned, columns, *programs))
-    return Tables(made, _columns(factors, device), _columns(tensors, device), room)
-
-
-def _columns(rows: list[list[int]], device: torch.device) -> list[Tensor]:
-    table = to_device(aligned_rows(*zip(*rows, strict=True)), torch.int64, device)
-    return list(table.unbind())
+    return Tables(made, columns_of(factors, device), columns_of(tensors, device), room)
 
 
 def add_low_rank_out_triton(

@@ -17,7 +17,7 @@ from pseuzo_kernels.bits import CHUNK
 from pseuzo_kernels.triton import launch
 from pseuzo_kernels.triton.kernels import COUNTERS, WARPS
 from pseuzo_kernels.triton.sums import add_block, unless_skipped
-from pseuzo_kernels.triton.tables import Kept, blocks_of, to_device
+from pseuzo_kernels.triton.tables import Kept, blocks_of, columns_of
 
 NARROW = 128  # counters of a program, of one warp, where all runs are short
 
@@ -144,9 +144,9 @@ def tables_of_runs(
     for (_, aligned), rows in groups.items():
         touched = [row[2] % CHUNK + row[3] for row in rows]  # elements from the first chunk on
         counters = NARROW if max(touched) < 16 * most else most
-        columns = to_device(list(zip(*rows, strict=True)), torch.int64, device).unbind()
+        columns = columns_of(rows, device)
         programs = blocks_of(touched, 16 * counters, device)
-        tables.append(Runs(rows[0][-1], aligned, counters, list(columns), programs))
+        tables.append(Runs(rows[0][-1], aligned, counters, columns, programs))
     return tables
 
 

@@ -129,6 +129,11 @@ def aligned_rows(*columns: Sequence[int]) -> list[list[int]]:
     return [[*column, *[0] * (-len(column) % 4)] for column in columns]
 
 
+def columns_of(rows: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """The columns of a table, int64, each at such an address; they end in zeros."""
+    return list(to_device(aligned_rows(*zip(*rows, strict=True)), torch.int64, device).unbind())
+
+
 def blocks_of(sizes: Sequence[int], elements: int, device: torch.device) -> Tensor:
     """[programs, 2] int32: each program's tensor and block of so many elements."""
     blocks = torch.tensor([-(-n // elements) for n in sizes], device="cpu")

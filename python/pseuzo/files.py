@@ -20,6 +20,7 @@ except ImportError:  # not on Windows
 from torch import Tensor, nn
 
 from pseuzo.machine import parts_of
+from pseuzo.sentences import one_line
 
 if TYPE_CHECKING:
     import yaml
@@ -283,9 +284,8 @@ def check_saving(
         with _saving(folder / "check") as scratch:
             save(scratch / "new", None if adapter else _one_element_each(model, weights))
     except Exception as error:  # each of the libraries involved raises its own
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"a checkpoint of this model could not be saved, so no step is made: {reason}"
+            f"a checkpoint of this model could not be saved, so no step is made: {one_line(error)}"
         ) from error
 
 

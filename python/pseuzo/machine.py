@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from pseuzo.sentences import first_line
+
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
     """Return the device; None means cuda if there is one, else cpu. ValueError if it cannot hold a
@@ -17,9 +19,7 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from None
     return where
 
 

@@ -1,11 +1,11 @@
 """compare and plot refuse bad arguments, and print their results."""
 
 import json
+import math
 
-import numpy as np
 import pytest
 from cli_refusals import BASE, refused
-from pseuzo.cli.plots import mean_and_spread
+from pseuzo.cli.plots import curve
 
 pytestmark = pytest.mark.slow
 
@@ -101,27 +101,18 @@ def test_plot_of_what_is_no_run(tmp_path, results):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_means_are_over_the_same_steps():
-    def run(*rows):
-        return {
-            "metric": "f1",
-            "history": [
-                dict(zip(("step", "forwards", "train_seconds", "eval_f1"), r, strict=True))
-                for r in rows
-            ],
-        }
-
-    a = run((0, 0, 0.0, 0.1), (5, 10, 1.0, 0.2), (10, 20, 2.0, 0.6))
-    b = run(
+def test_a_curve_has_the_last_row_of_each_step():
+    names = "step", "forwards", "train_seconds", "eval_f1"
+    rows = (
         (0, 0, 0.0, 0.3),
         (5, 10, 2.0, 9.0),
-        (5, 10, 3.0, 0.4),
         (7, 14, 3.5, 9.0),
+        (5, 10, 3.0, 0.4),
         (10, 20, 4.0, None),
     )
-    xs, means, spread = mean_and_spread([a, b], "train_seconds", "eval_f1")  # b was resumed at 5
-    np.testing.assert_allclose(xs, [0, 2, 3])
-    np.testing.assert_allclose(means, [0.2, 0.3, np.nan])
-    np.testing.assert_allclose(spread[:2], np.sqrt(0.02) * np.ones(2))
-    assert [len(part) for part in mean_and_spread([a, run()], "forwards", "eval_f1")] == [0, 0, 0]
-    assert mean_and_spread([b], "forwards", "eval_f1")[0].tolist() == [0, 10, 14, 20]
+    run = {"history": [dict(zip(names, row, strict=True)) for row in rows]}  # resumed after step 0
+    run["history"].append({"step": 10, "forwards": 20, "loss": 0.7})  # of the training, in the log
+    xs, ys = curve(run, "train_seconds", "eval_f1")
+    assert xs == [0.0, 3.0, 3.5, 4.0] and ys[:3] == [0.3, 0.4, 9.0] and math.isnan(ys[3])
+    assert curve(run, "forwards", "loss") == ([20], [0.7])
+    assert curve({"history": []}, "forwards", "eval_f1") == ([], [])

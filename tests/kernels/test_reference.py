@@ -193,20 +193,17 @@ def test_fp16_sums_are_rounded_once():
     coefs, power = reference.fp16_coefs(torch.randn(40, generator=torch.Generator().manual_seed(0)))
     q, hashes = torch.arange(256), reference.hash_seeds(torch.arange(40))
     acc = torch.zeros(16, 256)
+    law = laws.LAWS["hadamard"]
     for k in range(40):
         if k % reference.FP16_BLOCK == 0:
             h = np.zeros((16, 256), np.float16)
-        terms = (
-            float(coefs[k])
-            * reference.column_noise("hadamard-fp16", q, 3, hashes[k]).double().numpy()
-        )
+        terms = float(coefs[k]) * law.column_noise(q, 3, hashes[k]).double().numpy()
         h = (h + terms).astype(np.float16)
         if k % reference.FP16_BLOCK == reference.FP16_BLOCK - 1 or k == 39:
             acc += torch.from_numpy(h).float()
     got = reference.noise_sum("hadamard-fp16", q, 3, hashes, coefs * power, 0.5)
-    want = reference.fwht16(acc) * (
-        torch.tensor(reference.HADAMARD_SCALE * 0.5, dtype=torch.float32) * power
-    )
+    scale = torch.tensor(law.scale * 0.5, dtype=torch.float32) * power
+    want = reference.fwht16(acc) * scale
     assert torch.equal(got, want)
 
 

@@ -258,8 +258,7 @@ class Quadratic(nn.Module):
 
 
 def test_probe_on_a_quadratic():
-    """The mean over directions of (z.g)^2 is |g|^2, with a standard deviation of sqrt(2) |g|^2, and
-    that of z^T H z is tr H. This also holds with noise scales. Standard errors are right."""
+    """The mean over directions of z^T H z is tr H. This also holds with noise scales."""
     model = Quadratic((500, 3000), (2.0, 1.0), (5.0, 40.0))
     before = [p.clone() for p in model.parameters()]
     calls = []
@@ -270,21 +269,17 @@ def test_probe_on_a_quadratic():
 
     a, b = model.x
     groups = {"a": [a], "b": [b], "both": [a, b], "scaled": {a: 2.0, b: 0.5}}
-    rows = {
-        r.name: r for r in probe(model, groups, [closure] * 3, eps=1e-2, directions=100, seed=5)
-    }
-    assert len(calls) == 3 + 4 * 2 * 300
+    rows = {r.name: r for r in probe(model, groups, [closure] * 300, eps=1e-2, seed=5)}
+    assert len(calls) == 300 + 4 * 2 * 300
     want = {
-        "a": (4.0, 5.0, 500),
-        "b": (1.0, 40.0, 3000),
-        "both": (5.0, 45.0, 3500),
-        "scaled": (4 * 4 + 0.25, 4 * 5 + 0.25 * 40, 4 * 500 + 0.25 * 3000),
+        "a": (5.0, 500),
+        "b": (40.0, 3000),
+        "both": (45.0, 3500),
+        "scaled": (4 * 5 + 0.25 * 40, 4 * 500 + 0.25 * 3000),
     }
-    for name, (slope2, curvature, parameters) in want.items():
+    for name, (curvature, parameters) in want.items():
         row = rows[name]
         assert row.parameters == parameters
-        assert abs(row.slope2 - slope2) < 4 * row.slope2_error
-        assert 0.6 < row.slope2_error / (math.sqrt(2 / 300) * slope2) < 1.5
         assert abs(row.curvature - curvature) < 4 * row.curvature_error + 1e-3 * curvature
         assert row.curvature_error < 0.02 * curvature
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
@@ -299,14 +294,12 @@ def test_probe_on_a_quadratic():
 
 
 def test_probe_on_logistic_regression():
-    """The probe agrees with autograd's gradient, gradients of examples and Hessian. It measures the
-    gradient of the batch."""
+    """The probe agrees with autograd's Hessian and gradients of examples."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(40, 3)).double().float()
     x, y = torch.randn(64, 40, generator=generator), torch.randint(0, 3, (64,), generator=generator)
     losses = lambda: nn.functional.cross_entropy(model(x), y, reduction="none")  # noqa: E731
     weight = model[0].weight
-    (g,) = torch.autograd.grad(losses().mean(), weight)
     of_examples = [
         float(torch.autograd.grad(loss, weight, retain_graph=True)[0].square().sum())
         for loss in losses()
@@ -317,8 +310,7 @@ def test_probe_on_logistic_regression():
         weight.detach(),
     )
     trace = float(hessian.reshape(120, 120).trace())
-    (row,) = probe(model, {"weight": [weight]}, [losses], eps=1e-2, directions=400)
-    assert abs(row.slope2 - float(g.square().sum())) < 4 * row.slope2_error
+    (row,) = probe(model, {"weight": [weight]}, [losses] * 400, eps=1e-2)
     # eps^2 z^T H z is about 1e-3, and the loss of 1 has an error of 1e-7. The fourth order is
     # smaller by eps^2.
     assert abs(row.curvature - trace) < 4 * row.curvature_error + 2e-3 * trace
@@ -327,7 +319,7 @@ def test_probe_on_logistic_regression():
         and row.fisher_error < 0.05 * fisher
     )
     assert row.cost == (row.fisher, row.fisher_error)
-    assert row.slope2_error < 0.15 * row.slope2 and row.curvature_error < 0.05 * trace
+    assert row.curvature_error < 0.05 * trace
 
 
 def test_small_groups_are_probed_with_longer_noise():
@@ -339,15 +331,15 @@ def test_small_groups_are_probed_with_longer_noise():
         return model()
 
     a, b, c = model.x
-    probe(model, {"a": [a], "b": [b], "c": [c]}, [closure], eps=1e-2, directions=1)
+    probe(model, {"a": [a], "b": [b], "c": [c]}, [closure], eps=1e-2)
     lengths = [max(s) for s in seen[1::2]]
     assert lengths[0] == pytest.approx(0.1, rel=0.5)  # at most 10 eps; sqrt(8064 / 16) = 22
     assert lengths[1] == pytest.approx(0.1, rel=0.5)
     assert lengths[2] == pytest.approx(1e-2, rel=0.1)
 
 
-def row(name, slope2, slope2_error, curvature, curvature_error, parameters=100.0):
-    return Row(name, parameters, slope2, slope2_error, curvature, curvature_error)
+def row(name, curvature, curvature_error, parameters=100.0):
+    return Row(name, parameters, curvature, curvature_error)
 
 
 @pytest.mark.parametrize(
@@ -355,8 +347,8 @@ def row(name, slope2, slope2_error, curvature, curvature_error, parameters=100.0
 )
 def test_equal_change_falls_back_to_the_share_of_parameters(curvature, error):
     everywhere, here = (
-        row("all", 1, 1, 100, 1, parameters=1000.0),
-        row("here", 1, 1, curvature, error, 40.0),
+        row("all", 100, 1, parameters=1000.0),
+        row("here", curvature, error, 40.0),
     )
     lr, eps, how = equal_change(2e-3, 1e-3, everywhere, here)
     assert lr == pytest.approx(2e-3 * 25) and eps == pytest.approx(1e-3 * 5)
@@ -367,10 +359,9 @@ def test_probe_refuses():
     model = Quadratic((5,), (1.0,), (1.0,))
     for groups, closures, arguments, sentence in (
         ({}, [model], {}, "at least one group"),
-        ({"a": list(model.x)}, [], {}, "at least one group, one closure"),
+        ({"a": list(model.x)}, [], {}, "at least one group and one closure"),
         ({"a": []}, [model], {}, "a group has no parameters: a"),
         ({"a": list(model.x)}, [model], {"eps": 0.0}, "eps must be positive"),
-        ({"a": list(model.x)}, [model], {"directions": 0}, "one direction"),
     ):
         with pytest.raises(ValueError, match=sentence):
             probe(model, groups, closures, **arguments)
@@ -389,12 +380,10 @@ def test_probe_on_the_demo_model_sees_what_its_documentation_says():
     objective = CausalLMObjective(model, demo.train.options)
     batches = list(islice(run.batches(demo.train, 16, 0), 12))
     split = [objective(batch, reduction="none") for batch in batches]
-    closures = [lambda f=f, h=h: h(f()) for f, h in split]  # losses of examples
+    closures = [lambda f=f, h=h: h(f()) for f, h in split for _ in range(2)]  # losses of examples
     groups = {"all": place(model, ["all"]), "attention-out": place(model, ["attention-out"])}
     groups["embedding"] = groups_of(model)["embedding"]
-    everywhere, attention, embedding = probe(
-        model, groups, closures, eps=1e-3, directions=2, seed=1
-    )
+    everywhere, attention, embedding = probe(model, groups, closures, eps=1e-3, seed=1)
     assert embedding.fisher > 10 * attention.fisher > 0
     assert abs(embedding.fisher - embedding.curvature) < 2 * embedding.curvature_error
     lr, eps, how = equal_change(4e-4, 1e-3, everywhere, attention)

@@ -250,5 +250,5 @@ def test_refusals(tmp_path):
             ZOBlocks(model, blocks=blocks)
     with pytest.raises(ValueError, match="ZOBlocks: capture records passes"):
         ZOBlocks(model, capture=True)
-    with pytest.raises(TypeError, match="called five times"):
+    with pytest.raises(TypeError, match=r"ZOConservative\.step: needs a closure"):
         ZOConservative(model).measure("loss")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def compare(
         comparison.plan({"references": {task: of.reference for task, of in request.tasks.items()}})
         from pseuzo.cli.worker import Workers
 
-        with Workers(output, {cell.settings["device"] for cell in cells}) as workers:
+        with closing(Workers(output, {cell.settings["device"] for cell in cells})) as workers:
             comparison.run(workers)
         return report(output)
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pseuzo.launch import is_first_of_machine, launched, rank
+from pseuzo.sentences import one_line
 
 FULL = (  # texts of errors of writing: the system's, which safetensors repeats, and torch's
     *(os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
@@ -106,7 +107,7 @@ def _sentence(error: BaseException) -> str | None:
     import yaml
     from safetensors import SafetensorError
 
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     has = {p.name for p in click.get_current_context().command.params}
     if full := next(
         (str(e) for e in _chain(error) if any(words in str(e) for words in FULL)), None

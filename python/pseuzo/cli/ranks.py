@@ -18,6 +18,7 @@ from pseuzo.launch import launched, rank
 from pseuzo.meeting import join_group
 from pseuzo.optim.ranks import present_ranks
 from pseuzo.optim.together import Together, one_speaks
+from pseuzo.sentences import first_line
 
 # Settings that may differ among machines, as paths do. Weights and rows are compared themselves.
 OWN = {"model", "task", "data", "output", "journal", "resume", "device", "quiet"}
@@ -41,8 +42,7 @@ def join(device: str | None, seconds: int, direction_ranks: int) -> Together:
             PartialState(cpu=name == "cpu", timeout=timedelta(seconds=seconds))
         except RuntimeError as error:
             raise ValueError(
-                f"the {launched()} launched processes did not find each other: "
-                f"{str(error).splitlines()[0]}"
+                f"the {launched()} launched processes did not find each other: {first_line(error)}"
             ) from error
     ranks = present_ranks("pseuzo train", direction_ranks)
     if ranks is None:

@@ -53,6 +53,7 @@ from pseuzo.optim.curvature import RELATIVE_LR
 from pseuzo.optim.schedule import Schedule
 from pseuzo.optim.together import Together
 from pseuzo.perturb.graphs import check_device
+from pseuzo.sentences import one_line
 from pseuzo.tasks import Task, TaskData, evaluate, load_task
 from pseuzo.tasks.data import no_calibration
 from pseuzo.train.arguments import PseuZOTrainingArguments
@@ -118,10 +119,10 @@ class Run:
             }
         return model
 
-    def part(self, split: str, most: int | None = None) -> TaskData:
-        """Return the first examples of a split (all if most is None) as the model's tokens."""
+    def part(self, split: str) -> TaskData:
+        """Return the examples of a split as the model's tokens."""
         return TaskData(
-            self.examples[split][:most],
+            self.examples[split],
             self.task,
             self.tokenizer,
             max_length=self.longest,
@@ -197,7 +198,7 @@ def check_integrations(names: Collection[str]) -> None:
             try:
                 callback()  # raises now what the Trainer would raise after loading the model
             except (ImportError, RuntimeError) as error:
-                raise ValueError(f"--report-to {name}: {' '.join(str(error).split())}") from None
+                raise ValueError(f"--report-to {name}: {one_line(error)}") from None
 
 
 def resolve(c: dict[str, Any]) -> dict[str, Any]:

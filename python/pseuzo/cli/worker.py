@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from pseuzo.sentences import one_line
 from pseuzo.train.methods import forwards_of_steps, forwards_per_step, methods_with
 from pseuzo.train.options import OPTIONS
 
@@ -62,12 +63,6 @@ class Workers:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
 
 
 class _Worker:
@@ -153,8 +148,7 @@ class Maker:
             return self._made(kind, settings, budget)
         except Exception as error:
             traceback.print_exc()
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return {"status": "failed", "reason": reason[:500]}
+            return {"status": "failed", "reason": one_line(error)[:500]}
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 

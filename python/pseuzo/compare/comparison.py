@@ -26,9 +26,9 @@ Execute = Callable[[str, dict[str, Any], int], dict[str, Any]]
 class Cell:
     """A method on a task.
 
-    settings: those of `pseuzo train`; without lr and eps, these are tuned; with lr or noise_on
-    "auto", the method finds both itself, if need be within its budget. budget: forward passes of a
-    final run. trial_forwards: those of a trial. data: a hash of the rows.
+    settings: those of `pseuzo train`; without lr and eps, these are tuned, unless lr or noise_on is
+    "auto". budget: forward passes of a final run. trial_forwards: those of a trial. data: a hash of
+    the rows.
     """
 
     task: str
@@ -40,13 +40,14 @@ class Cell:
     data: str
 
     @property
-    def searches_itself(self) -> bool:
+    def rate_from_curvature(self) -> bool:
+        """Whether lr is 0.1 / T, so that nothing is tuned."""
         return self.settings.get("lr") == "auto" or self.settings.get("noise_on") == ["auto"]
 
     @property
     def tuned(self) -> tuple[str, ...]:
         """Which of lr and eps the search is over."""
-        if self.searches_itself:
+        if self.rate_from_curvature:
             return ()
         still = self.settings.get("lr") == 0  # nothing but the readout learns
         has_eps = self.settings["method"] in methods_with("eps") and not still
@@ -85,7 +86,7 @@ class Cell:
             "trial_forwards": self.trial_forwards,
             "tuned": list(self.tuned),
             "fixed": self.fixed,
-            "searches_itself": self.searches_itself,
+            "searches_itself": self.rate_from_curvature,  # this name is in ledgers
             "data": self.data,
         }
 
@@ -154,7 +155,7 @@ class Comparison:
         return first | cell.fixed
 
     def _final(self, cell: Cell, own: dict[str, float], seed: int, execute: Execute) -> None:
-        what = f"seed {seed}, {_shown(own) or 'its own search'}"
+        what = f"seed {seed}, {_shown(own) or 'lr from the curvature'}"
         self._made(cell, "final", own, seed, cell.budget, what, execute)
 
     def _made(

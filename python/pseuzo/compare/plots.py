@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pseuzo.compare.report import Line, aligned, finals, overall
-from pseuzo.compare.statistics import over_seeds
+from pseuzo.compare.statistics import BETTER, WORSE, over_seeds
 
 GREY, BLUE, RED, GREEN = "0.55", "#1f6fb4", "#c0392b", "#2e8b57"
 COLUMNS = 4
@@ -163,7 +163,7 @@ def _differences(table: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], p
             one = table[title].get(panel)
             if one is None:
                 continue
-            color = {"better": GREEN, "worse": RED}.get(one["word"], GREY)
+            color = {BETTER: GREEN, WORSE: RED}.get(one["word"], GREY)
             half = 0.0 if math.isnan(one["half"]) else one["half"]
             axis.errorbar(
                 one["mean"], place, xerr=half, fmt="o", color=color, capsize=3, markersize=4

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 LEVEL = 0.95
-BETTER, WORSE, LEVEL_WITH = "better", "worse", "within noise of MeZO"
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "within noise of MeZO"
 
 
 class Interval(NamedTuple):
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
     def word(self) -> str:
         """Whether the interval lies above 0, below it, or contains it."""
         if not abs(self.mean) > self.half:  # also if one of them is nan
-            return LEVEL_WITH
+            return NO_DIFFERENCE
         return BETTER if self.mean > 0 else WORSE
 
 

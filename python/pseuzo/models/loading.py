@@ -15,6 +15,7 @@ from torch import nn
 
 from pseuzo.machine import holds_codes, usable_device
 from pseuzo.models.kinds import KINDS, auto_class, kind_of, name_classes, without_adapter
+from pseuzo.sentences import first_line, one_line
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,9 +84,7 @@ def load_model(
     except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config of wrong types may fail in any way
-        raise ValueError(
-            f"load_model: {name} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"load_model: {name} cannot be loaded: {one_line(error)}") from error
     if not need_tokenizer and folder and not any(folder.glob("tokenizer*")):
         return model, None
     return model, _load_tokenizer(name, model)
@@ -132,9 +131,9 @@ def _reverts(conversion: Any) -> bool:
     return True
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without a full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop."""
+    return first_line(error).rstrip(".")
 
 
 def _folder(name: str) -> Path | None:
@@ -178,7 +177,7 @@ def _classes_of(folder: Path) -> list[str] | None:
             ]
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"load_model: the adapter in {folder} cannot be loaded: {first_line(error)}"
+            f"load_model: the adapter in {folder} cannot be loaded: {reason_of(error)}"
         ) from None
     # A head has the fewest rows: a class is one, and everything before it is as wide as the model.
     count = min((shape[0] for shape in shapes if len(shape) == 2), default=0)
@@ -320,7 +319,7 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> nn.Module:
         ).missing_keys
     except Exception as error:  # peft, safetensors and torch each raise their own
         raise ValueError(
-            f"load_model: the adapter in {name} cannot be loaded: {first_line(error)}"
+            f"load_model: the adapter in {name} cannot be loaded: {reason_of(error)}"
         ) from None
     if missing:
         raise ValueError(
@@ -333,7 +332,7 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> nn.Module:
 def _why_not(name: str, folder: Path | None, error: Exception) -> str:
     """Why a model could not be had: for a name on the hub, from what the hub's library says."""
     if folder is not None:
-        return f"{name} cannot be loaded: {first_line(error)}"
+        return f"{name} cannot be loaded: {reason_of(error)}"
     text = str(error).lower().replace(str(name).lower(), "")  # which may itself contain 404
     if "connect" in text or "offline" in text:
         return (
@@ -344,7 +343,7 @@ def _why_not(name: str, folder: Path | None, error: Exception) -> str:
         return f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`"
     if "not a valid model identifier" in text or "404" in text:
         return f"{name} is neither a folder nor a model on the hub"
-    return f"{name} cannot be loaded: {first_line(error)}"
+    return f"{name} cannot be loaded: {reason_of(error)}"
 
 
 def _load_tokenizer(name: str, model: nn.Module) -> Any:
@@ -358,7 +357,7 @@ def _load_tokenizer(name: str, model: nn.Module) -> Any:
         )
     except Exception as error:  # each kind of tokenizer fails in its own ways
         raise ValueError(
-            f"load_model: {name} has no tokenizer that can be loaded: {first_line(error)}"
+            f"load_model: {name} has no tokenizer that can be loaded: {reason_of(error)}"
         ) from None
     # Transformers makes an empty tokenizer where there are no files of one.
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) < 2:

@@ -34,8 +34,6 @@ class Row:
 
     name: str
     parameters: float  # number of elements, each counted with the square of its noise scale
-    slope2: float  # mean of (z . gradient)^2
-    slope2_error: float
     curvature: float  # mean of z^T H z
     curvature_error: float
     fisher: float = math.nan  # mean of the examples' (z . gradient_i)^2, if they have losses
@@ -57,7 +55,6 @@ def probe(
     closures: Iterable[Callable[[], Tensor]],
     *,
     eps: float = 1e-3,
-    directions: int = 1,
     noise: str = "hadamard",
     seed: int = 0,
     progress: Callable[[], object] | None = None,
@@ -67,28 +64,24 @@ def probe(
 
     groups: name -> parameters, or parameter -> noise scale. closures: one per batch, () -> loss of
     that batch (a scalar, per-example losses [B], or those of tokens, see terms_of), each called
-    1 + 2 * groups * directions times, in eval mode. progress: called after every pass. For each
-    batch and direction there is fresh noise z on the group, with losses L0 at x and L+ and L- at
-    x +- eps z:
+    1 + 2 * groups times, in eval mode. progress: called after every pass. For each batch there is
+    fresh noise z on the group, with losses L0 at x and L+ and L- at x +- eps z:
 
-        slope = (L+ - L-) / (2 eps)             mean of slope^2 estimates |g|^2, g the gradient
-        curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H
+        curvature = (L+ + L- - 2 L0) / eps^2    its mean estimates tr H (with scales D: tr D^2 H)
 
-    of the group (with scales D: |D g|^2 and tr D^2 H). The curvature is noisy, and the estimate is
-    often negative. If the closures return per-example losses, fisher is the mean over examples (or
-    tokens) of the squares of their own slopes: for negative log likelihoods of a roughly calibrated
-    model it also estimates tr H (its Gauss-Newton part, which has nearly all of the trace), and it
-    is never negative and much less noisy. For other losses, return their mean.
+    It is noisy, and the estimate is often negative. If the closures return per-example losses,
+    fisher is the mean over examples (or tokens) of the squares of their slopes (L+ - L-) / (2 eps):
+    for negative log likelihoods of a roughly calibrated model it also estimates tr H (its
+    Gauss-Newton part, which has nearly all of the trace), and it is never negative and much less
+    noisy. For other losses, return their mean.
 
-    g is the gradient of a batch, so |g|^2 is that of the whole data plus the variance between
-    batches: it favours groups with noisy gradients, and more so for smaller batches. If eps is
-    small, rounding hides the differences of losses. So a group that has a share f of all parameters
-    of `groups` is probed with eps / sqrt(f), which is as long a step as noise on all of them, but
-    with at most 10 eps.
+    If eps is small, rounding hides the differences of losses. So a group that has a share f of all
+    parameters of `groups` is probed with eps / sqrt(f), which is as long a step as noise on all of
+    them, but with at most 10 eps.
     """
     closures = list(closures)
-    if not closures or directions < 1 or not groups:
-        raise ValueError("probe: needs at least one group, one closure and one direction")
+    if not closures or not groups:
+        raise ValueError("probe: needs at least one group and one closure")
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"probe: eps must be positive, got {eps}")
     streams = {p: i for i, p in enumerate(model.parameters())}
@@ -117,8 +110,7 @@ def probe(
             places = {p: (streams[p], scale) for p, scale in group.items()}
             scaled_eps = eps * longer(whole, sizes[name])
             passes, seen = passes_of(model, places, noise), []
-            for i in range(len(closures) * directions):
-                at_x, closure = at_clean[i // directions], closures[i // directions]
+            for i, (closure, at_x) in enumerate(zip(closures, at_clean, strict=True)):
                 z = step_seed(seed, i, PROBE_DOMAIN)
                 with passes.at(z, scaled_eps, "probe"):
                     plus = losses_of(closure)
@@ -130,8 +122,7 @@ def probe(
                 fisher = (slopes * factor).square().sum() / n
                 if slopes.numel() == 1:
                     fisher = torch.full_like(fisher, math.nan)
-                means = [of_examples(x).mean() for x in (slopes, curvature)]
-                seen.append(torch.stack([means[0].square(), means[1], fisher]))
+                seen.append(torch.stack([of_examples(curvature).mean(), fisher]))
             row = Row(name, sizes[name], *_means_and_errors(torch.stack(seen)))
             rows.append(row)
     forget_passes(model)  # frees their scratch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pseuzo.machine import holds_codes
 from pseuzo.models.groupwise import layers_in_groups, quantise
 from pseuzo.models.kinds import kind_of, without_adapter
-from pseuzo.models.loading import first_line, quantised
+from pseuzo.models.loading import quantised, reason_of
 from pseuzo.models.placement import ROLES
 from pseuzo.models.split import output_head
 from pseuzo.perturb.contexts import frozen_mode
@@ -302,7 +302,7 @@ def _before_text(
             mask = torch.ones_like(text)
             got = model(input_ids=text, attention_mask=mask, use_cache=False).logits
     except Exception as error:  # peft fails in many ways on models that Transformers alone knows
-        raise ValueError(_refused(model, mode, first_line(error))) from None
+        raise ValueError(_refused(model, mode, reason_of(error))) from None
     got = got[:, -text.shape[1] :]  # leaves out the logits of a prompt
     # Products of other shapes round differently, by a few ulps. With 8-bit weights the difference
     # is a few of their roundings, since all rows decide which columns are not quantised.

@@ -15,6 +15,7 @@ from pseuzo.models.attention import padding_known
 from pseuzo.models.positions import IGNORED, NOT_INPUTS, loss_positions, token_inputs
 from pseuzo.models.split import BY_HAND, SplitModel, takes_argument
 from pseuzo.perturb.contexts import frozen_mode
+from pseuzo.sentences import one_line
 
 MAX_TOKENS = 64  # the most tokens of the row that is compared
 # Padding changes the first tokens most, so only those are compared, with so many pads beside them.
@@ -47,7 +48,7 @@ def verify_loss(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
                 raise
             raise ValueError(
                 f"CausalLMObjective: {kind} computes no loss for labels by itself: "
-                f"{' '.join(str(error).split())}"
+                f"{one_line(error)}"
             ) from error
     # A model on several devices may return its logits on that of its inputs.
     logits = output.logits.to(o.device)

@@ -25,7 +25,6 @@ from pseuzo.optim.skips import Skips
 from pseuzo.optim.state import KEY, read_state, update_rms
 from pseuzo.optim.update import Direction, Update, prepare
 from pseuzo.perturb.offload import flush
-from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels.checks import check_noise, check_rounding, signed64
 from pseuzo_kernels.reference import ROUNDING_VERSION
 
@@ -167,17 +166,12 @@ class ZeroOrder(Estimator, groups.Streamed):
         """Prepare the update of the weights. An estimator with another update overrides this."""
         op = f"{type(self).__name__}.step"
         return prepare(
+            self,
             groups.trained(op, self.param_groups),
-            self._streams,
             direction,
-            noise=self.noise,
-            rounding=self.rounding,
-            rounding_seed=step_seed(self.seed, self._steps, ROUNDING_DOMAIN),
-            unused=self.passes.unused(op, direction.kind),
-            pending=self.passes.pending(),
-            exact_groups=self.param_groups if direction.gradients else (),
-            masks=self.masks,
-            store=store_of(self.model),
+            step_seed(self.seed, self._steps, ROUNDING_DOMAIN),
+            self.passes.unused(op, direction.kind),
+            self.param_groups if direction.gradients else (),
         )
 
     def _commit(self, direction: Direction, update: Update, step: int, skipped: Tensor) -> None:

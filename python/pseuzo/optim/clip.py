@@ -50,7 +50,7 @@ def example_sizes(rows: Tensor, examples: Tensor | None) -> tuple[Tensor, Tensor
     examples = torch.as_tensor(examples).to(rows.device, non_blocking=True)
     if examples.shape != (n,) or examples.dtype.is_floating_point:
         raise ValueError(
-            f"clip_examples: examples must be {n} integers, one per row of the output, got shape "
+            f"PseuZO.step: examples must be {n} integers, one per row of the output, got shape "
             f"{tuple(examples.shape)} {examples.dtype}"
         )
     # A matrix of pairs sums in a fixed order, where index_add would use atomics.

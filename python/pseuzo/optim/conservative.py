@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pseuzo.optim.groups import trained
-from pseuzo.optim.mezo import MeZO, Point, Slopes, losses_at, measure_slopes
+from pseuzo.optim.mezo import MeZO, Point, Slopes, check_closure, losses_at, measure_slopes
 from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.update import Direction
 
@@ -46,10 +46,7 @@ class ZOConservative(MeZO):
 
     def measure(self, closure: Callable[[], Any]) -> Chosen:
         """Run the passes of a step; see step."""
-        if not callable(closure):
-            raise TypeError(
-                "ZOConservative.step: needs a closure that returns the loss, called five times"
-            )
+        check_closure(self, closure)
         lr, sign = self._rate()
         slopes = measure_slopes(self, (closure,), closure, self.two_sided)
         (seed,), c = slopes.seeds, slopes.slopes

@@ -49,7 +49,7 @@ def square_of(slopes: Tensor, losses: Tensor) -> Tensor:
 
 
 class Curvature:
-    """T along the noise of the last `window` steps.
+    """T along the noise of the last `window` steps; of 0 steps, which scales nothing.
 
     squares: [window] fp32, what each of them measured, see square_of, the newest last; 0 for those
     that were skipped, or not made yet.
@@ -59,14 +59,17 @@ class Curvature:
         self.squares = torch.zeros(window, device=device)
 
     def scaled(
-        self, direction: Direction, square: Tensor, terms: float = 1.0
+        self, direction: Direction, square: Tensor | None, terms: float = 1.0
     ) -> tuple[Direction, Tensor]:
         """The direction over T, and the squares with those of this step.
 
-        square: [], that of this step. terms: the update is the sum of so many directions.
+        square: [], that of this step; None if the window is 0. terms: the update is the sum of so
+        many directions.
         While n of K squares are known, the direction is n / K of that: along few directions, T may
         seem far too small. It is 0 if T, or the square of this step, is unknown or overflows.
         """
+        if square is None:
+            return direction, self.squares
         known = (direction.found_inf == 0) & square.isfinite()
         squares = torch.cat([self.squares[1:], torch.where(known, square.view(1), 0.0)])
         n = (squares > 0).sum()

@@ -31,7 +31,7 @@ from pseuzo.optim import groups
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
 from pseuzo.optim.estimator import Measured
-from pseuzo.optim.mezo import as_losses, check_same_batch
+from pseuzo.optim.mezo import as_losses, check_closure, check_same_batch
 from pseuzo.optim.passes import Passes, without_autograd
 from pseuzo.optim.seeds import ROUNDING_DOMAIN, direction_seed, step_seed
 from pseuzo.optim.update import Direction, Update, rounded, rounding_bits, step_and_keep, writes
@@ -161,12 +161,11 @@ class DeepZero(ZeroOrder):
         RuntimeError if there is none. If a loss is NaN or infinite, the update is skipped, counted
         (`skipped_steps`) and warned about.
         """
-        return super().step() if closure is None else super().step(closure, size=size)
+        return super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Any]) -> Coordinates:
         """Run the passes of a step; see step."""
-        if not callable(closure):
-            raise TypeError("DeepZero.step: needs a closure that returns the loss")
+        check_closure(self, closure)
         return self.passes.run("loss", (closure,), partial(self._measured_at, closure))
 
     def _measured_at(self, closure: Callable[[], Any]) -> Coordinates:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.clip import clip_slopes
 from pseuzo.optim.merging import merged_losses
-from pseuzo.optim.mezo import Slopes, as_losses, mean_direction, unknown_slopes
+from pseuzo.optim.mezo import Slopes, as_losses, check_closure, mean_direction, unknown_slopes
 from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.seeds import direction_seed
 from pseuzo.optim.update import Direction
@@ -73,12 +73,11 @@ class ForwardGradient(ZeroOrder):
         estimate; RuntimeError if there is none. If a loss or derivative is NaN or infinite, the
         update is skipped, counted (`skipped_steps`) and warned about.
         """
-        return super().step() if closure is None else super().step(closure, size=size)
+        return super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Tensor]) -> Slopes:
         """Run the passes of a step; see step."""
-        if not callable(closure):
-            raise TypeError("ForwardGradient.step: needs a closure that returns the loss")
+        check_closure(self, closure)
         seeds = tuple(direction_seed(self.seed, self.steps, j) for j in range(self.directions))
 
         exchange, n = self.exchange, self.directions

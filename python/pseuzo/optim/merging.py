@@ -41,10 +41,16 @@ def merged_losses(
 
 def shares(sizes: Sequence[float]) -> list[float]:
     """size_r / sum_r size_r. ValueError if that is 0 / 0."""
+    total = total_of(sizes)
+    return [size / total for size in sizes]
+
+
+def total_of(sizes: Iterable[float]) -> float:
+    """The sum of sizes. ValueError if that is 0."""
     total = added(sizes)
     if not total:
         raise ValueError("no rank has rows, since all gave size 0; give one of them a batch")
-    return [size / total for size in sizes]
+    return total
 
 
 def added(numbers: Iterable[float]) -> float:
@@ -59,13 +65,12 @@ def _merged(sizes: Sequence[float | None], column: Sequence[Tensor]) -> Tensor:
     rows_of = [len(x) if x.dim() else 1 for x in column]
     known = [n if size is None else size for size, n in zip(sizes, rows_of, strict=True)]
     kept = [(size, x) for size, x in zip(known, column, strict=True) if size > 0]
-    shares([size for size, _ in kept])  # refuses none
+    total = total_of(size for size, _ in kept)
     if len({x.dim() for _, x in kept}) > 1:
         raise ValueError(
             "some ranks gave the losses of their examples, and others one number; give the same "
             "kind of loss on all"
         )
-    total = added(size for size, _ in kept)
     if kept[0][1].dim() == 0:
         value = added(size * float(x) for size, x in kept) / total
         return torch.tensor(value, dtype=torch.float64).float()

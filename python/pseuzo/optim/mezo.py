@@ -143,7 +143,7 @@ def unknown_slopes(optimizer: ZeroOrder, kind: str, seeds: tuple[int, ...]) -> S
     return Slopes(unknown, kind, seeds, unknown.expand(len(seeds)), unknown.isfinite(), ())
 
 
-def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) -> Direction:
+def mean_direction(optimizer: ZeroOrder, measured: Slopes) -> Direction:
     """The mean of c_j z_j over the directions."""
     c = measured.slopes
     return Direction(
@@ -151,9 +151,14 @@ def mean_direction(optimizer: ZeroOrder, measured: Slopes, state: Any = None) ->
         c / len(measured.seeds),
         (~measured.finite).float().view(1),
         measured.kind,
-        state,
-        {"projected_grad": c, "momentum": 0.0, "window": 0},
+        stats={"projected_grad": c, "momentum": 0.0, "window": 0},
     )
+
+
+def check_closure(optimizer: ZeroOrder, closure: Any) -> None:
+    """Raise TypeError if a step is not given what it can call."""
+    if not callable(closure):
+        raise TypeError(f"{type(optimizer).__name__}.step: needs a closure that returns the loss")
 
 
 def as_losses(optimizer: ZeroOrder, loss: Any) -> Tensor:
@@ -195,9 +200,9 @@ def check_same_batch(plus: Tensor, minus: Tensor) -> None:
         )
 
 
-def curvature_of(optimizer: ZeroOrder) -> Curvature | None:
-    """What measures T for an optimizer whose rates are in units of 1 / T; else None. ValueError if
-    that cannot be."""
+def curvature_of(optimizer: ZeroOrder, squares: Tensor | None = None) -> Curvature:
+    """What measures T for an optimizer whose rates are in units of 1 / T. squares: of a state.
+    ValueError if that cannot be."""
     name, window = type(optimizer).__name__, optimizer.curvature_window
     if not isinstance(window, int) or isinstance(window, bool) or window < 0:
         raise ValueError(f"{name}: curvature_window must be a number of steps, got {window!r}")
@@ -206,7 +211,10 @@ def curvature_of(optimizer: ZeroOrder) -> Curvature | None:
             f"{name}: weight_decay is multiplied by lr, which curvature_window makes a number of "
             "another kind; leave off one of the two"
         )
-    return Curvature(window, optimizer.device) if window else None
+    curvature = Curvature(window, optimizer.device)
+    if squares is not None:
+        curvature.squares = squares.to(optimizer.device)
+    return curvature
 
 
 # What a step leaves: the seeds and coefficients of the last steps, and what they say of T.
@@ -289,22 +297,20 @@ class MeZO(ZeroOrder):
         NaN or infinite, the update is skipped, counted (`skipped_steps`) and warned about. size: of
         this rank's part of the batch, see pseuzo.optim.ranks.
         """
-        return super().step() if closure is None else super().step(closure, size=size)
+        return super().step(closure, size=size)
 
     def measure(self, closure: Callable[[], Any]) -> Slopes:
         """Run the passes of a step; see step."""
-        if not callable(closure):
-            raise TypeError("MeZO.step: needs a closure that returns the loss, called twice a step")
+        check_closure(self, closure)
         return measure_slopes(self, (closure,), closure, self.two_sided, self.directions)
 
     def coefficients(self, measured: Slopes) -> Direction:
-        now, squares = mean_direction(self, measured), None
-        if self._curvature is not None and measured.square is not None:
-            terms = sum(self.momentum**age for age in range(self.window))
-            now, squares = self._curvature.scaled(now, measured.square, terms)
-            now = replace(now, state=(None, squares))
+        terms = sum(self.momentum**age for age in range(self.window))
+        now, squares = self._curvature.scaled(
+            mean_direction(self, measured), measured.square, terms
+        )
         if not self.momentum:
-            return now
+            return replace(now, state=(None, squares))
         seeds, coefs = self.window_with(now.seeds, now.coefs)
         ages = torch.arange(len(coefs) - 1, -1, -1, device=coefs.device)
         decays = torch.full_like(ages, self.momentum, dtype=torch.float64)
@@ -332,7 +338,7 @@ class MeZO(ZeroOrder):
         past, squares = state or (None, None)
         if past is not None:
             self._past = past
-        if squares is not None and self._curvature is not None:
+        if squares is not None:
             self._curvature.squares = squares
 
     @property
@@ -355,7 +361,7 @@ class MeZO(ZeroOrder):
             "momentum": self.momentum,
             "window": self.window,
             "curvature_window": self.curvature_window,
-            "squares": None if self._curvature is None else self._curvature.squares,
+            "squares": self._curvature.squares,
         }
         return super().own_state() | {"past": past}
 
@@ -366,6 +372,4 @@ class MeZO(ZeroOrder):
         if past["seeds"] is not None:
             self._past = past["seeds"].to(self.device), past["coefs"].to(self.device)
         self.curvature_window = past.get("curvature_window", 0)  # older versions lack it
-        self._curvature = curvature_of(self)
-        if self._curvature is not None:
-            self._curvature.squares = past["squares"].to(self.device)
+        self._curvature = curvature_of(self, past.get("squares"))

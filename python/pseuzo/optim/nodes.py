@@ -206,8 +206,8 @@ class NodePseuZO:
             with outside_inference_mode(), torch.enable_grad():
                 given = forward()
             hooks.clean = False
-            o = as_output(given)
-            loss, e = head_gradients(head, o, [])
+            o = as_output(given, op="NodePseuZO.backward")
+            loss, e = head_gradients(head, o, [], op="NodePseuZO.backward")
             gradients, noisy = _exact(hooks, given, e)
             with without_autograd():
                 entry = self._measured(hooks, forward, o, noisy, groups)
@@ -257,7 +257,8 @@ class NodePseuZO:
         for seed in seeds:
             for active in together if noisy else ():
                 hooks.shift = partial(self._shifted, seed, frozenset(active))
-                changes.append(_wide(as_output(forward(), like=o)) - _wide(o))
+                output = as_output(forward(), like=o, op="NodePseuZO.backward")
+                changes.append(_wide(output) - _wide(o))
         hooks.shift = None
         if groups is None:
             groups = torch.zeros(len(o), dtype=torch.int64)

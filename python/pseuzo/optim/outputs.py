@@ -36,25 +36,25 @@ class Outputs(Measured):
     square: Tensor | None = None
 
 
-def as_output(o: Any, like: Tensor | None = None) -> Tensor:
+def as_output(o: Any, like: Tensor | None = None, op: str = "PseuZO.step") -> Tensor:
     """o, detached. Raises if it is not an output, or not of the shape of `like`."""
     if not isinstance(o, Tensor) or not o.dtype.is_floating_point:
         kind = o.dtype if isinstance(o, Tensor) else type(o).__name__
-        raise TypeError(f"PseuZO.step: forward must return a floating-point tensor, got {kind}")
+        raise TypeError(f"{op}: forward must return a floating-point tensor, got {kind}")
     if o.dim() not in (2, 3):
         raise ValueError(
-            f"PseuZO.step: forward must return [B, P, D] or [B, D], got shape {tuple(o.shape)}"
+            f"{op}: forward must return [B, P, D] or [B, D], got shape {tuple(o.shape)}"
         )
     if like is not None and o.shape != like.shape:
         raise ValueError(
-            f"PseuZO.step: forward returned {tuple(like.shape)} and then {tuple(o.shape)}; both "
+            f"{op}: forward returned {tuple(like.shape)} and then {tuple(o.shape)}; both "
             "passes of a step must run on the same batch"
         )
     return o.detach()
 
 
 def head_gradients(
-    head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor]
+    head: Callable[[Tensor], Tensor], o0: Tensor, exact: list[Tensor], op: str = "PseuZO.step"
 ) -> tuple[Tensor, ...]:
     """The mean loss, e = dg/do at o0, and the gradients of the parameters `exact`."""
     with outside_inference_mode(), torch.enable_grad():
@@ -64,21 +64,21 @@ def head_gradients(
         if not is_vector and not (isinstance(loss, Tensor) and loss.numel() == 1):
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                "PseuZO.step: head must return a scalar loss, or a vector of per-example losses, "
+                f"{op}: head must return a scalar loss, or a vector of per-example losses, "
                 f"got {got}; reduce it, e.g. .mean()"
             )
         loss = loss.mean() if loss.numel() > 1 else loss.reshape(())
         if not loss.requires_grad:
-            raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
+            raise ValueError(f"{op}: the loss does not depend on the output given to head")
         # Another thread would need its own cuBLAS workspace.
         with torch.autograd.set_multithreading_enabled(False):
             e, *gradients = torch.autograd.grad(loss, [o, *exact], allow_unused=True)
     if e is None:
-        raise ValueError("PseuZO.step: the loss does not depend on the output given to head")
+        raise ValueError(f"{op}: the loss does not depend on the output given to head")
     for p, gradient in zip(exact, gradients, strict=True):
         if gradient is None:
             raise ValueError(
-                "PseuZO.step: the head does not use a parameter of shape "
+                f"{op}: the head does not use a parameter of shape "
                 f"{tuple(p.shape)} that is to be trained by the exact gradient "
                 "(exact_gradient=True); only weights of the head have one"
             )

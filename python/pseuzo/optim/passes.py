@@ -20,6 +20,7 @@ from pseuzo.perturb.interface import Perturbing
 from pseuzo.perturb.module import ModulePasses, passes_of, take_up
 from pseuzo.perturb.offloaded import OffloadedPasses, sessions_of
 from pseuzo.perturb.perturbation import Base
+from pseuzo.sentences import first_line
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -162,11 +163,10 @@ class Passes:
             try:
                 found = call()
             except NotImplementedError as error:
-                reason = str(error).partition("\n")[0]
                 raise NotImplementedError(
-                    f"{op}: an op of the model has no forward-mode derivative ({reason}); load the "
-                    'model with attn_implementation="sdpa" or "eager", or use MeZO, which needs '
-                    "none"
+                    f"{op}: an op of the model has no forward-mode derivative "
+                    f"({first_line(error)}); load the model with "
+                    'attn_implementation="sdpa" or "eager", or use MeZO, which needs none'
                 ) from error
             if not isinstance(found, Tensor):
                 kind = type(found).__name__

@@ -33,7 +33,8 @@ KIND = "output"
 def pooled_outputs(
     o: PseuZO,
     exchange: Exchange,
-    step: tuple[int, float, float, bool],
+    seed: int,
+    momentum: float,
     forward: Callable[[], Tensor],
     head: Callable[[Tensor], Tensor],
     groups: Tensor | list[int] | None,
@@ -41,9 +42,9 @@ def pooled_outputs(
 ) -> Measured:
     """On the root: the pooled outputs of the global batch; elsewhere only the kind is known.
 
-    step: its seed, momentum, eps, and whether it is two-sided. Other arguments: see PseuZO.step.
+    seed, momentum: those of the step. Other arguments: see PseuZO.step.
     """
-    seed, momentum, eps, two_sided = step
+    eps, two_sided = o.eps, o.two_sided
     scales = (0.0, eps, -eps) if two_sided else (0.0, eps)
     rows_of_loss: list[int] = []
     of_head: list[Tensor] = []  # the loss and e, once the clean pass has run

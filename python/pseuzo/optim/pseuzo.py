@@ -127,8 +127,8 @@ class PseuZO(ZeroOrder):
             return measure_slopes(self, (forward, head), lambda: head(as_output(forward())))
         seed = step_seed(self.seed, self.steps)
         if self.exchange is not None:
-            step = seed, momentum, eps, self.two_sided
-            return pooled_outputs(self, self.exchange, step, forward, head, groups, examples)
+            inputs = forward, head, groups, examples
+            return pooled_outputs(self, self.exchange, seed, momentum, *inputs)
         exact = [
             p for g in self.param_groups if g["exact_gradient"] for p in not_frozen(g["params"])
         ]
@@ -215,9 +215,7 @@ class PseuZO(ZeroOrder):
     def _scaled(self, direction: Direction, square: Tensor | None, terms: float = 1.0) -> Direction:
         """The direction, over T if rates are in units of 1 / T; its state is that of the window and
         the squares."""
-        squares = None
-        if self._curvature is not None and square is not None:
-            direction, squares = self._curvature.scaled(direction, square, terms)
+        direction, squares = self._curvature.scaled(direction, square, terms)
         return replace(direction, state=(direction.state, squares))
 
     def keep(self, state: Any) -> None:
@@ -226,7 +224,7 @@ class PseuZO(ZeroOrder):
             self.window.clear()  # MeZO steps move the weights at which its entries were measured
         else:
             self.window.commit(proposal)
-        if squares is not None and self._curvature is not None:
+        if squares is not None:
             self._curvature.squares = squares
 
     @property
@@ -238,8 +236,7 @@ class PseuZO(ZeroOrder):
 
     def own_state(self) -> dict[str, Any]:
         own = {"window": self.window.state_dict(), "weighting": self.weighting}
-        squares = None if self._curvature is None else self._curvature.squares
-        return super().own_state() | own | {"squares": squares}
+        return super().own_state() | own | {"squares": self._curvature.squares}
 
     def check_own_state(self, own: Mapping[str, Any]) -> None:
         EmaWindow().load_state_dict(own["window"])
@@ -248,9 +245,7 @@ class PseuZO(ZeroOrder):
         self.weighting, window = own["weighting"], own["window"].items()
         squares = own["squares"]
         self.curvature_window = 0 if squares is None else len(squares)
-        self._curvature = curvature_of(self)
-        if self._curvature is not None:
-            self._curvature.squares = squares.to(self.device)
+        self._curvature = curvature_of(self, squares)
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in window}
         self.window.load_state_dict(moved)
 

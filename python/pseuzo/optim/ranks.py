@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
 
 from pseuzo.interrupts import uninterrupted
 from pseuzo.machine import refuse_replicas, world_size
@@ -43,23 +42,21 @@ class RankFailed(RuntimeError):
 
 
 class Ranks:
-    """The place of this process among the ranks of a group, and what they have sent each other.
+    """The place of this process in the process group, and what its ranks have sent each other.
 
     direction_ranks: D, which divides the number of ranks; each part of the batch is on D ranks,
-    which share the passes of a step. group: None means the default process group. Messages are
-    tensors on the CPU where the group has a backend for it (gloo), otherwise on the present GPU
-    (NCCL). sent and received count their bytes, headers included.
+    which share the passes of a step. Messages are tensors on the CPU where the group has a backend
+    for it (gloo), otherwise on the present GPU (NCCL). sent and received count their bytes, headers
+    included.
     """
 
-    def __init__(self, direction_ranks: int = 1, group: ProcessGroup | None = None) -> None:
-        self._group = group
-        self.size = distributed.get_world_size(group)
-        self.rank = distributed.get_rank(group)
+    def __init__(self, direction_ranks: int = 1) -> None:
+        self.size, self.rank = distributed.get_world_size(), distributed.get_rank()
         check_directions("Ranks", self.size, direction_ranks)
         self.direction_ranks = direction_ranks
         self.rows = self.size // direction_ranks  # R, into how many parts a batch is divided
         self.row, self.direction = divmod(self.rank, direction_ranks)
-        on_cpu = "cpu:" in distributed.get_backend_config(group)
+        on_cpu = "cpu:" in distributed.get_backend_config()
         self._device = torch.device("cpu" if on_cpu else "cuda")
         self.sent = self.received = 0
 
@@ -93,11 +90,7 @@ class Ranks:
     def _send(self, to: Sequence[int], kind: int, body: bytes) -> None:
         header = HEADER.pack(FORMAT, kind, len(body))
         parts = [self._tensor(part) for part in (header, body) if part]
-        work = [
-            distributed.isend(part, self._global(rank), self._group)
-            for rank in to
-            for part in parts
-        ]
+        work = [distributed.isend(part, rank) for rank in to for part in parts]
         for one in work:
             if one is not None:
                 one.wait()
@@ -127,7 +120,7 @@ class Ranks:
             return bytes
         part = torch.empty(length, dtype=torch.uint8, device=self._device)
         try:
-            work = distributed.irecv(part, self._global(rank), self._group)
+            work = distributed.irecv(part, rank)
         except RuntimeError as error:
             return partial(_raised, error)
 
@@ -138,9 +131,6 @@ class Ranks:
             return part.cpu().numpy().tobytes()
 
         return wait
-
-    def _global(self, rank: int) -> int:
-        return rank if self._group is None else distributed.get_global_rank(self._group, rank)
 
     def _tensor(self, part: bytes) -> Tensor:
         return torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self._device)

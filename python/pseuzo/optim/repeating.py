@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pseuzo.optim.update import Direction, Update, prepare
-from pseuzo.perturb.offloaded import store_of
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -40,17 +39,4 @@ def repeat(
         if options[RECORDED.index("noise_scale")]  # otherwise the group was frozen
     ]
     direction = replace(measured, seeds=seeds, coefs=coefs, found_inf=found_inf, state=state)
-    update = prepare(
-        groups,
-        o.streams,
-        direction,
-        noise=o.noise,
-        rounding=o.rounding,
-        rounding_seed=record.rounding_seed,
-        unused=unused,
-        pending=o.passes.pending(),
-        exact_groups=(),
-        masks=o.masks,
-        store=store_of(o.model),
-    )
-    return direction, update
+    return direction, prepare(o, groups, direction, record.rounding_seed, unused)

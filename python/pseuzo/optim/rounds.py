@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pseuzo.optim.ranks import RankFailed, Ranks, RanksDiffer
+from pseuzo.sentences import first_line
 
 if TYPE_CHECKING:
     from pseuzo.optim.base import ZeroOrder
@@ -133,7 +134,3 @@ class Rounds:
     @property
     def _op(self) -> str:
         return f"{type(self._optimizer).__name__}.step"
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pseuzo.optim.base import ZeroOrder
 from pseuzo.optim.groups import trained
-from pseuzo.optim.mezo import Slopes, mean_direction, measure_slopes
+from pseuzo.optim.mezo import Slopes, check_closure, mean_direction, measure_slopes
 from pseuzo.optim.passes import without_autograd
 from pseuzo.optim.update import Direction, Update
 from pseuzo_kernels.checks import check_count
@@ -112,8 +112,7 @@ class MeZOSVRG(ZeroOrder):
 
     def measure(self, closure: Callable[[], Any], batches: Batches | None = None) -> Anchored:
         """Run the passes of a step; see step."""
-        if not callable(closure):
-            raise TypeError("MeZOSVRG.step: needs a closure that returns the loss")
+        check_closure(self, closure)
         if self.sets_anchor:
             return self._measure_all(batches)
         now, anchor = self._slopes(closure), self._anchor()

@@ -11,6 +11,7 @@ from io import StringIO
 from typing import Any, TypeVar
 
 from pseuzo.optim.ranks import Ranks
+from pseuzo.sentences import one_line
 
 T = TypeVar("T")
 DECISION = 0x64656331  # the kind of these messages
@@ -79,7 +80,7 @@ class Together:
             result = call()
         except Exception as raised:
             error = raised
-        words = error and (" ".join(str(error).split()) or type(error).__name__)
+        words = error and one_line(error)
         said = self.all_of(words)
         first = next((rank for rank, sentence in enumerate(said) if sentence is not None), None)
         if error is not None and first == self.rank:

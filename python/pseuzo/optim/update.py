@@ -5,21 +5,25 @@ Everything that can be refused is refused while the update is prepared, before a
 Then every launch is made exactly once, even if `run` is interrupted and called again.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from operator import call
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pseuzo.optim.skips import NOT_FINITE
-from pseuzo.perturb.in_place import Shift
-from pseuzo.perturb.masks import Masks, mask_of, op_in_place, op_out
-from pseuzo.perturb.store import Store
+from pseuzo.perturb.masks import mask_of, op_in_place, op_out
+from pseuzo.perturb.offloaded import store_of
 from pseuzo_kernels.ops import add_noise_list_out
 from pseuzo_kernels.reference import hash_seed, round_stochastically
+
+if TYPE_CHECKING:
+    from pseuzo.optim.base import ZeroOrder
 
 CHUNK = 1 << 22  # elements of an exact gradient's update at a time, which bounds its temporaries
 
@@ -67,7 +71,7 @@ class Update:
         """Whether a weight may have been written."""
         return bool(self._made)
 
-    def after(self, launches: Sequence[Callable[[], Any]]) -> "Update":
+    def after(self, launches: Sequence[Callable[[], Any]]) -> Update:
         """Return this update with other launches before its own."""
         return Update([*launches, *self._launches], self.moved, self.unused, self.rounding_seed)
 
@@ -81,31 +85,26 @@ class Update:
 
 
 def prepare(
-    groups: Iterable[tuple[dict[str, Any], list[Tensor]]],
-    streams: Mapping[Tensor, int],
+    optimizer: ZeroOrder,
+    groups: Iterable[tuple[Mapping[str, Any], list[Tensor]]],
     direction: Direction,
-    *,
-    noise: str,
-    rounding: str,
     rounding_seed: int,
     unused: Set[Tensor],
-    pending: tuple[Shift, Mapping[Tensor, Tensor]] | None,
-    exact_groups: Iterable[dict[str, Any]],
-    masks: Masks | None = None,
-    store: Store | None = None,
+    exact_groups: Iterable[Mapping[str, Any]] = (),
 ) -> Update:
     """x <- (1 - lr * weight_decay) x - lr * noise_scale * sum_k coefs[k] z(seeds[k]) for all
-    groups.
+    groups, each with its parameters.
 
-    The update takes back in the same launch what bare parameters are shifted by (`pending`), skips
-    the parameters in `unused`, because noise is all that they would get, and changes nothing but
-    the shift where found_inf is 1. exact_groups: those with parameters in direction.gradients.
-    masks: which elements the update changes; the others stay as they are, without decay. store:
-    that of an offloaded model, which makes the launches region by region, before it uploads them.
+    The update takes back in the same launch what bare parameters are shifted by, skips the
+    parameters in `unused`, because noise is all that they would get, and changes nothing but the
+    shift where found_inf is 1. Elements that the optimizer's masks leave out stay as they are,
+    without decay. The store of an offloaded model makes the launches region by region, before it
+    uploads them. exact_groups: those with parameters in direction.gradients.
     """
+    streams, masks, noise = optimizer.streams, optimizer.masks, optimizer.noise
+    store, stochastic = store_of(optimizer.model), optimizer.rounding == "stochastic"
     seeds, coefs, found_inf = direction.seeds, direction.coefs, direction.found_inf
-    shift, copies = pending if pending is not None else (None, {})
-    stochastic = rounding == "stochastic"
+    shift, copies = optimizer.passes.pending() or (None, {})
     together: dict[tuple, tuple[list[Tensor], list[float], list[float]]] = {}
     moved: list[tuple[list[Tensor], float]] = []
     for group, params in groups:
@@ -175,7 +174,7 @@ def _alike(
 
 
 def _descents(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Mapping[str, Any]],
     direction: Direction,
     streams: Mapping[Tensor, int],
     stochastic: bool,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pseuzo.sentences import first_line
 from pseuzo_kernels.ops import tables_of_a_graph
 
 # This many steps of a kind run before one is recorded: they compile kernels and allocate memory.
@@ -124,7 +125,7 @@ class Graphs:
             first = error.__context__ or error
             raise RuntimeError(
                 "capture: a pass does what a CUDA graph cannot hold, such as waiting for the "
-                f"device ({str(first).splitlines()[0]}); change it, or leave capture off"
+                f"device ({first_line(first)}); change it, or leave capture off"
             ) from error
         return outputs
 

@@ -18,6 +18,7 @@ from pseuzo.perturb.perturbation import Base
 from pseuzo.perturb.regions import Region, views
 from pseuzo.perturb.session import Aim, Session
 from pseuzo.perturb.store import Store
+from pseuzo.perturb.watch import Learned
 from pseuzo_kernels.checks import check_noise
 
 
@@ -146,7 +147,8 @@ class OffloadedPasses:
         self._trained[small] = [p for p in small.params if p in self.params]
         self._largest = regions.largest(self.params)
         self._views: dict[tuple[Region, int], tuple[Tensor, dict[nn.Parameter, Tensor]]] = {}
-        self._reached: dict[str, set[nn.Parameter]] = {}
+        self._learned = Learned()
+        self._streams = {p: stream for p, (stream, _) in self.params.items()}
         self._aimed = local()  # .at: what aim() set in this thread
 
     def matches(
@@ -188,7 +190,7 @@ class OffloadedPasses:
                 "device; use a method that does not, such as mezo"
             )
         seed, scale = self._aimed.at
-        aim = Aim(self, seed, scale, self._reached.setdefault(kind, set()))
+        aim = Aim(self, seed, scale, self._learned.reached.setdefault(kind, set()))
         with self._sessions.open() as session, no_cached_casts():
             with undoing(partial(session.aim, None)):
                 session.aim(aim)
@@ -220,19 +222,13 @@ class OffloadedPasses:
         return False
 
     def unused(self, kind: str) -> Set[Tensor]:
-        return self.params.keys() - self._reached.get(kind, set())
+        return self.params.keys() - self._learned.reached.get(kind, set())
 
     def used(self) -> dict[str, list[int]]:
-        return {
-            kind: sorted(self.params[p][0] for p in reached)
-            for kind, reached in self._reached.items()
-        }
+        return self._learned.used(self._streams)
 
     def note_used(self, used: Mapping[str, list[int]]) -> None:
-        param_of = {stream: p for p, (stream, _) in self.params.items()}
-        self._reached = {
-            kind: {param_of[i] for i in numbers if i in param_of} for kind, numbers in used.items()
-        }
+        self._learned.note_used(used, self._streams)
 
     def release(self) -> None:
         """Scratch is kept: it is as large as one region."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pseuzo.sentences import one_line
+
 Turn = tuple[str, str]  # a question of the user, and the answer of the assistant
 
 SECONDS = 10  # the time limit of a template, plus one second for each 100 prompts
@@ -41,10 +43,9 @@ class Chat:
                 messages, tokenize=False, add_generation_prompt=answer is None
             )
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"task {self.task_name}: the tokenizer's chat template cannot be filled in: "
-                f"{reason}"
+                f"{one_line(error)}"
             ) from None
 
     def check(self, shots: Sequence[Turn], prompts: Sequence[str]) -> None:

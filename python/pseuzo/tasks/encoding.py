@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pseuzo.sentences import one_line
 from pseuzo.tasks.chat import Chat, Turn
 from pseuzo.tasks.task import Example, Task
 
@@ -102,10 +103,9 @@ class Encoder:
         try:
             rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # each tokenizer raises errors of its own
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{self._where(example)}: the tokenizer does not take the text of this row: "
-                f"{reason}"
+                f"{one_line(error)}"
             ) from None
         n = len(self.before)
         return [row[n:] if n and row[:n] == self.before else row for row in rows]

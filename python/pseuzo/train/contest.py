@@ -9,11 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from pseuzo.models import placement, probe
 from pseuzo.optim.curvature import RELATIVE_LR
-from pseuzo.optim.together import Together
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.noise_on import eps_of
 from pseuzo.train.race import Race, Runner
@@ -24,34 +21,30 @@ from pseuzo.train.track import Track
 class Contest:
     """A search for what args leave open: where the noise goes, and whether there is any.
 
-    track: where candidates train. forwards: the passes of the first n steps of a run. steps: those
-    of this run, if it searched for nothing. clean: makes a clean pass of a batch. fits: whether a
-    readout is fitted; then a candidate at rate 0 races too, whose weights stay.
+    track: where candidates train. If it fits a readout, a candidate at rate 0 races too, whose
+    weights stay. steps: those of this run, if it searched for nothing. clean: makes a clean pass of
+    a batch.
     """
 
-    model: nn.Module
     args: PseuZOTrainingArguments
     track: Track
-    forwards: Callable[[int], int]
     steps: int
     clean: Callable[[], Any]
-    together: Together
-    fits: bool = False
 
     def __post_init__(self) -> None:
-        args = self.args
+        args, self.fits = self.args, self.track.readout is not None
         self.places = {", ".join(args.noise_on): list(args.noise_on)}
         self.everywhere = args.noise_on == ["auto"]  # whether the placement is searched for
         if self.everywhere:
-            self.places = placement.candidates(self.model)
-        self.whole, self.start = self.forwards(self.steps), math.inf
+            self.places = placement.candidates(self.track.model)
+        self.whole, self.start = self.track.forwards(self.steps), math.inf
         budget = int(args.search_share * self.whole)
         self.race = Race(self._go, self.track.price, self._entry, budget, self.steps)
 
     def run(self) -> dict[str, Any]:
         """Return noise_on, lr and eps, the forward passes that finding them took, and what ran."""
-        race, expected = self.race, [2] * self.everywhere
-        n = race.plan(len(self.places) + self.everywhere + self.fits, expected)
+        race = self.race
+        n = race.plan(len(self.places) + self.everywhere + self.fits, 2 * self.everywhere)
         field, left_out = self._field(n)
         with self.track.reserved():
             if race.stops:
@@ -65,7 +58,7 @@ class Contest:
 
     def _go(self, runner: Runner, steps: int) -> float:
         # One whose weights stay has more steps, as each takes one pass.
-        return self.track.go(runner, steps if runner.lr else self.forwards(steps))
+        return self.track.go(runner, steps if runner.lr else self.track.forwards(steps))
 
     def _entry(self, n: int) -> int:
         """The forward passes before n runners start."""
@@ -76,8 +69,9 @@ class Contest:
         the budget is too small."""
         places = dict(self.places)
         if n - self.fits > len(places):
-            dominant = self.together.of_root(lambda: probe.first_outliers(self.model, self.clean))
-            places = placement.candidates(self.model, dominant)
+            model, clean = self.track.model, self.clean
+            dominant = self.track.together.of_root(lambda: probe.first_outliers(model, clean))
+            places = placement.candidates(model, dominant)
             self.race.spent += 1
         runners = [self._runner(name, where) for name, where in places.items()]
         if self.fits:
@@ -86,13 +80,13 @@ class Contest:
         return runners[:n], [runner.name for runner in runners[n:]]
 
     def _runner(self, name: str, where: list[str]) -> Runner:
-        return Runner(name, where, RELATIVE_LR, eps_of(self.args, self.model, where))
+        return Runner(name, where, RELATIVE_LR, eps_of(self.args, self.track.model, where))
 
     def _halves(self, winner: Runner) -> list[Runner]:
         """The halves of a winner's layers, which may beat it."""
         if not (self.everywhere and winner.lr):
             return []
-        halves = placement.halves(self.model, winner.where)
+        halves = placement.halves(self.track.model, winner.where)
         known = [runner.where for runner in self.race.seen]
         if any(where in known for where in halves.values()):
             return []

@@ -178,7 +178,8 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
         )
     if header["version"] not in (VERSION, MASKED_VERSION):
         raise JournalError(
-            f"{file.name} has version {header['version']}, but this pseuzo reads version {VERSION}"
+            f"{file.name} has version {header['version']}, but this pseuzo reads versions "
+            f"{VERSION} and {MASKED_VERSION}"
         )
     if lacking := [key for key in HEADER_KEYS if key not in header]:
         raise JournalError(

@@ -84,6 +84,8 @@ PERTURBING = (
 EAGER = tuple(name for name in PERTURBING if name != "capture")  # for methods without CUDA graphs
 # For methods that only run passes at x + eps z, and whose updates are sums of seeded noise.
 SEEDED = (*PERTURBING, "offload")
+# For methods whose rate may come from the curvature along the noise, and whose placements may race.
+RATED = ("find_lr", "search_share")
 
 METHODS = {
     "pseuzo": Method(
@@ -92,7 +94,7 @@ METHODS = {
         passes=costs.pseuzo_passes,
         options=(
             *(*SEEDED, "window", "momentum", "schedule", "cycles", "pseuzo_epochs"),
-            *("weighting", "groups", "head", "head_lr", "find_lr"),
+            *("weighting", "groups", "head", "head_lr", *RATED),
         ),
         momentum=1.0,
     ),
@@ -100,13 +102,13 @@ METHODS = {
         help="MeZO: the difference of the loss at two perturbed points.",
         build=builders.mezo,
         passes=costs.mezo_passes,
-        options=(*SEEDED, "directions", "objective", "find_lr"),
+        options=(*SEEDED, "directions", "objective", *RATED),
     ),
     "mezo-momentum": Method(
         help="MeZO with momentum over the last perturbations.",
         build=builders.mezo_momentum,
         passes=costs.mezo_passes,
-        options=(*SEEDED, "directions", "objective", "find_lr", "window", "momentum"),
+        options=(*SEEDED, "directions", "objective", *RATED, "window", "momentum"),
         momentum=0.9,
     ),
     "zo-adam": Method(

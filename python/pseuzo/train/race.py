@@ -1,7 +1,7 @@
 """A race of placements: they train side by side, and the worse half drops out.
 
     race = Race(go, price, entry, budget=150, longest=300)
-    n = race.plan(5, [2])  # as many runners as the budget is enough for, and two challengers
+    n = race.plan(5, 2)  # as many runners as the budget is enough for, and two challengers
     winner = race.run(runners[:n], challengers)
 
 This is successive halving (Jamieson and Talwalkar 2016). All runners begin at the same weights and
@@ -57,20 +57,20 @@ class Race:
         self.seen: list[Runner] = []
         self.stops: list[int] = []  # the numbers of steps at which runners are compared
 
-    def plan(self, most: int, challengers: Sequence[int] = ()) -> int:
+    def plan(self, most: int, challengers: int = 0) -> int:
         """Return how many runners may start, of `most`, such that they get as far as possible; 1 if
         the budget is too small for a race.
 
-        challengers: how many are expected, by heat. The budget for them is set aside if runners
-        still get a long way.
+        challengers: how many are expected in the next heat. The budget for them is set aside if
+        runners still get a long way.
         """
         for n in range(most, 1, -1):
-            if self._fits(n, challengers, LONG) or self._fits(n, (), LEAST):
+            if self._fits(n, challengers, LONG) or self._fits(n, 0, LEAST):
                 return n
         self.stops = []
         return 1
 
-    def _fits(self, runners: int, challengers: Sequence[int], least: int) -> bool:
+    def _fits(self, runners: int, challengers: int, least: int) -> bool:
         """Choose the longest stops for which the budget is enough; False if there are none of at
         least `least` steps in the end."""
         heats, spent = _heats(runners), self.spent + self.entry(runners)
@@ -78,7 +78,7 @@ class Race:
             self.stops = [first * (2**i - 1) for i in range(1, heats + 1)]
             if self.stops[-1] < least or (heats > 1 and first < FIRST):
                 return False
-            cost = self._cost(runners, 0) + sum(self._cost(n, 1) for n in challengers)
+            cost = self._cost(runners, 0) + self._cost(challengers, 1)
             if spent + cost <= self.budget:
                 return True
         return False

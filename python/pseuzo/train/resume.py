@@ -27,6 +27,7 @@ from pseuzo.models.loading import quantised
 from pseuzo.models.readout import Readout
 from pseuzo.optim import PseuZO
 from pseuzo.optim.base import ZeroOrder
+from pseuzo.sentences import one_line
 from pseuzo.train import checkpoints
 from pseuzo.train.arguments import PseuZOTrainingArguments
 from pseuzo.train.following import share_records
@@ -51,10 +52,9 @@ def settings(
     found: dict[str, Any] = {"learning_rate": getattr(scheduler, "base_lrs", None)}
     for name in ("weight_decay", "noise_scale", "momentum", "betas"):
         found[name] = [group[name] for group in optimizer.param_groups if name in group]
-    names: tuple[str, ...] = ()
     if zero_order is not None:
-        names += ("eps", "seed", "noise", "rounding", *zero_order.own_settings)
-    found |= {name: getattr(zero_order, name) for name in names}
+        names = ("eps", "seed", "noise", "rounding", *zero_order.own_settings)
+        found |= {name: getattr(zero_order, name) for name in names}
     if isinstance(zero_order, PseuZO):
         found |= {"window": zero_order.window.capacity, "weighting": zero_order.weighting}
     for name, value in found.items():
@@ -300,7 +300,7 @@ class ResumableTrainer(ReportingTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise ValueError(
-                f"{checkpoint} cannot be resumed: {' '.join(str(error).split())}; a run is "
+                f"{checkpoint} cannot be resumed: {one_line(error)}; a run is "
                 "resumed with the method, noise_on, head and kind of weight decay that it began "
                 "with"
             ) from error

@@ -172,10 +172,7 @@ class SearchingTrainer(ResumableTrainer):
             self.together,
             self.readout,
         )
-        fits = self.readout is not None
-        return Contest(
-            self.model, self.args, track, self.forwards, steps, clean, self.together, fits
-        )
+        return Contest(self.args, track, steps, clean)
 
     def _dev_batches(self) -> list[dict[str, Any]]:
         """The first rows of the evaluation data, in batches as large as those of a step; none if

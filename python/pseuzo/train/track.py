@@ -19,7 +19,6 @@ from pseuzo.optim.update import Direction, prepare
 from pseuzo.perturb.contexts import frozen_mode
 from pseuzo.perturb.module import forget_passes
 from pseuzo.perturb.offload import flush
-from pseuzo.perturb.offloaded import store_of
 
 
 class Tape:
@@ -38,18 +37,9 @@ class Tape:
     def play(self, optimizer: ZeroOrder) -> None:
         """Make all updates again, to the bit, on weights that are those of the start."""
         for rounding_seed, unused, seeds, coefs, found_inf in self.updates:
-            prepare(
-                [(group, group["params"]) for group in optimizer.param_groups],
-                optimizer.streams,
-                Direction(seeds, coefs, found_inf, ""),
-                noise=optimizer.noise,
-                rounding=optimizer.rounding,
-                rounding_seed=rounding_seed,
-                unused=unused,
-                pending=None,
-                exact_groups=(),
-                store=store_of(optimizer.model),
-            ).run()
+            groups = [(group, group["params"]) for group in optimizer.param_groups]
+            direction = Direction(seeds, coefs, found_inf, "")
+            prepare(optimizer, groups, direction, rounding_seed, unused).run()
 
 
 class Track:
@@ -72,8 +62,8 @@ class Track:
         readout: Readout | None = None,
     ):
         self.model, self._make, self._step = model, make, step
-        self._dev, self._forwards, self._together = dev, forwards, together
-        self._readout = readout
+        self._dev, self.forwards, self.together = dev, forwards, together
+        self.readout = readout
         self._base: dict[Tensor, Tensor] = {}
         self._fitted: dict[str, Tensor] = {}  # what the readout knew before
         # The optimizer, the updates and the readout of each candidate.
@@ -97,12 +87,12 @@ class Track:
         flush(self.model)
         for p, saved in self._base.items():
             p.copy_(saved)
-        if self._readout is not None:
-            self._readout.load(self._fitted)
+        if self.readout is not None:
+            self.readout.load(self._fitted)
         torch.clear_autocast_cache()
 
     def _of_readout(self) -> dict[str, Tensor]:
-        return {} if self._readout is None else dict(self._readout.state)
+        return {} if self.readout is None else dict(self.readout.state)
 
     @property
     def evaluation(self) -> int:
@@ -111,14 +101,14 @@ class Track:
 
     def price(self, before: int, to: int) -> int:
         """The forward passes of `go` for a candidate that has made some steps before."""
-        return self._forwards(to) - self._forwards(before) + self.evaluation
+        return self.forwards(to) - self.forwards(before) + self.evaluation
 
     def go(self, candidate: Any, steps: int) -> float:
         """Take a candidate on to this number of steps; return its loss on the dev rows."""
         self._restore()
         optimizer, tape, fitted = self._lanes.pop(candidate, (None, Tape(), {}))
-        if optimizer is not None and self._readout is not None:
-            self._readout.load(fitted)
+        if optimizer is not None and self.readout is not None:
+            self.readout.load(fitted)
         if optimizer is None:
             optimizer = self._make(candidate)
             optimizer.journal = tape
@@ -131,8 +121,8 @@ class Track:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean loss of the dev rows, as all ranks know it."""
-        mine = range(self._together.rank, len(self._dev), self._together.size)
+        mine = range(self.together.rank, len(self._dev), self.together.size)
         with frozen_mode(self.model):
             found = [(i, float(self._dev[i]())) for i in mine]
-        losses = dict(pair for pairs in self._together.all_of(found) for pair in pairs)
+        losses = dict(pair for pairs in self.together.all_of(found) for pair in pairs)
         return sum(losses.values()) / len(losses)
