@@ -271,7 +271,7 @@ def replay(table: Table, dtype: torch.dtype, n: int, K: int, steps: int = 16) ->
     """Measure updates made one by one, and all in one pass over the weights, as by `pseuzo
     replay`."""
     device = table.device
-    one = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    one = torch.randn(n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     many = one.clone()
     seeds = torch.arange(steps * K, device=device)
     coefs = torch.linspace(-1, 1, steps * K, device=device) * LR

@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 read -ra files <<<"$(grep -lE 'mark\.gpu\b' tests/*/test_*.py | tr '\n' ' ')"
 workers=$(($(nproc) < 12 ? $(nproc) : 12))
-tests=(-q -ra -m gpu -p no:cacheprovider --dist worksteal -o faulthandler_timeout=60)
+tests=(-v -ra -m gpu -p no:cacheprovider --dist worksteal -o faulthandler_timeout=60)
 if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then
   tests+=(--timeout=90 --timeout-method=thread)
 fi
@@ -17,8 +17,8 @@ else
   kernels+=(--seconds 0.2)
 fi
 
-part device 75 "$PYTHON" bench/gpu/device.py
-part mask 30 "$PYTHON" bench/gpu/mask.py
-part tests 105 "$PYTHON" -m pytest "${tests[@]}" -n $workers "${files[@]}"
+part device 60 "$PYTHON" bench/gpu/device.py
+part mask 20 "$PYTHON" bench/gpu/mask.py
+part tests 130 "$PYTHON" -m pytest "${tests[@]}" -n $workers "${files[@]}"
 part kernels 60 "$PYTHON" bench/bench_add_noise.py "${kernels[@]}"
 finish

@@ -36,6 +36,8 @@ def main() -> None:
     if gpu:
         query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
         subprocess.run(["nvidia-smi", query, "--format=csv,noheader"])
+        x = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)  # puts cuDNN in its place
         print(
             f"compute capability {torch.cuda.get_device_capability()}, "
             f"cuDNN {torch.backends.cudnn.version()}, "

@@ -22,9 +22,11 @@ def add_tl_randn_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     sums = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
-    for k in range(K):
+    k = 0
+    while k < K:  # not range: the interpreter of Triton 3.6 fails on it with numpy 2.4
         seed = tl.load(seeds_ptr + k)
         sums += tl.load(coefs_ptr + k) * tl.randn(seed, offs)
+        k += 1
     tl.store(out_ptr + offs, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""How the processes that torchrun starts find each other at each new start.
+"""The process group of launched processes, and how they find each other at each new start.
 
 torchrun's agents keep one store for all starts of their workers, in which the addresses of the
 processes of an earlier start are still to be read: a process that is faster than the others would
@@ -20,17 +20,21 @@ SHARED = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's, "True" where starts share
 PAUSE = 0.005  # seconds between two looks at the store
 
 
-def join_group(backend: str, seconds: float) -> None:
-    """Make the default process group of the launched processes, if they share a store with earlier
-    starts and have no group yet. seconds: how long one waits for another.
+def join_group(on_cpu: bool, seconds: float) -> None:
+    """Make the default process group of the launched processes, if they have none yet. on_cpu:
+    whether they compute on CPUs. seconds: how long one waits for another.
 
     RuntimeError if the others do not come.
     """
-    if launched() == 1 or distributed.is_initialized() or os.environ.get(SHARED) != "True":
+    if launched() == 1 or distributed.is_initialized():
         return
     wait, world = timedelta(seconds=seconds), launched()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = meet(TCPStore(host, port, world, False, wait), rank(), world, seconds)
+    store = None
+    if os.environ.get(SHARED) == "True":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = meet(TCPStore(host, port, world, False, wait), rank(), world, seconds)
+    # Messages of ranks are on the CPU. NCCL would end the process if another rank is gone.
+    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
     distributed.init_process_group(
         backend, store=store, rank=rank(), world_size=world, timeout=wait
     )

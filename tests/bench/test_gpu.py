@@ -272,6 +272,7 @@ def test_a_capture_that_fails_leaves_the_gpu_as_it_was():
         for _ in range(6):
             opt.step(closure)
     assert torch.cuda.current_stream() == before
+    assert torch.rand(1, device="cuda") >= 0  # the generator is not in a capture
     waits.clear()
     losses = torch.stack(
         [opt.step(lambda: closure()) for _ in range(3)] + [opt.step(closure) for _ in range(6)]

@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 from pseuzo_kernels.triton import low_rank as kernels
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-slow = pytest.mark.slow  # in the interpreter
+# The interpreter is slow; on a GPU all of them run.
+slow = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow
+if DEVICE == "cuda":
+    pytestmark = pytest.mark.gpu
 
 
 def run(op, xs, K, rank, stochastic, where, noise="hadamard", scales=None, in_place=False):

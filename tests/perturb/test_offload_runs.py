@@ -233,21 +233,25 @@ def test_on_a_gpu_the_bits_are_those_of_the_resident_model(make):
     assert all(torch.equal(x, y) for x, y in zip(seen[0][1], seen[1][1], strict=True))
 
 
-@pytest.mark.slow
-def test_the_trainer_offloads(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def test_the_trainer_offloads(tmp_path, device):
+    """On a GPU, it captures, too."""
     from pseuzo import PseuZOTrainer, PseuZOTrainingArguments
 
     rows = [{k: v[0] for k, v in labelled(i, 1).items()} for i in range(8)]
     models, logs = [], []
-    for where in ("none", "cpu"):
+    for how in ({}, {"offload": "cpu"}, *([{"capture": True}] if device == "cuda" else [])):
         args = PseuZOTrainingArguments(
-            str(tmp_path / where),
+            str(tmp_path / "-".join(how)),
             method="pseuzo",
             learning_rate=1e-3,
-            max_steps=4,
-            offload=where,
+            max_steps=6,
+            **how,
             per_device_train_batch_size=2,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to=[],
             disable_tqdm=True,
             eval_strategy="steps",
@@ -259,15 +263,16 @@ def test_the_trainer_offloads(tmp_path):
         )
         trainer = PseuZOTrainer(llm("opt"), args, train_dataset=rows, eval_dataset=rows[:2])
         trainer.train()
-        models.append(trainer.model.state_dict())
+        models.append({name: x.cpu() for name, x in trainer.model.state_dict().items()})
         logs.append(
             [
                 {k: row[k] for k in ("loss", "eval_loss") if k in row}
                 for row in trainer.state.log_history
             ]
         )
-    assert json.dumps(logs[0]) == json.dumps(logs[1])
-    assert all(torch.equal(x, models[1][name]) for name, x in models[0].items())
+    for model, log in zip(models[1:], logs[1:], strict=True):
+        assert json.dumps(logs[0]) == json.dumps(log)
+        assert all(torch.equal(x, model[name]) for name, x in models[0].items())
 
 
 @pytest.mark.slow

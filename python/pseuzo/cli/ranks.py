@@ -38,7 +38,7 @@ def join(device: str | None, seconds: int, direction_ranks: int) -> Together:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with one_speaks(rank() == 0):
         try:
-            join_group("gloo" if name == "cpu" else "nccl", seconds)
+            join_group(name == "cpu", seconds)
             PartialState(cpu=name == "cpu", timeout=timedelta(seconds=seconds))
         except RuntimeError as error:
             raise ValueError(

@@ -8,7 +8,7 @@ stays outside the graph, in a few launches. The bits are those of the same kerne
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -46,10 +46,26 @@ def _record(call: Callable[[], Any], stream: Any, pool: Any) -> Recorded:
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"),
         ):
             outputs = call()
-    finally:
-        # After an error inside, the end of the graph fails too, and torch stays on its stream.
-        torch.cuda.set_stream(current)
+    except BaseException:
+        try:
+            _end_failed(stream, pool)
+        finally:
+            torch.cuda.set_stream(current)
+        raise
     return outputs, partial(_replay, graph, tables)
+
+
+def _end_failed(stream: Any, pool: Any) -> None:
+    """End what a failed capture leaves behind, whose end failed too, with most of what it had to
+    do: torch stays on the stream, the allocator believes that the capture into the pool is under
+    way, and so do the generators of random numbers, until another capture ends well."""
+    with suppress(RuntimeError, AttributeError):  # torch has ended it, or cannot
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+    with (
+        suppress(RuntimeError),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="relaxed"),
+    ):
+        torch.zeros(1, device=stream.device)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, tables: object) -> None:

@@ -177,18 +177,21 @@ def _lock_pages(model: nn.Module, device: torch.device) -> None:
 
     Frozen weights that are mapped from a file stay as they are: they would be read into memory.
     """
-    cuda, maps = torch.cuda.cudart(), FileMaps()
+    cuda, maps, pageable = torch.cuda.cudart(), FileMaps(), 0
     for p in model.parameters():
         storage = p.untyped_storage()
-        if storage.is_pinned() or (maps.hold(p) and not p.requires_grad):
+        mapped = maps.hold(p) and not p.requires_grad
+        if mapped or storage.nbytes() == 0 or storage.is_pinned():
             continue
         if int(cuda.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0:
             finalize(storage, cuda.cudaHostUnregister, storage.data_ptr())
             continue
+        pageable += 1
         with suppress(RuntimeError):  # CUDA reports the failure once more, at its next call
             torch.zeros(1, device=device)
+    if pageable:
         warnings.warn(
-            "offload: the weights cannot be page-locked (see ulimit -l), so uploads are slower",
+            f"offload: {pageable} weights cannot be page-locked (see ulimit -l), so their uploads "
+            "are slower",
             stacklevel=3,
         )
-        return

@@ -139,9 +139,9 @@ class Store:
 
     def _settle(self, region: Region) -> None:
         """Make the updates that the region still lacks, each once."""
-        if region.pending and region.uploaded is not None:
-            region.uploaded.synchronize()  # the last upload may still read the weights
         while region.pending:
+            if region.uploaded is not None:
+                region.uploaded.synchronize()  # the last upload may still read the weights
             region.pending[0]()
             region.pending.popleft()
 

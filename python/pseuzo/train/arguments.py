@@ -84,8 +84,7 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
             # A step must not wait for its batch to be copied.
             self.accelerator_config = {"non_blocking": True}
         self._refuse_unused()  # before super(), where some of them take effect beyond this object
-        on_cpu = self.use_cpu or not torch.cuda.is_available()
-        join_group("gloo" if on_cpu else "nccl", self.ddp_timeout)
+        join_group(self.use_cpu or not torch.cuda.is_available(), self.ddp_timeout)
         super().__post_init__()
         self.refuse()
 

@@ -214,6 +214,7 @@ class ResumableTrainer(ReportingTrainer):
         """Check that checkpoints can be written, and open the journal, before the first step."""
         self.together.of_root(self._begin_files)
         self._follow()
+        self._initial_global_step = self.state.global_step  # older Transformers do not set it
         self.step_log.begin(self.state.log_history)
 
     def _begin_files(self) -> None:
