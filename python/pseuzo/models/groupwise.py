@@ -45,11 +45,11 @@ class GroupwiseLinear(nn.Module):
         check_group_size("GroupwiseLinear", group_size)
         self.in_features, self.out_features = in_features, out_features
         self.group_size = group_size
-        groups = -(-in_features // group_size)
+        self.groups = -(-in_features // group_size)  # in a row
         codes = torch.empty(
-            out_features, groups * group_size // 2, dtype=torch.uint8, device=device
+            out_features, self.groups * group_size // 2, dtype=torch.uint8, device=device
         )
-        scales = torch.empty(out_features, groups, dtype=torch.float32, device=device)
+        scales = torch.empty(out_features, self.groups, dtype=torch.float32, device=device)
         self.codes: Tensor
         self.bias: nn.Parameter | None
         self.register_buffer("codes", codes)
@@ -61,7 +61,7 @@ class GroupwiseLinear(nn.Module):
     def quantise(self, weight: Tensor) -> None:
         """Set the codes and scales to those of a weight [out, in]: scale = max |w| / 7 of a group,
         code = w / scale, rounded to the nearest. ValueError if a weight is not finite."""
-        missing = self.scales.shape[1] * self.group_size - self.in_features
+        missing = self.groups * self.group_size - self.in_features
         w = F.pad(weight.float(), (0, missing)).unflatten(1, (-1, self.group_size))
         scales = w.abs().amax(-1) / LARGEST
         if not scales.isfinite().all():

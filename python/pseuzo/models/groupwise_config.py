@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pseuzo.models.groupwise import BITS, check_group_size, replace_linears
+from pseuzo.models.groupwise import BITS, GroupwiseLinear, check_group_size, replace_linears
 
 METHOD = "pseuzo-groupwise"
 
@@ -48,7 +48,14 @@ class GroupwiseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> nn.Module:
         """Let Transformers treat the model as any other: its layers are modules of their own, whose
-        scales can be trained, and its config says how it is saved."""
+        scales can be trained, and its config says how it is saved. ValueError if the weights are of
+        another group size, which older versions do not notice."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, GroupwiseLinear) and layer.scales.shape[1] != layer.groups:
+                raise ValueError(
+                    f"{name}.scales has {layer.scales.shape[1]} scales a row, mismatched with the "
+                    f"{layer.groups} of group_size {layer.group_size} in the config"
+                )
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
         return model
