@@ -197,25 +197,28 @@ def test_refusals(tapes, monkeypatch):
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     """torch 2.11 stays on the stream of a graph if ending the capture fails. It fails after an
-    error during the capture."""
-    before, other = (SimpleNamespace(device=torch.device("cuda")) for _ in range(2))
-    current = [before]
+    error during the capture. Its allocator is told of the end, and another capture ends well."""
+    before, other = (SimpleNamespace(device=torch.device("cuda", 0)) for _ in range(2))
+    current, ended, graphs_made = [before], [], []
 
     @contextmanager
-    def graph(_, pool, stream, capture_error_mode):
+    def graph(_, pool=None, stream=None, capture_error_mode=None):
         current[0] = stream
+        graphs_made.append(pool)
         try:
             yield
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
+    end = lambda device, pool: ended.append((device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     with pytest.raises(RuntimeError, match="previous error"):
-        capture._record(lambda: 1 / 0, other, None)
-    assert current == [before]
+        capture._record(lambda: 1 / 0, other, (0, 7))
+    assert current == [before] and ended == [(0, (0, 7))] and graphs_made == [(0, 7), None]
 
     graphs = capture.Graphs(torch.device("cpu"))
     graphs._stream = other
