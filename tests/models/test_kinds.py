@@ -222,6 +222,17 @@ def test_what_cannot_be():
     mixing = tiny_encoder("fnet", "classifier", num_labels=3)
     with pytest.raises(ValueError, match="padding on either side changes the numbers of FNet"):
         CausalLMObjective(mixing, OPTIONS["classifier"])(batch_of("classifier"))
+    # The sentence says so if its passes with padding fail.
+    fussy = tiny_encoder("bert", "classifier", num_labels=3)
+
+    def fail(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and len(mask) == 1 and not mask.all():
+            raise RuntimeError("no kernel for padding\nat all")
+
+    fussy.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"or fails \(no kernel for padding\); make"):
+        CausalLMObjective(fussy, OPTIONS["classifier"])(batch_of("classifier"))
     # The logits of this classifier are a mean over those of the tokens.
     pooling = tiny_encoder("eurobert", "classifier", num_labels=3)
     with pytest.raises(RuntimeError, match="more than once, or does more to its logits"):

@@ -239,6 +239,7 @@ def test_on_a_gpu_the_bits_are_those_of_the_resident_model(make):
 )
 def test_the_trainer_offloads(tmp_path, device):
     """On a GPU, it captures, too."""
+    pytest.importorskip("pseuzo.train.trainer", exc_type=ImportError)
     from pseuzo import PseuZOTrainer, PseuZOTrainingArguments
 
     rows = [{k: v[0] for k, v in labelled(i, 1).items()} for i in range(8)]

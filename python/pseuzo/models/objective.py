@@ -233,9 +233,12 @@ class CausalLMObjective:
         if self._verifies and self.padding is None:
             find_padding(self._split, plan)
         if self.padding == "nowhere" and not bool(plan["attention_mask"].all()):
+            failed = self._split.known.padding_error
             raise ValueError(
                 "CausalLMObjective: padding on either side changes the numbers of "
-                f"{type(self.model).__name__}; make batches of rows of one length, or of one row"
+                f"{type(self.model).__name__}"
+                + (f", or fails ({failed})" if failed else "")
+                + "; make batches of rows of one length, or of one row"
             )
         plan = padded_on_the_right(plan) if self.padding == "right" else plan
         if self._verifies and self._split.known.packs is None:

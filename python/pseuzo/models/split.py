@@ -75,6 +75,7 @@ class Known:
     after_head: AfterHead | None = None
     verified: bool = False  # its logits were compared, and its loss if it is the one trained on
     padding: str | None = None  # where rows may be padded: "anywhere", "right" or "nowhere"
+    padding_error: str | None = None  # of a pass with padding, if it failed
     packs: bool | None = None  # whether it gives the same without padding, see models.packing
 
 

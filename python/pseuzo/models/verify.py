@@ -15,7 +15,7 @@ from pseuzo.models.attention import padding_known
 from pseuzo.models.positions import IGNORED, NOT_INPUTS, loss_positions, token_inputs
 from pseuzo.models.split import BY_HAND, SplitModel, takes_argument
 from pseuzo.perturb.contexts import frozen_mode
-from pseuzo.sentences import one_line
+from pseuzo.sentences import first_line, one_line
 
 MAX_TOKENS = 64  # the most tokens of the row that is compared
 # Padding changes the first tokens most, so only those are compared, with so many pads beside them.
@@ -105,7 +105,8 @@ def find_padding(split: SplitModel, plan: Mapping[str, Tensor]) -> None:
             changes = centred_logits(states(left, right)) - alone
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # models fail in many ways on a length that they do not expect
+        except Exception as error:  # models fail in many ways on a length that they do not expect
+            known.padding_error = first_line(error)
             return False
         limit = max(ulps * _eps(split, o), 1e-4) ** 2 * alone.square().mean()
         return bool(changes.square().mean() <= limit) or not bool(alone.isfinite().all())
