@@ -55,6 +55,17 @@ def test_a_trial_has_the_same_bits_after_other_trials_as_alone(tmp_path):
     assert not (tmp_path / "shared").exists(), "a run leaves files behind"
 
 
+def test_a_trial_diverges_from_the_dev_loss_of_the_model_as_loaded(tmp_path):
+    """The loss of a batch would not do: that of an easy one may be a fraction of the mean."""
+    maker = Maker(tmp_path)
+    still = maker("trial", TASK | MEZO | {"lr": 1e-9}, 4)
+    ((seed, before),) = maker._before.items()
+    assert still["status"] == "done" and before == pytest.approx(still["dev"]["loss"], rel=1e-4)
+    maker._before[seed] = before / 5
+    moved = maker("trial", TASK | MEZO | {"lr": 1e-9}, 4)
+    assert moved["status"] == "diverged" and "at first" in moved["reason"]
+
+
 @pytest.mark.parametrize(
     "own, each",
     [

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from optimizers import LABELS, data, small_model
-from pseuzo import MeZO, PseuZO, ZOAdam, ZOSign
+from pseuzo import MeZO, PseuZO, ZOAdam, ZOConservative, ZOSign
 from pseuzo.optim.curvature import RELATIVE_LR, square_of
 from pseuzo.optim.seeds import direction_seed, step_seed
 from torch import nn
@@ -249,6 +249,52 @@ def test_what_does_not_go_with_it_is_refused(make):
     for wrong in (-1, 2.5, True):
         with pytest.raises(ValueError, match="curvature_window must be a number of steps"):
             make(model, 0.1, curvature_window=wrong)
+    opt, before = make(model, 0.1, curvature_window=3), [p.clone() for p in model.parameters()]
+    opt.param_groups[0]["weight_decay"] = 0.1
+    inputs = (None,) * (1 + (make is PseuZO))
+    with pytest.raises(ValueError, match="weight_decay is multiplied by lr"):
+        opt.step(*(lambda *o: None for _ in inputs))
+    assert all(map(torch.equal, model.parameters(), before)) and opt.steps == 0
+
+
+@pytest.mark.parametrize("other", [ZOConservative, ZOSign])
+def test_a_state_of_such_rates_is_refused_where_they_are(other):
+    """It would otherwise be used at a rate of 0.1. Nothing is changed."""
+    model = small_model()
+    opt = MeZO(model, 0.1, curvature_window=3)
+    opt.step(lambda: losses_of(model, 0))
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = 0.5
+    into = other(model, 0.1)
+    with pytest.raises(ValueError, match="is for the updates of MeZO and PseuZO"):
+        into.load_state_dict(state)
+    assert into.param_groups[0]["lr"] == 0.1 and into.steps == 0
+    pseuzo = PseuZO(model, 0.1, curvature_window=3)
+    many = PseuZO(model, 0.2)
+    many.exchange = object()  # as on several ranks
+    with pytest.raises(ValueError, match="which ranks pool"):
+        many.load_state_dict(pseuzo.state_dict())
+    assert many.param_groups[0]["lr"] == 0.2 and not many.curvature_window
+
+
+def test_slopes_and_losses_that_are_extreme():
+    """A slope of 0 has no curvature, however small the loss; slopes whose mean overflows are a step
+    that is skipped."""
+    slopes, losses = torch.tensor([0.0, 1.0]), torch.tensor([1e-45, 1.0])
+    assert square_of(slopes, losses) == 0.5
+    model = small_model()
+    opt = MeZO(model, 0.1, 1e-3)
+    signs = iter((1.0, -1.0))
+
+    def closure():
+        return torch.full_like(losses_of(model, 0), next(signs) * 3e35)
+
+    before = [p.clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step(closure)
+        assert opt.skipped_steps == 1
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_one_loss_for_all_examples_and_other_updates_are_refused():

@@ -1,7 +1,10 @@
 """The trainer finds where the noise goes within the forward passes of its run."""
 
 import json
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pseuzo.models.placement import place
@@ -47,7 +50,10 @@ def bits(model):
 def test_a_race_comes_out_of_the_run_and_leaves_no_trace(tmp_path, demo):
     data, _ = demo
     counted = Counted(tmp_path, data, data["dev"], **BOTH)
+    collate = counted.trainer.data_collator
+    counted.trainer.data_collator = lambda x: (random.random(), np.random.rand(), collate(x))[2]
     before, state = bits(counted.model), torch.random.get_rng_state()
+    others = random.getstate(), np.random.get_state()[1].tolist()
     optimizer = counted.trainer.create_optimizer()
     found = json.loads((tmp_path / "found.json").read_text())
     spent = counted.trainer.search_forwards
@@ -55,6 +61,7 @@ def test_a_race_comes_out_of_the_run_and_leaves_no_trace(tmp_path, demo):
     assert 100 < spent <= 0.25 * 600
     assert all(map(torch.equal, bits(counted.model), before))
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
     assert counted.trainer.planned_steps() == (600 - spent) // 2
     assert counted.trainer.forwards(counted.trainer.planned_steps()) in (599, 600)
     assert {g["lr"] for g in optimizer.param_groups} == {found["lr"]} == {RELATIVE_LR}
@@ -146,6 +153,51 @@ def test_an_offloaded_model_races_to_the_same_end(tmp_path, demo):
         assert all(map(torch.equal, bits(counted.model), before))
         tables.append(json.loads((tmp_path / where / "found.json").read_text()))
     assert tables[0] == tables[1] and len(tables[0]["table"]) >= 2
+
+
+def test_a_search_of_another_run_is_not_taken_over(tmp_path, demo, capsys):
+    data, _ = demo
+
+    def again(**changes):
+        args = arguments(tmp_path, **BOTH | changes)
+        return PseuZOTrainer(fresh(), args, train_dataset=data["train"]).create_optimizer()
+
+    again()
+    assert "found.json says" not in capsys.readouterr().out
+    again()
+    assert "found.json says" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds the decision for seed 3, not 4"):
+        again(seed=4)
+    with pytest.raises(ValueError, match="forward passes, and this run has 60 in all"):
+        again(max_steps=30)
+    few = arguments(tmp_path / "few", **BOTH | dict(dataloader_drop_last=True))
+    rows = [data["train"][i] for i in range(3)]
+    trainer = PseuZOTrainer(fresh(), few, data["train"].collate, rows)
+    with pytest.raises(ValueError, match="have no batch to search with"):
+        trainer.create_optimizer()
+
+
+def test_a_part_whose_tokens_have_no_loss_takes_no_part(tmp_path):
+    """The parts of several ranks have the losses and the gradient of the whole batch."""
+    args = arguments(tmp_path, method="pseuzo", find_lr=True, weight_decay=0.0)
+    trainer = PseuZOTrainer(fresh(), args, train_dataset=Rows())
+    optimizer = trainer.create_optimizer()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    inputs = {k: x[:6] for k, x in inputs.items()}
+    inputs["targets"] = torch.where(torch.arange(6)[:, None] < 3, inputs["targets"], -100)
+
+    def measured(row, rows):
+        optimizer.ranks = SimpleNamespace(row=row, rows=rows)
+        (forward, head), more = trainer.losses.step_inputs(inputs, optimizer)
+        o = forward().detach().requires_grad_()
+        losses = head(o)
+        (e,) = torch.autograd.grad(losses.sum(), o)
+        return losses.detach().sum(1), e.flatten(1).norm(dim=1), more["size"]
+
+    (want, e, size), parts = measured(0, 1), [measured(row, 2) for row in (0, 1)]
+    assert size == 6 and [part[2] for part in parts] == [3, 3]  # so their mean is over 6 rows
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), e, rtol=1e-4, atol=0)
 
 
 def test_too_small_a_budget_takes_noise_on_all_weights(tmp_path, demo, capsys):

@@ -137,6 +137,7 @@ class Maker:
         self.folder = folder
         self._run: Any = None
         self._loaded: dict[str, Any] = {}
+        self._before: dict[int, float] = {}  # the dev loss of the model as loaded, by seed
 
     def __call__(self, kind: str, settings: dict[str, Any], budget: int) -> dict[str, Any]:
         """Return the figures of a run, as the ledger keeps them. status is done, diverged (the loss
@@ -162,7 +163,7 @@ class Maker:
         run = self._of(resolve(given))
         if kind == "calibration":
             return _calibrated(run, self.folder)
-        return _trained(run, self.folder, budget, final=kind == "final")
+        return _trained(run, self.folder, budget, self._before, final=kind == "final")
 
     def _of(self, c: dict[str, Any]) -> Any:
         """Return the Run of these settings, with the rows of the last one if they are the same."""
@@ -172,7 +173,7 @@ class Maker:
 
         shared = {name: c[name] for name in (*SHARED, *MODE_OPTIONS)}
         if shared != self._loaded:
-            self._run, self._loaded = Run(c, Together()), shared
+            self._run, self._loaded, self._before = Run(c, Together()), shared, {}
         self._run.c = c
         return self._run
 
@@ -185,13 +186,19 @@ def _calibrated(run: Any, folder: Path) -> dict[str, Any]:
     return {"status": "done"} | kept | _circumstances(run)
 
 
-def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]:
-    """Train for as many steps as the budget has passes for, those of its own search included."""
+def _trained(
+    run: Any, folder: Path, budget: int, before: dict[int, float], final: bool
+) -> dict[str, Any]:
+    """Train for as many steps as the budget has passes for, those of its own search included.
+    before: the dev losses of the model as loaded, by seed, to which that of a trial is added."""
     from pseuzo.machine import peak_memory, reset_peak
     from pseuzo.tasks import evaluate
 
     c, model = run.c, run.model()
     c["train_size"] = len(run.examples["train"])  # there may be fewer than were asked for
+    if not final and c["seed"] not in before:
+        dev = evaluate(model, run.data["dev"], batch_size=c["eval_batch_size"])
+        before[c["seed"]] = dev["loss"]
     started = time.perf_counter()
     trainer = _of_length(run, model, folder, budget, EVALUATIONS if final else 0)
     seconds = time.perf_counter() - started if trainer.search_forwards else 0.0
@@ -229,19 +236,14 @@ def _trained(run: Any, folder: Path, budget: int, final: bool) -> dict[str, Any]
         # Most are 0 or 1, and take less room without a decimal point.
         outcomes = [int(x) if x in (0, 1) else round(x, 6) for x in test.pop("outcomes")]
         figures |= {"outcomes": outcomes, "test": test}
-    start = _first_loss(history) if c["objective"] == "loss" else math.inf
+    first = next((row["eval_loss"] for row in history if "eval_loss" in row), math.inf)
+    start = first if final else before[c["seed"]]
+    if c["objective"] != "loss" or not start > 0:  # such as a loss of one's own
+        start = math.inf
     if not (math.isfinite(dev["loss"]) and dev["loss"] <= DIVERGED * start):
         reason = f"the dev loss is {dev['loss']:.4g}, and the loss was {start:.4g} at first"
         figures |= {"status": "diverged", "reason": reason}
     return figures
-
-
-def _first_loss(history: list[dict[str, Any]]) -> float:
-    """The first loss of a run, on dev or training rows; inf if none is known, or it is no positive
-    number, such as a loss of one's own."""
-    found = (row[key] for row in history for key in ("eval_loss", "loss") if key in row)
-    first = next(found, math.inf)
-    return first if first > 0 else math.inf
 
 
 def _of_length(run: Any, model: Any, folder: Path, forwards: int, evaluations: int) -> Any:

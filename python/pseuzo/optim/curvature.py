@@ -44,8 +44,8 @@ def square_of(slopes: Tensor, losses: Tensor) -> Tensor:
     """
     n, factor = terms_of(losses)
     slopes, losses = slopes * factor, losses * factor
-    odds = torch.where(losses > 0, 1 / losses.expm1(), 1.0)
-    return (slopes.square() * odds.clamp(min=1.0)).sum() / n
+    odds = torch.where(losses > 0, 1 / losses.expm1(), 1.0).clamp(min=1.0)
+    return torch.where(slopes == 0, 0.0, slopes.square() * odds).sum() / n  # odds may be inf
 
 
 class Curvature:

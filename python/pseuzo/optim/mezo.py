@@ -130,6 +130,7 @@ def slopes_of(
         if optimizer.curvature_window:
             squares.append(square_of(slope, loss))
     c = torch.stack(found)
+    ok = ok & c.isfinite().all()
     loss = torch.stack(losses).mean()
     square = torch.stack(squares).mean() if squares else None
     slopes = torch.where(ok, c, torch.zeros_like(c))
@@ -200,18 +201,34 @@ def check_same_batch(plus: Tensor, minus: Tensor) -> None:
         )
 
 
-def curvature_of(optimizer: ZeroOrder, squares: Tensor | None = None) -> Curvature:
-    """What measures T for an optimizer whose rates are in units of 1 / T. squares: of a state.
-    ValueError if that cannot be."""
-    name, window = type(optimizer).__name__, optimizer.curvature_window
+def check_curvature_window(optimizer: ZeroOrder, window: Any) -> None:
+    """Raise ValueError if the optimizer cannot have rates in units of 1 / T."""
+    name = type(optimizer).__name__
     if not isinstance(window, int) or isinstance(window, bool) or window < 0:
         raise ValueError(f"{name}: curvature_window must be a number of steps, got {window!r}")
-    if window and any(group["weight_decay"] for group in optimizer.param_groups):
+    if not window:
+        return
+    if isinstance(optimizer, MeZO) and type(optimizer) is not MeZO:
+        raise ValueError(f"{name}: curvature_window is for the updates of MeZO and PseuZO")
+    if not isinstance(optimizer, MeZO) and optimizer.exchange is not None:
         raise ValueError(
-            f"{name}: weight_decay is multiplied by lr, which curvature_window makes a number of "
-            "another kind; leave off one of the two"
+            f"{name}: curvature_window needs the slope of each example, which ranks pool; use one "
+            "process, or MeZO"
         )
-    curvature = Curvature(window, optimizer.device)
+
+
+def check_decay(optimizer: ZeroOrder) -> None:
+    """Raise ValueError if lr is in units of 1 / T, and weights decay by it."""
+    if optimizer.curvature_window and any(g["weight_decay"] for g in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__}: weight_decay is multiplied by lr, which curvature_window "
+            "makes a number of another kind; leave off one of the two"
+        )
+
+
+def curvature_of(optimizer: ZeroOrder, squares: Tensor | None = None) -> Curvature:
+    """What measures T for an optimizer whose rates are in units of 1 / T. squares: of a state."""
+    curvature = Curvature(optimizer.curvature_window, optimizer.device)
     if squares is not None:
         curvature.squares = squares.to(optimizer.device)
     return curvature
@@ -277,14 +294,14 @@ class MeZO(ZeroOrder):
             check_count(name, key, value)
         if not 0 <= momentum <= 1:
             raise ValueError(f"{name}: momentum must be in 0 .. 1, got {momentum}")
-        if curvature_window and type(self) is not MeZO:
-            raise ValueError(f"{name}: curvature_window is for the updates of MeZO and PseuZO")
         self.curvature_window = curvature_window
         self.two_sided, self.directions = two_sided, directions
         self.momentum, self.window = float(momentum), window
         # Seeds and coefficients of the last steps, [n, q], the newest last.
         self._past: tuple[Tensor, Tensor] | None = None
         super().__init__(params, lr=lr, eps=eps, **options)
+        check_curvature_window(self, curvature_window)
+        check_decay(self)
         self._curvature = curvature_of(self)
 
     def step(  # type: ignore[override]  # torch's closure returns a float
@@ -302,6 +319,7 @@ class MeZO(ZeroOrder):
     def measure(self, closure: Callable[[], Any]) -> Slopes:
         """Run the passes of a step; see step."""
         check_closure(self, closure)
+        check_decay(self)
         return measure_slopes(self, (closure,), closure, self.two_sided, self.directions)
 
     def coefficients(self, measured: Slopes) -> Direction:
@@ -364,6 +382,9 @@ class MeZO(ZeroOrder):
             "squares": self._curvature.squares,
         }
         return super().own_state() | {"past": past}
+
+    def check_own_state(self, own: Mapping[str, Any]) -> None:
+        check_curvature_window(self, own["past"].get("curvature_window", 0))
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:
         past = own["past"]

@@ -17,7 +17,14 @@ from pseuzo.optim.clip import clip_rows, example_sizes
 from pseuzo.optim.curvature import of_examples, square_of
 from pseuzo.optim.estimator import Measured
 from pseuzo.optim.groups import not_frozen
-from pseuzo.optim.mezo import Slopes, curvature_of, mean_direction, measure_slopes
+from pseuzo.optim.mezo import (
+    Slopes,
+    check_curvature_window,
+    check_decay,
+    curvature_of,
+    mean_direction,
+    measure_slopes,
+)
 from pseuzo.optim.outputs import Outputs, as_output, head_gradients
 from pseuzo.optim.pooling import pooled_outputs
 from pseuzo.optim.schedule import Schedule, as_schedule
@@ -56,6 +63,8 @@ class PseuZO(ZeroOrder):
 
     has_gradient = True
 
+    own_settings = ("weighting", "curvature_window")
+
     def __init__(
         self,
         params: nn.Module | Iterable,
@@ -77,12 +86,9 @@ class PseuZO(ZeroOrder):
         self.schedule = as_schedule(momentum)
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, noise=noise, **options)
         self.window = EmaWindow(window, eps=eps)
-        if curvature_window and self.exchange is not None:
-            raise ValueError(
-                "PseuZO: curvature_window needs the slope of each example, which ranks pool; use "
-                "one process, or MeZO"
-            )
         self.curvature_window = curvature_window
+        check_curvature_window(self, curvature_window)
+        check_decay(self)
         self._curvature = curvature_of(self)
 
     def step(  # type: ignore[override]  # torch's takes a closure
@@ -122,6 +128,7 @@ class PseuZO(ZeroOrder):
                 "PseuZO.step: needs forward() -> o and head(o) -> loss, or nothing after "
                 "estimate(...)"
             )
+        check_decay(self)
         momentum, eps = self.schedule(self.steps), self.eps
         if momentum == 0:
             return measure_slopes(self, (forward, head), lambda: head(as_output(forward())))
@@ -240,6 +247,7 @@ class PseuZO(ZeroOrder):
 
     def check_own_state(self, own: Mapping[str, Any]) -> None:
         EmaWindow().load_state_dict(own["window"])
+        check_curvature_window(self, 0 if own["squares"] is None else len(own["squares"]))
 
     def load_own_state(self, own: Mapping[str, Any]) -> None:
         self.weighting, window = own["weighting"], own["window"].items()

@@ -70,6 +70,8 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.noise_on, str):
+            self.noise_on = [self.noise_on]
         if self.method in METHODS:
             of_method = {name: getattr(self, name) for name in OF_METHOD}
             for name, value in with_defaults(self.method, of_method).items():

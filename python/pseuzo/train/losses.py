@@ -109,8 +109,10 @@ class Losses:
         size = self._sizes([part])[0]
         if reduction != "mean":  # these losses have the scale that they have in the global batch
             n, whole = examples_in(part), self._sizes([inputs])[0]
-            factor, size = examples_in(inputs) / whole * (size / n), n
-            functions = *functions[:-1], _scaled(functions[-1], factor)
+            scaled = _scaled(functions[-1], examples_in(inputs) / whole * (size / n))
+            if not float(size) and float(whole):  # its losses are NaN
+                scaled = _without_loss(functions[-1])
+            functions, size = (*functions[:-1], scaled), n
         return functions, more | {"size": float(size) if has_rows else 0.0}
 
     def _of_batch(
@@ -178,6 +180,11 @@ class Losses:
 
 def _scaled(loss: Callable[..., Tensor], factor: Any) -> Callable[..., Tensor]:
     return lambda *inputs: loss(*inputs) * factor
+
+
+def _without_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same of a part whose tokens have no loss, in a batch that has some: 0 for each."""
+    return lambda *o: torch.zeros_like(loss(*o)).detach() + sum(0 * x.sum() for x in o)
 
 
 def clipped_mean(head: Head, o: Tensor, ratio: float, examples: Tensor | None) -> Tensor:

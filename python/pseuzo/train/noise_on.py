@@ -4,11 +4,14 @@ race.
 What was found is kept in the output folder, since a resumed run must not search again.
 """
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +26,7 @@ FOUND_FILE = "found.json"
 # The arguments for which what was found holds.
 REQUEST = (
     *("method", "noise_on", "learning_rate", "eps", "noise", "scale_lr", "scale_eps"),
-    *("find_lr", "search_share", "readout"),
+    *("find_lr", "search_share", "readout", "seed", "global_batch_size"),
 )
 
 Losses = Callable[[int], list[Callable[[], Any]]]  # n -> the losses of n batches, as closures
@@ -58,21 +61,34 @@ def decide(
         return Found(args.noise_on, args.learning_rate, args.eps)
     file = Path(str(args.output_dir)) / FOUND_FILE
     request = {name: getattr(args, name) for name in REQUEST}
-    if not together.of_root(file.exists):
-        # Data loaders and dropout draw from the generators, as without a search.
-        devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), together.one_speaks():
+    known = together.of_root(file.exists)
+    if not known:
+        with _own_generators(args.device), together.one_speaks():
             found = find()
         together.of_root(lambda: _write(file, found | {"request": request}))
     keys = "noise_on", "lr", "eps", "forwards"
     decided = together.of_root(lambda: read_json(file, *keys, "request"))
-    if decided["request"] != request:
-        other = next(name for name in REQUEST if decided["request"].get(name) != request[name])
+    made = request | decided["request"]  # older versions noted less
+    if other := next((name for name in REQUEST if made[name] != request[name]), None):
         raise ValueError(
             f"{file} holds the decision for {other} {decided['request'].get(other)}, not "
             f"{request[other]}; choose another output folder, or delete that file"
         )
+    if known and together.is_root:
+        print(f"noise on {', '.join(decided['noise_on'])}, as {file} says", flush=True)
     return Found(**{key: decided[key] for key in keys})
+
+
+@contextmanager
+def _own_generators(device: torch.device) -> Iterator[None]:
+    """A block after which data loaders, collators and dropout draw as if it had not been."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(of_numpy)
 
 
 def eps_of(args: PseuZOTrainingArguments, model: nn.Module, where: list[str]) -> float:

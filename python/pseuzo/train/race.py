@@ -10,6 +10,7 @@ Nothing here knows what a runner trains: see pseuzo.train.track.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -73,15 +74,17 @@ class Race:
     def _fits(self, runners: int, challengers: int, least: int) -> bool:
         """Choose the longest stops for which the budget is enough; False if there are none of at
         least `least` steps in the end."""
-        heats, spent = _heats(runners), self.spent + self.entry(runners)
-        for first in range(self.longest // (2**heats - 1), 0, -1):
+        heats, left = _heats(runners), self.budget - self.spent - self.entry(runners)
+
+        def cost(first: int) -> int:
             self.stops = [first * (2**i - 1) for i in range(1, heats + 1)]
-            if self.stops[-1] < least or (heats > 1 and first < FIRST):
-                return False
-            cost = self._cost(runners, 0) + self._cost(challengers, 1)
-            if spent + cost <= self.budget:
-                return True
-        return False
+            return self._cost(runners, 0) + self._cost(challengers, 1)
+
+        firsts = range(1, self.longest // (2**heats - 1) + 1)
+        first = bisect_right(firsts, left, key=cost)  # how many of them are cheap enough
+        if not first or cost(first) > left:
+            return False
+        return self.stops[-1] >= least and (heats == 1 or first >= FIRST)
 
     def run(
         self, field: Sequence[Runner], challengers: Callable[[Runner], Sequence[Runner]]

@@ -56,7 +56,7 @@ def settings(
         names = ("eps", "seed", "noise", "rounding", *zero_order.own_settings)
         found |= {name: getattr(zero_order, name) for name in names}
     if isinstance(zero_order, PseuZO):
-        found |= {"window": zero_order.window.capacity, "weighting": zero_order.weighting}
+        found["window"] = zero_order.window.capacity
     for name, value in found.items():
         if isinstance(value, list) and len(set(value)) == 1:
             found[name] = value[0]
@@ -214,7 +214,6 @@ class ResumableTrainer(ReportingTrainer):
         """Check that checkpoints can be written, and open the journal, before the first step."""
         self.together.of_root(self._begin_files)
         self._follow()
-        self._initial_global_step = self.state.global_step  # older Transformers do not set it
         self.step_log.begin(self.state.log_history)
 
     def _begin_files(self) -> None:

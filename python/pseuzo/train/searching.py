@@ -36,6 +36,8 @@ class Drawn:
             try:
                 self._drawn.append(next(self._left))
             except StopIteration:
+                if not self._drawn:
+                    raise ValueError("the training data have no batch to search with") from None
                 number %= len(self._drawn)
         return self._drawn[number]
 
@@ -81,6 +83,13 @@ class SearchingTrainer(ResumableTrainer):
             args = self.args
             found = noise_on.decide(args, self.model, self._find, self.together, self.races)
             if self.races:
+                whole = self.forwards(super().planned_steps())
+                if found.forwards >= whole:
+                    raise ValueError(
+                        f"{noise_on.FOUND_FILE} in {args.output_dir} is of a search that took "
+                        f"{found.forwards} forward passes, and this run has {whole} in all; choose "
+                        "another output folder, or delete that file"
+                    )
                 self._take_from_run(found.forwards, still=found.lr == 0)
             if self.readout is not None:
                 self.readout.kept = min(KEPT_STILL if self.still else KEPT, self._rows)

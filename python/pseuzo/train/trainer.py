@@ -112,6 +112,10 @@ class PseuZOTrainer(SearchingTrainer):
         if store_of(model) is None:
             super()._move_model_to_device(model, device)
 
+    def _begin(self) -> None:
+        self._initial_global_step = self.state.global_step  # older Transformers do not set it
+        super()._begin()
+
     # A step
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
