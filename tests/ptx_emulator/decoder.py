@@ -228,7 +228,7 @@ class Decoder(Operands):
         that row.
         """
         writes, address = [self.write(x) for x in inside(operands[0])], self.address(operands[1])
-        if opcode != "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+        if opcode.replace("::cta", "") != "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
             raise NotImplementedError(opcode)
 
         def load(threads: Threads, mask: np.ndarray | None) -> None:

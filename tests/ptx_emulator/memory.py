@@ -87,7 +87,7 @@ def elements(
     addresses, size = addresses[there], dtype.itemsize * count
     if (addresses % size).any():
         raise RuntimeError(f"an access of {size} bytes is not aligned")
-    if space == "shared":
+    if space in ("shared", "shared::cta"):  # of a program, in some versions of Triton
         memory = threads.shared
         if len(addresses) and (addresses.min() < 0 or addresses.max() + size > memory.shape[1]):
             raise RuntimeError("an access outside of shared memory")
