@@ -100,6 +100,21 @@ def test_first_points_come_from_the_curvature_where_it_sets_the_rate(lines):
     assert all("eps" not in line["settings"] for line in of(lines, "trial", "forward-gradient"))
 
 
+@pytest.mark.parametrize(
+    "own, over",
+    [
+        ({"method": "pseuzo"}, 14.0),
+        ({"method": "pseuzo", "weighting": "mean"}, 1.0),
+        ({"method": "pseuzo", "momentum": 0.5, "window": 2}, 1.5),
+        ({"method": "mezo-momentum", "window": 3}, 1 + 0.9 + 0.81),
+    ],
+)
+def test_the_first_rate_of_an_update_that_sums_a_window(tmp_path, own, over):
+    lines = run(tmp_path / "ledger.jsonl", Runs(), of=cells({"sums": own}))
+    first = next(line for line in lines if line["kind"] == "trial")
+    assert first["lr"] == pytest.approx(0.125 / 50 / over, rel=5e-3)
+
+
 def test_a_comparison_that_was_stopped_anywhere_goes_on_with_the_same_lines(tmp_path, lines):
     path = tmp_path / "ledger.jsonl"
     made = 0

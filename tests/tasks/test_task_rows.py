@@ -270,3 +270,10 @@ def test_json_of_any_size_is_not_read(tmp_path, monkeypatch):
         ValueError, match=r"x.jsonl has \d+ bytes, and JSON is read whole, up to 1000; save"
     ):
         TASK.load(file)
+
+
+def test_a_file_may_begin_with_a_mark_of_its_byte_order(tmp_path):
+    """As editors on Windows write it."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8-sig")
+    assert [row for _, row in sources.read_json(file)] == [{"text": "a"}, {"text": "b"}]

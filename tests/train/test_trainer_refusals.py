@@ -25,6 +25,7 @@ REFUSED = {
     "method": (dict(method="zo"), "method must be one of"),
     "groups": (dict(groups="class"), "groups must be one of"),
     "lr": (dict(learning_rate=0.0), "learning_rate must be positive"),
+    "lr by name": (dict(learning_rate="auto"), "number, got 'auto'; .* set find_lr=True"),
     "smoothing": (dict(label_smoothing_factor=0.1), "label_smoothing_factor"),
     "metric": (dict(objective="metric"), "objective=metric"),
     "journal": (dict(head="exact", journal="j"), "exact gradients"),

@@ -35,6 +35,20 @@ def test_resumed_in_the_middle_of_an_epoch_is_bit_for_bit_the_same(tmp_path, dem
     assert seconds == sorted(seconds)
 
 
+def test_a_resumed_run_logs_and_saves_as_often_as_it_is_told(tmp_path, demo):
+    data, _ = demo
+    often = dict(method="mezo", save_strategy="steps", save_steps=2, logging_steps=1)
+    args = arguments(tmp_path, **often | dict(max_steps=4))
+    PseuZOTrainer(fresh(), args, train_dataset=data["train"]).train()
+    args = arguments(tmp_path, **often | dict(max_steps=12, save_steps=5, logging_steps=3))
+    trainer = PseuZOTrainer(fresh(), args, train_dataset=data["train"])
+    trainer.train(resume_from_checkpoint=True)
+    logged = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == [1, 2, 3, 4, 6, 9, 12]
+    saved = {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")}
+    assert saved == {2, 4, 5, 10, 12}
+
+
 def test_probe_is_kept_for_a_resumed_run(tmp_path, demo):
     data, _ = demo
     settings = dict(

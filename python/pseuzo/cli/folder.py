@@ -151,6 +151,8 @@ def resumed(c: dict[str, Any], output: Path, run_id: str) -> dict[str, Any]:
         # which it has those of its journal already.
         if c["resume"] is None:
             print(f"{output} has no whole checkpoint: starting again", flush=True)
+        else:
+            print(f"continuing from {c['resume']}", flush=True)
     if c["journal"]:
         _own_journal(c, output, run_id)
     return c

@@ -1,8 +1,7 @@
 """`pseuzo train` in several processes: how they find each other, and what they check together.
 
 torchrun or accelerate launches them, and says in the environment who is who (pseuzo.launch).
-Transformers and accelerate make the process group, or pseuzo.meeting does, where torchrun's agents
-start the processes again after a loss: gloo for CPUs, NCCL for GPUs.
+pseuzo.meeting makes the process group, which Transformers and accelerate then find.
 """
 
 from datetime import timedelta

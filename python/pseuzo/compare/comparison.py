@@ -14,7 +14,8 @@ from typing import Any
 from pseuzo.compare.ledger import Ledger, digest
 from pseuzo.compare.tuning import Point, best, next_point
 from pseuzo.models.modes import MODES
-from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with
+from pseuzo.train.methods import METHODS, ZEROTH_ORDER, default_rate, methods_with, with_defaults
+from pseuzo.train.options import OPTIONS
 
 TUNING_SEED = 10_000  # no final run has it
 
@@ -137,7 +138,8 @@ class Comparison:
         of the loss along its noise suggests.
 
         For a quadratic loss the best rate of a step is |g|^2 / (|g|^2 T + 2 g'Hg), nearly 1 / T;
-        the first is an eighth of that. eps is scaled to the noise.
+        the first is an eighth of that, over how many directions an update sums. eps is scaled to
+        the noise.
         """
         method, mode = cell.settings["method"], cell.settings["mode"]
         first = {"lr": default_rate(method, mode)}
@@ -149,7 +151,7 @@ class Comparison:
             line = self._made(cell, "calibration", given, TUNING_SEED, budget, "curvature", execute)
             curvature = line.get("curvature") or 0.0
             if METHODS[method].rate == "lr" and curvature > 0:
-                first["lr"] = _rounded(0.125 / curvature)
+                first["lr"] = _rounded(0.125 / curvature / _summed(cell.settings))
             if "eps" in first and line.get("eps"):
                 first["eps"] = _rounded(line["eps"])
         return first | cell.fixed
@@ -203,6 +205,16 @@ def _loss(line: Mapping[str, Any]) -> float:
     """The dev loss that a trial ended with; inf if it diverged or failed."""
     value = (line.get("dev") or {}).get("loss")
     return math.inf if line["status"] != "done" or value is None else value
+
+
+def _summed(settings: Mapping[str, Any]) -> float:
+    """How many directions of one size the update of a method sums: lambda^age over its window."""
+    method = settings["method"]
+    if "momentum" not in METHODS[method].options or settings.get("weighting") == "mean":
+        return 1.0
+    momentum = with_defaults(method, {"momentum": settings.get("momentum")})["momentum"]
+    window = settings.get("window") or OPTIONS["window"].default
+    return sum(momentum**age for age in range(window))
 
 
 def _at(first: Mapping[str, float], point: Point) -> dict[str, float]:

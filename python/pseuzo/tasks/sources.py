@@ -155,7 +155,7 @@ def read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
             "save it as Parquet"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(_parsed(text), 1)]
         else:  # not splitlines: a string in JSON may hold other line separators as they are

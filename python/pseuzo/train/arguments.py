@@ -70,6 +70,11 @@ class PseuZOTrainingArguments(ZeroOrderOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.learning_rate, str):
+            raise ValueError(
+                f"learning_rate must be a number, got {self.learning_rate!r}; for a rate from the "
+                "curvature of the loss, as of --lr auto, set find_lr=True"
+            )
         if isinstance(self.noise_on, str):
             self.noise_on = [self.noise_on]
         if self.method in METHODS:

@@ -114,6 +114,8 @@ class PseuZOTrainer(SearchingTrainer):
 
     def _begin(self) -> None:
         self._initial_global_step = self.state.global_step  # older Transformers do not set it
+        # How often a resumed run logs, evaluates and saves is what its arguments say.
+        self.state.compute_steps(self.args, self.state.max_steps)
         super()._begin()
 
     # A step
