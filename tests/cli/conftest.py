@@ -24,6 +24,7 @@ def settings(monkeypatch):
             "test": {"accuracy": 0.5},
             "steps": 10,
             "forwards": 20,
+            "history": [],
             "best_step": given["steps"] - 2,
         }
 

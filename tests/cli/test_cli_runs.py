@@ -15,6 +15,7 @@ from helpers import (
     pseuzo,
     weights,
 )
+from pseuzo.cli.commands import stood_still
 from pseuzo.cli.run import model_path
 from safetensors.torch import load_file
 
@@ -267,3 +268,17 @@ def test_reports_to_tensorboard(tmp_path):
         and len(losses) == 3
     )
     assert "train/projected_grad" in log.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    "losses, still",
+    [
+        ([1.0] * 10, True),
+        ([1.0] * 8 + [0.97] * 2, False),
+        ([1.0, 1.0, 1.0, 1.2], False),  # too few to tell
+        ([1.0] * 5 + [float("nan")] * 5, False),  # which another sentence is about
+    ],
+)
+def test_a_run_whose_loss_stands_still_is_known(losses, still):
+    rows = [{"loss": loss} for loss in losses] + [{"eval_loss": 3.0}, {"loss": None}]
+    assert stood_still({"history": rows}) == still

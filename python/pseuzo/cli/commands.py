@@ -6,6 +6,7 @@ interrupted; 1 a bug. Whatever takes long to import is imported in the command t
 
 import copy
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,21 @@ def train(**settings: Any) -> None:
         f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the "
         f"model is in {settings['output']}/model"
     )
+    if settings["lr"] != "auto" and checks.takes_auto(settings["method"]) and stood_still(results):
+        click.echo("the training loss did not fall: try --lr auto, or a larger --lr")
     best = results.get("best_step")
     if settings["keep"] == "best" and best and best != results["steps"]:
         journal = settings["journal"]
         replay = f": pseuzo replay --until {best} makes it" if journal and journal.exists() else ""
         click.echo(f"model/ is step {best}, the best checkpoint on the dev rows{replay}")
+
+
+def stood_still(results: Mapping[str, Any]) -> bool:
+    """Whether the training loss fell by less than 2 %, from the first fifth of the rows to the
+    last; False where there are fewer than five."""
+    losses = [row["loss"] for row in results["history"] if row.get("loss") is not None]
+    n = len(losses) // 5
+    return n > 0 and sum(losses[-n:]) > 0.98 * sum(losses[:n])
 
 
 def train_defaults() -> dict[str, Any]:

@@ -27,6 +27,11 @@ def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> N
             click.echo(f"{sentence}: that of --config is left out", err=True)
 
 
+def takes_auto(method: str) -> bool:
+    """Whether --lr auto is for this method."""
+    return method in methods_with("find_lr")
+
+
 def check_combination(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for options of one run that exclude each other."""
     method = settings["method"]
@@ -60,7 +65,7 @@ def check_combination(settings: Mapping[str, Any]) -> None:
     if searches or settings["lr"] == "auto":
         what = "--noise-on auto" if searches else "--lr auto"
         instead = "name a placement, and give --lr a number" if searches else "give --lr a number"
-        if method not in methods_with("find_lr"):
+        if not takes_auto(method):
             able = " or ".join(methods_with("find_lr"))
             needs = f"{what} needs --method {able}, not {method}: {instead}"
             raise ValueError(f"{needs} (--recipe best has --lr auto)")
