@@ -15,8 +15,9 @@ from helpers import (
     pseuzo,
     weights,
 )
-from pseuzo.cli.commands import stood_still
+from pseuzo.cli.commands import stood_still, train_defaults
 from pseuzo.cli.run import model_path
+from pseuzo.cli.settings import could_take_auto
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -282,3 +283,20 @@ def test_reports_to_tensorboard(tmp_path):
 def test_a_run_whose_loss_stands_still_is_known(losses, still):
     rows = [{"loss": loss} for loss in losses] + [{"eval_loss": 3.0}, {"loss": None}]
     assert stood_still({"history": rows}) == still
+
+
+@pytest.mark.parametrize(
+    "given, could",
+    [
+        ({}, True),
+        ({"lr": 1e-4}, True),
+        ({"lr": "auto"}, False),
+        ({"noise_on": ("auto",)}, False),  # which has such a rate
+        ({"lr": 0, "readout": "fit"}, False),  # the weights stay
+        ({"weight_decay": 0.1}, False),
+        ({"method": "mezo", "objective": "metric"}, False),
+        ({"method": "fzoo"}, False),
+    ],
+)
+def test_lr_auto_is_suggested_to_runs_that_could_have_it(given, could):
+    assert could_take_auto(train_defaults() | given) == could

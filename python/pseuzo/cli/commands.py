@@ -99,7 +99,7 @@ def train(**settings: Any) -> None:
         f"test: {figures}; {results['steps']} steps, {results['forwards']} forward passes; the "
         f"model is in {settings['output']}/model"
     )
-    if settings["lr"] != "auto" and checks.takes_auto(settings["method"]) and stood_still(results):
+    if checks.could_take_auto(settings) and stood_still(results):
         click.echo("the training loss did not fall: try --lr auto, or a larger --lr")
     best = results.get("best_step")
     if settings["keep"] == "best" and best and best != results["steps"]:

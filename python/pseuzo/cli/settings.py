@@ -27,11 +27,6 @@ def leave_out_unused(settings: dict[str, Any], defaults: Mapping[str, Any]) -> N
             click.echo(f"{sentence}: that of --config is left out", err=True)
 
 
-def takes_auto(method: str) -> bool:
-    """Whether --lr auto is for this method."""
-    return method in methods_with("find_lr")
-
-
 def check_combination(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for options of one run that exclude each other."""
     method = settings["method"]
@@ -65,7 +60,7 @@ def check_combination(settings: Mapping[str, Any]) -> None:
     if searches or settings["lr"] == "auto":
         what = "--noise-on auto" if searches else "--lr auto"
         instead = "name a placement, and give --lr a number" if searches else "give --lr a number"
-        if not takes_auto(method):
+        if method not in methods_with("find_lr"):
             able = " or ".join(methods_with("find_lr"))
             needs = f"{what} needs --method {able}, not {method}: {instead}"
             raise ValueError(f"{needs} (--recipe best has --lr auto)")
@@ -97,6 +92,13 @@ def check_combination(settings: Mapping[str, Any]) -> None:
 def _places_itself(settings: Mapping[str, Any]) -> bool:
     """Whether the placement of the noise is left open; the rate is then from the curvature."""
     return list(settings["noise_on"]) == ["auto"]
+
+
+def could_take_auto(settings: Mapping[str, Any]) -> bool:
+    """Whether --lr auto would be another rate, and one that the run could have."""
+    given = settings["lr"] not in ("auto", 0) and not _places_itself(settings)
+    excluded = settings["weight_decay"] or settings["objective"] == "metric"
+    return given and not excluded and settings["method"] in methods_with("find_lr")
 
 
 def check_launched(settings: Mapping[str, Any]) -> None:
